@@ -1,0 +1,114 @@
+"""What a run writes while it goes: JSON lines always, TensorBoard and Weights & Biases where asked for."""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from distmatch.checkpoint import write_atomic
+
+
+class Tracker(Protocol):
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def image(self, step: int, name: str, image: np.ndarray) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`log.jsonl`: one object per line, `{"step": ..., name: value, ...}`.
+
+    Lines of steps after `start` are dropped on opening: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, start: int = 0):
+        kept = [line for line in read(path) if line["step"] <= start]
+        write_atomic(path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        self._file = path.open("a", buffering=1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        pass  # the loop keeps pictures as files beside the log
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that was cut off; empty if there is none."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class TensorBoard:
+    def __init__(self, out: Path, config: Mapping[str, Any], start: int):
+        self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+            str(out / "tensorboard"), purge_step=start + 1
+        )
+        self._writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    def __init__(self, out: Path, config: Mapping[str, Any], start: int):
+        self._wandb = _optional("wandb", "wandb")
+        self._run = self._wandb.init(
+            project="distmatch", name=out.name, id=out.name, dir=str(out), config=dict(config), resume="allow"
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+class Log:
+    """All the places one run writes to."""
+
+    def __init__(self, out: Path, start: int, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None):
+        self._trackers: list[Tracker] = [JsonLines(out / "log.jsonl", start)]
+        self._trackers += [TRACKERS[name](out, config or {}, start) for name in trackers]
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        for tracker in self._trackers:
+            tracker.image(step, name, image)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _optional(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"track: {extra} is not installed; pip install 'distmatch[{extra}]'") from error

@@ -1,0 +1,48 @@
+"""Progress bars with rate and time left, on standard error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if not speed else f"{speed:,.1f} {self.unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}")
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Callable[[int], None]]:
+    """A bar of `total`, of which `done` is already there; yields `advance(n)`.
+
+    Where standard error is no terminal, a line is printed at each tenth instead.
+    """
+    if not console.is_terminal:
+        yield _lines(title, total, done, unit)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
+    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda n: bar.advance(task, n)
+
+
+def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
+    state = {"done": done, "tenth": 10 * done // max(total, 1)}
+
+    def advance(n: int) -> None:
+        state["done"] += n
+        tenth = 10 * state["done"] // max(total, 1)
+        if tenth > state["tenth"]:
+            state["tenth"] = tenth
+            console.print(f"{title}: {state['done']} of {total} {unit}", highlight=False)
+
+    return advance

@@ -1,0 +1,60 @@
+"""Randomness as a function of position: no generator state is ever saved, so resuming is an index.
+
+Per-sample noise makes sample `i` of a seed the same whatever the batch size or the process count; a stream is a
+generator named by what it is for and the step it is for.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit seed from any sequence of numbers and names."""
+    text = "/".join(str(part) for part in parts).encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def stream(device: torch.device | str, *parts: int | str) -> torch.Generator:
+    """A fresh generator for `parts`, e.g. `(seed, "critic", step)`."""
+    return torch.Generator(device).manual_seed(key(*parts))
+
+
+def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal f32[len(indices), *shape], row `k` a function of `(seed, indices[k])` alone. Made on the CPU."""
+    out = torch.empty(len(indices), *shape)
+    generator = torch.Generator()
+    for row, index in zip(out, indices, strict=True):
+        generator.manual_seed(key(seed, "noise", int(index)))
+        torch.randn(tuple(shape), generator=generator, out=row)
+    return out
+
+
+def shuffled(seed: int, size: int, position: int, count: int) -> np.ndarray:
+    """Entries `position .. position + count` of an endless shuffle of `range(size)`: i64[count].
+
+    Each pass over the range is a new permutation, a function of `(seed, pass)`.
+    """
+    out = np.empty(count, dtype=np.int64)
+    done = 0
+    while done < count:
+        epoch, offset = divmod(position + done, size)
+        part = _permutation(seed, size, epoch)[offset : offset + count - done]
+        out[done : done + len(part)] = part
+        done += len(part)
+    return out
+
+
+_cache: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+
+def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
+    """The permutation of one pass; the latest of each (seed, size) is kept, for it is asked for batch after batch."""
+    kept = _cache.get((seed, size))
+    if kept is None or kept[0] != epoch:
+        kept = epoch, np.random.default_rng(key(seed, "epoch", epoch)).permutation(size)
+        _cache[seed, size] = kept
+    return kept[1]

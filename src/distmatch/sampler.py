@@ -1,0 +1,124 @@
+"""Samplers: pure functions of (denoiser, x, grid) for any schedule.
+
+All of them walk the probability-flow ODE written without its singular quotients: along it, `dx = x0 d(alpha) + eps d(sigma)`
+with the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DDIM, Heun on it is EDM's solver for
+`alpha = 1` and the trapezoid rule on the velocity for flows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distmatch.denoiser import Cond
+from distmatch.schedule import Schedule, expand
+
+Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
+"""`(x f[B,*D], t f[B], cond) -> x0 f[B,*D]`: a `Denoiser`, or one under guidance."""
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called after each step with `(step, x, x0)`."""
+
+
+def one_step(model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, t: float | None = None) -> Tensor:
+    """`G(z) = mu(prior_std z, t)` (DMD, Section 3.1): one evaluation; `t` is `t_max` unless told."""
+    time = z.new_full((len(z),), schedule.t_max if t is None else t)
+    return model(schedule.prior_std * z, time, cond)
+
+
+def euler(
+    model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, steps: int, callback: Callback | None = None
+) -> Tensor:
+    """First order, `steps` evaluations, from `z ~ N(0, I)` to a clean image. DDIM in other words."""
+    grid = schedule.grid(steps)
+    x = schedule.prior_std * z
+    for i in range(steps):
+        t = _at(grid[i], z)
+        x0 = model(x, t, cond)
+        x = _move(schedule, x, x0, t, _at(grid[i + 1], z)) if i + 1 < steps else x0
+        if callback is not None:
+            callback(i, x, x0)
+    return x
+
+
+def heun(
+    model: Model,
+    schedule: Schedule,
+    z: Tensor,
+    cond: Cond | None,
+    steps: int,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Second order, `2 * steps - 1` evaluations (Karras et al. 2022, Algorithm 2; 1 with `churn = 0`).
+
+    Args:
+        z: f[B,*D], standard normal; the same `z` gives the same image when `churn` is 0.
+        churn: S_churn; noise is put back at times within `churn_range` (S_tmin, S_tmax), scaled by `churn_noise`
+            (S_noise), from `generator`.
+    """
+    grid = schedule.grid(steps)
+    gamma = min(churn / steps, 2**0.5 - 1)
+    x = schedule.prior_std * z
+    for i in range(steps):
+        t = _at(grid[i], z)
+        if gamma > 0 and churn_range[0] <= grid[i] <= churn_range[1]:
+            x, t = _renoise(schedule, x, t, (t * (1 + gamma)).clamp(max=schedule.t_max), churn_noise, generator)
+        x0 = model(x, t, cond)
+        if i + 1 < steps:
+            t_next = _at(grid[i + 1], z)
+            ahead = _move(schedule, x, x0, t, t_next)
+            x = _move(schedule, x, x0, t, t_next, ahead, model(ahead, t_next, cond))
+        else:
+            x = x0
+        if callback is not None:
+            callback(i, x, x0)
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun}
+
+
+def evaluations(sampler: str, steps: int) -> int:
+    """Network evaluations (NFE) of one image."""
+    return {"euler": steps, "heun": 2 * steps - 1}[sampler]
+
+
+def _at(t: Tensor, z: Tensor) -> Tensor:
+    return t.to(z).expand(len(z))
+
+
+def _eps(schedule: Schedule, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    return (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x)
+
+
+def _move(
+    schedule: Schedule,
+    x: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    ahead: Tensor | None = None,
+    x0_ahead: Tensor | None = None,
+) -> Tensor:
+    """One step of `dx = x0 d(alpha) + eps d(sigma)`: Euler, or the trapezoid when the prediction at `ahead` is given."""
+    d_alpha = expand(schedule.alpha(t_next) - schedule.alpha(t), x)
+    d_sigma = expand(schedule.sigma(t_next) - schedule.sigma(t), x)
+    eps = _eps(schedule, x, x0, t)
+    if ahead is not None and x0_ahead is not None:
+        x0 = (x0 + x0_ahead) / 2
+        eps = (eps + _eps(schedule, ahead, x0_ahead, t_next)) / 2
+    return x + d_alpha * x0 + d_sigma * eps
+
+
+def _renoise(
+    schedule: Schedule, x: Tensor, t: Tensor, t_up: Tensor, scale: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """`x_t` carried up to the noisier time `t_up` by the forward process."""
+    ratio = schedule.alpha(t_up) / schedule.alpha(t)
+    added = (schedule.sigma(t_up) ** 2 - (ratio * schedule.sigma(t)) ** 2).clamp(min=0).sqrt()
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return expand(ratio, x) * x + scale * expand(added, x) * eps, t_up

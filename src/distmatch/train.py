@@ -1,0 +1,180 @@
+"""The loop: steps, log, pictures, evaluation, checkpoints, and stopping without losing work. Nothing of any method."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distmatch import data
+from distmatch.checkpoint import Checkpoints, Stateful, write_atomic
+from distmatch.clock import Clock
+from distmatch.log import Log
+from distmatch.progress import progress
+
+
+class Task(Protocol):
+    """What the loop drives: `Distiller`, `Teaching`."""
+
+    @property
+    def parts(self) -> Mapping[str, Stateful]:
+        """Everything that a checkpoint must hold for a bit-exact continuation."""
+        ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def images_per_step(self) -> int: ...
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """Step `index` (from 0): a function of the parts and of `index`. Returns losses f[] by name, on the device."""
+        ...
+
+    def preview(self) -> Tensor:
+        """A fixed grid of samples, u8[N,C,H,W]."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the model as it is now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the loop does what, in steps; 0 means never. `keep` checkpoints stay, the best one besides."""
+
+    steps: int
+    log_every: int = 20
+    save_every: int = 500
+    preview_every: int = 0
+    evaluate_every: int = 0
+    keep: int = 2
+
+
+class Diverged(Exception):
+    """A loss is not finite."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM; everything is saved."""
+
+
+def train(
+    task: Task,
+    out: Path,
+    plan: Plan,
+    *,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    trackers: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    title: str = "training",
+) -> None:
+    """Run `task` to `plan.steps`, continuing from the latest checkpoint in `out` if there is one.
+
+    Writes `log.jsonl`, `previews/step-*.png`, `checkpoints/` and, at the end, `model/`. `evaluate` returns figures, the
+    first of which (lower is better) decides which checkpoint is the best.
+
+    Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM; a `ValueError` for a damaged checkpoint.
+    """
+    checkpoints = Checkpoints(out / "checkpoints", task.parts, plan.keep)
+    start, meta = checkpoints.load() or (0, {"seconds": 0.0})
+    log = Log(out, start, trackers, config)
+    pending: list[dict[str, Tensor]] = []
+    began, before = time.perf_counter(), meta["seconds"]
+
+    def seconds() -> float:
+        return before + time.perf_counter() - began
+
+    def flush(done: int) -> None:
+        """Read the losses of the steps since the last flush: the only synchronisation with the device."""
+        if not pending:
+            return
+        table = torch.stack([torch.stack(list(row.values())) for row in pending]).cpu()
+        names = list(pending[0])
+        if not table.isfinite().all():
+            row, column = (~table.isfinite()).nonzero()[0].tolist()
+            saved = checkpoints.steps()
+            last = f"the last good checkpoint is {checkpoints.path(saved[-1])}" if saved else "no checkpoint was saved yet"
+            raise Diverged(
+                f"{names[column]} is {table[row, column].item()} at step {done - len(pending) + row + 1}; {last}. "
+                "Lower the learning rate, or clip the gradient, and run again"
+            )
+        network, total = task.clock.read()
+        rate = task.images_per_step * len(pending) / total
+        values = dict(zip(names, table.mean(0).tolist(), strict=True))
+        log.scalars(done, {**values, "images_per_second": rate, "outside": 1 - network / total, "seconds": seconds()})
+        pending.clear()
+
+    def preview(done: int) -> None:
+        sheet = data.grid(task.preview())
+        write_atomic(out / "previews" / f"step-{done:08d}.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
+        log.image(done, "preview", sheet)
+
+    def save(done: int) -> None:
+        flush(done)
+        checkpoints.save(done, {"seconds": seconds()})
+
+    def due(done: int, every: int) -> bool:
+        return bool(every) and (done % every == 0 or done == plan.steps)
+
+    try:
+        if start == 0 and plan.preview_every:
+            preview(0)
+        task.clock.read()
+        with _Interrupt() as interrupt, progress(title, plan.steps, start, unit="step") as advance:
+            for index in range(start, plan.steps):
+                pending.append(task.step(index))
+                done = index + 1
+                if due(done, plan.log_every):
+                    flush(done)
+                if due(done, plan.preview_every):
+                    preview(done)
+                if evaluate is not None and due(done, plan.evaluate_every):
+                    figures = evaluate()
+                    log.scalars(done, figures)
+                    if checkpoints.mark_best(done, next(iter(figures.values()))):
+                        save(done)
+                if due(done, plan.save_every) or interrupt.received:
+                    save(done)
+                if interrupt.received:
+                    raise Stopped(f"stopped by {interrupt.received} after step {done} of {plan.steps}; all is saved")
+                advance(1)
+        flush(plan.steps)
+        if plan.steps not in checkpoints.steps():
+            save(plan.steps)
+        task.export(out / "model")
+    finally:
+        log.close()
+
+
+class _Interrupt:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._receive)
+            except ValueError:  # not the main thread: signals are not ours to handle
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
