@@ -100,7 +100,9 @@ def train(
         if not table.isfinite().all():
             row, column = (~table.isfinite()).nonzero()[0].tolist()
             saved = checkpoints.steps()
-            last = f"the last good checkpoint is {checkpoints.path(saved[-1])}" if saved else "no checkpoint was saved yet"
+            last = (
+                f"the last good checkpoint is {checkpoints.path(saved[-1])}" if saved else "no checkpoint was saved yet"
+            )
             raise Diverged(
                 f"{names[column]} is {table[row, column].item()} at step {done - len(pending) + row + 1}; {last}. "
                 "Lower the learning rate, or clip the gradient, and run again"

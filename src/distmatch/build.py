@@ -1,0 +1,148 @@
+"""From a recipe to objects: the only factory, the only place that knows both."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from distmatch.config import Optimiser, Recipe
+from distmatch.denoiser import Denoiser
+from distmatch.distill import Distiller, Match, Regress, Term
+from distmatch.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.models.folder import Info
+from distmatch.models.library import find_model
+from distmatch.optim import Optimizer
+from distmatch.pairs import PairSpec, PairStore, build, fingerprint
+from distmatch.progress import progress
+
+
+def device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises `ValueError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def teacher(recipe: Recipe) -> tuple[Denoiser, Info]:
+    """The recipe's teacher, frozen, on its device."""
+    denoiser, info = find_model(recipe.teacher, kind="teacher")
+    return denoiser.to(device(recipe.device)).eval().requires_grad_(False), info
+
+
+def pair_spec(recipe: Recipe, denoiser: Denoiser, info: Info) -> PairSpec:
+    """What the recipe's pair store holds."""
+    p = recipe.pairs
+    return PairSpec(
+        teacher=recipe.teacher,
+        fingerprint=fingerprint(denoiser),
+        sampler=p.sampler,
+        steps=p.steps,
+        guidance=p.guidance,
+        seed=p.seed,
+        count=p.count,
+        shard_size=p.shard,
+        shape=info.shape,
+        classes=len(info.classes),
+        dtype=p.dtype,
+    )
+
+
+def pairs_folder(recipe: Recipe, denoiser: Denoiser, runs: Path) -> Path:
+    """`pairs.path`, or a folder beside the runs, named by what sets one store apart from another."""
+    p = recipe.pairs
+    if p.path is not None:
+        return Path(p.path)
+    teacher_name = Path(recipe.teacher).name.replace(":", "-")
+    return runs / "pairs" / f"{teacher_name}-{fingerprint(denoiser)[:8]}-{p.sampler}{p.steps}-seed{p.seed}"
+
+
+def pair_store(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> PairStore:
+    """The recipe's pairs, built (or finished, where a build was interrupted) if they are not there."""
+    folder, spec = pairs_folder(recipe, denoiser, runs), pair_spec(recipe, denoiser, info)
+    with progress("pairs", spec.count, unit="pair") as advance:
+        build(folder, spec, denoiser, batch=recipe.pairs.batch, device=device(recipe.device), progress=advance)
+    return PairStore.open(folder, spec.fingerprint)
+
+
+def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore | None) -> Distiller:
+    """The recipe's distillation. Student and fake score start as copies of the teacher (Algorithm 1, line 2)."""
+    dev = device(recipe.device)
+    student = _trained_copy(denoiser)
+    fake = _trained_copy(denoiser) if "match" in recipe.terms else None
+    critic_steps = recipe.critic.steps
+    return Distiller(
+        student,
+        fake,
+        [_term(name, recipe, denoiser, fake, info, pairs, dev) for name in recipe.terms],
+        _optimizer(recipe.generator, student, recipe.steps),
+        None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * critic_steps),
+        info=student_info(recipe, denoiser, info),
+        t=recipe.student.t,
+        ema=recipe.student.ema,
+        seed=recipe.seed,
+        critic_steps=critic_steps,
+        accumulate=recipe.accumulate,
+        precision=recipe.precision,
+    )
+
+
+def student_info(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
+    """What the student's model folder says of it."""
+    t = denoiser.schedule.t_max if recipe.student.t is None else recipe.student.t
+    return Info(info.shape, info.classes, t, {"recipe": recipe.model_dump(mode="json")})
+
+
+def _trained_copy(denoiser: Denoiser) -> Denoiser:
+    """A copy to train, in evaluation mode all the same: dropout stays off in distillation."""
+    return copy.deepcopy(denoiser).eval().requires_grad_(True)
+
+
+def _optimizer(settings: Optimiser, network: Denoiser, steps: int) -> Optimizer:
+    return Optimizer(
+        network.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+        steps=steps,
+        decay=settings.decay,
+        clip=settings.clip,
+    )
+
+
+def _term(
+    name: str,
+    recipe: Recipe,
+    denoiser: Denoiser,
+    fake: Denoiser | None,
+    info: Info,
+    pairs: PairStore | None,
+    dev: torch.device,
+) -> Term:
+    match name:
+        case "match":
+            m = recipe.match
+            assert fake is not None
+            return Match(
+                denoiser,
+                fake,
+                shape=info.shape,
+                classes=len(info.classes),
+                weighting=WEIGHTINGS[m.weighting],
+                weight=m.weight,
+                batch=m.batch,
+                bins=m.bins,
+                min_step=m.min_step,
+                max_step=m.max_step,
+                guidance=m.guidance,
+                device=dev,
+            )
+        case _:
+            r = recipe.regress
+            assert pairs is not None
+            return Regress(pairs, loss=REGRESSIONS[r.loss], weight=r.weight, batch=r.batch, device=dev)

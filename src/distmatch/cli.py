@@ -1,0 +1,325 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+app = App(
+    name="distmatch",
+    help="""Turn a pretrained diffusion model into a one-step generator (Distribution Matching Distillation).
+
+    First look:  distmatch demo            distil the embedded MNIST teacher, ten minutes on two cores
+                 distmatch sample mnist    images from the student that comes with the package
+    Own model:   distmatch teach IMAGES    train a small teacher on a folder of images
+                 distmatch train RECIPE    distil a teacher
+    """,
+)
+pairs_app = App(name="pairs", help="Build and check stores of noise-image pairs.")
+app.command(pairs_app)
+
+Out = Annotated[Path | None, Parameter(name=["--out", "-o"])]
+Runs = Annotated[Path, Parameter(name="--runs")]
+
+
+@app.command
+def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
+    """Distil something small and look at it.
+
+    Parameters
+    ----------
+    which
+        mnist: the embedded teacher, pairs, distillation, evaluation, report; about ten minutes on two cores.
+        toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
+    out
+        Where the results go; runs/demo-WHICH unless told.
+    runs
+        The folder that runs and pair stores share.
+    """
+    from distmatch import demo as demos
+
+    demos.DEMOS[which](out or runs / f"demo-{which}", runs)
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes of the package."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from distmatch.config import load_recipe
+    from distmatch.config import recipes as known
+
+    table = Table("recipe", "what it is", box=None)
+    for name in known():
+        table.add_row(name, load_recipe(name).description)
+    Console().print(table)
+
+
+@app.command
+def train(
+    recipe: str,
+    /,
+    *overrides: str,
+    out: Out = None,
+    runs: Runs = Path("runs"),
+    dry_run: bool = False,
+) -> None:
+    """Distil a teacher by a recipe. Run the same command again to continue an interrupted run.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe of the package (see `distmatch recipes`) or a YAML file.
+    overrides
+        Entries to change, e.g. terms=[match] match.weighting=dreamfusion generator.lr=1e-4.
+    out
+        The run's folder; RUNS/RECIPE unless told.
+    runs
+        The folder that runs and pair stores share.
+    dry_run
+        Print the resolved recipe and stop.
+    """
+    from distmatch.config import dump, load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        print(dump(resolved), end="")
+        return
+    from distmatch.run import distil
+
+    distil(resolved, out or runs / resolved.name, runs)
+
+
+@app.command
+def teach(
+    images: Path,
+    /,
+    *,
+    out: Out = None,
+    steps: int = 10_000,
+    batch: int = 128,
+    lr: float = 1e-3,
+    widths: tuple[int, ...] = (32, 64),
+    blocks: int = 1,
+    patch: int = 2,
+    split: str = "train",
+    label_dropout: float = 0.0,
+    flip: bool = False,
+    ema: float = 0.999,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    seed: int = 0,
+    save_every: int = 500,
+    preview_every: int = 500,
+    device: str = "auto",
+) -> None:
+    """Train a diffusion teacher on your own images (EDM's objective). Run again to continue.
+
+    Parameters
+    ----------
+    images
+        A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size: [train/]CLASS/NAME.png, or flat.
+    out
+        The run's folder; runs/teach-NAME unless told. The model ends up in its model/.
+    widths
+        U-Net channels per resolution level.
+    blocks
+        Residual blocks per level and direction.
+    patch
+        Side of the space-to-depth stem; the image side must be a multiple of patch * 2 ** (levels - 1).
+    split
+        Sub-folder to read where there is one of that name.
+    label_dropout
+        Share of the images shown without their label; 0.1 makes the teacher fit for guidance.
+    flip
+        Mirror every other image.
+    """
+    from distmatch.run import teach as run
+
+    name = images.name.split(".")[0]
+    run(
+        images,
+        out or Path("runs") / f"teach-{name}",
+        network={"widths": list(widths), "blocks": blocks, "patch": patch},
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        split=split,
+        label_dropout=label_dropout,
+        flip=flip,
+        ema=ema,
+        precision=precision,
+        seed=seed,
+        save_every=save_every,
+        preview_every=preview_every,
+        device=device,
+    )
+
+
+@app.command
+def sample(
+    model: str,
+    /,
+    *,
+    n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
+    seed: int = 0,
+    label: str | None = None,
+    out: Out = None,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    batch: int = 256,
+    device: str = "auto",
+) -> None:
+    """Make images: a grid and single PNGs.
+
+    Parameters
+    ----------
+    model
+        A model or run folder, or a model of the package: mnist.
+    label
+        Class name or number for all images; the classes in turn unless told.
+    out
+        Where the images go; samples/MODEL unless told.
+    steps
+        Sample the teacher called MODEL with so many Heun steps instead of the student.
+    guidance
+        Classifier-free guidance, uncond + w (cond - uncond); only with --steps.
+    """
+    from distmatch.run import sample as run
+
+    name = Path(model).name
+    run(model, out or Path("samples") / name, n, seed, label, steps, guidance, batch, device)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    /,
+    *,
+    n: Annotated[int, Parameter(name=["-n", "--n"])] = 50_000,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    features: str = "mnist",
+    reference: Path | None = None,
+    batch: int = 256,
+    out: Out = None,
+    device: str = "auto",
+) -> None:
+    """Measure a model: Frechet and kernel distance, precision and recall, class accuracy, latency, throughput.
+
+    Parameters
+    ----------
+    model
+        A model or run folder, or a model of the package: mnist.
+    steps
+        Measure the teacher called MODEL with so many Heun steps instead of the student.
+    features
+        The classifier whose feature space is used: a folder made by `distmatch classifier`, or mnist.
+    reference
+        Real images (folder or archive); the reference that comes with FEATURES unless told.
+    out
+        Write the figures there as JSON as well.
+    """
+    from distmatch.run import evaluate as run
+
+    run(model, n, seed, steps, guidance, features, reference, batch, out, device)
+
+
+@app.command
+def classifier(
+    images: Path, /, *, out: Out = None, steps: int = 3000, batch: int = 128, lr: float = 2e-3, seed: int = 0
+) -> None:
+    """Train the classifier whose features `distmatch eval` measures in, on images/train, tested on images/test.
+
+    Parameters
+    ----------
+    images
+        A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png.
+    out
+        The classifier's folder; runs/classifier-NAME unless told.
+    """
+    from distmatch.run import classifier as run
+
+    run(images, out or Path("runs") / f"classifier-{images.name.split('.')[0]}", steps, batch, lr, seed)
+
+
+@pairs_app.command(name="build")
+def build_pairs(recipe: str, /, *overrides: str, out: Out = None, runs: Runs = Path("runs")) -> None:
+    """Build the pairs of a recipe ahead of its training. Run again to continue; several processes may share the work.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe of the package or a YAML file.
+    overrides
+        Entries to change, e.g. pairs.count=1000 pairs.steps=40.
+    out
+        The store's folder; where `distmatch train` looks for it unless told.
+    """
+    from distmatch.config import load_recipe
+    from distmatch.run import pairs
+
+    pairs(load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])]), runs)
+
+
+@pairs_app.command(name="verify")
+def verify_pairs(store: Path, /) -> None:
+    """Check every byte of a store: images, labels, and that the noise still comes out the same."""
+    from distmatch.run import verify
+
+    verify(store)
+
+
+@app.command
+def report(*runs: Path, out: Out = None) -> None:
+    """Write one HTML page on one or several runs: curves, pictures over time, recipes side by side.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs.
+    out
+        The page; report.html in the first run unless told.
+    """
+    from distmatch.report import report as write
+
+    if not runs:
+        raise ValueError("no run was named; give one or more run folders, e.g. distmatch report runs/mnist")
+    print(write(list(runs), out or runs[0] / "report.html"))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message, not a traceback (set DISTMATCH_DEBUG=1 for one)."""
+    # Waiting OpenMP threads that spin cost a busy CPU more than they save; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if os.environ.get("DISTMATCH_DEBUG"):
+        app()
+        return
+    try:
+        app()
+    except ValueError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail(f"stopped; to go on: {_command()}", 130)
+    except Exception as error:
+        if type(error).__name__ == "Stopped":
+            _fail(f"{error}; to go on: {_command()}", 130)
+        if type(error).__name__ == "Diverged":
+            _fail(str(error), 1)
+        raise
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _fail(message: str, code: int) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"[bold red]distmatch:[/] {message}", highlight=False, soft_wrap=True)
+    raise SystemExit(code)

@@ -1,0 +1,207 @@
+"""Recipes: every number of an experiment in one YAML file, strict, with dotted overrides."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimiser(_Strict):
+    """AdamW of one network; see `optim.Optimizer`."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Annotated[int, Field(ge=0)] = 0
+    decay: Fraction = 0.0
+    clip: Annotated[float, Field(ge=0)] = 10.0
+
+
+class Critic(Optimiser):
+    """The fake score's optimizer, and how many updates it makes per update of the student."""
+
+    steps: Positive = 1
+
+
+class Student(_Strict):
+    """`t: null` evaluates the student at the schedule's `t_max`."""
+
+    t: float | None = None
+    ema: Fraction = 0.999
+
+
+class MatchTerm(_Strict):
+    """Distribution matching; see `distill.Match`."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    batch: Positive = 64
+    weighting: Literal["algorithm2", "eq8", "dreamfusion", "prolificdreamer"] = "algorithm2"
+    bins: Positive = 1000
+    min_step: Annotated[int, Field(ge=0)] = 20
+    max_step: Positive = 980
+    guidance: float = 1.0
+
+
+class Pairs(_Strict):
+    """The noise-image pairs; `path: null` builds them once per teacher and settings, beside the runs."""
+
+    path: str | None = None
+    count: Positive = 100_000
+    sampler: Literal["heun", "euler"] = "heun"
+    steps: Positive = 18
+    guidance: float = 1.0
+    seed: int = 0
+    dtype: Literal["float32", "float16"] = "float32"
+    shard: Positive = 1024
+    batch: Positive = 256
+
+
+class RegressTerm(_Strict):
+    """Regression to the teacher's samples; `weight` is lambda_reg."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.25
+    batch: Positive = 64
+    loss: Literal["mse", "huber"] = "mse"
+
+
+class Logging(_Strict):
+    """In steps; 0 is never."""
+
+    every: Positive = 20
+    preview: Annotated[int, Field(ge=0)] = 0
+    track: list[Literal["tensorboard", "wandb"]] = []
+
+
+class Checkpointing(_Strict):
+    every: Positive = 500
+    keep: Positive = 2
+
+
+class Evaluation(_Strict):
+    """Frechet distance of the EMA student while training, in the features of `features` (see `distmatch eval`)."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    images: Positive = 2000
+    features: str | None = None
+
+
+class Recipe(_Strict):
+    """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line."""
+
+    name: str
+    description: str = ""
+    teacher: str
+    seed: int = 0
+    steps: Positive
+    terms: list[Literal["match", "regress"]] = ["match", "regress"]
+    student: Student = Student()
+    match: MatchTerm = MatchTerm()
+    regress: RegressTerm = RegressTerm()
+    pairs: Pairs = Pairs()
+    generator: Optimiser = Optimiser()
+    critic: Critic = Critic()
+    accumulate: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    log: Logging = Logging()
+    checkpoint: Checkpointing = Checkpointing()
+    evaluate: Evaluation = Evaluation()
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("distmatch"))) / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """The recipe called `name`, or in the file `name`, with `key=value` overrides such as `match.weighting=eq8`.
+
+    Raises `ValueError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in recipes():
+            raise ValueError(f"recipe {name!r} is unknown{_nearest(name, recipes())}; see `distmatch recipes`")
+        path = recipes()[name]
+    elif not path.exists():
+        raise ValueError(f"recipe file {name} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no recipe: expected `key: value` lines")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """`tree` as a recipe; `source` is named in the errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e, source) for e in error.errors())) from error
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in the nested `tree`."""
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ValueError(f"override {override!r} is not of the form key=value, e.g. match.weighting=eq8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+    *parents, last = dotted.split(".")
+    if dotted == "terms" and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {override!r}: {parent} is a value, not a group of entries")
+    tree[last] = value
+
+
+def _explain(error: Any, source: str) -> str:
+    """One pydantic error in the words of the recipe."""
+    *parents, last = [str(part) for part in error["loc"]] or ["?"]
+    key = ".".join([*parents, last])
+    if error["type"] == "extra_forbidden":
+        fields = _fields(parents)
+        where = f"in {'.'.join(parents)}" if parents else "at the top level"
+        return f"{source}: unknown key {key!r}{_nearest(last, fields)}; {where} there are {', '.join(fields)}"
+    if error["type"] == "missing":
+        return f"{source}: {key!r} is missing"
+    return f"{source}: {key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _fields(parents: list[str]) -> list[str]:
+    """The entries of the group at `parents`."""
+    model: Any = Recipe
+    for parent in parents:
+        annotation = model.model_fields[parent].annotation
+        model = next(m for m in (annotation, *get_args(annotation)) if isinstance(m, type) and issubclass(m, BaseModel))
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

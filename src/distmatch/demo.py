@@ -1,0 +1,77 @@
+"""`distmatch demo`: small distillations from beginning to end, and what came out."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from distmatch import build, data, rng
+from distmatch.checkpoint import write_atomic, write_json
+from distmatch.config import load_recipe
+from distmatch.denoiser import Cond
+from distmatch.evaluation import evaluate, hardware, score, speed
+from distmatch.pairs import PairStore
+from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline
+from distmatch.progress import progress
+from distmatch.report import report
+from distmatch.run import console, distil, features, print_rows
+from distmatch.toy2d import demo as toy2d
+
+
+def mnist(out: Path, runs: Path) -> None:
+    """Distil the embedded teacher by the recipe `mnist`, measure teacher and student, write `out/report.html`."""
+    began = time.perf_counter()
+    recipe = load_recipe("mnist")
+    console.print(
+        "Distilling the embedded MNIST teacher into a one-step generator: about ten minutes on two cores. "
+        "Ctrl-C keeps what is done; the same command goes on."
+    )
+    distil(recipe, out, runs)
+
+    teacher, info = build.teacher(recipe)
+    pairs = PairStore.open(build.pairs_folder(recipe, teacher, runs))
+    slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
+    fast = DistilledPipeline.from_pretrained(out, teacher_device(teacher))
+    classifier, real = features("mnist")
+    classifier.to(fast.device)
+    n = len(pairs)
+    labels = torch.arange(n) % len(info.classes)
+    with progress("evaluation", 2 * n, unit="image") as advance:
+        # The pairs are the teacher's images: no need to sample it again.
+        taught = score(lambda a, b: data.to_uint8(pairs.images(a, b)), labels, n, classifier, real, progress=advance)
+        learnt = evaluate(fast, classifier, real, n=n, seed=1, progress=advance)
+    rows = [
+        {"name": f"teacher, {recipe.pairs.steps} Heun steps", "nfe": slow.nfe, "images": n, **taught, **speed(slow)},
+        {"name": "student, 1 step", "nfe": fast.nfe, "images": n, **learnt, **speed(fast)},
+    ]
+    write_json(out / "eval.json", {"hardware": hardware(fast.device), "rows": rows})
+    picture = side_by_side(slow, fast)
+    write_atomic(out / "teacher-student.png", lambda p: p.write_bytes(data.png(picture, zoom=2)))
+    page = report([out], out / "report.html")
+
+    print_rows(rows)
+    console.print(
+        f"{(time.perf_counter() - began) / 60:.1f} minutes. Look at [bold]{page.resolve()}[/]", soft_wrap=True
+    )
+    console.print(
+        "Next: distmatch sample mnist (the student that ships, distilled for longer), distmatch demo toy2d (Figure 3),\n"
+        f"      distmatch train mnist terms=[regress] --out {runs / 'regress'} (an ablation), distmatch teach IMAGES"
+    )
+
+
+def teacher_device(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def side_by_side(teacher: Pipeline, student: Pipeline, columns: int = 10, seed: int = 2):
+    """Rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
+    classes = len(teacher.info.classes)
+    label = torch.arange(4 * columns) % classes
+    z = rng.noise(seed, range(4 * columns), teacher.info.shape).to(teacher.device)
+    cond = Cond(label=label.to(teacher.device)) if classes else None
+    images = [data.to_uint8(p.sample(z, cond)).cpu().split(columns) for p in (teacher, student)]
+    rows = [row for pair in zip(*images, strict=True) for row in pair]
+    return data.grid(torch.cat(rows), columns=columns)
+
+
+DEMOS = {"mnist": mnist, "toy2d": toy2d}

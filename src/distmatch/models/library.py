@@ -1,0 +1,48 @@
+"""Models by name or path: `mnist` and other models of the package, a model folder, a run's folder, `mixture:NAME`."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from distmatch.denoiser import Denoiser
+from distmatch.models.folder import Info, load_model
+from distmatch.models.mixture import MIXTURES
+
+ASSETS = Path(str(resources.files("distmatch"))) / "assets"
+
+
+def find_model(name: str, kind: Literal["teacher", "student"]) -> tuple[Denoiser, Info]:
+    """The model called `name`.
+
+    Args:
+        name: `mixture:NAME` (exact Gaussian mixture), a folder (of a model, or of a run, which has one in `model/`), or
+            the name of a model in the package, which has a teacher and a student each.
+        kind: which of the two is wanted.
+
+    Raises `ValueError` when nothing of that name exists, or when it is of the other kind.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme == "mixture":
+        if rest not in MIXTURES:
+            raise ValueError(f"mixture {rest!r} is unknown; expected one of {', '.join(MIXTURES)}")
+        mixture = MIXTURES[rest]()
+        return mixture, Info(shape=(mixture.dim,))
+    denoiser, info = load_model(model_folder(name, kind))
+    if (info.t is None) != (kind == "teacher"):
+        have = "teacher" if info.t is None else "one-step student"
+        raise ValueError(f"{name} is a {have}; a {kind} is needed here")
+    return denoiser, info
+
+
+def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
+    """Where the model called `name` lies; see `find_model`."""
+    folder = Path(name)
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").exists():
+            return candidate
+    if folder.is_dir() and (folder / "checkpoints").is_dir():
+        raise ValueError(f"{name} is an unfinished run: it has no model/ yet; run its command again to continue it")
+    if (ASSETS / name / kind / "config.json").exists():
+        return ASSETS / name / kind
+    known = ", ".join(sorted(p.parent.parent.name for p in ASSETS.glob(f"*/{kind}/config.json")))
+    raise ValueError(f"{kind} {name!r} is neither a model folder nor a run; the package has {known or 'none'}")

@@ -1,0 +1,289 @@
+"""What the commands do: objects put together, progress shown, results written, the next step named."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from distmatch import build, data
+from distmatch.checkpoint import write_atomic, write_json
+from distmatch.config import Recipe, dump, parse_recipe
+from distmatch.denoiser import Denoiser, Prediction
+from distmatch.evaluation import evaluate as measure
+from distmatch.evaluation import hardware, speed
+from distmatch.features import Reference, load_reference, reference
+from distmatch.models.classifier import Classifier, train_classifier
+from distmatch.models.folder import Info
+from distmatch.models.library import ASSETS, find_model
+from distmatch.models.unet import UNet
+from distmatch.optim import Optimizer
+from distmatch.pairs import PairStore
+from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline
+from distmatch.progress import progress
+from distmatch.schedule import EDM
+from distmatch.teach import Teaching
+from distmatch.train import Plan, train
+
+console = Console()
+
+FREE = {"log", "checkpoint", "evaluate", "device", "description"}
+"""Entries of a recipe that may change when a run continues: they don't touch the result."""
+
+
+def distil(recipe: Recipe, out: Path, runs: Path) -> None:
+    """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`."""
+    _same_recipe(recipe, out)
+    teacher, info = build.teacher(recipe)
+    pairs = build.pair_store(recipe, teacher, info, runs) if "regress" in recipe.terms else None
+    distiller = build.distiller(recipe, teacher, info, pairs)
+    write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
+
+    figures = None
+    if recipe.evaluate.every and recipe.evaluate.features:
+        classifier, real = features(recipe.evaluate.features)
+        classifier.to(distiller.device)
+
+        def figures() -> dict[str, float]:
+            student = DistilledPipeline(distiller.ema.network, distiller.info)
+            return measure(student, classifier, real, n=recipe.evaluate.images, seed=recipe.seed + 1, full=False)
+
+    plan = Plan(
+        recipe.steps,
+        log_every=recipe.log.every,
+        save_every=recipe.checkpoint.every,
+        preview_every=recipe.log.preview,
+        evaluate_every=recipe.evaluate.every,
+        keep=recipe.checkpoint.keep,
+    )
+    config = recipe.model_dump(mode="json")
+    train(distiller, out, plan, evaluate=figures, trackers=recipe.log.track, config=config, title=recipe.name)
+    console.print(f"The student is in [bold]{out / 'model'}[/]. Next: distmatch sample {out}, distmatch report {out}")
+
+
+def _same_recipe(recipe: Recipe, out: Path) -> None:
+    """Refuse to continue a run with another recipe, naming every difference."""
+    file = out / "recipe.yaml"
+    if not file.exists():
+        return
+    before = flat(parse_recipe(yaml.safe_load(file.read_text()), str(file)).model_dump(mode="json"))
+    now = flat(recipe.model_dump(mode="json"))
+    changed = [k for k in now if now[k] != before.get(k) and k.split(".")[0] not in FREE]
+    if changed:
+        lines = "\n".join(f"  {k}: {before.get(k)} there, {now[k]} here" for k in changed)
+        raise ValueError(f"{out} is a run of another recipe:\n{lines}\nChoose another folder with --out, or delete it")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict with dotted keys."""
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
+
+
+def teach(
+    images: Path,
+    out: Path,
+    *,
+    network: dict[str, Any],
+    steps: int,
+    batch: int,
+    lr: float,
+    split: str,
+    label_dropout: float,
+    flip: bool,
+    ema: float,
+    precision: str,
+    seed: int,
+    save_every: int,
+    preview_every: int,
+    device: str,
+) -> None:
+    """`distmatch teach`: a teacher trained on `images`, into `out`."""
+    with console.status(f"reading {images}"):
+        real = data.load_images(images, split)
+    shape = tuple(real.pixels.shape[1:])
+    multiple = network["patch"] * 2 ** (len(network["widths"]) - 1)
+    if shape[1] % multiple or shape[2] % multiple:
+        raise ValueError(
+            f"images of {shape[1]}x{shape[2]} don't fit this network: the sides must be multiples of {multiple} "
+            "(patch * 2 ** (levels - 1)); change --patch or --widths"
+        )
+    console.print(f"{len(real):,} images {shape[1]}x{shape[2]}, {len(real.classes) or 'no'} classes")
+    torch.manual_seed(seed)  # the initial weights
+    net = UNet(channels=shape[0], classes=len(real.classes), **network)
+    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(device)).train()
+    settings = {
+        "images": images.name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr, "ema": ema,
+        "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed, "objective": "EDM",
+    }  # fmt: skip
+    task = Teaching(
+        denoiser,
+        real,
+        Optimizer(denoiser.parameters(), lr=lr, weight_decay=0.0, warmup=200, steps=steps, decay=0.3, clip=1.0),
+        info=Info(shape, real.classes, card={"teach": settings}),
+        batch=batch,
+        seed=seed,
+        ema=ema,
+        label_dropout=label_dropout,
+        flip=flip,
+        precision=precision,
+    )
+    plan = Plan(steps, log_every=50, save_every=save_every, preview_every=preview_every)
+    train(task, out, plan, config=settings, title="teach")
+    console.print(
+        f"The teacher is in [bold]{out / 'model'}[/]. Next: distmatch sample {out} --steps 18, "
+        f"distmatch train mnist teacher={out} evaluate.every=0"
+    )
+
+
+def pairs(recipe: Recipe, runs: Path) -> None:
+    """`distmatch pairs build`."""
+    teacher, info = build.teacher(recipe)
+    size = recipe.pairs.count * _numel(info.shape) * (4 if recipe.pairs.dtype == "float32" else 2)
+    folder = build.pairs_folder(recipe, teacher, runs)
+    console.print(f"{recipe.pairs.count:,} pairs, {size / 1e6:,.0f} MB, in {folder}")
+    build.pair_store(recipe, teacher, info, runs)
+
+
+def verify(folder: Path) -> None:
+    """`distmatch pairs verify`."""
+    store = PairStore.open(folder)
+    with progress("verify", len(store), unit="pair") as advance:
+        store.verify(advance)
+    console.print(f"{folder}: {len(store):,} pairs, every byte as it was written, noise regenerated and equal")
+
+
+def features(name: str) -> tuple[Classifier, Reference]:
+    """The classifier called `name` (a folder, or one of the package) with the reference that lies beside it."""
+    folder = Path(name) if (Path(name) / "classifier").is_dir() else ASSETS / name
+    if not (folder / "classifier").is_dir():
+        raise ValueError(f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package")
+    return Classifier.load(folder / "classifier"), load_reference(folder / "reference.safetensors")
+
+
+def pipeline(model: str, steps: int | None, guidance: float, device: str) -> Pipeline:
+    """The student called `model`, or its teacher when Heun `steps` are given."""
+    if steps is None:
+        denoiser, info = find_model(model, "student")
+        return DistilledPipeline(denoiser.to(build.device(device)), info)
+    denoiser, info = find_model(model, "teacher")
+    return TeacherPipeline(denoiser.to(build.device(device)), info, steps=steps, guidance=guidance)
+
+
+def sample(
+    model: str,
+    out: Path,
+    n: int,
+    seed: int,
+    label: str | None,
+    steps: int | None,
+    guidance: float,
+    batch: int,
+    device: str,
+) -> None:
+    """`distmatch sample`: `grid.png` and `000000.png` ... in `out`."""
+    pipe = pipeline(model, steps, guidance, device)
+    labels = (
+        int(label) if label is not None and label not in pipe.info.classes and label.lstrip("-").isdigit() else label
+    )
+    with progress("sample", n, unit="image") as advance:
+        pixels = pipe(n, labels=labels, seed=seed, batch=batch, progress=advance).pixels
+    sheet = data.grid(pixels, columns=max(1, min(len(pipe.info.classes) or 8, n)))
+    write_atomic(out / "grid.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        write_atomic(out / f"{i:06d}.png", lambda p, image=image: p.write_bytes(data.png(image)))
+    console.print(
+        f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in [bold]{out}[/]; see {out / 'grid.png'}"
+    )
+
+
+def evaluate(
+    model: str,
+    n: int,
+    seed: int,
+    steps: int | None,
+    guidance: float,
+    feature_name: str,
+    real: Path | None,
+    batch: int,
+    out: Path | None,
+    device: str,
+) -> None:
+    """`distmatch eval`."""
+    pipe = pipeline(model, steps, guidance, device)
+    classifier, ref = features(feature_name)
+    classifier.to(pipe.device)
+    if real is not None:
+        ref = reference(data.load_images(real), classifier)
+    with progress(f"eval {model}", n, unit="image") as advance:
+        figures = measure(pipe, classifier, ref, n=n, seed=seed, batch=batch, progress=advance)
+    row = {
+        "name": row_name(model, pipe.nfe),
+        "nfe": pipe.nfe,
+        "images": n,
+        "seed": seed,
+        **figures,
+        **speed(pipe, batch),
+    }
+    print_rows([row])
+    result = {"hardware": hardware(pipe.device), "reference": ref.source, "rows": [row]}
+    if out is not None:
+        write_json(out, result)
+    else:
+        print(json.dumps(result))
+
+
+def row_name(model: str, nfe: int) -> str:
+    return f"{model}, {nfe} evaluation{'s' if nfe > 1 else ''}"
+
+
+COLUMNS = {
+    "name": ("model", "{}"),
+    "nfe": ("NFE", "{}"),
+    "images": ("images", "{:,}"),
+    "ms_per_image": ("ms/image", "{:.1f}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "frechet": ("Frechet", "{:.2f}"),
+    "kernel_distance": ("kernel", "{:.4f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "accuracy": ("class accuracy", "{:.3f}"),
+}
+"""Figures of a row: heading and format."""
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Evaluation rows as a table; columns that no row has are left out."""
+    shown = [key for key in COLUMNS if any(key in row for row in rows)]
+    table = Table(*(COLUMNS[key][0] for key in shown))
+    for row in rows:
+        table.add_row(*(COLUMNS[key][1].format(row[key]) if key in row else "-" for key in shown))
+    console.print(table)
+
+
+def classifier(images: Path, out: Path, steps: int, batch: int, lr: float, seed: int) -> None:
+    """`distmatch classifier`: an evaluation classifier and the reference statistics of its training images."""
+    with console.status(f"reading {images}"):
+        real, test = data.load_images(images, "train"), data.load_images(images, "test")
+    began = time.perf_counter()
+    with progress("classifier", steps, unit="step") as advance:
+        net = train_classifier(real, test, steps=steps, batch=batch, lr=lr, seed=seed, progress=advance)
+    net.save(out / "classifier")
+    reference(real, net, cache=None).save(out / "reference.safetensors")
+    console.print(
+        f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in [bold]{out}[/]. "
+        f"Next: distmatch eval MODEL --features {out}"
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
