@@ -66,7 +66,7 @@ def pair_store(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> Pa
     folder, spec = pairs_folder(recipe, denoiser, runs), pair_spec(recipe, denoiser, info)
     with progress("pairs", spec.count, unit="pair") as advance:
         build(folder, spec, denoiser, batch=recipe.pairs.batch, device=device(recipe.device), progress=advance)
-    return PairStore.open(folder, spec.fingerprint)
+    return PairStore.open(folder, spec.fingerprint, spec.count)
 
 
 def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore | None) -> Distiller:

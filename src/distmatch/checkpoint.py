@@ -106,13 +106,17 @@ class Checkpoints:
                         f"{path} holds {', '.join(sorted(header['tree']))}; this run needs "
                         f"{', '.join(sorted(self.parts))}. It belongs to another recipe: choose another output folder"
                     )
-                for name, part in self.parts.items():
-                    part.load_state_dict(_unflatten(header["tree"][name], file))
+                states = {name: _unflatten(tree, file) for name, tree in header["tree"].items()}
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}). Delete it to continue from the checkpoint before it, "
                 f"or from the beginning if there is none"
             ) from error
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(states[name])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} does not fit this run's networks: {error}") from error
         return header["step"], header["meta"]
 
 

@@ -103,7 +103,7 @@ def teach(
     steps: int = 10_000,
     batch: int = 128,
     lr: float = 1e-3,
-    widths: tuple[int, ...] = (32, 64),
+    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (32, 64),
     blocks: int = 1,
     patch: int = 2,
     split: str = "train",

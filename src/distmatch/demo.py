@@ -10,7 +10,6 @@ from distmatch.checkpoint import write_atomic, write_json
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond
 from distmatch.evaluation import evaluate, hardware, score, speed
-from distmatch.pairs import PairStore
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline
 from distmatch.progress import progress
 from distmatch.report import report
@@ -29,7 +28,7 @@ def mnist(out: Path, runs: Path) -> None:
     distil(recipe, out, runs)
 
     teacher, info = build.teacher(recipe)
-    pairs = PairStore.open(build.pairs_folder(recipe, teacher, runs))
+    pairs = build.pair_store(recipe, teacher, info, runs)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
     fast = DistilledPipeline.from_pretrained(out, teacher_device(teacher))
     classifier, real = features("mnist")

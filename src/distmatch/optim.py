@@ -54,3 +54,8 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state)
+        # The fused update walks raw memory: moments must be laid out like their weights (channels-last), not as saved.
+        for parameter, moments in self.adamw.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)

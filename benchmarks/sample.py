@@ -1,0 +1,57 @@
+"""Images per second of the one-step pipeline against its bare network at the same batch, which is the limit.
+
+    uv run python benchmarks/sample.py [model] [batch ...]
+
+The pipeline draws noise per sample, runs the network once and rounds to 8 bits on the host.
+"""
+
+import sys
+import time
+from statistics import median
+
+import torch
+
+from distmatch.denoiser import Cond
+from distmatch.evaluation import hardware
+from distmatch.pipeline import DistilledPipeline
+
+SECONDS = 6.0
+
+
+def main() -> None:
+    model, *batches = sys.argv[1:] or ["mnist"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = DistilledPipeline.from_pretrained(model, device)
+    print({**hardware(device), "model": model})
+    print("batch   pipeline images/s   bare images/s   ratio")
+    for batch in map(int, batches or ["64", "256"]):
+        z = torch.randn(batch, *pipe.info.shape, device=device)
+        classes = len(pipe.info.classes)
+        cond = Cond(label=torch.arange(batch, device=device) % classes) if classes else None
+        noise = torch.zeros(batch, device=device)
+
+        @torch.inference_mode()
+        def bare(z=z, noise=noise, cond=cond) -> None:
+            pipe.denoiser.net(z, noise, cond)
+
+        ours, limit = timed(lambda batch=batch: pipe(batch, batch=batch), bare, device=device)
+        print(f"{batch:5d} {batch / ours:19,.0f} {batch / limit:15,.0f} {limit / ours:7.3f}")
+    print(f"ratio {limit / ours:.3f}")
+
+
+def timed(*work, device: torch.device) -> list[float]:
+    """Median seconds of each, taken in turn."""
+    seconds: list[list[float]] = [[] for _ in work]
+    began = time.perf_counter()
+    while time.perf_counter() - began < SECONDS:
+        for run, kept in zip(work, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            kept.append(time.perf_counter() - start)
+    return [median(kept[1:]) for kept in seconds]
+
+
+if __name__ == "__main__":
+    main()

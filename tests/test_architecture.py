@@ -1,0 +1,77 @@
+"""The house of ARCHITECTURE.md: imports go downward only, files stay small, heavy imports wait."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import distmatch
+
+ROOT = Path(distmatch.__file__).parent
+
+# Floors from the top down; a module may import only from floors below its own.
+FLOORS = [
+    ["cli"],
+    ["demo"],
+    ["run", "toy2d"],
+    ["build", "report"],
+    ["train", "evaluation"],
+    ["distill", "teach", "pipeline"],
+    ["pairs", "features"],
+    ["models.library"],
+    ["models.folder"],
+    ["models.unet", "models.mlp", "models.mixture", "models.classifier", "losses", "sampler", "metrics"],
+    ["denoiser"],
+    ["schedule", "log"],
+    ["config", "rng", "data", "ema", "optim", "clock", "checkpoint", "progress"],
+]
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+
+
+def modules() -> dict[str, Path]:
+    files = [p for p in ROOT.rglob("*.py") if p.name != "__init__.py"]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "distmatch":
+            base = (node.module or "").removeprefix("distmatch").removeprefix(".")
+            for alias in node.names:
+                deeper = f"{base}.{alias.name}".removeprefix(".")
+                found.add(deeper if deeper in FLOOR else base)
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("distmatch.") for a in node.names if a.name.startswith("distmatch.")}
+    return found
+
+
+def test_every_module_has_a_floor():
+    assert set(modules()) == set(FLOOR)
+
+
+def test_imports_go_downward_only():
+    upward = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        for other in imports(path)
+        if FLOOR[other] <= FLOOR[name]
+    ]
+    assert not upward
+
+
+def test_no_file_is_over_500_lines_and_a_step_reads_in_under_900():
+    lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert max(lines.values()) <= 500
+    assert sum(lines[m] for m in ("train", "distill", "losses", "denoiser", "schedule")) < 900
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from distmatch.cli import app; app.help_print([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, distmatch; assert 'torch' not in sys.modules; distmatch.DistilledPipeline; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

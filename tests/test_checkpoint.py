@@ -1,0 +1,74 @@
+"""Checkpoints: atomic, exact, pruned, and clear about damage."""
+
+import pytest
+import tiny
+import torch
+
+from distmatch.checkpoint import Checkpoints, write_atomic
+from distmatch.optim import Optimizer
+
+
+def trained(steps: int):
+    network = tiny.teacher().requires_grad_(True)
+    optimizer = Optimizer(network.parameters(), lr=1e-2, warmup=3)
+    for i in range(steps):
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(i))
+        network(x, torch.ones(4)).square().mean().backward()
+        optimizer.step(i)
+    return network, optimizer
+
+
+def test_loading_continues_bit_for_bit(tmp_path):
+    network, optimizer = trained(3)
+    Checkpoints(tmp_path, {"network": network, "optimizer": optimizer}).save(3, {"seconds": 1.5})
+    other, other_optimizer = trained(0)
+    loaded = Checkpoints(tmp_path, {"network": other, "optimizer": other_optimizer}).load()
+    assert loaded == (3, {"seconds": 1.5})
+    for pair in ((network, optimizer), (other, other_optimizer)):
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+        pair[0](x, torch.ones(4)).square().mean().backward()
+        pair[1].step(3)
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_last_n_and_the_best_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(1, 1)}, keep=2)
+    for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)):
+        checkpoints.mark_best(step, score)
+        checkpoints.save(step)
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.best() == {"step": 2, "score": 1.0}
+
+
+def test_damage_is_named_with_what_to_do(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
+    path = checkpoints.save(7)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"step-00000007.safetensors is damaged.*Delete it to continue"):
+        checkpoints.load()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints.load()
+
+
+def test_parts_of_another_run_are_refused(tmp_path):
+    Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)}).save(1)
+    with pytest.raises(ValueError, match="holds network; this run needs fake, network"):
+        Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4), "fake": torch.nn.Linear(4, 4)}).load()
+    with pytest.raises(ValueError, match="does not fit this run"):
+        Checkpoints(tmp_path, {"network": torch.nn.Linear(5, 4)}).load()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "file"
+    write_atomic(file, lambda p: p.write_text("old"))
+
+    def fail(path):
+        path.write_text("half")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_atomic(file, fail)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,70 @@
+"""Recipes: strict keys, overrides, errors that name the nearest neighbour."""
+
+import pytest
+import yaml
+
+from distmatch.config import Recipe, dump, load_recipe, parse_recipe, recipes
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_shipped_recipes_are_complete_and_survive_a_round_trip(name):
+    recipe = load_recipe(name)
+    assert recipe.description
+    assert parse_recipe(yaml.safe_load(dump(recipe)), "dump") == recipe
+
+
+def test_every_number_of_the_demo_stands_in_its_file():
+    written = yaml.safe_load(recipes()["mnist"].read_text())
+    fields = set(Recipe.model_fields) - {"name"}
+    assert fields <= set(written)
+    for group in ("student", "match", "regress", "pairs", "generator", "critic", "log", "checkpoint", "evaluate"):
+        assert set(Recipe.model_fields[group].annotation.model_fields) <= set(written[group]), group
+
+
+def test_overrides_reach_nested_entries_with_yaml_types():
+    recipe = load_recipe("mnist", ["terms=[match]", "match.weighting=dreamfusion", "generator.lr=1e-4", "seed=7"])
+    assert recipe.terms == ["match"]
+    assert recipe.match.weighting == "dreamfusion"
+    assert recipe.generator.lr == pytest.approx(1e-4)
+    assert recipe.seed == 7
+    assert load_recipe("mnist", ["terms=regress"]).terms == ["regress"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("match.wieghting=eq8", r"unknown key 'match.wieghting'; did you mean 'weighting'\?"),
+        ("step=10", r"unknown key 'step'; did you mean 'steps'\?"),
+        ("match.weighting=eq9", r"match.weighting = 'eq9'.*'algorithm2', 'eq8', 'dreamfusion' or 'prolificdreamer'"),
+        ("steps=0", r"steps = 0: input should be greater than 0"),
+        ("steps", r"override 'steps' is not of the form key=value"),
+        ("seed.x=1", r"seed is a value, not a group"),
+        ("generator.lr=fast", r"generator.lr = 'fast'"),
+    ],
+)
+def test_bad_overrides_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("mnist", [override])
+
+
+def test_unknown_and_broken_recipes_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe 'mnits' is unknown; did you mean 'mnist'\?"):
+        load_recipe("mnits")
+    with pytest.raises(ValueError, match=r"recipe file .*nowhere.yaml does not exist"):
+        load_recipe(str(tmp_path / "nowhere.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_recipe(str(broken))
+    broken.write_text("- 1")
+    with pytest.raises(ValueError, match="holds no recipe"):
+        load_recipe(str(broken))
+    broken.write_text("steps: 3")
+    with pytest.raises(ValueError, match="'teacher' is missing"):
+        load_recipe(str(broken))
+
+
+def test_a_recipe_file_is_named_after_itself(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("teacher: mnist\nsteps: 3\n")
+    assert load_recipe(str(file)).name == "mine"

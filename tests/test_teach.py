@@ -1,0 +1,107 @@
+"""`distmatch teach`: learns, and is interrupted without loss."""
+
+import json
+import signal
+import time
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from distmatch import log, rng
+from distmatch.data import load_images
+from distmatch.denoiser import Denoiser, Prediction
+from distmatch.losses import denoising_loss
+from distmatch.models.folder import Info, load_model
+from distmatch.models.unet import UNet
+from distmatch.optim import Optimizer
+from distmatch.schedule import EDM
+from distmatch.teach import Teaching
+
+SMALL = ("--widths", 8, 16, "--batch", 8, "--steps", 60, "--save-every", 5, "--preview-every", 0)
+
+
+def test_the_step_is_edms_objective(tmp_path):
+    """One step against the loss written out anew, from the same draws."""
+    images = load_images(tiny.image_folder(tmp_path))
+    torch.manual_seed(0)
+    denoiser = Denoiser(UNet(1, 2, widths=(8, 16)), EDM(), Prediction("edm")).train()
+    task = Teaching(denoiser, images, Optimizer(denoiser.parameters(), lr=1e-3), info=Info((1, 8, 8)), batch=4)
+    generator = rng.stream("cpu", 0, "teach", 0)
+    rows = torch.from_numpy(rng.shuffled(0, len(images), 0, 4))
+    x = images.pixels[rows].double() / 127.5 - 1
+    torch.rand(4, generator=generator)
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(4, generator=generator)).double()[:, None, None, None]
+    x_t = x + sigma * torch.randn(x.shape, generator=generator).double()
+    from distmatch.denoiser import Cond
+
+    network = denoiser.net(
+        (x_t / (sigma**2 + 0.25).sqrt()).float(), sigma.flatten().float().log() / 4, Cond(label=images.labels[rows])
+    ).double()
+    x0 = 0.25 / (sigma**2 + 0.25) * x_t + 0.5 * sigma / (sigma**2 + 0.25).sqrt() * network
+    expected = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * (x0 - x) ** 2).mean()
+    assert task.step(0)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_denoising_loss_weights_each_sample():
+    x0, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 2)
+    assert denoising_loss(x0, x, torch.tensor([1.0, 10.0])).item() == pytest.approx((1 + 4 + 90 + 160) / 4)
+
+
+def test_killed_and_continued_equals_undisturbed(tmp_path):
+    """SIGKILL in the middle, the same command again: the same weights, bit for bit, and one line per logged step."""
+    images = tiny.image_folder(tmp_path / "images")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert tiny.command("teach", images, "-o", straight, *SMALL).returncode == 0
+    process = tiny.start("teach", images, "-o", broken, *SMALL)
+    while not list((broken / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "model").exists()
+    assert tiny.command("teach", images, "-o", broken, *SMALL).returncode == 0
+    for part in ("model/model.safetensors", "checkpoints/step-00000060.safetensors"):
+        a, b = load_file(straight / part), load_file(broken / part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a), part
+    steps = [[line["step"] for line in log.read(run / "log.jsonl")] for run in (straight, broken)]
+    assert sorted(set(steps[1])) == steps[1]
+    assert steps[0][-1] == steps[1][-1] == 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    images = tiny.image_folder(tmp_path / "images")
+    process = tiny.start("teach", images, "-o", tmp_path / "run", *SMALL[:-3], 1000, "--steps", 100_000)
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"stopped by {number.name} after step" in errors
+    assert "to go on: " in errors
+    assert "Traceback" not in errors
+    saved = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert f"after step {int(saved.stem.removeprefix('step-'))} of 100000" in errors
+
+
+def test_mistakes_are_told_without_a_traceback(tmp_path):
+    missing = tiny.command("teach", tmp_path / "nowhere")
+    assert missing.returncode == 2
+    assert "nowhere does not exist; expected a folder or an archive of images" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_the_model_folder_says_how_it_was_made(tmp_path):
+    images = tiny.image_folder(tmp_path / "images")
+    done = tiny.command("teach", images, "-o", tmp_path / "run", "--widths", 8, 16, "--steps", 2, "--batch", 4)
+    assert done.returncode == 0, done.stderr
+    denoiser, info = load_model(tmp_path / "run" / "model")
+    assert info.classes == ("dark", "light")
+    assert info.t is None
+    assert info.card["teach"]["steps"] == 2
+    assert denoiser(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
+    json.loads((tmp_path / "run" / "model" / "config.json").read_text())

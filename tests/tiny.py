@@ -1,0 +1,85 @@
+"""Small things to test with: a teacher of a few thousand weights on 8x8 images, a recipe of a few steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from distmatch.denoiser import Denoiser, Prediction
+from distmatch.models.folder import Info, save_model
+from distmatch.models.unet import UNet
+from distmatch.schedule import EDM
+
+INFO = Info(shape=(1, 8, 8), classes=("a", "b", "c"))
+
+
+def teacher(seed: int = 0) -> Denoiser:
+    """A random network whose outputs depend on everything: no layer is left at its zero start."""
+    torch.manual_seed(seed)
+    net = UNet(channels=1, classes=3, widths=(8, 16), blocks=1, patch=2)
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return Denoiser(net, EDM(), Prediction("edm")).eval()
+
+
+def teacher_folder(folder: Path, seed: int = 0) -> Path:
+    save_model(folder, teacher(seed), INFO)
+    return folder
+
+
+def recipe_file(folder: Path, **changes) -> Path:
+    """`tiny.yaml` in `folder`, with its teacher; `changes` replace top-level entries."""
+    tree = {
+        "teacher": str(teacher_folder(folder / "teacher")),
+        "steps": 12,
+        "match": {"batch": 4},
+        "regress": {"batch": 4, "weight": 1.0},
+        "pairs": {"count": 24, "steps": 3, "shard": 10, "batch": 5},
+        "generator": {"lr": 1e-3, "warmup": 3, "decay": 0.5},
+        "critic": {"lr": 1e-3, "warmup": 3, "decay": 0.5},
+        "log": {"every": 2},
+        "checkpoint": {"every": 4},
+        **changes,
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def image_folder(folder: Path, per_class: int = 8) -> Path:
+    """`train/` and `test/` with two classes that differ in brightness."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number, name in enumerate(("dark", "light")):
+            target = folder / split / name
+            target.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 100, (8, 8), dtype=np.uint8) + np.uint8(120 * number)
+                Image.fromarray(pixels).save(target / f"{i}.png")
+    return folder
+
+
+def command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run `distmatch ...` in a process of its own."""
+    return subprocess.run(_argv(arguments), capture_output=True, text=True, env=_environment(), timeout=120, **options)
+
+
+def start(*arguments: object, **options) -> subprocess.Popen[str]:
+    """Start `distmatch ...` and leave it running."""
+    return subprocess.Popen(
+        _argv(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), **options
+    )
+
+
+def _argv(arguments: tuple[object, ...]) -> list[str]:
+    return [sys.executable, "-m", "distmatch", *map(str, arguments)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
