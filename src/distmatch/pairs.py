@@ -205,9 +205,9 @@ class PairStore:
         y, meta = shards[0]
         if meta["noise_sha256"] != _digest(spec.noise(range(len(y)))):
             raise ValueError(
-                f"{folder}: the noise regenerated for its first shard is not what the teacher saw. The store was made "
-                f"with torch {versions['torch']}, this is {version('torch')}: "
-                "use that version, or build the pairs anew in another folder"
+                f"{_path(folder, 0)}: the noise regenerated for it is not what the teacher saw. The store was made "
+                f"with torch {versions['torch']}, this is {version('torch')}. If they differ, use that version or "
+                f"build the pairs anew in another folder; if not, the file is damaged. {REBUILD}"
             )
         return PairStore(folder, spec, [y.numpy() for y, _ in shards])
 
