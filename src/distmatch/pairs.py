@@ -116,7 +116,7 @@ def fingerprint(teacher: Denoiser) -> str:
 
     The device and the memory layout of the weights do not enter.
     """
-    weights = {k: [str(v.dtype), list(v.shape), _digest(v)] for k, v in teacher.net.state_dict().items()}
+    weights = {k: [str(v.dtype), list(v.shape), _digest(v)] for k, v in teacher.state_dict().items()}
     config = {"schedule": schedules.to_config(teacher.schedule), "prediction": asdict(teacher.prediction)}
     return _json_digest({**config, "weights": weights})
 

@@ -164,7 +164,8 @@ def features(name: str) -> tuple[Classifier, Reference]:
     folder = Path(name) if (Path(name) / "classifier").is_dir() else ASSETS / name
     if not (folder / "classifier").is_dir():
         raise ValueError(f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package")
-    return Classifier.load(folder / "classifier"), load_reference(folder / "reference.safetensors")
+    net = Classifier.load(folder / "classifier")
+    return net, load_reference(folder / "reference.safetensors", net)
 
 
 def pipeline(model: str, steps: int | None, guidance: float, device: str) -> Pipeline:
@@ -220,7 +221,9 @@ def evaluate(
     classifier, ref = features(feature_name)
     classifier.to(pipe.device)
     if real is not None:
-        ref = reference(data.load_images(real), classifier)
+        with console.status(f"reading {real}"):
+            images = data.load_images(real)
+        ref = reference(images, classifier, source=str(real))
     with progress(f"eval {model}", n, unit="image") as advance:
         figures = measure(pipe, classifier, ref, n=n, seed=seed, batch=batch, progress=advance)
     row = {
@@ -275,7 +278,7 @@ def classifier(images: Path, out: Path, steps: int, batch: int, lr: float, seed:
     with progress("classifier", steps, unit="step") as advance:
         net = train_classifier(real, test, steps=steps, batch=batch, lr=lr, seed=seed, progress=advance)
     net.save(out / "classifier")
-    reference(real, net, cache=None).save(out / "reference.safetensors")
+    reference(real, net, cache=None, source=f"{images.name}, train").save(out / "reference.safetensors")
     console.print(
         f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in [bold]{out}[/]. "
         f"Next: distmatch eval MODEL --features {out}"

@@ -116,7 +116,7 @@ class Flow:
         return _linspace(self.t_max, self.t_min, n)
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(x, eps, expand(t, x))
+        return expand(1 - t, x) * x + expand(t, x) * eps
 
 
 Schedule = EDM | VP | Flow

@@ -1,0 +1,178 @@
+"""A small convolutional classifier of 8-bit images: its accuracy and its feature space are what models are measured in.
+
+Frechet distances in its features order models of one data set among themselves. They are not FID, which means the
+features of one particular Inception network (Heusel et al. 2017, arXiv 1706.08500), and don't compare with it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distmatch import data, rng
+from distmatch.checkpoint import write_atomic, write_json
+from distmatch.data import Images
+from distmatch.optim import Optimizer
+
+FORMAT = "distmatch-classifier-1"
+NETWORK = ("channels", "size", "classes", "widths")
+"""The entries of `config` that the network is built from."""
+
+
+class Classifier(nn.Module):
+    """`(pixels u8[B,C,H,W]) -> logits f[B,K]`, from pixels as they are stored: 0..255, on any device.
+
+    Args:
+        channels: C.
+        size: (H, W).
+        classes: the K class names.
+        widths: channels at the half resolution (two layers) and at the quarter (three); the last is the feature count.
+
+    `config` holds these arguments and, after training, `accuracy` (on the test images, 0..1) and `training`.
+    """
+
+    def __init__(
+        self, channels: int, size: Sequence[int], classes: Sequence[str], widths: Sequence[int] = (16, 32, 64)
+    ):
+        super().__init__()
+        self.config: dict[str, Any] = dict(
+            zip(NETWORK, (channels, list(size), list(classes), list(widths)), strict=True)
+        )
+        first, second, last = widths
+        self.body = nn.Sequential(
+            *_layer(channels, first, kernel=5, stride=2),
+            *_layer(first, second),
+            *_layer(second, last, stride=2),
+            *_layer(last, last),
+            *_layer(last, last),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(last, len(classes))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.both(pixels)[1]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Penultimate activations, f[B,F]: the last layer's channels, averaged over positions."""
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see data.to_uint8")
+        expected = (self.config["channels"], *self.config["size"])
+        if tuple(pixels.shape[1:]) != expected:
+            raise ValueError(
+                f"pixels are {tuple(pixels.shape)}; this classifier takes (batch, C, H, W) = (B, *{expected})"
+            )
+        x = data.to_float(pixels.to(self.head.weight.device))
+        return self.body(x.contiguous(memory_format=torch.channels_last))
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`(features f[B,F], logits f[B,K])` of one evaluation."""
+        features = self.features(pixels)
+        return features, self.head(features)
+
+    def save(self, folder: Path) -> None:
+        """Write `model.safetensors` and `config.json` to `folder`."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
+        write_json(folder / "config.json", {"format": FORMAT, **self.config})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Classifier":
+        """The classifier in `folder`, frozen and in evaluation mode. Nothing in the folder is executed.
+
+        Raises `ValueError` where the folder holds no classifier, is damaged, or needs another version.
+        """
+        file = folder / "config.json"
+        if not file.exists():
+            raise ValueError(f"{folder} is not a classifier: it has no config.json; `distmatch classifier` makes one")
+        try:
+            config = json.loads(file.read_text())
+            if config.pop("format", None) != FORMAT:
+                raise ValueError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
+            net = cls(*(config[key] for key in NETWORK))
+            net.load_state_dict(load_file(folder / "model.safetensors"))
+        except (AttributeError, KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as e:
+            raise ValueError(f"{folder} is damaged: {type(e).__name__}: {e}; train the classifier again") from e
+        net.config = config
+        return net.eval().requires_grad_(False)
+
+
+def train_classifier(
+    images: Images,
+    test: Images,
+    *,
+    steps: int = 3000,
+    batch: int = 128,
+    lr: float = 2e-3,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Classifier:
+    """Train on `images` and measure the accuracy on `test`.
+
+    AdamW, cross entropy, linear warm-up over a tenth of the steps and linear decay to zero; images are shifted at
+    random by up to a fourteenth of their side. The result is frozen, in evaluation mode, and a function of the
+    arguments (and the machine's rounding).
+
+    Args:
+        progress: called with 1 after every step.
+
+    Raises `ValueError` where labels are missing or `test` has other classes or another image shape.
+    """
+    for name, part in (("training", images), ("test", test)):
+        if part.labels is None:
+            raise ValueError(f"the {name} images have no labels; expected one folder per class, split/class/name.png")
+    if (images.classes, images.pixels.shape[1:]) != (test.classes, test.pixels.shape[1:]):
+        raise ValueError(
+            f"training images are {tuple(images.pixels.shape[1:])} of {len(images.classes)} classes, test images "
+            f"{tuple(test.pixels.shape[1:])} of {len(test.classes)}; expected the same shape and the same class names"
+        )
+    assert images.labels is not None
+    channels, *size = images.pixels.shape[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(seed, "classifier"))
+        net = Classifier(channels, size, images.classes)
+    optimizer = Optimizer(net.parameters(), lr=lr, weight_decay=0.05, warmup=steps // 10, steps=steps, decay=0.9)
+    for step in range(steps):
+        rows = torch.from_numpy(rng.shuffled(seed, len(images), step * batch, batch))
+        pixels = _shifted(images.pixels[rows], min(size) // 14, rng.stream("cpu", seed, "shift", step))
+        F.cross_entropy(net(pixels), images.labels[rows]).backward()
+        optimizer.step(step)
+        if progress is not None:
+            progress(1)
+    net.eval().requires_grad_(False)
+    training = {"images": len(images), "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    net.config |= {"accuracy": accuracy(net, test), "training": training}
+    return net
+
+
+@torch.inference_mode()
+def accuracy(classifier: Classifier, images: Images, batch: int = 500) -> float:
+    """The share of labelled `images` whose class is recognised, 0..1."""
+    assert images.labels is not None
+    right = sum(
+        int((classifier(pixels).argmax(1).cpu() == labels).sum())
+        for pixels, labels in zip(images.pixels.split(batch), images.labels.split(batch), strict=True)
+    )
+    return right / len(images)
+
+
+def _layer(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def _shifted(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to `most` pixels either way, its edges repeated."""
+    b, c, h, w = pixels.shape
+    down, right = torch.randint(-most, most + 1, (2, b, 1), generator=generator)
+    rows = (torch.arange(h) + down).clamp(0, h - 1)
+    columns = (torch.arange(w) + right).clamp(0, w - 1)
+    index = torch.arange(b)[:, None, None, None], torch.arange(c)[None, :, None, None]
+    return pixels[*index, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,262 @@
+"""The distillation step: gradients against closed forms, the step against Algorithm 1 written out, exact resume."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from distmatch import build, log
+from distmatch.config import load_recipe
+from distmatch.denoiser import Cond
+from distmatch.distill import Distiller, Match
+from distmatch.losses import WEIGHTINGS
+from distmatch.models.mixture import mixture
+from distmatch.schedule import EDM, VP, Flow
+
+
+def one_dimensional(schedule):
+    return mixture(schedule, [[-1.0], [2.0]], [0.3, 0.5], [0.4, 0.6])
+
+
+def kl_gradient(schedule, real, m: float, s: float, t: float) -> torch.Tensor:
+    """d/d(m, s) of KL(N(alpha m, (alpha s)^2 + sigma^2) || q_t), by quadrature: Eq. 1 for the diffused densities."""
+    parameters = torch.tensor([m, s], dtype=torch.float64, requires_grad=True)
+    time = torch.tensor([t], dtype=torch.float64)
+    alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+    x = torch.linspace(-1, 1, 20001, dtype=torch.float64) * (8 * (sigma + alpha) + 4) + alpha * m
+    variance = (alpha * parameters[1]) ** 2 + sigma**2
+    log_fake = -0.5 * ((x - alpha * parameters[0]) ** 2 / variance + torch.log(2 * torch.pi * variance))
+    log_real = real.log_density(x[:, None], time.expand(len(x)))
+    torch.trapezoid(log_fake.exp() * (log_fake - log_real), x).backward()
+    return parameters.grad
+
+
+@pytest.mark.parametrize("schedule", [EDM(sigma_max=10.0), VP(), Flow()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("noise", [0.1, 0.4, 0.8])
+def test_the_matching_gradient_is_the_kl_gradient(schedule, noise):
+    """Eq. 7 with w_t = 1: with exact scores the generator's gradient is that of the diffused KL, at every level.
+
+    The generator is `x = m + s z`; its fake distribution is a Gaussian, its exact score a one-component mixture.
+    """
+    m, s = 0.5, 0.7
+    real, fake = one_dimensional(schedule), mixture(schedule, [[m]], [s])
+    n = 200_000
+    match = Match(
+        real,
+        fake,
+        shape=(1,),
+        classes=0,
+        weighting=lambda x, x0_real, alpha, sigma: (alpha / sigma) ** 2,  # w_t = 1 on the scores of Eq. 7
+        batch=n,
+        min_step=int(1000 * noise),
+        max_step=int(1000 * noise) + 1,
+    )
+    batch = match.draw(0, 0)
+    parameters = torch.tensor([m, s], dtype=torch.float64, requires_grad=True)
+    loss = match.generator(batch, parameters[0] + parameters[1] * batch.z.double())
+    (gradient,) = torch.autograd.grad(loss, parameters)
+    expected = kl_gradient(schedule, real, m, s, batch.t[0].item())
+    assert torch.allclose(gradient, expected, rtol=0.03, atol=0.01 * expected.norm().item() + 1e-4)
+
+
+def test_matching_moves_a_gaussian_onto_a_gaussian():
+    """With exact scores throughout, the fake distribution's mean and spread arrive at the real ones (any weighting)."""
+    schedule = EDM(sigma_max=10.0)
+    real = mixture(schedule, [[1.0]], [0.5])
+    parameters = torch.tensor([-2.0, 1.5], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([parameters], lr=0.05)
+    for step in range(400):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - step / 400)
+        fake = mixture(schedule, [[parameters[0].item()]], [abs(parameters[1].item())])
+        match = Match(real, fake, shape=(1,), classes=0, weighting=WEIGHTINGS["algorithm2"], batch=256)
+        batch = match.draw(0, step)
+        optimizer.zero_grad()
+        match.generator(batch, parameters[0] + parameters[1] * batch.z.double()).backward()
+        optimizer.step()
+    assert parameters[0].item() == pytest.approx(1.0, abs=0.08)
+    assert abs(parameters[1].item()) == pytest.approx(0.5, abs=0.08)
+
+
+def test_guidance_applies_to_the_real_score_alone():
+    schedule = EDM(sigma_max=10.0)
+    real = mixture(schedule, [[-1.0], [2.0]], [0.3, 0.5], labels=[0, 1])
+    fake = mixture(schedule, [[0.0], [0.5]], [1.0, 1.0], labels=[0, 1])
+    match = Match(real, fake, shape=(1,), classes=2, weighting=WEIGHTINGS["dreamfusion"], batch=64, guidance=3.0)
+    batch = match.draw(0, 0)
+    x = batch.z.double().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(match.generator(batch, x), x)
+    x_t = x.detach() + batch.t[:, None] * batch.eps
+    guided = 3 * real(x_t, batch.t, batch.cond) - 2 * real(x_t, batch.t, None)
+    expected = (fake(x_t, batch.t, batch.cond) - guided) / batch.t[:, None] / 64
+    assert torch.allclose(gradient, expected, rtol=1e-5)
+
+
+def test_levels_are_drawn_from_the_papers_bins():
+    match = Match(
+        one_dimensional(EDM()), one_dimensional(EDM()), shape=(1,), classes=0, weighting=WEIGHTINGS["eq8"], batch=20_000
+    )
+    batch = match.draw(0, 0)
+    rho_bins = (
+        0.002 ** (1 / 7) + torch.arange(1000, dtype=torch.float64) / 999 * (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    ) ** 7
+    assert torch.allclose(match.levels.double(), rho_bins, rtol=1e-5)
+    assert batch.t.min() == match.levels[20]
+    assert batch.t.max() == match.levels[979]
+    assert batch.t_fake.min() == match.levels[0]
+    assert batch.t_fake.max() == match.levels[999]
+    counts = torch.bincount((batch.t[:, None] >= match.levels[None, 20:980:96]).sum(1) - 1)
+    assert (counts.float() / 20_000 - 0.1).abs().max() < 0.01  # uniform over bins
+
+
+def distiller(folder, *overrides) -> Distiller:
+    recipe = load_recipe(str(tiny.recipe_file(folder)), list(overrides))
+    teacher, info = build.teacher(recipe)
+    pairs = build.pair_store(recipe, teacher, info, folder / "runs") if "regress" in recipe.terms else None
+    return build.distiller(recipe, teacher, info, pairs)
+
+
+def test_a_step_is_algorithm_1(tmp_path):
+    """Two steps against Algorithm 1 written out with plain AdamW: the same weights of student and fake score."""
+    d = distiller(tmp_path, "generator.warmup=0", "generator.decay=0", "critic.warmup=0", "critic.decay=0")
+    match, regress = d.terms
+    student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.networks[0]))
+    adam = [
+        torch.optim.AdamW(n.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, foreach=False)
+        for n in (student, fake)
+    ]
+    t_max = 80.0 * torch.ones(4)
+    for step in range(2):
+        b, r = match.draw(d.seed, step), regress.draw(d.seed, step)
+        losses = d.step(step)
+
+        x, x_ref = student(80.0 * b.z, t_max, b.cond), student(80.0 * r.z, t_max, r.cond)
+        with torch.no_grad():
+            noisy = x + b.eps * b.t[:, None, None, None]
+            pred_fake, pred_real = fake(noisy, b.t, b.cond), teacher(noisy, b.t, b.cond)
+            grad = (pred_fake - pred_real) / (x - pred_real).abs().mean(dim=[1, 2, 3], keepdim=True)
+        l_kl = 0.5 * nn.functional.mse_loss(x, (x - grad).detach())
+        l_reg = nn.functional.mse_loss(x_ref, r.y)
+        adam[0].zero_grad()
+        (l_kl + 1.0 * l_reg).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 10.0)
+        adam[0].step()
+
+        x = x.detach()
+        sigma = b.t_fake[:, None, None, None]
+        pred = fake(x + b.eps_fake * sigma, b.t_fake, b.cond)
+        l_denoise = ((1 / sigma**2 + 1 / 0.5**2) * (pred - x) ** 2).mean()
+        adam[1].zero_grad()
+        l_denoise.backward()
+        nn.utils.clip_grad_norm_(fake.parameters(), 10.0)
+        adam[1].step()
+
+        assert losses["match"].item() == pytest.approx(l_kl.item(), rel=1e-4)
+        assert losses["regress"].item() == pytest.approx(l_reg.item(), rel=1e-4)
+        assert losses["fake"].item() == pytest.approx(l_denoise.item(), rel=1e-3)
+    for ours, plain in ((d.student, student), (d.fake, fake)):
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_the_student_starts_as_the_teacher_and_the_teacher_stays(tmp_path):
+    d = distiller(tmp_path)
+    teacher = d.terms[0].networks[0]
+    before = copy.deepcopy(teacher.state_dict())
+    z = torch.randn(3, 1, 8, 8)
+    batch = type(d.terms[0].draw(0, 0))(z, Cond(label=torch.tensor([0, 1, 2])))
+    assert torch.equal(d.generate(batch), teacher(80.0 * z, torch.full((3,), 80.0), batch.cond))
+    for index in range(3):
+        d.step(index)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not torch.equal(d.student.net.head.weight, before["net.head.weight"])
+    assert not torch.equal(d.fake.net.head.weight, before["net.head.weight"])
+
+
+@pytest.mark.parametrize("terms", ["[match, regress]", "[match]", "[regress]"])
+def test_accumulation_changes_nothing_but_rounding(tmp_path, terms):
+    whole = distiller(tmp_path, f"terms={terms}", "critic.steps=2")
+    parts = distiller(tmp_path, f"terms={terms}", "critic.steps=2", "accumulate=2")
+    for index in range(2):
+        a, b = whole.step(index), parts.step(index)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].item() == pytest.approx(b[name].item(), rel=1e-3), name
+    for p, q in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=5e-5)
+
+
+def test_ablations_leave_out_what_they_say(tmp_path):
+    assert distiller(tmp_path, "terms=[regress]").fake is None
+    assert set(distiller(tmp_path, "terms=[regress]").step(0)) == {"regress", "gradient_norm"}
+    assert set(distiller(tmp_path, "terms=[match]").step(0)) == {"match", "fake", "gradient_norm", "fake_gradient_norm"}
+    with pytest.raises(ValueError, match=r"match.batch 4 is not a multiple of accumulate 3"):
+        distiller(tmp_path, "accumulate=3")
+
+
+def test_critic_steps_draw_fresh_fakes(tmp_path):
+    d = distiller(tmp_path, "critic.steps=3")
+    d.step(0)
+    steps = next(iter(d.critic_optimizer.adamw.state.values()))["step"]
+    assert steps.item() == 3
+    assert next(iter(d.optimizer.adamw.state.values()))["step"].item() == 1
+    first, second = (d.terms[0].draw(d.seed, 0, turn) for turn in (0, 1))
+    assert not torch.equal(first.z, second.z)
+
+
+def test_bf16_keeps_fp32_weights_and_preconditioning(tmp_path):
+    d = distiller(tmp_path, "precision=bf16")
+    losses = d.step(0)
+    plain = distiller(tmp_path).step(0)
+    assert {p.dtype for p in (*d.student.parameters(), *d.fake.parameters(), *d.ema.network.parameters())} == {
+        torch.float32
+    }
+    assert losses["match"].dtype == torch.float32
+    assert losses["match"].item() == pytest.approx(plain["match"].item(), rel=0.1)
+    assert losses["match"].item() != plain["match"].item()
+
+
+def test_golden_loss_curve(tmp_path):
+    """The losses of a short seeded run. A change here is a change of the method, or of torch's random numbers."""
+    d = distiller(tmp_path)
+    curve = [d.step(i) for i in range(6)]
+    for name, golden in GOLDEN.items():
+        assert [row[name].item() for row in curve] == pytest.approx(golden, rel=2e-3), name
+
+
+GOLDEN = {"match": [0.0] * 6, "regress": [0.0] * 6, "fake": [0.0] * 6}
+
+
+def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
+    """`distmatch train`, killed with SIGKILL after its first checkpoint and run again: bit for bit the same."""
+    import signal
+    import time
+
+    from safetensors.torch import load_file
+
+    recipe = tiny.recipe_file(tmp_path, steps=60)
+    arguments = ["train", recipe, "--runs", tmp_path / "runs"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    done = tiny.command(*arguments, "-o", straight)
+    assert done.returncode == 0, done.stderr
+    process = tiny.start(*arguments, "-o", broken)
+    while not list((broken / "checkpoints").glob("step-*")):
+        time.sleep(0.005)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "model").exists()
+    assert tiny.command(*arguments, "-o", broken).returncode == 0
+    for part in ("model/model.safetensors", "checkpoints/step-00000060.safetensors"):
+        a, b = load_file(straight / part), load_file(broken / part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a), part
+    curves = [
+        [(line["step"], line["match"], line["regress"], line["fake"]) for line in log.read(run / "log.jsonl")]
+        for run in (straight, broken)
+    ]
+    assert curves[0][-1] == curves[1][-1]
+    assert dict((c[0], c) for c in curves[0]).items() >= dict((c[0], c) for c in curves[1] if c[0] % 2 == 0).items()
