@@ -80,10 +80,9 @@ def test_the_cache_answers_for_the_same_pixels_and_weights_only(tmp_path):
     assert net.seen == 240
     reference(data, net, tmp_path, keep=10)
     assert net.seen == 360
-    for tensor in (net.head.bias, net.body[1].running_mean):
+    for name in ("head.bias", "body.1.running_mean"):
         before = fingerprint(net)
-        with torch.no_grad():
-            tensor[0] += 1e-3
+        net.state_dict()[name][0] += 1e-3
         assert reference(data, net, tmp_path).classifier == fingerprint(net) != before
     assert net.seen == 600
     assert len(list(tmp_path.iterdir())) == 5
@@ -121,7 +120,7 @@ def test_a_file_that_is_no_reference_of_this_classifier_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not of format 'distmatch-reference-1'"):
         load_reference(file)
     file.write_bytes(content[:-9])
-    with pytest.raises(ValueError, match="is damaged.*make it again"):
+    with pytest.raises(ValueError, match=r"is damaged.*make it again"):
         load_reference(file)
     classifier().save(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
@@ -153,5 +152,5 @@ def test_the_reference_of_the_package_belongs_to_its_classifier():
     assert frechet(mean, cov, shipped.mu, shipped.cov) < 1e-3 * float(shipped.cov.trace())
     assert net.head(shipped.features).argmax(1).bincount(minlength=10).min() > 800  # all ten digits
     half = shipped.features[:1000], shipped.features[1000:2000]
-    assert abs(kernel_distance(*half)[0]) < 1e-2
+    assert abs(kernel_distance(*half, subsets=1)[0]) < 1e-2
     assert min(precision_recall(*half)) > 0.8

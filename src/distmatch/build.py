@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from distmatch import rng
 from distmatch.config import Optimiser, Recipe
 from distmatch.denoiser import Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
-from distmatch.models.folder import Info
+from distmatch.models.folder import NETWORKS, Info
 from distmatch.models.library import find_model
 from distmatch.optim import Optimizer
 from distmatch.pairs import PairSpec, PairStore, build, fingerprint
@@ -70,10 +71,11 @@ def pair_store(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> Pa
 
 
 def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore | None) -> Distiller:
-    """The recipe's distillation. Student and fake score start as copies of the teacher (Algorithm 1, line 2)."""
+    """The recipe's distillation. Student and fake score start as copies of one network, see `start`."""
     dev = device(recipe.device)
-    student = _trained_copy(denoiser)
-    fake = _trained_copy(denoiser) if "match" in recipe.terms else None
+    first = start(recipe, denoiser, info)
+    student = _trained_copy(first)
+    fake = _trained_copy(first) if "match" in recipe.terms else None
     critic_steps = recipe.critic.steps
     return Distiller(
         student,
@@ -89,6 +91,27 @@ def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore |
         accumulate=recipe.accumulate,
         precision=recipe.precision,
     )
+
+
+def start(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
+    """What student and fake score start from: the teacher (Algorithm 1, line 2), or the recipe's own new network.
+
+    A new network takes the teacher's schedule and prediction. Raises `ValueError` where neither is possible.
+    """
+    network = recipe.student.network
+    if network is None:
+        if next(denoiser.parameters(), None) is None:
+            raise ValueError(
+                f"teacher {recipe.teacher!r} has no weights that the student could start from; "
+                "give the student a network of its own, e.g. student.network={type: mlp}"
+            )
+        return denoiser
+    if len(info.shape) != 1:
+        raise ValueError(f"student.network {network.type!r} is for points; this teacher makes samples of {info.shape}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(recipe.seed, "network"))
+        net = NETWORKS[network.type](dim=info.shape[0], width=network.width, depth=network.depth)
+    return Denoiser(net, denoiser.schedule, denoiser.prediction).to(device(recipe.device))
 
 
 def student_info(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:

@@ -33,10 +33,19 @@ class Critic(Optimiser):
     steps: Positive = 1
 
 
+class Network(_Strict):
+    """A new network, for a teacher without weights of its own (a mixture); see `models.mlp.MLP`."""
+
+    type: Literal["mlp"] = "mlp"
+    width: Positive = 64
+    depth: Positive = 2
+
+
 class Student(_Strict):
-    """`t: null` evaluates the student at the schedule's `t_max`."""
+    """`t: null` evaluates the student at the schedule's `t_max`; `network: null` starts from a copy of the teacher."""
 
     t: float | None = None
+    network: Network | None = None
     ema: Fraction = 0.999
 
 

@@ -78,6 +78,21 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def picture(samples: Tensor, extent: float = 6.0) -> Tensor:
+    """Samples as pictures u8[N,C,H,W]: images f[N,C,H,W] in [-1, 1] one by one, points f[N,2] as dots of one picture.
+
+    Points outside of `[-extent, extent]^2` are left out; the second axis points up.
+    """
+    if samples.ndim == 4:
+        return to_uint8(samples)
+    side = 128
+    column, row = ((samples.cpu() / extent + 1) * side / 2).floor().long().unbind(1)
+    inside = (column >= 0) & (column < side) & (row >= 0) & (row < side)
+    pixels = torch.full((1, 1, side, side), 255, dtype=torch.uint8)
+    pixels[0, 0, side - 1 - row[inside], column[inside]] = 0
+    return pixels
+
+
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """`pixels u8[N,C,H,W]` row by row on a light ground: u8[rows * (H + gap) + gap, ..., 3]."""
     n, _, h, w = pixels.shape

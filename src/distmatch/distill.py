@@ -282,11 +282,11 @@ class Distiller:
 
     @torch.no_grad()
     def preview(self) -> Tensor:
-        """The EMA student's images of 64 fixed noises, labels in turn."""
+        """The EMA student's samples of 64 fixed noises, labels in turn."""
         z = rng.noise(self.seed, range(64), self.info.shape).to(self.device)
         classes = len(self.info.classes)
         cond = Cond(label=torch.arange(64, device=self.device) % classes) if classes else None
-        return data.to_uint8(one_step(self.ema.network, self.student.schedule, z, cond, self.t))
+        return data.picture(one_step(self.ema.network, self.student.schedule, z, cond, self.t))
 
     def export(self, folder: Path) -> None:
         save_model(folder, self.ema.network, self.info)

@@ -64,11 +64,10 @@ class Classifier(nn.Module):
         """Penultimate activations, f[B,F]: the last layer's channels, averaged over positions."""
         if pixels.dtype != torch.uint8:
             raise ValueError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see data.to_uint8")
-        expected = (self.config["channels"], *self.config["size"])
-        if tuple(pixels.shape[1:]) != expected:
-            raise ValueError(
-                f"pixels are {tuple(pixels.shape)}; this classifier takes (batch, C, H, W) = (B, *{expected})"
-            )
+        shape = (self.config["channels"], *self.config["size"])
+        if tuple(pixels.shape[1:]) != shape:
+            expected = f"(B, {', '.join(map(str, shape))})"
+            raise ValueError(f"pixels are {tuple(pixels.shape)}; this classifier takes {expected}")
         x = data.to_float(pixels.to(self.head.weight.device))
         return self.body(x.contiguous(memory_format=torch.channels_last))
 

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from distmatch import schedule as schedules
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 
 FORMAT = "distmatch-model-1"
-NETWORKS = {"unet": UNet}
+NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
 
 
 @dataclass(frozen=True)

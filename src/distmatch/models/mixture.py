@@ -126,8 +126,18 @@ def mixture(
 
 
 def _toy2d() -> Mixture:
-    """Two modes in the plane, as in Figure 3 of the paper."""
-    return mixture(EDM(sigma_max=10.0), [[-1.5, 0.0], [1.5, 0.0]], [0.25, 0.25])
+    """Two modes in the plane, as in Figure 3 of the paper.
+
+    They weigh 3 and 1 and lie 1.5 and 4.5 from the origin, which is the mean of the data. There a one-step student starts
+    that knows nothing but the scale: near the heavy mode, far from the other one.
+    """
+    return Mixture(
+        EDM(sigma_min=0.02, sigma_max=10.0),
+        means=torch.tensor([[1.2, 0.9], [-3.6, -2.7]]),
+        stds=torch.tensor([0.6, 0.6]),
+        weights=torch.tensor([3.0, 1.0]),
+        prediction=Prediction("edm", sigma_data=1.9),  # root mean square of a coordinate of the data
+    )
 
 
 MIXTURES: dict[str, Callable[[], Mixture]] = {"toy2d": _toy2d}

@@ -1,0 +1,38 @@
+"""A small residual network for points: the student and the fake score of the two-dimensional toy."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distmatch.denoiser import Cond
+
+
+class MLP(nn.Module):
+    """`(x f[B,D], noise f[B], cond) -> f[B,D]`, unconditional: `cond` is left aside.
+
+    Args:
+        dim: D.
+        width: of every layer.
+        depth: number of residual layers.
+
+    The last layer starts at zero. Under EDM's preconditioning a new network is then `x0 = skip x_t`, which is the exact
+    denoiser of `N(0, sigma_data^2 I)`: the best that can be said of centred data of which only the scale is known.
+    """
+
+    def __init__(self, dim: int = 2, width: int = 64, depth: int = 2):
+        super().__init__()
+        self.config = {"dim": dim, "width": width, "depth": depth}
+        self.freqs: Tensor
+        self.register_buffer("freqs", 2.0 ** torch.arange(4), persistent=False)
+        self.stem = nn.Linear(dim + 8, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(width, dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond | None = None) -> Tensor:
+        angles = noise[:, None] * self.freqs
+        h = self.stem(torch.cat([x, angles.cos(), angles.sin()], dim=1))
+        for layer in self.layers:
+            h = h + layer(F.silu(h))
+        return self.head(F.silu(h))
