@@ -54,7 +54,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"b.png is \(4, 5\), the first image is \(4, 4\)"):
         data.load_images(tmp_path)
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="b.png is not an image"):
+    with pytest.raises(ValueError, match=r"b.png is not an image"):
         data.load_images(tmp_path)
     (tmp_path / "broken.tar").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="cannot be read as an archive"):

@@ -264,4 +264,4 @@ def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
         for run in (straight, broken)
     ]
     assert curves[0][-1] == curves[1][-1]
-    assert dict((c[0], c) for c in curves[0]).items() >= dict((c[0], c) for c in curves[1] if c[0] % 2 == 0).items()
+    assert set(curves[1]) <= set(curves[0])

@@ -49,11 +49,10 @@ def mnist(out: Path, runs: Path) -> None:
     page = report([out], out / "report.html")
 
     print_rows(rows)
+    minutes = (time.perf_counter() - began) / 60
+    console.print(f"{minutes:.1f} minutes. Look at [bold]{page.resolve()}[/]", soft_wrap=True)
     console.print(
-        f"{(time.perf_counter() - began) / 60:.1f} minutes. Look at [bold]{page.resolve()}[/]", soft_wrap=True
-    )
-    console.print(
-        "Next: distmatch sample mnist (the student that ships, distilled for longer), distmatch demo toy2d (Figure 3),\n"
+        "Next: distmatch sample mnist (the student that ships, distilled for longer), distmatch demo toy2d,\n"
         f"      distmatch train mnist terms=[regress] --out {runs / 'regress'} (an ablation), distmatch teach IMAGES"
     )
 

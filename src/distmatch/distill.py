@@ -25,8 +25,8 @@ from distmatch.sampler import one_step
 class Batch:
     """All that is random in one use of one term, drawn in advance, so that what follows is arithmetic.
 
-    `z f[B,*D]` and `cond` go into the student; `y f[B,*D]` is the teacher's image for `z`; `t f[B]`, `eps f[B,*D]` diffuse
-    the student's image for the generator's loss, `t_fake`, `eps_fake` for the fake score's.
+    `z f[B,*D]` and `cond` go into the student; `y f[B,*D]` is the teacher's image for `z`; `t f[B]`, `eps f[B,*D]`
+    diffuse the student's image for the generator's loss, `t_fake`, `eps_fake` for the fake score's.
     """
 
     z: Tensor
@@ -46,7 +46,7 @@ class Batch:
 
 
 class Term:
-    """One summand of the objective. `generator` is the student's loss; terms that train the fake score have a `critic`."""
+    """One summand of the objective: `generator` is the student's loss, `critic`, if any, the fake score's."""
 
     name: str
     weight: float
@@ -127,7 +127,8 @@ class Match(Term):
 
     def generator(self, batch: Batch, x: Tensor) -> Tensor:
         t, eps = batch.t, batch.eps
-        assert t is not None and eps is not None
+        assert t is not None
+        assert eps is not None
         with torch.no_grad():
             x_t = self.schedule.add_noise(x, eps, t)
             x0_fake = self.fake(x_t, t, batch.cond)
@@ -137,7 +138,8 @@ class Match(Term):
 
     def critic(self, batch: Batch, x: Tensor) -> Tensor:
         t, eps = batch.t_fake, batch.eps_fake
-        assert t is not None and eps is not None
+        assert t is not None
+        assert eps is not None
         x0 = self.fake(self.schedule.add_noise(x, eps, t), t, batch.cond)
         return denoising_loss(x0, x, self.fake.weight(t))
 

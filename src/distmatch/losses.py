@@ -16,12 +16,12 @@ def _distance(x: Tensor, x0_real: Tensor) -> Tensor:
     return (x - x0_real).abs().flatten(1).mean(1)
 
 
-# In terms of denoised images Eq. 7 reads `w_t alpha (s_fake - s_real) = w_t (alpha / sigma)^2 (mu_fake - mu_real)`; each
-# entry is `w_t (alpha / sigma)^2` for one choice of `w_t`.
+# In terms of denoised images Eq. 7 reads `w_t alpha (s_fake - s_real) = w_t (alpha / sigma)^2 (mu_fake - mu_real)`;
+# each entry is `w_t (alpha / sigma)^2` for one choice of `w_t`.
 WEIGHTINGS: dict[str, Weighting] = {
     # The paper's pseudo-code, the default: normalised by the denoiser's distance from the sample, no factor alpha.
     "algorithm2": lambda x, x0_real, alpha, sigma: 1 / _distance(x, x0_real),
-    # Eq. 8 to the letter, w_t = (sigma^2 / alpha) / distance: one factor alpha stays. The same for EDM, where alpha = 1.
+    # Eq. 8 to the letter, w_t = (sigma^2 / alpha) / distance: one factor alpha stays. No difference for EDM.
     "eq8": lambda x, x0_real, alpha, sigma: alpha / _distance(x, x0_real),
     # Table 2, w_t = sigma / alpha (DreamFusion).
     "dreamfusion": lambda x, x0_real, alpha, sigma: alpha / sigma,

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,16 @@ def distil(recipe: Recipe, out: Path, runs: Path) -> None:
     distiller = build.distiller(recipe, teacher, info, pairs)
     write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
 
-    figures = None
+    figures: Callable[[], dict[str, float]] | None = None
     if recipe.evaluate.every and recipe.evaluate.features:
         classifier, real = features(recipe.evaluate.features)
         classifier.to(distiller.device)
 
-        def figures() -> dict[str, float]:
+        def frechet() -> dict[str, float]:
             student = DistilledPipeline(distiller.ema.network, distiller.info)
             return measure(student, classifier, real, n=recipe.evaluate.images, seed=recipe.seed + 1, full=False)
+
+        figures = frechet
 
     plan = Plan(
         recipe.steps,

@@ -1,7 +1,7 @@
 """Samplers: pure functions of (denoiser, x, grid) for any schedule.
 
-All of them walk the probability-flow ODE written without its singular quotients: along it, `dx = x0 d(alpha) + eps d(sigma)`
-with the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DDIM, Heun on it is EDM's solver for
+All of them walk the probability-flow ODE written without its singular quotients: `dx = x0 d(alpha) + eps d(sigma)` with
+the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DDIM, Heun on it is EDM's solver for
 `alpha = 1` and the trapezoid rule on the velocity for flows.
 """
 
@@ -104,7 +104,7 @@ def _move(
     ahead: Tensor | None = None,
     x0_ahead: Tensor | None = None,
 ) -> Tensor:
-    """One step of `dx = x0 d(alpha) + eps d(sigma)`: Euler, or the trapezoid when the prediction at `ahead` is given."""
+    """One step of `dx = x0 d(alpha) + eps d(sigma)`: Euler, or the trapezoid given the prediction at `ahead`."""
     d_alpha = expand(schedule.alpha(t_next) - schedule.alpha(t), x)
     d_sigma = expand(schedule.sigma(t_next) - schedule.sigma(t), x)
     eps = _eps(schedule, x, x0, t)

@@ -2,13 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from distmatch import build, rng
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.config import Recipe, load_recipe
-from distmatch.distill import Batch, Match, Term
+from distmatch.distill import Batch, Distiller, Match, Term
 from distmatch.losses import matching_loss
 from distmatch.models.mixture import MIXTURES, Mixture
 from distmatch.progress import progress
@@ -25,7 +27,7 @@ from distmatch.sampler import one_step
 SIGMA = 0.25
 """Noise level at which `kl` compares the student's samples with the real distribution."""
 
-REAL, FAKE = "#3b6ea8", "#d9601a"
+BLUES, ORANGE = ("#e6eef7", "#c9dcee", "#a3c4e1", "#76a5cf", "#4a83b8"), "#d9541e"
 
 
 class RealScore(Term):
@@ -45,55 +47,60 @@ class RealScore(Term):
 
     def generator(self, batch: Batch, x: Tensor) -> Tensor:
         m, t, eps = self.match, batch.t, batch.eps
-        assert t is not None and eps is not None
+        assert t is not None
+        assert eps is not None
         with torch.no_grad():
             x0_real = m.real(m.schedule.add_noise(x, eps, t), t, batch.cond)
             w = m.weighting(x, x0_real, m.schedule.alpha(t), m.schedule.sigma(t))
         return matching_loss(x, x.detach(), x0_real, w)
 
 
-OBJECTIVES = {"real score only": "a", "distribution matching": "b", "with regression": "c"}
-"""The paper's panels."""
+OBJECTIVES = ("real score only", "distribution matching", "matching and regression")
+"""Panels (a), (b), (c)."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What a cloud of samples is like.
+    """A cloud of samples and what it is like.
 
     Args:
+        samples: f[N,2].
         shares: of the samples, by mode: those that are nearest to it and within three of its standard deviations.
         modes: how many modes are recovered, that is have at least half the samples that their weight calls for.
-        kl: `kl` of the samples, in nats.
+        kl: `kl` of the samples at level `SIGMA`, in nats.
         seconds: of training.
     """
 
+    name: str
+    samples: Tensor
     shares: list[float]
     modes: int
     kl: float
-    seconds: float = 0.0
+    seconds: float
 
 
-def measure(x: Tensor, real: Mixture, seconds: float = 0.0) -> Panel:
-    """The figures of samples `x f[N,2]`."""
-    distance, nearest = torch.cdist(x.double(), real.means).min(1)
+def panel(name: str, samples: Tensor, real: Mixture, seconds: float = 0.0) -> Panel:
+    """`samples f[N,2]`, measured against the mixture that they should follow."""
+    distance, nearest = torch.cdist(samples.double(), real.means).min(1)
     there = distance < 3 * real.stds[nearest]
     shares = [((nearest == k) & there).double().mean().item() for k in range(len(real.means))]
     modes = sum(share >= weight / 2 for share, weight in zip(shares, real.log_weights.exp().tolist(), strict=True))
-    return Panel(shares, modes, kl(x, real, SIGMA), seconds)
+    return Panel(name, samples, shares, modes, kl(samples, real, SIGMA), seconds)
 
 
 def kl(x: Tensor, real: Mixture, sigma: float) -> float:
-    """`KL(p_fake || p_real)` in nats, both diffused to noise level `sigma`, for samples `x f[N,2]`.
+    """`KL(p_fake || p_real)` in nats, both diffused to noise level `sigma` of an EDM schedule, for samples `x f[N,2]`.
 
     Both densities are exact: `p_fake = (1/N) sum_i N(x_i, sigma^2 I)` is the diffused distribution of the samples as
-    they are, `p_real` the diffused mixture. The integral is a sum over square cells of side `sigma / 4`, out to 8 sigma
-    beyond the samples; for functions that smooth its error is far below the sampling error of `x`. A finite sample of
-    the real distribution itself has a `kl` a little above zero. A student that has mode k alone, perfectly, has
+    they are, `p_real` the diffused mixture. The integral is a sum over square cells of side `sigma / 4` that reach
+    8 sigma beyond the samples: its error is far below the sampling error of `x`. Finite samples of the real
+    distribution itself have a `kl` a little above zero; a student that makes mode k alone, and perfectly, has
     `-ln weight_k`.
     """
     x = x.double()
     step = sigma / 4
-    axes = [torch.arange(v.min() - 8 * sigma, v.max() + 8 * sigma, step, dtype=torch.float64) for v in x.unbind(1)]
+    low, high = x.min(0).values - 8 * sigma, x.max(0).values + 8 * sigma
+    axes = [torch.arange(a, b, step, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
     # A round Gaussian is the product of one along each axis, so that the sum over samples is a matrix product.
     columns, rows = (
         torch.exp(-0.5 * ((axis[:, None] - v) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
@@ -105,11 +112,9 @@ def kl(x: Tensor, real: Mixture, sigma: float) -> float:
     return ((torch.xlogy(fake, fake) - fake * log_real).sum() * step**2).item()
 
 
-def run(
-    recipe: Recipe, objective: str, runs: Path, n: int = 4000, advance: Callable[[int], None] = lambda _: None
-) -> tuple[Tensor, Tensor, float]:
-    """Train with one of `OBJECTIVES`: the student's samples before and after, each f[n,2], and the seconds it took."""
-    terms = ["match", "regress"] if objective == "with regression" else ["match"]
+def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
+    """The recipe's distillation with one of `OBJECTIVES`; all start from the same network."""
+    terms = ["match", "regress"] if objective == "matching and regression" else ["match"]
     recipe = recipe.model_copy(update={"terms": terms})
     teacher, info = build.teacher(recipe)
     pairs = build.pair_store(recipe, teacher, info, runs) if "regress" in terms else None
@@ -117,15 +122,93 @@ def run(
     if objective == "real score only":
         match = task.terms[0]
         assert isinstance(match, Match)
-        task.terms, task.fake = [RealScore(match)], None
-    z = torch.randn(n, *info.shape, generator=rng.stream("cpu", recipe.seed, "figure"))
+        task.terms[:], task.fake = [RealScore(match)], None
+    return task
+
+
+def figure3(recipe: Recipe, runs: Path, n: int = 4000) -> list[Panel]:
+    """The figure's four panels, each with `n` samples from the same noise: the start and each objective's outcome."""
+    real = MIXTURES["toy2d"]()
+    z = torch.randn(n, 2, generator=rng.stream("cpu", recipe.seed, "figure3"))
 
     @torch.no_grad()
-    def sample() -> Tensor:
-        return one_step(task.ema.network, teacher.schedule, z.to(task.device), None, task.t).cpu()
+    def sample(task: Distiller) -> Tensor:
+        return one_step(task.ema.network, task.student.schedule, z.to(task.device), None, task.t).cpu()
 
-    before, began = sample(), time.perf_counter()
-    for index in range(recipe.steps):
-        task.step(index)
-        advance(1)
-    return before, sample(), time.perf_counter() - began
+    panels = []
+    for objective in OBJECTIVES:
+        task = distiller(recipe, objective, runs)
+        if not panels:
+            panels.append(panel("start", sample(task), real))
+        began = time.perf_counter()
+        with progress(objective, recipe.steps, unit="step") as advance:
+            for index in range(recipe.steps):
+                task.step(index)
+                advance(1)
+        seconds = time.perf_counter() - began
+        panels.append(panel(objective, sample(task), real, seconds))
+    return panels
+
+
+def demo(out: Path, runs: Path) -> None:
+    """Draw Figure 3: `out/figure3.png` and, with the numbers behind it, `out/figure3.json`. Pairs go below `runs`."""
+    recipe = load_recipe("toy2d")
+    real = MIXTURES["toy2d"]()
+    panels = figure3(recipe, runs)
+    # What no student can beat: as many samples of the real distribution itself.
+    exact = real.sample(len(panels[0].samples), rng.stream("cpu", recipe.seed, "exact"))
+    rows = [*panels, panel("real samples", exact, real)]
+
+    file = out / "figure3.png"
+    write_atomic(file, lambda p: draw(panels, real).savefig(p, format="png", dpi=160))
+    write_json(
+        out / "figure3.json",
+        {
+            "kl": f"KL(fake || real) in nats, exact for {len(exact)} samples, both diffused to sigma {SIGMA}",
+            "weights": real.log_weights.exp().tolist(),
+            "panels": [{k: v for k, v in vars(row).items() if k != "samples"} for row in rows],
+            "recipe": recipe.model_dump(mode="json"),
+        },
+    )
+
+    console = Console()
+    table = Table("objective", box=None)
+    for title in ("modes", "near mode", "far mode", f"KL at sigma {SIGMA}", "seconds"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        shares = [f"{share:.1%}" for share in row.shares]
+        seconds = f"{row.seconds:.1f}" if row.seconds else ""
+        table.add_row(row.name, f"{row.modes} of {len(row.shares)}", *shares, f"{row.kl:.3f}", seconds)
+    console.print(table)
+    heavy = real.log_weights[0]
+    console.print(f"One mode without the other, made perfectly, has KL {-heavy:.3f} = -ln {heavy.exp():.2f}.")
+    console.print(f"Look at [bold]{file.resolve()}[/]", soft_wrap=True)
+
+
+def draw(panels: Sequence[Panel], real: Mixture, dots: int = 1000) -> Figure:
+    """The panels side by side: the real density as contours, the first `dots` samples on top."""
+    figure = Figure(figsize=(3.1 * len(panels), 3.15), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, panel, letter in zip(axes, panels, " abc", strict=True):
+        contours(axis, real)
+        x, y = panel.samples[:dots].T.tolist()
+        axis.scatter(x, y, s=5, color=ORANGE, alpha=0.45, linewidths=0, zorder=3)
+        axis.set_title(panel.name if letter == " " else f"({letter}) {panel.name}", fontsize=10.5, fontweight="bold")
+        modes = f"{panel.modes} of {len(panel.shares)} modes, " if letter != " " else ""
+        axis.set_xlabel(f"{modes}KL {panel.kl:.2f}", fontsize=10)
+    marks = [Patch(color=BLUES[3], label="real density"), Line2D([], [], color=ORANGE, marker="o", ls="", label="fake")]
+    axes[0].legend(handles=marks, loc="lower right", fontsize=8.5, frameon=False)
+    return figure
+
+
+def contours(axis: Axes, real: Mixture, margin: float = 3.6) -> None:
+    """The real density in a window that reaches `margin` of the widest standard deviations beyond the modes."""
+    reach = margin * real.stds.max()
+    low, high = real.means.min(0).values - reach, real.means.max(0).values + reach
+    x, y = (torch.linspace(a, b, 160, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+    density = real.log_density(torch.cartesian_prod(x, y)).exp().reshape(160, 160).T
+    levels = density.max() * torch.tensor([0.01, 0.04, 0.12, 0.3, 0.6, 1.0])
+    axis.contourf(x, y, density, levels=levels, colors=BLUES)
+    axis.set(aspect="equal", xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set_color("#c8c8c8")

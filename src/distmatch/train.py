@@ -80,7 +80,8 @@ def train(
     Writes `log.jsonl`, `previews/step-*.png`, `checkpoints/` and, at the end, `model/`. `evaluate` returns figures, the
     first of which (lower is better) decides which checkpoint is the best.
 
-    Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM; a `ValueError` for a damaged checkpoint.
+    Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM, `ValueError` when the checkpoint is
+    damaged.
     """
     checkpoints = Checkpoints(out / "checkpoints", task.parts, plan.keep)
     start, meta = checkpoints.load() or (0, {"seconds": 0.0})

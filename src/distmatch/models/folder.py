@@ -42,7 +42,7 @@ class Info:
 
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
-    """Write `denoiser` and `info` to `folder`, weights in `dtype`. The configuration goes last: it makes the model valid."""
+    """Write `denoiser` and `info` to `folder`, weights in `dtype`. The configuration goes last: it makes it a model."""
     kind = next(k for k, v in NETWORKS.items() if type(denoiser.net) is v)
     config = {
         "format": FORMAT,

@@ -1,6 +1,6 @@
 """The exact teacher: a Gaussian mixture, whose diffused density, score and posterior mean have closed forms.
 
-With `p(x0) = sum_k w_k N(m_k, s_k^2 I)` the diffused marginal is `q_t(x) = sum_k w_k N(alpha m_k, (alpha s_k)^2 + sigma^2)`.
+With `p(x0) = sum_k w_k N(m_k, s_k^2 I)` the diffused marginal is `sum_k w_k N(alpha m_k, ((alpha s_k)^2 + sigma^2) I)`.
 It is the yardstick of the tests: any schedule, any dimension, with labels, and nothing to learn.
 """
 
@@ -128,8 +128,8 @@ def mixture(
 def _toy2d() -> Mixture:
     """Two modes in the plane, as in Figure 3 of the paper.
 
-    They weigh 3 and 1 and lie 1.5 and 4.5 from the origin, which is the mean of the data. There a one-step student starts
-    that knows nothing but the scale: near the heavy mode, far from the other one.
+    They weigh 3 and 1 and lie 1.5 and 4.5 from the origin, which is the mean of the data. There a one-step student
+    starts that knows nothing but the scale: near the heavy mode, far from the other one.
     """
     return Mixture(
         EDM(sigma_min=0.02, sigma_max=10.0),

@@ -1,7 +1,7 @@
 """A small U-Net for small images: the network behind `distmatch teach` and the embedded teacher.
 
 Residual blocks with adaptive group normalisation and one attention layer at the lowest resolution, after Dhariwal and
-Nichol (2021) and Karras et al. (2022). A space-to-depth stem trades resolution for channels: that makes it fast on a CPU.
+Nichol (2021) and Karras et al. (2022). A space-to-depth stem trades resolution for channels, which a CPU likes.
 """
 
 import math

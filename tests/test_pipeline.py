@@ -1,0 +1,107 @@
+"""Making images: seeds, labels, the package's own models, the folder format."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from distmatch import DistilledPipeline, TeacherPipeline, rng
+from distmatch.data import to_uint8
+from distmatch.denoiser import Cond
+from distmatch.models.folder import Info, load_model, save_model
+from distmatch.models.library import find_model
+
+
+@pytest.fixture
+def student(tmp_path):
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    return tmp_path / "student"
+
+
+def test_one_evaluation_at_the_students_time(student):
+    pipe = DistilledPipeline.from_pretrained(student)
+    z = rng.noise(5, range(4), (1, 8, 8))
+    expected = tiny.teacher()(80.0 * z, torch.full((4,), 80.0), Cond(label=torch.tensor([0, 1, 2, 0])))
+    assert torch.equal(pipe(4, seed=5).pixels, to_uint8(expected))
+    assert pipe.nfe == 1
+
+
+def test_image_i_of_a_seed_is_the_same_whatever_the_batch(student):
+    pipe = DistilledPipeline.from_pretrained(student)
+    whole = pipe(10, seed=3, labels=1).pixels
+    assert torch.equal(whole, pipe(10, seed=3, labels=1, batch=3).pixels)
+    assert torch.equal(whole[:4], pipe(4, seed=3, labels=[1] * 4).pixels)
+    assert torch.equal(whole, pipe(10, seed=3, labels="b").pixels)
+    assert not torch.equal(whole, pipe(10, seed=4, labels=1).pixels)
+
+
+def test_images_are_pillow_images_of_the_pixels(student):
+    output = DistilledPipeline.from_pretrained(student)(2)
+    assert np.array_equal(np.asarray(output.images[1]), output.pixels[1, 0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (3, "out of range; the 3 classes count from 0"),
+        ("d", "label 'd' is unknown; expected one of a, b, c"),
+        ([0, 1], "2 labels for 4 images"),
+    ],
+)
+def test_bad_labels_are_named(student, labels, message):
+    with pytest.raises(ValueError, match=message):
+        DistilledPipeline.from_pretrained(student)(4, labels=labels)
+
+
+def test_models_survive_the_folder(tmp_path):
+    teacher = tiny.teacher()
+    save_model(tmp_path, teacher, tiny.INFO)
+    loaded, info = load_model(tmp_path)
+    x, t, cond = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 5.0]), Cond(label=torch.tensor([0, 2]))
+    assert torch.equal(loaded(x, t, cond), teacher(x, t, cond))
+    assert info == tiny.INFO
+
+
+def test_foreign_and_damaged_folders_are_named(tmp_path, student):
+    with pytest.raises(ValueError, match="is a one-step student; a teacher is needed here"):
+        TeacherPipeline.from_pretrained(student)
+    with pytest.raises(ValueError, match="neither a model folder nor a run; the package has mnist"):
+        DistilledPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="mixture 'x' is unknown"):
+        find_model("mixture:x", "teacher")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "format": "other"}))
+    with pytest.raises(ValueError, match="has format 'other'"):
+        load_model(student)
+    (student / "config.json").write_text(json.dumps(config))
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_model(student)
+
+
+def test_the_shipped_models_make_digits_of_the_asked_class():
+    """The student from one evaluation, the teacher from 35, judged by the shipped classifier."""
+    from distmatch.run import features
+
+    classifier, _ = features("mnist")
+    labels = torch.arange(200) % 10
+    for pipe, n in ((DistilledPipeline.from_pretrained("mnist"), 200), (TeacherPipeline.from_pretrained("mnist"), 30)):
+        pixels = pipe(n, seed=11).pixels
+        assert (classifier(pixels).argmax(1) == labels[:n]).float().mean() >= 0.9
+
+
+def test_sample_command_writes_the_pipelines_images(tmp_path, student):
+    done = tiny.command("sample", student, "-n", 5, "--seed", 2, "--label", "c", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    pixels = DistilledPipeline.from_pretrained(student)(5, labels="c", seed=2).pixels
+    for i in range(5):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:06d}.png")), pixels[i, 0].numpy())
+    assert (tmp_path / "out" / "grid.png").exists()
+    wrong = tiny.command("sample", "mnits")
+    assert wrong.returncode == 2
+    assert "the package has mnist" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
