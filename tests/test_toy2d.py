@@ -46,14 +46,14 @@ def test_the_full_objective_has_both_modes(panels):
     full = panels["matching and regression"]
     assert full.modes == 2
     assert full.shares == pytest.approx([0.75, 0.25], abs=0.05)
-    assert full.kl < 0.8 * panels["distribution matching"].kl < 0.4 * panels["real score only"].kl
+    assert full.kl < 0.7 * panels["distribution matching"].kl < 0.3 * panels["real score only"].kl
 
 
 def test_the_start_is_the_mean_of_the_data(panels):
     real = MIXTURES["toy2d"]()
     assert (real.log_weights.exp() @ real.means).norm() < 1e-6
     scale = real.prediction.sigma_data
-    spread = (real.log_weights.exp() @ (real.means.square().mean(1) + real.stds**2)).sqrt()
+    spread = (real.log_weights.exp() @ (real.means.square().mean(1) + real.stds**2)).sqrt().item()
     assert scale == pytest.approx(spread, rel=0.03)
     # The new network is the exact denoiser of N(0, scale^2 I), which maps sigma_max z to this.
     start, t_max = panels["start"].samples, real.schedule.t_max
@@ -62,8 +62,8 @@ def test_the_start_is_the_mean_of_the_data(panels):
 
 
 def test_kl_of_one_sample_is_that_of_two_gaussians():
-    sigma, variance = 0.3, 0.3**2 + 1.1**2
-    real = mixture(EDM(), [[0.5, -1.0]], [1.1])
+    sigma, variance = 0.25, 0.25**2 + 1.125**2  # exact in binary, as all numbers here
+    real = mixture(EDM(), [[0.5, -1.0]], [1.125])
     squared = (2.0 - 0.5) ** 2 + (0.25 + 1.0) ** 2
     expected = math.log(variance / sigma**2) + sigma**2 / variance - 1 + squared / (2 * variance)
     assert kl(torch.tensor([[2.0, 0.25]]), real, sigma) == pytest.approx(expected, rel=1e-9)
