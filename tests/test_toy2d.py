@@ -1,18 +1,21 @@
 """Figure 3: the outcome of the three objectives, and the integral that measures it."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.integrate import dblquad
 
-from distmatch import build, data, rng
+from distmatch import build, data, rng, toy2d
 from distmatch.config import load_recipe
 from distmatch.distill import Match
 from distmatch.losses import WEIGHTINGS
-from distmatch.models.folder import load_model
+from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES, mixture
+from distmatch.pipeline import TeacherPipeline
 from distmatch.schedule import EDM
 from distmatch.toy2d import OBJECTIVES, RealScore, distiller, figure3, kl, panel
 from distmatch.train import Plan, train
@@ -134,3 +137,24 @@ def test_points_become_one_picture_with_the_second_axis_up():
     pixels = data.picture(torch.tensor([[-5.99, 5.99], [0.01, 0.01], [7.0, 0.0]]))
     assert pixels.shape == (1, 1, 128, 128)
     assert (pixels[0, 0] == 0).nonzero().tolist() == [[0, 0], [63, 64]]
+
+
+def test_the_demo_writes_the_figure_and_its_numbers(panels, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy2d, "figure3", lambda recipe, runs: list(panels.values()))
+    toy2d.demo(tmp_path, tmp_path / "runs")
+    rows = json.loads((tmp_path / "figure3.json").read_text())["panels"]
+    for row, p in zip(rows, panels.values(), strict=False):
+        assert (row["name"], row["shares"], row["kl"]) == (p.name, p.shares, p.kl)
+    assert min(rows, key=lambda row: row["kl"])["name"] == "real samples"
+    # Orange is where the samples are: many dots in (b) and (c), one spot in (a).
+    pixels = np.asarray(Image.open(tmp_path / "figure3.png").convert("RGB")).astype(int)
+    orange = (pixels[..., 0] - pixels[..., 2]) > 60
+    start, a, b, c = (part.sum() for part in np.array_split(orange, 4, axis=1))
+    assert a < start < b
+    assert a < b / 10 < c / 10 * 2
+
+
+def test_points_are_not_sampled_as_images():
+    real = MIXTURES["toy2d"]()
+    with pytest.raises(ValueError, match=r"makes samples of shape \(2,\), not images"):
+        TeacherPipeline(real, Info((2,)))(4)

@@ -67,13 +67,13 @@ def image_folder(folder: Path, per_class: int = 8) -> Path:
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """Run `distmatch ...` in a process of its own."""
-    return subprocess.run(_argv(arguments), capture_output=True, text=True, env=_environment(), timeout=120, **options)
+    return subprocess.run(_argv(arguments), capture_output=True, text=True, env=environment(), timeout=120, **options)
 
 
 def start(*arguments: object, **options) -> subprocess.Popen[str]:
     """Start `distmatch ...` and leave it running."""
     return subprocess.Popen(
-        _argv(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), **options
+        _argv(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options
     )
 
 
@@ -81,5 +81,5 @@ def _argv(arguments: tuple[object, ...]) -> list[str]:
     return [sys.executable, "-m", "distmatch", *map(str, arguments)]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

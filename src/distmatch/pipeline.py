@@ -55,8 +55,12 @@ class Pipeline:
             labels: one class for all (number or name), one number per image, or `None` for the classes in turn.
             progress: called with the number of images after each batch.
 
-        Raises `ValueError` for labels that the model does not know.
+        Raises `ValueError` for labels that the model does not know, and for a model of something other than images.
         """
+        if len(self.info.shape) != 3:
+            raise ValueError(
+                f"this model makes samples of shape {self.info.shape}, not images; use `sample(z)` in Python"
+            )
         label = self._labels(n, labels)
         chunks = []
         for start in range(0, n, batch):

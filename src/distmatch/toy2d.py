@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from distmatch import build, rng
@@ -172,7 +172,7 @@ def demo(out: Path, runs: Path) -> None:
     )
 
     console = Console()
-    table = Table("objective", box=None)
+    table = Table(Column("objective", no_wrap=True), box=None)
     for title in ("modes", "near mode", "far mode", f"KL at sigma {SIGMA}", "seconds"):
         table.add_column(title, justify="right")
     for row in rows:
