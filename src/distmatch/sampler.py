@@ -65,7 +65,7 @@ def heun(
     x = schedule.prior_std * z
     for i in range(steps):
         t = _at(grid[i], z)
-        if gamma > 0 and churn_range[0] <= grid[i] <= churn_range[1]:
+        if gamma > 0 and i > 0 and churn_range[0] <= grid[i] <= churn_range[1]:  # at t_max there is no noisier time
             x, t = _renoise(schedule, x, t, (t * (1 + gamma)).clamp(max=schedule.t_max), churn_noise, generator)
         x0 = model(x, t, cond)
         if i + 1 < steps:
