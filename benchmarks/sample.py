@@ -24,6 +24,7 @@ def main() -> None:
     pipe = DistilledPipeline.from_pretrained(model, device)
     print({**hardware(device), "model": model})
     print("batch   pipeline images/s   bare images/s   ratio")
+    ratio = 0.0
     for batch in map(int, batches or ["64", "256"]):
         z = torch.randn(batch, *pipe.info.shape, device=device)
         classes = len(pipe.info.classes)
@@ -35,8 +36,9 @@ def main() -> None:
             pipe.denoiser.net(z, noise, cond)
 
         ours, limit = timed(lambda batch=batch: pipe(batch, batch=batch), bare, device=device)
-        print(f"{batch:5d} {batch / ours:19,.0f} {batch / limit:15,.0f} {limit / ours:7.3f}")
-    print(f"ratio {limit / ours:.3f}")
+        ratio = limit / ours
+        print(f"{batch:5d} {batch / ours:19,.0f} {batch / limit:15,.0f} {ratio:7.3f}")
+    print(f"ratio {ratio:.3f}")
 
 
 def timed(*work, device: torch.device) -> list[float]:

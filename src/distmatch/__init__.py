@@ -28,7 +28,7 @@ _HOME = {
     "TeacherPipeline": "pipeline",
     "VP": "schedule",
 }
-__all__ = [*_HOME]
+__all__ = ["EDM", "VP", "Cond", "Denoiser", "DistilledPipeline", "Flow", "Prediction", "TeacherPipeline"]
 
 
 def __getattr__(name: str) -> Any:
