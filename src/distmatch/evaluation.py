@@ -12,6 +12,20 @@ from distmatch.metrics import Moments, frechet, kernel_distance, precision_recal
 from distmatch.models.classifier import Classifier
 from distmatch.pipeline import Pipeline
 
+COLUMNS = {
+    "name": ("model", "{}"),
+    "nfe": ("NFE", "{}"),
+    "images": ("images", "{:,}"),
+    "ms_per_image": ("ms/image", "{:.1f}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "frechet": ("Frechet", "{:.3f}"),
+    "kernel_distance": ("kernel", "{:.4f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "accuracy": ("class accuracy", "{:.3f}"),
+}
+"""Figures of a row: heading and format."""
+
 
 @torch.inference_mode()
 def score(

@@ -15,8 +15,8 @@ from distmatch import build, data
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.config import Recipe, dump, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.evaluation import COLUMNS, hardware, speed
 from distmatch.evaluation import evaluate as measure
-from distmatch.evaluation import hardware, speed
 from distmatch.features import Reference, load_reference, reference
 from distmatch.models.classifier import Classifier, train_classifier
 from distmatch.models.folder import Info
@@ -247,21 +247,6 @@ def evaluate(
 
 def row_name(model: str, nfe: int) -> str:
     return f"{model}, {nfe} evaluation{'s' if nfe > 1 else ''}"
-
-
-COLUMNS = {
-    "name": ("model", "{}"),
-    "nfe": ("NFE", "{}"),
-    "images": ("images", "{:,}"),
-    "ms_per_image": ("ms/image", "{:.1f}"),
-    "images_per_second": ("images/s", "{:,.0f}"),
-    "frechet": ("Frechet", "{:.2f}"),
-    "kernel_distance": ("kernel", "{:.4f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "accuracy": ("class accuracy", "{:.3f}"),
-}
-"""Figures of a row: heading and format."""
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
