@@ -12,11 +12,12 @@ app = App(
     name="distmatch",
     help="""Turn a pretrained diffusion model into a one-step generator (Distribution Matching Distillation).
 
-    First look:  distmatch demo            distil the embedded MNIST teacher, ten minutes on two cores
-                 distmatch sample mnist    images from the student that comes with the package
-    Own model:   distmatch teach IMAGES    train a small teacher on a folder of images
-                 distmatch train RECIPE    distil a teacher
-    """,
+First look:  distmatch demo            the main job on MNIST, minutes on a CPU
+             distmatch sample mnist    images from the student in the package
+Own model:   distmatch teach IMAGES    a small teacher from a folder of images
+             distmatch train RECIPE    distil a teacher
+""",
+    help_format="plaintext",
 )
 pairs_app = App(name="pairs", help="Build and check stores of noise-image pairs.")
 app.command(pairs_app)
@@ -315,7 +316,9 @@ def main() -> None:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line as the user gave it."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([*(["python", "-m", "distmatch"] if name == "__main__.py" else [name]), *sys.argv[1:]])
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,6 +1,5 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,11 +237,8 @@ def evaluate(
         **speed(pipe, batch),
     }
     print_rows([row])
-    result = {"hardware": hardware(pipe.device), "reference": ref.source, "rows": [row]}
     if out is not None:
-        write_json(out, result)
-    else:
-        print(json.dumps(result))
+        write_json(out, {"hardware": hardware(pipe.device), "reference": ref.source, "rows": [row]})
 
 
 def row_name(model: str, nfe: int) -> str:

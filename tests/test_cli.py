@@ -1,0 +1,73 @@
+"""The command line: help that teaches, mistakes without tracebacks, commands that fit together."""
+
+import json
+
+import pytest
+import tiny
+import yaml
+
+from distmatch.cli import app, train
+
+COMMANDS = ["demo", "recipes", "train", "teach", "classifier", "pairs", "sample", "eval", "report"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        app([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"distmatch {command}" in out
+    assert len(out.splitlines()) > 3
+
+
+def test_the_first_screen_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"│ {command} " in out for command in COMMANDS)
+
+
+def test_dry_run_prints_the_resolved_recipe_and_touches_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("mnist", "match.weighting=eq8", "steps=7", dry_run=True)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["steps"] == 7
+    assert printed["match"]["weighting"] == "eq8"
+    assert printed["generator"]["betas"] == [0.9, 0.999]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_end_with_a_message_and_code_2(tmp_path):
+    for arguments, message in (
+        (["train", "mnist", "match.wieghting=eq8"], "did you mean 'weighting'?"),
+        (["train", "mnist", "teacher=nobody", "--runs", tmp_path], "teacher 'nobody' is neither a model folder nor"),
+        (["pairs", "verify", tmp_path], "is not a store of pairs"),
+    ):
+        done = tiny.command(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_pairs_train_report_in_a_row(tmp_path):
+    """The stores meet: pairs built ahead are found by training; a flipped byte is found by verify."""
+    recipe = tiny.recipe_file(tmp_path, steps=2)
+    runs = tmp_path / "runs"
+    built = tiny.command("pairs", "build", recipe, "--runs", runs)
+    assert built.returncode == 0, built.stderr
+    (store,) = (runs / "pairs").iterdir()
+    stamps = {file: file.stat().st_mtime_ns for file in store.iterdir()}
+    trained = tiny.command("train", recipe, "--runs", runs)
+    assert trained.returncode == 0, trained.stderr
+    assert {file: file.stat().st_mtime_ns for file in store.iterdir()} == stamps
+    assert json.loads((runs / "tiny" / "model" / "config.json").read_text())["t"] == 80.0
+    assert tiny.command("report", runs / "tiny").stdout.strip() == str(runs / "tiny" / "report.html")
+    shard = next(store.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    broken = tiny.command("pairs", "verify", store)
+    assert broken.returncode == 2
+    assert shard.name in broken.stderr
+    assert "is damaged" in broken.stderr
