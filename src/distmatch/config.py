@@ -170,6 +170,14 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested recipe with dotted keys, as overrides name them."""
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set `a.b=value` in the nested `tree`."""
     dotted, separator, text = override.partition("=")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from distmatch import log
 from distmatch.checkpoint import write_atomic
+from distmatch.config import flat
 from distmatch.evaluation import COLUMNS
 
 STRIP = 8
@@ -171,7 +172,7 @@ def _chart(runs: list[Run], title: str, keys: tuple[str, ...], logarithmic: bool
 def _recipes(runs: list[Run]) -> str:
     """What the runs differ in, and each recipe in full."""
     parts = ["<h2>Recipes</h2>"]
-    flats = [_flat(run.recipe) for run in runs]
+    flats = [flat(run.recipe) for run in runs]
     keys = [key for key in dict.fromkeys(k for f in flats for k in f) if len({str(f.get(key)) for f in flats}) > 1]
     if len(runs) > 1:
         rows = [[key, *(str(f.get(key, "-")) for f in flats)] for key in keys]
@@ -182,13 +183,6 @@ def _recipes(runs: list[Run]) -> str:
         content = _text(yaml.safe_dump(run.recipe, sort_keys=False))
         parts.append(f"<details><summary>{_text(run.name)}</summary><pre>{content}</pre></details>")
     return "".join(parts)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return rows
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from distmatch import build, data
 from distmatch.checkpoint import write_atomic, write_json
-from distmatch.config import Recipe, dump, parse_recipe
+from distmatch.config import Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.evaluation import COLUMNS, hardware, speed
 from distmatch.evaluation import evaluate as measure
@@ -78,14 +78,6 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     if changed:
         lines = "\n".join(f"  {k}: {before.get(k)} there, {now[k]} here" for k in changed)
         raise ValueError(f"{out} is a run of another recipe:\n{lines}\nChoose another folder with --out, or delete it")
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict with dotted keys."""
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return rows
 
 
 def teach(
