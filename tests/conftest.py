@@ -3,3 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)  # also where a plugin has imported torch before

@@ -49,7 +49,7 @@ def test_native_outputs_are_what_their_names_say(schedule):
 
 
 def test_the_fake_scores_weight_is_the_teachers():
-    """Algorithm 3: SNR + 1 / 0.5^2 for EDM, SNR for eps; SNR + 1 for v under VP."""
+    """Algorithm 3: SNR + 1 / 0.5^2 for EDM, SNR for eps; under VP SNR + 1 for v; for a flow's velocity 1 / sigma^2."""
     t = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
     edm = Denoiser(nn.Identity(), EDM(), Prediction("edm"))
     assert torch.allclose(edm.weight(t), 1 / t**2 + 1 / 0.5**2, rtol=1e-12)
@@ -58,6 +58,8 @@ def test_the_fake_scores_weight_is_the_teachers():
     assert torch.allclose(Denoiser(nn.Identity(), vp, Prediction("eps")).weight(t), snr, rtol=1e-9)
     assert torch.allclose(Denoiser(nn.Identity(), vp, Prediction("v")).weight(t), snr + 1, rtol=1e-9)
     assert torch.equal(Denoiser(nn.Identity(), vp, Prediction("x0")).weight(t), torch.ones(3, dtype=torch.float64))
+    t = torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64)
+    assert torch.allclose(Denoiser(nn.Identity(), Flow(), Prediction("velocity")).weight(t), t**-2, rtol=1e-12)
 
 
 class Recorder(nn.Module):
@@ -77,6 +79,25 @@ def test_edm_preconditioning_and_its_precision():
     assert torch.allclose(network.seen[1], t.log() / 4)
     assert x0.dtype == torch.float32
     assert torch.allclose(x0, 0.25 / scale * x, rtol=1e-6)  # fp32 accuracy although the network answered in bf16
+
+
+def test_under_autocast_the_network_runs_in_bf16_and_the_preconditioning_in_fp32():
+    seen = []
+
+    class Zero(nn.Linear):
+        def forward(self, x, noise, cond):
+            seen.append(super().forward(x))
+            return seen[-1]
+
+    network = Zero(4, 4)
+    nn.init.zeros_(network.weight)
+    nn.init.zeros_(network.bias)
+    x, t = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.002, 1.0, 80.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        x0 = Denoiser(network, EDM(), Prediction("edm"))(x, t)
+    assert seen[0].dtype == torch.bfloat16
+    assert x0.dtype == torch.float32
+    assert torch.equal(x0, (0.25 / (t**2 + 0.25))[:, None] * x)
 
 
 def test_an_unknown_prediction_is_named():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
 from distmatch.denoiser import Cond
 from distmatch.models.mixture import mixture
@@ -32,7 +33,7 @@ def test_x0_is_the_posterior_mean_by_quadrature(schedule):
     """E[x0 | x_t] by Bayes' rule on a fine grid of x0."""
     model, x0 = line(schedule), torch.linspace(-6, 7, 200_001, dtype=torch.float64)
     prior = model.log_density(x0[:, None])
-    for t in schedule.grid(6)[:-1]:
+    for t in schedule.grid(6):
         x = torch.tensor([[0.7]], dtype=torch.float64)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         posterior = (prior - 0.5 * ((x - alpha * x0) / sigma).square()[0]).softmax(0)
@@ -58,6 +59,22 @@ def test_densities_integrate_to_one(schedule):
         assert torch.trapezoid(density, x).item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, **ids)
+def test_densities_in_three_dimensions_are_scipys(schedule):
+    """Components of unequal width: a wrong power of the normaliser shows."""
+    means, stds, weights = [[-1.0, 0.3, 0.1], [1.0, 0.5, -0.7]], [0.2, 0.9], [0.7, 0.3]
+    model = mixture(schedule, means, stds, weights)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for t in (None, *schedule.grid(4)):
+        alpha, sigma = (1.0, 0.0) if t is None else (schedule.alpha(t).item(), schedule.sigma(t).item())
+        expected = sum(
+            w * multivariate_normal([alpha * v for v in m], (alpha * s) ** 2 + sigma**2).pdf(x.numpy())
+            for m, s, w in zip(means, stds, weights, strict=True)
+        )
+        ours = model.log_density(x, None if t is None else t.expand(5)).exp()
+        assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-10)
+
+
 def test_a_flow_at_pure_noise_predicts_the_mean():
     model = line(Flow())
     x = torch.tensor([[-3.0], [4.0]], dtype=torch.float64)
@@ -72,6 +89,8 @@ def test_labels_keep_their_components_alone():
         assert torch.allclose(getattr(model, method)(x, t, ones), getattr(only, method)(x, t), rtol=1e-12)
     with pytest.raises(ValueError, match="this mixture has no labels"):
         only(x, t, ones)
+    with pytest.raises(ValueError, match=r"no component has label 7; expected one of \[0, 1\]"):
+        model(x, t, Cond(label=torch.tensor([0, 7, 1, 0, 0])))
 
 
 def test_samples_have_the_mixtures_moments():
@@ -80,3 +99,13 @@ def test_samples_have_the_mixtures_moments():
     second = 0.2 * (1 + 0.09) + 0.3 * (0.25 + 0.01) + 0.5 * (4 + 0.36)
     assert samples.mean().item() == pytest.approx(mean, abs=0.01)
     assert samples.var().item() == pytest.approx(second - mean**2, rel=0.01)
+
+
+def test_samples_under_a_condition_are_of_its_class():
+    cond = Cond(label=torch.tensor([0, 1]).repeat(20_000))
+    samples = line(EDM(), labels=[0, 1, 1]).sample(40_000, torch.Generator().manual_seed(0), cond).reshape(-1, 2)
+    mean = (0.3 * 0.5 + 0.5 * 2) / 0.8
+    assert samples.mean(0).tolist() == pytest.approx([-1, mean], abs=0.02)
+    assert samples.var(0).tolist() == pytest.approx(
+        [0.09, (0.3 * (0.25 + 0.01) + 0.5 * (4 + 0.36)) / 0.8 - mean**2], rel=0.03
+    )

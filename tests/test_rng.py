@@ -9,9 +9,11 @@ from distmatch import rng
 def test_noise_of_an_index_does_not_depend_on_its_neighbours():
     whole = rng.noise(3, range(10), (2, 5))
     torch.manual_seed(99)
+    state = torch.get_rng_state()
     assert torch.equal(whole[[7, 2]], rng.noise(3, [7, 2], (2, 5)))
     assert torch.equal(whole[4:6], rng.noise(3, torch.tensor([4, 5]), (2, 5)))
     assert not torch.equal(whole, rng.noise(4, range(10), (2, 5)))
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is neither read nor moved
     flat = rng.noise(0, range(2000), (50,)).double()
     assert abs(flat.mean()) < 0.01
     assert abs(flat.std() - 1) < 0.01

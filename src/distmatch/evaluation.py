@@ -14,12 +14,12 @@ from distmatch.pipeline import Pipeline
 
 COLUMNS = {
     "name": ("model", "{}"),
-    "nfe": ("NFE", "{}"),
+    "nfe": ("network evaluations", "{}"),
     "images": ("images", "{:,}"),
-    "ms_per_image": ("ms/image", "{:.1f}"),
-    "images_per_second": ("images/s", "{:,.0f}"),
-    "frechet": ("Frechet", "{:.3f}"),
-    "kernel_distance": ("kernel", "{:.4f}"),
+    "ms_per_image": ("ms per image", "{:.1f}"),
+    "images_per_second": ("images per second", "{:,.0f}"),
+    "frechet": ("Frechet distance", "{:.3f}"),
+    "kernel_distance": ("kernel distance", "{:.4f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "accuracy": ("class accuracy", "{:.3f}"),

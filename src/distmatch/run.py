@@ -238,11 +238,11 @@ def row_name(model: str, nfe: int) -> str:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Evaluation rows as a table; columns that no row has are left out."""
-    shown = [key for key in COLUMNS if any(key in row for row in rows)]
-    table = Table(*(COLUMNS[key][0] for key in shown))
-    for row in rows:
-        table.add_row(*(COLUMNS[key][1].format(row[key]) if key in row else "-" for key in shown))
+    """Evaluation rows as a table, a model per column, which fits any terminal; figures that none has are left out."""
+    table = Table("", *(row["name"] for row in rows))
+    for key, (heading, form) in COLUMNS.items():
+        if key != "name" and any(key in row for row in rows):
+            table.add_row(heading, *(form.format(row[key]) if key in row else "-" for row in rows))
     console.print(table)
 
 

@@ -22,6 +22,7 @@ class Mixture(Denoiser):
         stds: f[K], isotropic.
         weights: f[K], positive; brought to sum 1.
         labels: i64[K], the class of each component; a condition with label `c` keeps only those of class `c`.
+            A class that no component has raises `ValueError`.
         prediction: decides `weight(t)` alone; the denoiser is exact whatever it says.
     """
 
@@ -101,7 +102,11 @@ class Mixture(Denoiser):
             return weights
         if self.labels is None:
             raise ValueError("this mixture has no labels; leave the condition out")
-        return weights.masked_fill(cond.label[:, None] != self.labels, -math.inf).log_softmax(1)
+        other = cond.label[:, None] != self.labels
+        if other.all(1).any():
+            absent = cond.label[other.all(1)][0].item()
+            raise ValueError(f"no component has label {absent}; expected one of {self.labels.unique().tolist()}")
+        return weights.masked_fill(other, -math.inf).log_softmax(1)
 
 
 def _variance(alpha: Tensor, sigma: Tensor, stds: Tensor) -> Tensor:
@@ -118,9 +123,9 @@ def mixture(
     """A `Mixture` from plain numbers; equal weights unless told."""
     return Mixture(
         schedule,
-        torch.tensor(means),
-        torch.tensor(stds),
-        torch.tensor(weights if weights is not None else [1.0] * len(means)),
+        torch.tensor(means, dtype=torch.float64),
+        torch.tensor(stds, dtype=torch.float64),
+        torch.tensor(weights if weights is not None else [1.0] * len(means), dtype=torch.float64),
         None if labels is None else torch.tensor(labels),
     )
 
