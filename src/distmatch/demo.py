@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from distmatch import build, data, rng
@@ -30,7 +31,7 @@ def mnist(out: Path, runs: Path) -> None:
     teacher, info = build.teacher(recipe)
     pairs = build.pair_store(recipe, teacher, info, runs)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
-    fast = DistilledPipeline.from_pretrained(out, teacher_device(teacher))
+    fast = DistilledPipeline.from_pretrained(out, slow.device)
     classifier, real = features("mnist")
     classifier.to(fast.device)
     n = len(pairs)
@@ -57,11 +58,7 @@ def mnist(out: Path, runs: Path) -> None:
     )
 
 
-def teacher_device(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def side_by_side(teacher: Pipeline, student: Pipeline, columns: int = 10, seed: int = 2):
+def side_by_side(teacher: Pipeline, student: Pipeline, columns: int = 10, seed: int = 2) -> np.ndarray:
     """Rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
     classes = len(teacher.info.classes)
     label = torch.arange(4 * columns) % classes
