@@ -35,10 +35,13 @@ def test_loading_continues_bit_for_bit(tmp_path):
 def test_the_last_n_and_the_best_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(1, 1)}, keep=2)
     for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)):
-        checkpoints.mark_best(step, score)
         checkpoints.save(step)
+        if checkpoints.improves(score):
+            checkpoints.mark_best(step, score)
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best() == {"step": 2, "score": 1.0}
+    checkpoints.path(2).unlink()  # a best one that is gone does not stand in the way of the next
+    assert checkpoints.improves(9.0)
 
 
 def test_damage_is_named_with_what_to_do(tmp_path):

@@ -40,6 +40,9 @@ def test_overrides_reach_nested_entries_with_yaml_types():
         ("steps", r"override 'steps' is not of the form key=value"),
         ("seed.x=1", r"seed is a value, not a group"),
         ("generator.lr=fast", r"generator.lr = 'fast'"),
+        ("terms=[]", r"terms = \[\]: list should have at least 1 item"),
+        ("terms=match,match", r"a term is named twice: match, match"),
+        ("match.bins=100", r"expected min_step < max_step <= bins, not 20, 980, 100"),
     ],
 )
 def test_bad_overrides_are_named(override, message):

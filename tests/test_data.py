@@ -36,6 +36,10 @@ def test_splits_and_flat_folders(tmp_path):
     assert len(data.load_images(folder, "test")) == 6
     flat = data.load_images(folder / "train" / "dark")
     assert (len(flat), flat.labels, flat.classes) == (3, None, ())
+    with pytest.raises(ValueError, match="has no folder 'valid'; it has dark, light, test, train"):
+        data.load_images(folder, "valid")
+    with pytest.raises(ValueError, match="has no folder 'test'; it has none"):
+        data.load_images(folder / "train" / "dark", "test")
 
 
 def test_colour_images_become_three_channels(tmp_path):

@@ -12,6 +12,7 @@ from distmatch.config import load_recipe
 from distmatch.denoiser import Cond
 from distmatch.distill import Distiller, Match
 from distmatch.losses import WEIGHTINGS
+from distmatch.models.folder import Info, save_model
 from distmatch.models.mixture import mixture
 from distmatch.schedule import EDM, VP, Flow
 
@@ -174,6 +175,16 @@ def test_the_student_starts_as_the_teacher_and_the_teacher_stays(tmp_path):
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not torch.equal(d.student.net.head.weight, before["net.head.weight"])
     assert not torch.equal(d.fake.net.head.weight, before["net.head.weight"])
+
+
+def test_a_student_goes_on_from_an_earlier_one(tmp_path):
+    earlier = tiny.teacher(seed=1)
+    save_model(tmp_path / "earlier", earlier, Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    d = distiller(tmp_path, f"student.init={tmp_path / 'earlier'}")
+    assert all(torch.equal(v, d.student.state_dict()[k]) for k, v in earlier.state_dict().items())
+    assert all(torch.equal(v, d.fake.state_dict()[k]) for k, v in tiny.teacher().state_dict().items())
+    with pytest.raises(ValueError, match=r"student.init 'mnist' has another network"):
+        distiller(tmp_path, "student.init=mnist")
 
 
 @pytest.mark.parametrize("terms", ["[match, regress]", "[match]", "[regress]"])

@@ -74,7 +74,7 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     images = tiny.image_folder(tmp_path / "images")
-    process = tiny.start("teach", images, "-o", tmp_path / "run", *SMALL[:-3], 1000, "--steps", 100_000)
+    process = tiny.start("teach", images, "-o", tmp_path / "run", *SMALL[:5], "--steps", 100_000, "--save-every", 100)
     while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
         time.sleep(0.01)
         assert process.poll() is None, process.stderr.read()

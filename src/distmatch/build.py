@@ -53,18 +53,18 @@ def pair_spec(recipe: Recipe, denoiser: Denoiser, info: Info) -> PairSpec:
     )
 
 
-def pairs_folder(recipe: Recipe, denoiser: Denoiser, runs: Path) -> Path:
+def pairs_folder(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> Path:
     """`pairs.path`, or a folder beside the runs, named by what sets one store apart from another."""
     p = recipe.pairs
     if p.path is not None:
         return Path(p.path)
     teacher_name = Path(recipe.teacher).name.replace(":", "-")
-    return runs / "pairs" / f"{teacher_name}-{fingerprint(denoiser)[:8]}-{p.sampler}{p.steps}-seed{p.seed}"
+    return runs / "pairs" / f"{teacher_name}-{p.sampler}{p.steps}-{pair_spec(recipe, denoiser, info).digest()[:8]}"
 
 
 def pair_store(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> PairStore:
     """The recipe's pairs, built (or finished, where a build was interrupted) if they are not there."""
-    folder, spec = pairs_folder(recipe, denoiser, runs), pair_spec(recipe, denoiser, info)
+    folder, spec = pairs_folder(recipe, denoiser, info, runs), pair_spec(recipe, denoiser, info)
     with progress("pairs", spec.count, unit="pair") as advance:
         build(folder, spec, denoiser, batch=recipe.pairs.batch, device=device(recipe.device), progress=advance)
     return PairStore.open(folder, spec.fingerprint, spec.count)
@@ -74,7 +74,7 @@ def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore |
     """The recipe's distillation. Student and fake score start as copies of one network, see `start`."""
     dev = device(recipe.device)
     first = start(recipe, denoiser, info)
-    student = _trained_copy(first)
+    student = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, dev))
     fake = _trained_copy(first) if "match" in recipe.terms else None
     critic_steps = recipe.critic.steps
     return Distiller(
@@ -118,6 +118,18 @@ def student_info(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
     """What the student's model folder says of it."""
     t = denoiser.schedule.t_max if recipe.student.t is None else recipe.student.t
     return Info(info.shape, info.classes, t, {"recipe": recipe.model_dump(mode="json")})
+
+
+def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
+    """The student `student.init`. Raises `ValueError` where its network is not that of the `denoiser` beside it."""
+    assert recipe.student.init is not None
+    student, _ = find_model(recipe.student.init, kind="student")
+    here, there = ({k: v.shape for k, v in m.state_dict().items()} for m in (denoiser, student))
+    if here != there:
+        raise ValueError(
+            f"student.init {recipe.student.init!r} has another network than the teacher {recipe.teacher!r}"
+        )
+    return student.to(dev)
 
 
 def _trained_copy(denoiser: Denoiser) -> Denoiser:

@@ -65,15 +65,17 @@ class Checkpoints:
     def best(self) -> dict[str, Any] | None:
         """`{"step": ..., "score": ...}` of the best one so far."""
         file = self.folder / "best.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        best = json.loads(file.read_text()) if file.exists() else None
+        return best if best is not None and self.path(best["step"]).exists() else None
 
-    def mark_best(self, step: int, score: float) -> bool:
-        """Remember step `step` if its `score` (lower is better) beats the best so far; says whether it did."""
+    def improves(self, score: float) -> bool:
+        """Whether `score` (lower is better) beats the best so far."""
         best = self.best()
-        if best is not None and best["score"] <= score:
-            return False
+        return best is None or score < best["score"]
+
+    def mark_best(self, step: int, score: float) -> None:
+        """Keep the checkpoint of `step`, which is saved already, until a better one comes."""
         write_json(self.folder / "best.json", {"step": step, "score": score})
-        return True
 
     def save(self, step: int, meta: Mapping[str, Any] | None = None) -> Path:
         """Write the parts as they are after `step` steps and drop what is too old."""

@@ -76,7 +76,7 @@ def train(
     recipe
         Name of a recipe of the package (see `distmatch recipes`) or a YAML file.
     overrides
-        Entries to change, e.g. terms=[match] match.weighting=dreamfusion generator.lr=1e-4.
+        Entries to change, e.g. terms=match match.weighting=dreamfusion generator.lr=1e-4.
     out
         The run's folder; RUNS/RECIPE unless told.
     runs
@@ -125,6 +125,16 @@ def teach(
         A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size: [train/]CLASS/NAME.png, or flat.
     out
         The run's folder; runs/teach-NAME unless told. The model ends up in its model/.
+    steps
+        Length of the training; the learning rate falls to zero over its last 30 %.
+    batch
+        Images per step.
+    lr
+        Peak learning rate of Adam.
+    ema
+        Decay of the moving average of the weights, which is what is kept.
+    precision
+        bf16: autocast around the network; worth it on a GPU or a CPU with bf16 arithmetic.
     widths
         U-Net channels per resolution level.
     blocks
@@ -201,7 +211,7 @@ def evaluate(
     /,
     *,
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 50_000,
-    seed: int = 0,
+    seed: int = 1,
     steps: int | None = None,
     guidance: float = 1.0,
     features: str = "mnist",
@@ -216,8 +226,14 @@ def evaluate(
     ----------
     model
         A model or run folder, or a model of the package: mnist.
+    n
+        Number of images, classes in turn.
+    seed
+        Of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise.
     steps
         Measure the teacher called MODEL with so many Heun steps instead of the student.
+    guidance
+        Classifier-free guidance, uncond + w (cond - uncond); only with --steps.
     features
         The classifier whose feature space is used: a folder made by `distmatch classifier`, or mnist.
     reference
@@ -269,7 +285,7 @@ def build_pairs(recipe: str, /, *overrides: str, out: Out = None, runs: Runs = P
 
 @pairs_app.command(name="verify")
 def verify_pairs(store: Path, /) -> None:
-    """Check every byte of a store: images, labels, and that the noise still comes out the same."""
+    """Check every byte of a store: images, and that the noise still comes out the same."""
     from distmatch.run import verify
 
     verify(store)
@@ -322,7 +338,5 @@ def _command() -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(f"[bold red]distmatch:[/] {message}", highlight=False, soft_wrap=True)
+    print(f"distmatch: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -3,10 +3,10 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -42,9 +42,12 @@ class Network(_Strict):
 
 
 class Student(_Strict):
-    """`t: null` evaluates the student at the schedule's `t_max`; `network: null` starts from a copy of the teacher."""
+    """`t: null` evaluates the student at the schedule's `t_max`. The student starts as a copy of the teacher, unless
+    `init` names a student (a folder, a run, one of the package) to go on from, or `network` is a new one.
+    """
 
     t: float | None = None
+    init: str | None = None
     network: Network | None = None
     ema: Fraction = 0.999
 
@@ -59,6 +62,12 @@ class MatchTerm(_Strict):
     min_step: Annotated[int, Field(ge=0)] = 20
     max_step: Positive = 980
     guidance: float = 1.0
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Self:
+        if not self.min_step < self.max_step <= self.bins:
+            raise ValueError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
+        return self
 
 
 class Pairs(_Strict):
@@ -104,6 +113,12 @@ class Evaluation(_Strict):
     features: str | None = None
 
 
+def _unique(terms: list[str]) -> list[str]:
+    if len(set(terms)) < len(terms):
+        raise ValueError(f"a term is named twice: {', '.join(terms)}")
+    return terms
+
+
 class Recipe(_Strict):
     """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line."""
 
@@ -112,7 +127,10 @@ class Recipe(_Strict):
     teacher: str
     seed: int = 0
     steps: Positive
-    terms: list[Literal["match", "regress"]] = ["match", "regress"]
+    terms: Annotated[list[Literal["match", "regress"]], Field(min_length=1), AfterValidator(_unique)] = [
+        "match",
+        "regress",
+    ]
     student: Student = Student()
     match: MatchTerm = MatchTerm()
     regress: RegressTerm = RegressTerm()

@@ -30,8 +30,9 @@ class Images:
 def load_images(path: Path, split: str = "train") -> Images:
     """Read `path`, a folder or a .tar/.tar.gz/.tar.xz/.zip archive, laid out `[split/]class/name.png` or flat.
 
-    Where there is a folder named `split`, only that one is read. Classes are numbered in sorted order.
-    Raises `ValueError` for a missing path, for a path without images, and for images of different sizes.
+    Where there is a folder named `split`, only that one is read; without splits all of it is "train". Classes are
+    numbered in sorted order. Raises `ValueError` for a missing path or split, for a path without images, and for images
+    of different sizes.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a folder or an archive of images")
@@ -40,7 +41,10 @@ def load_images(path: Path, split: str = "train") -> Images:
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} cannot be read as an archive: {error}") from error
     names = [PurePosixPath(name).parts for name, _ in entries]
-    if any(split in parts[:-1] for parts in names):
+    folders = {part for parts in names for part in parts[:-1]}
+    if split not in folders and (split != "train" or "test" in folders):
+        raise ValueError(f"{path} has no folder {split!r}; it has {', '.join(sorted(folders)[:12]) or 'none'}")
+    if split in folders:
         keep = [i for i, parts in enumerate(names) if split in parts[:-1]]
         entries, names = [entries[i] for i in keep], [names[i] for i in keep]
     if not entries:

@@ -57,12 +57,12 @@ def mnist(out: Path, runs: Path) -> None:
 
     print_rows(rows)
     minutes = (time.perf_counter() - began) / 60
-    console.print(f"{minutes:.1f} minutes. Look at [bold]{page.resolve()}[/]", soft_wrap=True)
+    console.print(f"{minutes:.1f} minutes. Look at {page.resolve()}")
     console.print(
-        "Next (in a clone, each after `uv run`):\n"
+        "\nNext (in a clone, each after `uv run`):\n"
         "  distmatch sample mnist      images from the student that ships, distilled for longer\n"
         "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
-        f"  distmatch train mnist terms=[match] -o {runs / 'match'}      an ablation; compare with distmatch report"
+        f"  distmatch train mnist terms=match -o {runs / 'match'}      an ablation; compare with distmatch report"
     )
 
 

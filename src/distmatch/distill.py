@@ -285,7 +285,7 @@ class Distiller:
     @torch.no_grad()
     def preview(self) -> Tensor:
         """The EMA student's samples of 64 fixed noises, labels in turn."""
-        z = rng.noise(self.seed, range(64), self.info.shape).to(self.device)
+        z = rng.noise(self.seed + 1, range(64), self.info.shape).to(self.device)  # noise that no pair has
         classes = len(self.info.classes)
         cond = Cond(label=torch.arange(64, device=self.device) % classes) if classes else None
         return data.picture(one_step(self.ema.network, self.student.schedule, z, cond, self.t))

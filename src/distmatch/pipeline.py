@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmatch import data, rng
 from distmatch.denoiser import Cond, Denoiser, guided
@@ -61,6 +61,8 @@ class Pipeline:
             raise ValueError(
                 f"this model makes samples of shape {self.info.shape}, not images; use `sample(z)` in Python"
             )
+        if n < 0 or batch < 1:
+            raise ValueError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
         label = self._labels(n, labels)
         chunks = []
         for start in range(0, n, batch):
@@ -111,9 +113,14 @@ class DistilledPipeline(Pipeline):
         super().__init__(denoiser, info, lambda z, cond: one_step(denoiser, denoiser.schedule, z, cond, info.t), nfe=1)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> "DistilledPipeline":
-        """Load a model folder, a run's folder, or a student that comes with the package ("mnist")."""
-        denoiser, info = find_model(str(path), kind="student")
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", *, net: nn.Module | None = None
+    ) -> "DistilledPipeline":
+        """Load a model folder, a run's folder, or a student that comes with the package ("mnist").
+
+        `net` takes the weights where the network is one of your own.
+        """
+        denoiser, info = find_model(str(path), kind="student", net=net)
         return cls(denoiser.to(device), info)
 
 

@@ -29,7 +29,7 @@ from distmatch.schedule import EDM
 from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
-console = Console()
+console = Console(markup=False, highlight=False, soft_wrap=True)
 
 FREE = {"log", "checkpoint", "evaluate", "device", "description"}
 """Entries of a recipe that may change when a run continues: they don't touch the result."""
@@ -64,7 +64,7 @@ def distil(recipe: Recipe, out: Path, runs: Path) -> None:
     )
     config = recipe.model_dump(mode="json")
     train(distiller, out, plan, evaluate=figures, trackers=recipe.log.track, config=config, title=recipe.name)
-    console.print(f"The student is in [bold]{out / 'model'}[/]. Next: distmatch sample {out}, distmatch report {out}")
+    console.print(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
@@ -131,7 +131,7 @@ def teach(
     plan = Plan(steps, log_every=50, save_every=save_every, preview_every=preview_every)
     train(task, out, plan, config=settings, title="teach")
     console.print(
-        f"The teacher is in [bold]{out / 'model'}[/]. Next: distmatch sample {out} --steps 18, "
+        f"The teacher is in {out / 'model'}. Next: distmatch sample {out} --steps 18, "
         f"distmatch train mnist teacher={out} evaluate.every=0"
     )
 
@@ -140,7 +140,7 @@ def pairs(recipe: Recipe, runs: Path) -> None:
     """`distmatch pairs build`."""
     teacher, info = build.teacher(recipe)
     size = recipe.pairs.count * _numel(info.shape) * (4 if recipe.pairs.dtype == "float32" else 2)
-    folder = build.pairs_folder(recipe, teacher, runs)
+    folder = build.pairs_folder(recipe, teacher, info, runs)
     console.print(f"{recipe.pairs.count:,} pairs, {size / 1e6:,.0f} MB, in {folder}")
     build.pair_store(recipe, teacher, info, runs)
 
@@ -164,6 +164,10 @@ def features(name: str) -> tuple[Classifier, Reference]:
 
 def pipeline(model: str, steps: int | None, guidance: float, device: str) -> Pipeline:
     """The student called `model`, or its teacher when Heun `steps` are given."""
+    if steps is None and guidance != 1:
+        raise ValueError(
+            f"guidance {guidance} is for a teacher: give --steps too. A student's guidance is fixed by training"
+        )
     if steps is None:
         denoiser, info = find_model(model, "student")
         return DistilledPipeline(denoiser.to(build.device(device)), info)
@@ -193,9 +197,7 @@ def sample(
     write_atomic(out / "grid.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
     for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
         write_atomic(out / f"{i:06d}.png", lambda p, image=image: p.write_bytes(data.png(image)))
-    console.print(
-        f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in [bold]{out}[/]; see {out / 'grid.png'}"
-    )
+    console.print(f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in {out}; see {out / 'grid.png'}")
 
 
 def evaluate(
@@ -256,7 +258,7 @@ def classifier(images: Path, out: Path, steps: int, batch: int, lr: float, seed:
     net.save(out / "classifier")
     reference(real, net, cache=None, source=f"{images.name}, train").save(out / "reference.safetensors")
     console.print(
-        f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in [bold]{out}[/]. "
+        f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in {out}. "
         f"Next: distmatch eval MODEL --features {out}"
     )
 

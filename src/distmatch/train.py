@@ -106,7 +106,7 @@ def train(
             )
             raise Diverged(
                 f"{names[column]} is {table[row, column].item()} at step {done - len(pending) + row + 1}; {last}. "
-                "Lower the learning rate, or clip the gradient, and run again"
+                "Lower the learning rate or clip the gradient, in a folder of its own (--out)"
             )
         network, total = task.clock.read()
         rate = task.images_per_step * len(pending) / total
@@ -123,6 +123,26 @@ def train(
         flush(done)
         checkpoints.save(done, {"seconds": seconds()})
 
+    def between_steps(done: int, stopping: bool) -> None:
+        """Pictures, figures and checkpoints, where they are due. Their time counts as no step's."""
+        look, measure = due(done, plan.preview_every), evaluate is not None and due(done, plan.evaluate_every)
+        keep, score = stopping or due(done, plan.save_every), None
+        if not (look or measure or keep):
+            return
+        flush(done)  # what is not finite stops here, before it is shown, measured or saved
+        if look:
+            preview(done)
+        if evaluate is not None and measure:
+            figures = evaluate()
+            log.scalars(done, figures)
+            score = next(iter(figures.values()))
+        better = score is not None and checkpoints.improves(score)
+        if keep or better:
+            save(done)
+        if score is not None and better:
+            checkpoints.mark_best(done, score)  # after the save: it never names a step that is not there
+        task.clock.read()
+
     def due(done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == plan.steps)
 
@@ -136,16 +156,9 @@ def train(
                 done = index + 1
                 if due(done, plan.log_every):
                     flush(done)
-                if due(done, plan.preview_every):
-                    preview(done)
-                if evaluate is not None and due(done, plan.evaluate_every):
-                    figures = evaluate()
-                    log.scalars(done, figures)
-                    if checkpoints.mark_best(done, next(iter(figures.values()))):
-                        save(done)
-                if due(done, plan.save_every) or interrupt.received:
-                    save(done)
-                if interrupt.received:
+                stopping = bool(interrupt.received)
+                between_steps(done, stopping)
+                if stopping:
                     raise Stopped(f"stopped by {interrupt.received} after step {done} of {plan.steps}; all is saved")
                 advance(1)
         flush(plan.steps)

@@ -42,11 +42,16 @@ class Info:
 
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
-    """Write `denoiser` and `info` to `folder`, weights in `dtype`. The configuration goes last: it makes it a model."""
-    kind = next(k for k, v in NETWORKS.items() if type(denoiser.net) is v)
+    """Write `denoiser` and `info` to `folder`, weights in `dtype`. The configuration goes last: it makes it a model.
+
+    A network that is not one of `NETWORKS` is saved without its configuration; `load_model` then needs it.
+    """
+    kind = next((k for k, v in NETWORKS.items() if type(denoiser.net) is v), None)
     config = {
         "format": FORMAT,
-        "network": {"type": kind, **denoiser.net.config},  # type: ignore[dict-item]
+        "network": {"type": kind, **denoiser.net.config}
+        if kind
+        else {"type": None, "class": type(denoiser.net).__name__},
         "schedule": schedules.to_config(denoiser.schedule),
         "prediction": asdict(denoiser.prediction),
         "shape": list(info.shape),
@@ -59,8 +64,11 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
     write_json(folder / "config.json", config)
 
 
-def load_model(folder: Path) -> tuple[Denoiser, Info]:
+def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, Info]:
     """The denoiser in evaluation mode with fp32 weights, and what goes with it.
+
+    Args:
+        net: the network to load the weights into, for a model whose network is none of `NETWORKS`.
 
     Raises `ValueError` where the folder is no model, is damaged, or needs a newer version.
     """
@@ -73,9 +81,14 @@ def load_model(folder: Path) -> tuple[Denoiser, Info]:
             raise ValueError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
         network = dict(config["network"])
         kind = network.pop("type")
-        if kind not in NETWORKS:
+        if kind is None and net is None:
+            raise ValueError(
+                f"{folder} was saved with a network of its owner's, {network['class']}; pass one: "
+                f"DistilledPipeline.from_pretrained(path, net={network['class']}(...))"
+            )
+        if kind is not None and kind not in NETWORKS:
             raise ValueError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
-        net = NETWORKS[kind](**network)
+        net = net or NETWORKS[kind](**network)
         denoiser = Denoiser(net, schedules.from_config(config["schedule"]), Prediction(**config["prediction"]))
         info = Info(tuple(config["shape"]), tuple(config["classes"]), config["t"], config["card"])
         net.load_state_dict(load_file(folder / "model.safetensors"))

@@ -4,6 +4,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from distmatch.denoiser import Denoiser
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES
@@ -11,13 +13,14 @@ from distmatch.models.mixture import MIXTURES
 ASSETS = Path(str(resources.files("distmatch"))) / "assets"
 
 
-def find_model(name: str, kind: Literal["teacher", "student"]) -> tuple[Denoiser, Info]:
+def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | None = None) -> tuple[Denoiser, Info]:
     """The model called `name`.
 
     Args:
         name: `mixture:NAME` (exact Gaussian mixture), a folder (of a model, or of a run, which has one in `model/`), or
             the name of a model in the package, which has a teacher and a student each.
         kind: which of the two is wanted.
+        net: see `load_model`.
 
     Raises `ValueError` when nothing of that name exists, or when it is of the other kind.
     """
@@ -27,7 +30,7 @@ def find_model(name: str, kind: Literal["teacher", "student"]) -> tuple[Denoiser
             raise ValueError(f"mixture {rest!r} is unknown; expected one of {', '.join(MIXTURES)}")
         mixture = MIXTURES[rest]()
         return mixture, Info(shape=(mixture.dim,))
-    denoiser, info = load_model(model_folder(name, kind))
+    denoiser, info = load_model(model_folder(name, kind), net)
     if (info.t is None) != (kind == "teacher"):
         have = "teacher" if info.t is None else "one-step student"
         raise ValueError(f"{name} is a {have}; a {kind} is needed here")

@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, head: int = 32):
         super().__init__()
-        self.heads = max(1, channels // head)
+        self.heads = channels // head if channels % head == 0 else 1
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = _zero(nn.Conv2d(channels, channels, 1))
