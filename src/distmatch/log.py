@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 
@@ -70,9 +71,11 @@ class TensorBoard:
 class Wandb:
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
         self._wandb = _optional("wandb", "wandb")
-        self._run = self._wandb.init(
-            project="distmatch", name=out.name, id=out.name, dir=str(out), config=dict(config), resume="allow"
-        )
+        mark = out / "wandb-id"  # one run there per folder here, whatever the folder is called
+        if not mark.exists():
+            write_atomic(mark, lambda p: p.write_text(uuid4().hex[:12]))
+        options = {"project": "distmatch", "name": out.name, "id": mark.read_text(), "resume": "allow"}
+        self._run = self._wandb.init(dir=str(out), config=dict(config), **options)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -1,7 +1,9 @@
 """Progress bars with rate and time left, on standard error."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -26,7 +28,7 @@ class _Rate(ProgressColumn):
 def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Callable[[int], None]]:
     """A bar of `total`, of which `done` is already there; yields `advance(n)`.
 
-    Where standard error is no terminal, a line is printed at each tenth instead.
+    Where standard error is no terminal, a line with the rate and the time left is printed at each tenth instead.
     """
     if not console.is_terminal:
         yield _lines(title, total, done, unit)
@@ -39,12 +41,17 @@ def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterato
 
 def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
     state = {"done": done, "tenth": 10 * done // max(total, 1)}
+    began = time.monotonic()
 
     def advance(n: int) -> None:
         state["done"] += n
         tenth = 10 * state["done"] // max(total, 1)
         if tenth > state["tenth"]:
             state["tenth"] = tenth
-            console.print(f"{title}: {state['done']} of {total} {unit}", highlight=False)
+            rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
+            left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
+            console.print(
+                f"{title}: {state['done']} of {total} {unit}, {rate:,.1f} {unit}/s, {left} left", highlight=False
+            )
 
     return advance

@@ -1,5 +1,6 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from distmatch.config import Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.evaluation import COLUMNS, hardware, speed
 from distmatch.evaluation import evaluate as measure
-from distmatch.features import Reference, load_reference, reference
+from distmatch.features import Reference, image_fingerprint, load_reference, reference
 from distmatch.models.classifier import Classifier, train_classifier
 from distmatch.models.folder import Info
 from distmatch.models.library import ASSETS, find_model
@@ -116,6 +117,7 @@ def teach(
         "images": images.name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr, "ema": ema,
         "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed, "objective": "EDM",
     }  # fmt: skip
+    _same_settings({**settings, "network": network, "pixels": image_fingerprint(real.pixels)}, out / "settings.json")
     task = Teaching(
         denoiser,
         real,
@@ -134,6 +136,19 @@ def teach(
         f"The teacher is in {out / 'model'}. Next: distmatch sample {out} --steps 18, "
         f"distmatch train mnist teacher={out} evaluate.every=0"
     )
+
+
+def _same_settings(settings: dict[str, Any], file: Path) -> None:
+    """Refuse to continue a teacher's run on other images or with other settings, naming every difference."""
+    if file.exists():
+        before = json.loads(file.read_text())
+        changed = [k for k in settings if settings[k] != before.get(k)]
+        if changed:
+            lines = "\n".join(f"  {k}: {before.get(k)} there, {settings[k]} here" for k in changed)
+            raise ValueError(
+                f"{file.parent} was taught otherwise:\n{lines}\nChoose another folder with --out, or delete it"
+            )
+    write_json(file, settings)
 
 
 def pairs(recipe: Recipe, runs: Path) -> None:
