@@ -8,7 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
-from distmatch import DistilledPipeline, TeacherPipeline, rng
+from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline, rng
 from distmatch.data import to_uint8
 from distmatch.denoiser import Cond
 from distmatch.models.folder import Info, load_model, save_model
@@ -105,3 +105,25 @@ def test_sample_command_writes_the_pipelines_images(tmp_path, student):
     assert wrong.returncode == 2
     assert "the package has mnist" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+class Own(torch.nn.Module):
+    """A network that the package does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, noise, cond):
+        return self.scale * x
+
+
+def test_a_network_of_ones_own_is_saved_and_asked_for(tmp_path):
+    denoiser = Denoiser(Own(), EDM(), Prediction("edm"))
+    torch.nn.init.constant_(denoiser.net.scale, 0.25)
+    save_model(tmp_path, denoiser, Info((1, 8, 8), t=80.0))
+    with pytest.raises(ValueError, match=r"a network of its owner's, Own; pass one"):
+        DistilledPipeline.from_pretrained(tmp_path)
+    pipe = DistilledPipeline.from_pretrained(tmp_path, net=Own())
+    z = rng.noise(0, range(2), (1, 8, 8))
+    assert torch.equal(pipe.sample(z), denoiser(80.0 * z, torch.full((2,), 80.0)))

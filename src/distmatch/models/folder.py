@@ -46,12 +46,14 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
 
     A network that is not one of `NETWORKS` is saved without its configuration; `load_model` then needs it.
     """
-    kind = next((k for k, v in NETWORKS.items() if type(denoiser.net) is v), None)
+    net: Any = denoiser.net
+    network = {"type": None, "class": type(net).__name__}
+    for kind, known in NETWORKS.items():
+        if type(net) is known:
+            network = {"type": kind, **net.config}
     config = {
         "format": FORMAT,
-        "network": {"type": kind, **denoiser.net.config}
-        if kind
-        else {"type": None, "class": type(denoiser.net).__name__},
+        "network": network,
         "schedule": schedules.to_config(denoiser.schedule),
         "prediction": asdict(denoiser.prediction),
         "shape": list(info.shape),
@@ -59,7 +61,7 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
         "t": info.t,
         "card": info.card,
     }
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.net.state_dict().items()}
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
     write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
     write_json(folder / "config.json", config)
 
@@ -80,15 +82,15 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
         if config.get("format") != FORMAT:
             raise ValueError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
         network = dict(config["network"])
-        kind = network.pop("type")
+        kind: Any = network.pop("type")
         if kind is None and net is None:
             raise ValueError(
                 f"{folder} was saved with a network of its owner's, {network['class']}; pass one: "
                 f"DistilledPipeline.from_pretrained(path, net={network['class']}(...))"
             )
-        if kind is not None and kind not in NETWORKS:
+        if kind not in (None, *NETWORKS):
             raise ValueError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
-        net = net or NETWORKS[kind](**network)
+        net = NETWORKS[str(kind)](**network) if net is None else net
         denoiser = Denoiser(net, schedules.from_config(config["schedule"]), Prediction(**config["prediction"]))
         info = Info(tuple(config["shape"]), tuple(config["classes"]), config["t"], config["card"])
         net.load_state_dict(load_file(folder / "model.safetensors"))
