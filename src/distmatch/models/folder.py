@@ -47,10 +47,10 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
     A network that is not one of `NETWORKS` is saved without its configuration; `load_model` then needs it.
     """
     net: Any = denoiser.net
-    network = {"type": None, "class": type(net).__name__}
+    network: dict[str, Any] = {"type": None, "class": type(net).__name__}
     for kind, known in NETWORKS.items():
         if type(net) is known:
-            network = {"type": kind, **net.config}
+            network = {"type": kind, **dict(getattr(net, "config"))}  # noqa: B009  its constructor's arguments
     config = {
         "format": FORMAT,
         "network": network,
