@@ -1,6 +1,7 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,7 @@ def _same_settings(settings: dict[str, Any], file: Path) -> None:
 def pairs(recipe: Recipe, runs: Path) -> None:
     """`distmatch pairs build`."""
     teacher, info = build.teacher(recipe)
-    size = recipe.pairs.count * _numel(info.shape) * (4 if recipe.pairs.dtype == "float32" else 2)
+    size = recipe.pairs.count * math.prod(info.shape) * (4 if recipe.pairs.dtype == "float32" else 2)
     folder = build.pairs_folder(recipe, teacher, info, runs)
     console.print(f"{recipe.pairs.count:,} pairs, {size / 1e6:,.0f} MB, in {folder}")
     build.pair_store(recipe, teacher, info, runs)
@@ -276,10 +277,3 @@ def classifier(images: Path, out: Path, steps: int, batch: int, lr: float, seed:
         f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in {out}. "
         f"Next: distmatch eval MODEL --features {out}"
     )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
