@@ -248,7 +248,16 @@ def evaluate(
 
 @app.command
 def classifier(
-    images: Path, /, *, out: Out = None, steps: int = 3000, batch: int = 128, lr: float = 2e-3, seed: int = 0
+    images: Path,
+    /,
+    *,
+    out: Out = None,
+    steps: int = 3000,
+    batch: int = 128,
+    lr: float = 2e-3,
+    widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True)] = (16, 32, 64),
+    flip: bool = False,
+    seed: int = 0,
 ) -> None:
     """Train the classifier whose features `distmatch eval` measures in, on images/train, tested on images/test.
 
@@ -258,10 +267,15 @@ def classifier(
         A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png.
     out
         The classifier's folder; runs/classifier-NAME unless told.
+    widths
+        Channels at the half resolution (two layers) and at the quarter; the last is the number of features.
+    flip
+        Mirror every other image.
     """
     from distmatch.run import classifier as run
 
-    run(images, out or Path("runs") / f"classifier-{images.name.split('.')[0]}", steps, batch, lr, seed)
+    name = images.name.split(".")[0]
+    run(images, out or Path("runs") / f"classifier-{name}", steps, batch, lr, widths, flip, seed)
 
 
 @pairs_app.command(name="build")

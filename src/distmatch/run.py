@@ -264,13 +264,17 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def classifier(images: Path, out: Path, steps: int, batch: int, lr: float, seed: int) -> None:
+def classifier(
+    images: Path, out: Path, steps: int, batch: int, lr: float, widths: tuple[int, ...], flip: bool, seed: int
+) -> None:
     """`distmatch classifier`: an evaluation classifier and the reference statistics of its training images."""
     with console.status(f"reading {images}"):
         real, test = data.load_images(images, "train"), data.load_images(images, "test")
     began = time.perf_counter()
     with progress("classifier", steps, unit="step") as advance:
-        net = train_classifier(real, test, steps=steps, batch=batch, lr=lr, seed=seed, progress=advance)
+        net = train_classifier(
+            real, test, steps=steps, batch=batch, lr=lr, widths=widths, flip=flip, seed=seed, progress=advance
+        )
     net.save(out / "classifier")
     reference(real, net, cache=None, source=f"{images.name}, train").save(out / "reference.safetensors")
     console.print(

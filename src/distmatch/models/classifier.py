@@ -110,6 +110,8 @@ def train_classifier(
     steps: int = 3000,
     batch: int = 128,
     lr: float = 2e-3,
+    widths: Sequence[int] = (16, 32, 64),
+    flip: bool = False,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Classifier:
@@ -120,6 +122,8 @@ def train_classifier(
     arguments (and the machine's rounding).
 
     Args:
+        widths: see `Classifier`.
+        flip: mirror every other image at random.
         progress: called with 1 after every step.
 
     Raises `ValueError` where labels are missing or `test` has other classes or another image shape.
@@ -136,17 +140,21 @@ def train_classifier(
     channels, *size = images.pixels.shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(seed, "classifier"))
-        net = Classifier(channels, size, images.classes)
+        net = Classifier(channels, size, images.classes, widths)
     optimizer = Optimizer(net.parameters(), lr=lr, weight_decay=0.05, warmup=steps // 10, steps=steps, decay=0.9)
     for step in range(steps):
         rows = torch.from_numpy(rng.shuffled(seed, len(images), step * batch, batch))
-        pixels = _shifted(images.pixels[rows], min(size) // 14, rng.stream("cpu", seed, "shift", step))
+        generator = rng.stream("cpu", seed, "shift", step)
+        pixels = _shifted(images.pixels[rows], min(size) // 14, generator)
+        if flip:
+            mirror = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+            pixels = torch.where(mirror, pixels.flip(-1), pixels)
         F.cross_entropy(net(pixels), images.labels[rows]).backward()
         optimizer.step(step)
         if progress is not None:
             progress(1)
     net.eval().requires_grad_(False)
-    training = {"images": len(images), "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    training = {"images": len(images), "steps": steps, "batch": batch, "lr": lr, "flip": flip, "seed": seed}
     net.config |= {"accuracy": accuracy(net, test), "training": training}
     return net
 
