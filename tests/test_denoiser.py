@@ -41,6 +41,9 @@ def test_native_outputs_are_what_their_names_say(schedule):
         "v": a * eps - s * x0,
         "velocity": eps - x0,
         "edm": (x0 - 0.25 / (s**2 + 0.25) * x) * (s**2 + 0.25).sqrt() / (s * 0.5),
+        "vp": eps,
+        "iddpm": eps,
+        "ve": -eps,
     }
     assert set(expected) == set(PREDICTIONS)
     for name, native in expected.items():

@@ -3,8 +3,10 @@
 Teacher, fake score and generator are three of them. What a network predicts natively is the business of its wrapper.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +70,11 @@ class Prediction:
         eps        1 / a               -s / a            eps
         v          a / (a^2 + s^2)     -s / (a^2 + s^2)  a eps - s x0
         velocity   1 / (a + s)         -s / (a + s)      eps - x0
-        edm        d^2 / (s^2 + d^2)   s d / sqrt(...)   Karras et al. 2022, Table 1; d = sigma_data
+        edm        d^2 / (s^2 + d^2)   s d / sqrt(...)   d = sigma_data
+        vp, iddpm  1 / a               -s / a            eps
+        ve         1 / a               s / a             -eps
 
-    `edm` also scales the input by `1 / sqrt(s^2 + d^2)` and tells the network `ln(s) / 4`; the others pass `x_t`, `t`.
+    The last four are Karras et al. 2022, Table 1, for the schedule `EDM`; their inputs differ too, see `inputs`.
     """
 
     name: str = "edm"
@@ -86,8 +90,10 @@ class Prediction:
         match self.name:
             case "x0":
                 return torch.zeros_like(a), torch.ones_like(a)
-            case "eps":
+            case "eps" | "vp" | "iddpm":
                 return 1 / a, -s / a
+            case "ve":
+                return 1 / a, s / a
             case "v":
                 return a / (a**2 + s**2), -s / (a**2 + s**2)
             case "velocity":
@@ -97,14 +103,24 @@ class Prediction:
 
     def inputs(self, x: Tensor, t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """What the network sees: `(input f[B,*D], noise f[B])`."""
-        if self.name != "edm":
-            return x, t
-        return x / expand((sigma**2 + self.sigma_data**2).sqrt(), x), sigma.log() / 4
+        match self.name:
+            case "edm":
+                return x / expand((sigma**2 + self.sigma_data**2).sqrt(), x), sigma.log() / 4
+            case "vp":  # 999 times the time of a linear beta(t) = 0.1 + 19.9 t
+                time = ((0.1**2 + 2 * 19.9 * (sigma**2).log1p()).sqrt() - 0.1) / 19.9
+                return x / expand((sigma**2 + 1).sqrt(), x), 999 * time
+            case "ve":
+                return x, (sigma / 2).log()
+            case "iddpm":  # the step, of 1000, whose sigma is nearest
+                step = (_iddpm_sigmas(sigma.device) - sigma[:, None]).abs().argmin(1)
+                return x / expand((sigma**2 + 1).sqrt(), x), step.to(sigma.dtype)
+            case _:
+                return x, t
 
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The clean image of a native output, in `x`'s precision."""
+        """The clean image of a native output, in `x`'s precision. iDDPM's variances, further channels, are left out."""
         skip, out = self.coefficients(alpha, sigma)
-        return expand(skip, x) * x + expand(out, x) * output.to(x.dtype)
+        return expand(skip, x) * x + expand(out, x) * output[:, : x.shape[1]].to(x.dtype)
 
     def native(self, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The native output whose clean image is `x0`: the inverse of `x0()`."""
@@ -112,7 +128,16 @@ class Prediction:
         return (x0 - expand(skip, x) * x) / expand(out, x)
 
 
-PREDICTIONS = ("edm", "eps", "x0", "v", "velocity")
+PREDICTIONS = ("edm", "eps", "x0", "v", "velocity", "vp", "ve", "iddpm")
+
+
+@cache
+def _iddpm_sigmas(device: torch.device) -> Tensor:
+    """Noise levels f32[1000] of the steps of Improved DDPM (Karras et al. 2022, Appendix C.3), rising."""
+    alpha_bar, u = (torch.arange(1001, dtype=torch.float64) / 1000 / 1.008 * math.pi / 2).sin() ** 2, [0.0]
+    for j in range(1000, 0, -1):
+        u.append(((u[-1] ** 2 + 1) / max(float(alpha_bar[j - 1] / alpha_bar[j]), 0.001) - 1) ** 0.5)
+    return torch.tensor(u[1:], device=device)
 
 
 class Denoiser(nn.Module):

@@ -17,11 +17,12 @@ from torch import nn
 from distmatch import schedule as schedules
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 
 FORMAT = "distmatch-model-1"
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
+NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP, "song": SongUNet, "dhariwal": DhariwalUNet}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Models by name or path: `mnist` and other models of the package, a model folder, a run's folder, `mixture:NAME`."""
+"""Models by name or path: `mnist` and other models of the package, a folder of a model or a run, `edm:FILE`,
+`mixture:NAME`.
+"""
 
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -9,16 +10,16 @@ from torch import nn
 from distmatch.denoiser import Denoiser
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES
-
-ASSETS = Path(str(resources.files("distmatch"))) / "assets"
+from distmatch.paths import ASSETS
 
 
 def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | None = None) -> tuple[Denoiser, Info]:
     """The model called `name`.
 
     Args:
-        name: `mixture:NAME` (exact Gaussian mixture), a folder (of a model, or of a run, which has one in `model/`), or
-            the name of a model in the package, which has a teacher and a student each.
+        name: `mixture:NAME` (exact Gaussian mixture), `edm:FILE` (a published EDM checkpoint, file or URL), a folder
+            (of a model, or of a run, which has one in `model/`), or the name of a model in the package, which has a
+            teacher and a student each.
         kind: which of the two is wanted.
         net: see `load_model`.
 
@@ -30,7 +31,12 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
             raise ValueError(f"mixture {rest!r} is unknown; expected one of {', '.join(MIXTURES)}")
         mixture = MIXTURES[rest]()
         return mixture, Info(shape=(mixture.dim,))
-    denoiser, info = load_model(model_folder(name, kind), net)
+    if scheme == "edm":
+        from distmatch.models.published import cached_edm
+
+        denoiser, info = cached_edm(rest)
+    else:
+        denoiser, info = load_model(model_folder(name, kind), net)
     if (info.t is None) != (kind == "teacher"):
         have = "teacher" if info.t is None else "one-step student"
         raise ValueError(f"{name} is a {have}; a {kind} is needed here")

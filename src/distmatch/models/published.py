@@ -1,0 +1,112 @@
+"""The published EDM checkpoints (Karras et al. 2022): pickles whose embedded source is never executed, see `unpickle`."""
+
+import json
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch import unpickle
+from distmatch.denoiser import Denoiser, Prediction
+from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.folder import Info, load_model, save_model
+from distmatch.paths import CACHE
+from distmatch.schedule import EDM
+
+NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+PRECONDITIONINGS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
+FIXED = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "C_1": 0.001, "C_2": 0.008}
+"""Arguments of the preconditionings that are built in here."""
+UNUSED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "img_channels", "label_dropout", *FIXED}
+"""Arguments that the network's constructor does not get: read elsewhere, or of no effect outside training."""
+
+
+def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:
+    """Write the checkpoint `source`, a file or a URL, as a model folder `out`; returns what was written.
+
+    Raises `ValueError` where the file is missing, damaged, hostile, or no EDM checkpoint.
+    """
+    denoiser, info = read_edm(_local(source))
+    save_model(out, denoiser, info)
+    return denoiser, info
+
+
+def cached_edm(source: str) -> tuple[Denoiser, Info]:
+    """The checkpoint `source`, a file or a URL, from its model folder in the cache, which is made if it is not there."""
+    file = _local(source)
+    folder = CACHE / f"edm-{_sha256(file)[:32]}"
+    return load_model(folder) if (folder / "config.json").exists() else import_edm(str(file), folder)
+
+
+def read_edm(file: Path) -> tuple[Denoiser, Info]:
+    """The EMA network of a published `.pkl`, with its preconditioning, in evaluation mode and fp32.
+
+    Its noise range is EDM's sampler's, 0.002 to 80, inside of what the preconditioning allows; classes have numbers for
+    names. Raises `ValueError` where the file is missing, damaged, hostile, or no EDM checkpoint.
+    """
+    found = unpickle.network(file)
+    top, inner = found.modules[""], found.modules.get("model")
+    if top.class_name not in PRECONDITIONINGS or inner is None or inner.class_name not in NETWORKS:
+        classes = top.class_name if inner is None else f"{top.class_name} around {inner.class_name}"
+        raise ValueError(
+            f"{file} holds {classes}; expected {' or '.join(PRECONDITIONINGS)} around {' or '.join(NETWORKS)}"
+        )
+    other = {k: v for k, v in top.kwargs.items() if k in FIXED and v != FIXED[k]}
+    if other:
+        raise ValueError(f"{file}: {top.class_name} has {other}; expected { ({k: FIXED[k] for k in other}) }")
+    channels = top.kwargs["img_channels"]
+    iddpm = top.class_name == "iDDPMPrecond"  # its networks predict variances too
+    arguments = {"in_channels": channels, "out_channels": channels * (2 if iddpm else 1)}
+    arguments |= {k: v for k, v in top.kwargs.items() if k not in UNUSED}
+    state = {k.removeprefix("model."): v.float() for k, v in found.state.items() if k.startswith("model.")}
+    net = _network(inner.class_name, arguments, state, file)
+
+    low, high = (float(top.attributes.get(name, bound)) for name, bound in (("sigma_min", 0), ("sigma_max", 80)))
+    prediction = Prediction(PRECONDITIONINGS[top.class_name], float(top.kwargs.get("sigma_data", 0.5)))
+    denoiser = Denoiser(net, EDM(max(0.002, low), min(80.0, high)), prediction)
+    side = top.kwargs["img_resolution"]
+    card = {"imported": {"file": file.name, "sha256": _sha256(file), "class": top.class_name, "arguments": top.kwargs}}
+    classes = tuple(str(i) for i in range(top.kwargs.get("label_dim", 0)))
+    return denoiser.eval(), Info((channels, side, side), classes, card=json.loads(json.dumps(card)))
+
+
+def _network(
+    kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], file: Path
+) -> SongUNet | DhariwalUNet:
+    """The network with its weights. It is laid out without memory first: the file's arguments may be anything."""
+    try:
+        if arguments.get("num_blocks", 0) > len(state) or len(arguments.get("channel_mult", ())) > len(state):
+            raise ValueError("it has more blocks than weights")
+        with torch.device("meta"):
+            plan = NETWORKS[kind](**arguments).state_dict()
+        differing = [k for k in (*plan, *state) if k not in plan or k not in state or plan[k].shape != state[k].shape]
+        if differing:
+            raise ValueError(f"{len(differing)} weights do not fit its arguments, first {differing[0]}")
+        net = NETWORKS[kind](**arguments)
+        net.load_state_dict(state)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise ValueError(f"{file}: {kind} cannot be built: {str(error)[:300]}") from error
+    return net
+
+
+def _local(source: str) -> Path:
+    """The file `source`, downloaded to the cache if it is a URL."""
+    if not source.startswith(("http://", "https://")):
+        file = Path(source).expanduser()
+        if not file.is_file():
+            raise ValueError(f"{source} does not exist; give an EDM checkpoint, a .pkl file or a URL of one")
+        return file
+    file = CACHE / "downloads" / f"{sha256(source.encode()).hexdigest()[:16]}-{Path(source).name}"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(source, str(file))  # to a temporary file first
+        except OSError as error:
+            raise ValueError(f"{source} cannot be fetched: {error}. Fetch it elsewhere and give the file") from error
+    return file
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
