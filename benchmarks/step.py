@@ -1,54 +1,124 @@
-"""One training step against the sum of its bare network passes, which is the limit.
+"""One training step against the sum of its bare network passes, which is the limit; and its memory against the sum of
+what it must hold.
 
-    uv run python benchmarks/step.py [recipe] [key=value ...]
+    uv run python benchmarks/step.py                                                  the embedded MNIST teacher
+    uv run python benchmarks/step.py cifar10-cond match.batch=8 regress.batch=8 --rounds 3
+    uv run python benchmarks/step.py imagenet64-cond match.batch=48 regress.batch=48 device=cuda
 
-The bare passes are those of Algorithm 1 at the recipe's batch sizes: student forward and backward on both streams, real
-and fake score forward, fake score forward and backward; nothing else. Both are timed in turn and the medians compared.
+Where the recipe's teacher is a published checkpoint, a network of the same full size with random weights takes its
+place; so does a random VGG for LPIPS. The bare passes are those of Algorithm 1 at the recipe's batch sizes: student
+forward and backward on both streams, real and fake score forward, fake score forward and backward, LPIPS forward and
+backward where the recipe has it; nothing else. Both are timed in turn and the medians compared.
 """
 
-import sys
+import resource
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import cyclopts
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch import build
-from distmatch.config import load_recipe
+from distmatch.config import Recipe, load_recipe
 from distmatch.denoiser import Cond, Denoiser
+from distmatch.distill import Distiller, Regress
 from distmatch.evaluation import hardware
+from distmatch.models.folder import Info, save_model
+from distmatch.smoke import make_networks, random_edm
 
-ROUNDS = 15
+
+def main(recipe: str = "mnist", /, *overrides: str, rounds: int = 15) -> None:
+    small = ["pairs.count=64", "pairs.steps=1", "pairs.shard=64", "pairs.batch=8"]  # their content does not matter here
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        resolved = load_recipe(recipe, [*small, *overrides])
+        if resolved.teacher.startswith("edm:"):
+            save_model(folder / "teacher", *random_edm(Path(resolved.teacher).stem, small=False))
+            overrides = (f"teacher={folder / 'teacher'}", *overrides)
+        if resolved.regress.loss == "lpips":
+            overrides = (f"regress.weights={folder / 'weights'}", *overrides)
+        make_networks(resolved, folder, teacher=False)
+        measure(load_recipe(recipe, [*small, *overrides]), folder, rounds)
 
 
-def main() -> None:
-    name, *overrides = sys.argv[1:] or ["mnist"]
-    small = ["pairs.count=256", "pairs.steps=2", "pairs.shard=256"]  # the pairs' content does not matter here
-    recipe = load_recipe(name, [*overrides, *small])
+def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
+    before = memory_peak(build.device(recipe.device))
     teacher, info = build.teacher(recipe)
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = build.pair_store(recipe, teacher, info, Path(folder))
-        distiller = build.distiller(recipe, teacher, info, pairs)
-        rows = timed({"step": step(distiller), "bare": bare(distiller, teacher, info, recipe)}, distiller.device)
+    pairs = build.pair_store(recipe, teacher, info, folder) if "regress" in recipe.terms else None
+    distiller = build.distiller(recipe, teacher, info, pairs)
+    device = distiller.device
+    limit = bare(distiller, teacher, info, recipe)
+    with FlopCounterMode(display=False) as flops:
+        limit()
+    activations = saved_for_backward(distiller, info)
+    rows = timed({"step": step(distiller), "bare": limit}, device, rounds)
     seconds = {k: median(v) for k, v in rows.items()}
-    print({**hardware(distiller.device), "recipe": recipe.name, "precision": recipe.precision})
-    print(f"training step      {1000 * seconds['step']:8.1f} ms")
-    print(f"bare passes        {1000 * seconds['bare']:8.1f} ms")
-    print(f"ratio              {seconds['step'] / seconds['bare']:8.3f}")
+    print({**hardware(device), "recipe": recipe.name, "precision": recipe.precision, "rounds": rounds})
+    print(f"training step      {1000 * seconds['step']:10.1f} ms, {distiller.images_per_step} images")
+    print(f"bare passes        {1000 * seconds['bare']:10.1f} ms")
+    print(f"ratio              {seconds['step'] / seconds['bare']:10.3f}")
+    tera = flops.get_total_flops() / 1e12
+    print(f"network FLOPs      {tera:10.3f} T per step, {tera / seconds['step']:.3f} TFLOP/s")
+    trained = [n for n in (distiller.student, distiller.fake) if n is not None]
+    weights = sum(bytes_of(n.parameters()) for n in [teacher, distiller.ema.network, *trained])
+    gradients = sum(bytes_of(n.parameters()) for n in trained)
+    must = {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients, "activations": activations}
+    print("must hold          " + ", ".join(f"{k} {v / 1e9:.3f} GB" for k, v in must.items()))
+    held, peak = sum(must.values()), memory_peak(device) - before
+    print(f"memory peak        {peak / 1e9:10.3f} GB, {peak / held:.2f} of the sum {held / 1e9:.3f} GB")
 
 
-def timed(work: dict[str, Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
+def memory_peak(device: torch.device) -> int:
+    """Bytes: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def saved_for_backward(distiller: Distiller, info: Info) -> int:
+    """Bytes that autograd keeps of the student's forward pass on both streams, weights not counted."""
+    own = {p.untyped_storage().data_ptr() for p in distiller.student.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    n = sum(term.batch for term in distiller.terms) // distiller.accumulate
+    x, t, cond = inputs(n, info, distiller.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), distiller.autocast():
+        alive = distiller.student(x, t + 1, cond)  # while it lives no storage is used twice
+    del alive
+    return sum(kept.values())
+
+
+def inputs(n: int, info: Info, device: torch.device) -> tuple[Tensor, Tensor, Cond | None]:
+    cond = Cond(label=torch.arange(n, device=device) % len(info.classes)) if info.classes else None
+    return torch.randn(n, *info.shape, device=device), torch.zeros(n, device=device), cond
+
+
+def timed(work: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, taken in turn so that a slow moment of the machine hits all."""
+    warm = min(3, rounds)
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(ROUNDS + 3):
+    for turn in range(rounds + warm):
         for name, run in work.items():
             began = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if turn >= 3:
+            if turn >= warm:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
@@ -58,31 +128,30 @@ def step(distiller) -> Callable[[], None]:
     return lambda: distiller.step(next(index)) and None
 
 
-def bare(distiller, teacher: Denoiser, info, recipe) -> Callable[[], None]:
-    device = distiller.device
-    match = recipe.match.batch if "match" in recipe.terms else 0
+def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) -> Callable[[], None]:
+    device, fake = distiller.device, distiller.fake
     both = sum(term.batch for term in distiller.terms)
-
-    def inputs(n: int):
-        cond = Cond(label=torch.arange(n, device=device) % len(info.classes)) if info.classes else None
-        return torch.randn(n, *info.shape, device=device), torch.zeros(n, device=device), cond
+    perceptual = [t for t in distiller.terms if isinstance(t, Regress) and recipe.regress.loss == "lpips"]
 
     def backward(network: Denoiser, n: int) -> None:
-        out = network.net(*inputs(n))
+        out = network.net(*inputs(n, info, device))
         out.backward(torch.ones_like(out))
 
     def run() -> None:
         with distiller.autocast():
             backward(distiller.student, both)
-            if match:
+            for term in perceptual:
+                x, y = (torch.rand(term.batch, *info.shape, device=device) for _ in range(2))
+                term.loss(x.requires_grad_(), y).backward()
+            if fake is not None:
                 with torch.no_grad():
-                    teacher.net(*inputs(match))
-                    distiller.fake.net(*inputs(match))
-                backward(distiller.fake, match)
+                    teacher.net(*inputs(recipe.match.batch, info, device))
+                    fake.net(*inputs(recipe.match.batch, info, device))
+                backward(fake, recipe.match.batch)
         # Gradients pile up as in accumulation; clearing them is not a network pass.
 
     return run
 
 
 if __name__ == "__main__":
-    main()
+    cyclopts.run(main)

@@ -1,34 +1,21 @@
-"""Distil a denoiser of your own, without a recipe: `python examples/own_teacher.py`.
+"""Distil a denoiser of your own, without YAML: `python examples/own_teacher.py`. A random network stands for yours."""
 
-The network here is random and tiny, so that the script runs in seconds; put yours in its place. It takes
-`(input f[B,C,H,W], noise f[B], cond)` and predicts eps, v, x0, a flow velocity or EDM's F; say which.
-"""
-
-import copy
 from pathlib import Path
 
-import torch
+from torch import nn
 
-from distmatch import EDM, Denoiser, Prediction
-from distmatch.distill import Distiller, Match, Regress
-from distmatch.losses import REGRESSIONS, WEIGHTINGS
-from distmatch.models.folder import Info
-from distmatch.models.unet import UNet
-from distmatch.optim import Optimizer
-from distmatch.pairs import PairSpec, PairStore, build, fingerprint
-from distmatch.train import Plan, train
+from distmatch import VP, Denoiser, DistilledPipeline, Info, Prediction, Recipe, distil
 
-out, shape = Path("runs/own_teacher"), (1, 16, 16)
-torch.manual_seed(0)
-teacher = Denoiser(UNet(widths=(8, 16)), EDM(), Prediction("edm")).eval().requires_grad_(False)
-spec = PairSpec("own", fingerprint(teacher), "heun", 4, 1.0, 0, 64, 64, shape, 0, "float32")
-build(out / "pairs", spec, teacher)
-student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-terms = [
-    Match(teacher, fake, shape=shape, classes=0, weighting=WEIGHTINGS["algorithm2"], batch=8),
-    Regress(PairStore.open(out / "pairs"), loss=REGRESSIONS["mse"], weight=4.0, batch=8),
-]
-optimizers = [Optimizer(network.parameters(), lr=1e-3, clip=10.0) for network in (student, fake)]
-distiller = Distiller(student, fake, terms, *optimizers, info=Info(shape, t=80.0))
-train(distiller, out, Plan(steps=20, log_every=5))
-print(f"the student is in {out / 'model'}; DistilledPipeline.from_pretrained({str(out)!r}) makes images")
+
+class MyNetwork(nn.Conv2d):  # (input f[B,C,H,W], noise f[B], cond) -> eps, v, x0, a flow velocity or EDM's F
+    def forward(self, x, noise, cond):
+        return super().forward(x)
+
+
+teacher = Denoiser(MyNetwork(3, 3, 3, padding=1), VP(), Prediction("eps"))  # say which, and on what schedule
+recipe = {"name": "own", "teacher": "mine", "steps": 20, "match": {"batch": 8}, "regress": {"batch": 8}}
+recipe["pairs"] = {"count": 64}  # every entry of `distmatch train mnist --dry-run` may stand here
+distil(Recipe.model_validate(recipe), Path("runs/own"), teacher=(teacher, Info(shape=(3, 16, 16))))
+
+pipe = DistilledPipeline.from_pretrained("runs/own", net=MyNetwork(3, 3, 3, padding=1))
+pipe(n=8, seed=0).images[0].save("runs/own/first.png")

@@ -14,16 +14,17 @@ FLOORS = [
     ["cli"],
     ["demo"],
     ["run", "toy2d"],
-    ["build", "report"],
+    ["build", "report", "smoke"],
     ["train", "evaluation"],
     ["distill", "teach", "pipeline"],
     ["pairs", "features"],
     ["models.library"],
+    ["models.published"],
     ["models.folder"],
-    ["models.unet", "models.mlp", "models.mixture", "models.classifier", "losses", "sampler", "metrics"],
+    ["models.unet", "models.edm", "models.mlp", "models.mixture", "models.classifier", "losses", "sampler", "metrics"],
     ["denoiser"],
     ["schedule", "log"],
-    ["config", "rng", "data", "ema", "optim", "clock", "checkpoint", "progress"],
+    ["config", "rng", "data", "ema", "optim", "clock", "checkpoint", "progress", "paths", "unpickle"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -105,6 +105,6 @@ def test_the_model_folder_says_how_it_was_made(tmp_path):
     assert info.card["teach"]["steps"] == 2
     other = tiny.command("teach", images, "-o", tmp_path / "run", "--widths", 8, 16, "--steps", 3, "--batch", 4)
     assert other.returncode == 2
-    assert "run was taught otherwise:\n  steps: 2 there, 3 here" in other.stderr
+    assert "run is a run with other settings:\n  steps: 2 there, 3 here" in other.stderr
     assert denoiser(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
     json.loads((tmp_path / "run" / "model" / "config.json").read_text())

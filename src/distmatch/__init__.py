@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from distmatch.config import Recipe as Recipe
     from distmatch.denoiser import Cond as Cond
     from distmatch.denoiser import Denoiser as Denoiser
     from distmatch.denoiser import Prediction as Prediction
+    from distmatch.models.folder import Info as Info
     from distmatch.pipeline import DistilledPipeline as DistilledPipeline
     from distmatch.pipeline import TeacherPipeline as TeacherPipeline
+    from distmatch.run import distil as distil
     from distmatch.schedule import EDM as EDM
     from distmatch.schedule import VP as VP
     from distmatch.schedule import Flow as Flow
@@ -24,11 +27,26 @@ _HOME = {
     "DistilledPipeline": "pipeline",
     "EDM": "schedule",
     "Flow": "schedule",
+    "Info": "models.folder",
     "Prediction": "denoiser",
+    "Recipe": "config",
     "TeacherPipeline": "pipeline",
     "VP": "schedule",
+    "distil": "run",
 }
-__all__ = ["EDM", "VP", "Cond", "Denoiser", "DistilledPipeline", "Flow", "Prediction", "TeacherPipeline"]
+__all__ = [
+    "EDM",
+    "VP",
+    "Cond",
+    "Denoiser",
+    "DistilledPipeline",
+    "Flow",
+    "Info",
+    "Prediction",
+    "Recipe",
+    "TeacherPipeline",
+    "distil",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,11 @@
 """From a recipe to objects: the only factory, the only place that knows both."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distmatch import rng
 from distmatch.config import Optimiser, Recipe
@@ -32,7 +34,12 @@ def device(name: str) -> torch.device:
 def teacher(recipe: Recipe) -> tuple[Denoiser, Info]:
     """The recipe's teacher, frozen, on its device."""
     denoiser, info = find_model(recipe.teacher, kind="teacher")
-    return denoiser.to(device(recipe.device)).eval().requires_grad_(False), info
+    return frozen(denoiser, device(recipe.device)), info
+
+
+def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
+    """`denoiser` as a teacher: on its device, without dropout, never trained."""
+    return denoiser.to(dev).eval().requires_grad_(False)
 
 
 def pair_spec(recipe: Recipe, denoiser: Denoiser, info: Info) -> PairSpec:
@@ -180,4 +187,13 @@ def _term(
         case _:
             r = recipe.regress
             assert pairs is not None
-            return Regress(pairs, loss=REGRESSIONS[r.loss], weight=r.weight, batch=r.batch, device=dev)
+            return Regress(pairs, loss=_regression(recipe), weight=r.weight, batch=r.batch, device=dev)
+
+
+def _regression(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of Eq. 9."""
+    if recipe.regress.loss != "lpips":
+        return REGRESSIONS[recipe.regress.loss]
+    from distmatch.perceptual import Lpips  # the `metrics` extra
+
+    return Lpips(recipe.regress.weights, size=recipe.regress.size)

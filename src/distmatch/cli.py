@@ -21,6 +21,8 @@ Own model:   distmatch teach IMAGES    a small teacher from a folder of images
 )
 pairs_app = App(name="pairs", help="Build and check stores of noise-image pairs.")
 app.command(pairs_app)
+import_app = App(name="import", help="Turn foreign checkpoints into model folders. Nothing in them is executed.")
+app.command(import_app)
 
 Out = Annotated[Path | None, Parameter(name=["--out", "-o"])]
 Runs = Annotated[Path, Parameter(name="--runs")]
@@ -67,6 +69,7 @@ def train(
     *overrides: str,
     out: Out = None,
     runs: Runs = Path("runs"),
+    scale: Literal["full", "cpu-smoke"] = "full",
     dry_run: bool = False,
 ) -> None:
     """Distil a teacher by a recipe. Run the same command again to continue an interrupted run.
@@ -81,12 +84,22 @@ def train(
         The run's folder; RUNS/RECIPE unless told.
     runs
         The folder that runs and pair stores share.
+    scale
+        cpu-smoke: a trial of every code path in under a minute, in RUNS/cpu-smoke, with small random networks in place
+        of what the recipe would fetch.
     dry_run
         Print the resolved recipe and stop.
     """
     from distmatch.config import dump, load_recipe
 
     resolved = load_recipe(recipe, overrides)
+    if scale == "cpu-smoke":
+        from distmatch.smoke import cpu_smoke, make_networks
+
+        runs = runs / "cpu-smoke" / resolved.name
+        full, resolved = resolved, load_recipe(recipe, [*cpu_smoke(resolved, runs), *overrides])
+        if not dry_run:
+            make_networks(full, runs)
     if dry_run:
         print(dump(resolved), end="")
         return
@@ -303,6 +316,22 @@ def verify_pairs(store: Path, /) -> None:
     from distmatch.run import verify
 
     verify(store)
+
+
+@import_app.command(name="edm")
+def import_edm(source: str, /, *, out: Out = None) -> None:
+    """Import a checkpoint of Karras et al. 2022. Recipes take it directly, too: teacher=edm:FILE.
+
+    Parameters
+    ----------
+    source
+        A .pkl file or a URL, e.g. https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl.
+    out
+        The model folder; models/NAME unless told.
+    """
+    from distmatch.run import import_edm as run
+
+    run(source, out or Path("models") / Path(source).stem)
 
 
 @app.command

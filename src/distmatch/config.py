@@ -85,11 +85,15 @@ class Pairs(_Strict):
 
 
 class RegressTerm(_Strict):
-    """Regression to the teacher's samples; `weight` is lambda_reg."""
+    """Regression to the teacher's samples; `weight` is lambda_reg. LPIPS compares at `size` x `size` pixels, by the
+    networks in the folder `weights`; see `perceptual.Lpips`.
+    """
 
     weight: Annotated[float, Field(ge=0)] = 0.25
     batch: Positive = 64
-    loss: Literal["mse", "huber"] = "mse"
+    loss: Literal["mse", "huber", "lpips"] = "mse"
+    size: Positive = 224
+    weights: str | None = None
 
 
 class Logging(_Strict):
@@ -120,10 +124,14 @@ def _unique(terms: list[str]) -> list[str]:
 
 
 class Recipe(_Strict):
-    """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line."""
+    """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line.
+
+    A file may name a recipe of the package as its `base`, whose entries hold where it has none.
+    """
 
     name: str
     description: str = ""
+    expected: str = ""
     teacher: str
     seed: int = 0
     steps: Positive
@@ -156,6 +164,17 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
 
     Raises `ValueError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value.
     """
+    path, tree = _read(name)
+    tree.setdefault("name", path.stem)
+    if "base" in tree:
+        tree = _merged(_read(str(tree.pop("base")))[1], tree)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def _read(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe and what it says."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if name not in recipes():
@@ -169,10 +188,15 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no recipe: expected `key: value` lines")
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(tree, override)
-    return parse_recipe(tree, str(path))
+    return path, tree
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, group by group."""
+    return base | {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in changes.items()
+    }
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:

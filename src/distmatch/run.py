@@ -19,12 +19,14 @@ from distmatch.denoiser import Denoiser, Prediction
 from distmatch.evaluation import COLUMNS, hardware, speed
 from distmatch.evaluation import evaluate as measure
 from distmatch.features import Reference, image_fingerprint, load_reference, reference
+from distmatch.models import published
 from distmatch.models.classifier import Classifier, train_classifier
 from distmatch.models.folder import Info
-from distmatch.models.library import ASSETS, find_model
+from distmatch.models.library import find_model
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
-from distmatch.pairs import PairStore
+from distmatch.pairs import PairStore, fingerprint
+from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline
 from distmatch.progress import progress
 from distmatch.schedule import EDM
@@ -33,16 +35,23 @@ from distmatch.train import Plan, train
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
 
-FREE = {"log", "checkpoint", "evaluate", "device", "description"}
+FREE = {"log", "checkpoint", "evaluate", "device", "description", "expected"}
 """Entries of a recipe that may change when a run continues: they don't touch the result."""
 
 
-def distil(recipe: Recipe, out: Path, runs: Path) -> None:
-    """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`."""
+def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
+    """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`.
+
+    Args:
+        runs: the folder where pair stores are shared.
+        teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
+    """
     _same_recipe(recipe, out)
-    teacher, info = build.teacher(recipe)
-    pairs = build.pair_store(recipe, teacher, info, runs) if "regress" in recipe.terms else None
-    distiller = build.distiller(recipe, teacher, info, pairs)
+    denoiser, info = teacher or find_model(recipe.teacher, "teacher")
+    denoiser = build.frozen(denoiser, build.device(recipe.device))
+    _same_settings({"teacher": recipe.teacher, "fingerprint": fingerprint(denoiser)}, out / "teacher.json")
+    pairs = build.pair_store(recipe, denoiser, info, runs) if "regress" in recipe.terms else None
+    distiller = build.distiller(recipe, denoiser, info, pairs)
     write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
 
     figures: Callable[[], dict[str, float]] | None = None
@@ -70,16 +79,28 @@ def distil(recipe: Recipe, out: Path, runs: Path) -> None:
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
-    """Refuse to continue a run with another recipe, naming every difference."""
+    """Refuse to continue a run with another recipe."""
     file = out / "recipe.yaml"
-    if not file.exists():
-        return
-    before = flat(parse_recipe(yaml.safe_load(file.read_text()), str(file)).model_dump(mode="json"))
-    now = flat(recipe.model_dump(mode="json"))
-    changed = [k for k in now if now[k] != before.get(k) and k.split(".")[0] not in FREE]
+    if file.exists():
+        before = flat(parse_recipe(yaml.safe_load(file.read_text()), str(file)).model_dump(mode="json"))
+        now = flat(recipe.model_dump(mode="json"))
+        _same({k: v for k, v in now.items() if k.split(".")[0] not in FREE}, before, out)
+
+
+def _same_settings(settings: dict[str, Any], file: Path) -> None:
+    """Refuse to continue a run with other `settings` than those in `file`, which is written if it is not there."""
+    if file.exists():
+        _same(settings, json.loads(file.read_text()), file.parent)
+    write_json(file, settings)
+
+
+def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
+    changed = [k for k in now if now[k] != before.get(k)]
     if changed:
         lines = "\n".join(f"  {k}: {before.get(k)} there, {now[k]} here" for k in changed)
-        raise ValueError(f"{out} is a run of another recipe:\n{lines}\nChoose another folder with --out, or delete it")
+        raise ValueError(
+            f"{out} is a run with other settings:\n{lines}\nChoose another folder with --out, or delete it"
+        )
 
 
 def teach(
@@ -139,17 +160,14 @@ def teach(
     )
 
 
-def _same_settings(settings: dict[str, Any], file: Path) -> None:
-    """Refuse to continue a teacher's run on other images or with other settings, naming every difference."""
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = [k for k in settings if settings[k] != before.get(k)]
-        if changed:
-            lines = "\n".join(f"  {k}: {before.get(k)} there, {settings[k]} here" for k in changed)
-            raise ValueError(
-                f"{file.parent} was taught otherwise:\n{lines}\nChoose another folder with --out, or delete it"
-            )
-    write_json(file, settings)
+def import_edm(source: str, out: Path) -> None:
+    """`distmatch import edm`."""
+    denoiser, info = published.import_edm(source, out)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    console.print(
+        f"{parameters:,} parameters, images {info.shape}, {len(info.classes) or 'no'} classes, "
+        f"prediction {denoiser.prediction.name}; in {out}. Next: distmatch sample {out} --steps 18 -n 16"
+    )
 
 
 def pairs(recipe: Recipe, runs: Path) -> None:

@@ -1,4 +1,6 @@
-"""The published EDM checkpoints (Karras et al. 2022): pickles whose embedded source is never executed, see `unpickle`."""
+"""The published EDM checkpoints (Karras et al. 2022). The source code in their pickles is never executed, see
+`unpickle`.
+"""
 
 import json
 from hashlib import file_digest, sha256
@@ -13,6 +15,26 @@ from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.paths import CACHE
 from distmatch.schedule import EDM
+
+_CIFAR = {"channel_mult": [2, 2, 2], "dropout": 0.13, "augment_dim": 9}
+_FACES = {"img_resolution": 64, "channel_mult": [1, 2, 2, 2], "augment_dim": 9}
+_VE = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+PUBLISHED: dict[str, tuple[type[SongUNet] | type[DhariwalUNet], dict[str, Any]]] = {
+    "edm-cifar10-32x32-cond-vp": (SongUNet, {**_CIFAR, "label_dim": 10}),
+    "edm-cifar10-32x32-uncond-vp": (SongUNet, _CIFAR),
+    "edm-cifar10-32x32-cond-ve": (SongUNet, {**_CIFAR, **_VE, "label_dim": 10}),
+    "edm-cifar10-32x32-uncond-ve": (SongUNet, {**_CIFAR, **_VE}),
+    "edm-ffhq-64x64-uncond-vp": (SongUNet, {**_FACES, "dropout": 0.05}),
+    "edm-ffhq-64x64-uncond-ve": (SongUNet, {**_FACES, **_VE, "dropout": 0.05}),
+    "edm-afhqv2-64x64-uncond-vp": (SongUNet, {**_FACES, "dropout": 0.25}),
+    "edm-imagenet-64x64-cond-adm": (DhariwalUNet, {"label_dim": 1000}),
+}
+"""The networks of the published checkpoints, by the checkpoint's name; all with EDM's preconditioning."""
 
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 PRECONDITIONINGS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -33,7 +55,7 @@ def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:
 
 
 def cached_edm(source: str) -> tuple[Denoiser, Info]:
-    """The checkpoint `source`, a file or a URL, from its model folder in the cache, which is made if it is not there."""
+    """The checkpoint `source`, a file or a URL, by way of a model folder in the cache."""
     file = _local(source)
     folder = CACHE / f"edm-{_sha256(file)[:32]}"
     return load_model(folder) if (folder / "config.json").exists() else import_edm(str(file), folder)
