@@ -21,10 +21,21 @@ FLOORS = [
     ["models.library"],
     ["models.published"],
     ["models.folder"],
-    ["models.unet", "models.edm", "models.mlp", "models.mixture", "models.classifier", "losses", "sampler", "metrics"],
+    [
+        "models.unet",
+        "models.edm",
+        "models.mlp",
+        "models.mixture",
+        "models.classifier",
+        "models.inception",
+        "losses",
+        "perceptual",
+        "sampler",
+        "metrics",
+    ],
     ["denoiser"],
     ["schedule", "log"],
-    ["config", "rng", "data", "ema", "optim", "clock", "checkpoint", "progress", "paths", "unpickle"],
+    ["config", "rng", "data", "ema", "optim", "clock", "checkpoint", "progress", "paths", "unpickle", "parallel"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -35,7 +35,7 @@ def test_a_few_steps_learn_a_separable_set(trained):
     fresh = squares(300, 3)
     assert accuracy(trained, fresh) > 0.97
     assert trained.config["accuracy"] == accuracy(trained, squares(200, 2), batch=7)
-    assert trained.config["training"] == {"images": 500, "steps": 60, "batch": 32, "lr": 5e-3, "seed": 0}
+    assert trained.config["training"] == {"images": 500, "steps": 60, "batch": 32, "lr": 5e-3, "flip": False, "seed": 0}
 
 
 def test_training_is_a_function_of_its_arguments():

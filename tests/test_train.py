@@ -106,7 +106,7 @@ def test_a_run_of_another_recipe_is_refused_with_the_differences(tmp_path):
     file = str(tiny.recipe_file(tmp_path, steps=2))
     distil(load_recipe(file), tmp_path / "run", tmp_path / "runs")
     with pytest.raises(
-        ValueError, match=r"run of another recipe:\n  match.weighting: algorithm2 there, eq8 here\nChoose"
+        ValueError, match=r"run with other settings:\n  match.weighting: algorithm2 there, eq8 here\nChoose"
     ):
         distil(load_recipe(file, ["match.weighting=eq8", "log.every=1"]), tmp_path / "run", tmp_path / "runs")
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["match"]["weighting"] == "algorithm2"

@@ -228,12 +228,16 @@ def evaluate(
     steps: int | None = None,
     guidance: float = 1.0,
     features: str = "mnist",
+    resize: Literal["legacy", "clean"] = "legacy",
     reference: Path | None = None,
     batch: int = 256,
     out: Out = None,
     device: str = "auto",
 ) -> None:
     """Measure a model: Frechet and kernel distance, precision and recall, class accuracy, latency, throughput.
+
+    FID by EDM's protocol: --features inception:FILE --reference STATISTICS.npz, 50,000 images. Several GPUs share the
+    images, and the figures stay the same: torchrun --nproc-per-node 8 -m distmatch eval ...
 
     Parameters
     ----------
@@ -248,15 +252,21 @@ def evaluate(
     guidance
         Classifier-free guidance, uncond + w (cond - uncond); only with --steps.
     features
-        The classifier whose feature space is used: a folder made by `distmatch classifier`, or mnist.
+        The network in whose features images are compared: a folder made by `distmatch classifier`, or mnist, or
+        inception:FILE for FID. FILE holds the weights: inception-2015-12-05.pt (TorchScript, a program that is run: use
+        one that you trust), a state dict of the PyTorch port (.pth, .safetensors), or NVIDIA's .pkl.
+    resize
+        How Inception's images are enlarged. legacy: as TensorFlow 1 did it, for FID as EDM and DMD report it;
+        clean: bicubic with antialiasing, as clean-fid does it.
     reference
-        Real images (folder or archive); the reference that comes with FEATURES unless told.
+        Real images (folder, archive, or u8[N,H,W,C] in an .npy or .npz), or their statistics (.npz with mu and sigma,
+        made with the same features and resize); the reference that comes with FEATURES unless told.
     out
         Write the figures there as JSON as well.
     """
     from distmatch.run import evaluate as run
 
-    run(model, n, seed, steps, guidance, features, reference, batch, out, device)
+    run(model, n, seed, steps, guidance, features, resize, reference, batch, out, device)
 
 
 @app.command

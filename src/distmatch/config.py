@@ -110,11 +110,12 @@ class Checkpointing(_Strict):
 
 
 class Evaluation(_Strict):
-    """Frechet distance of the EMA student while training, in the features of `features` (see `distmatch eval`)."""
+    """Frechet distance of the EMA student while training; `features`, `reference` as in `distmatch eval`."""
 
     every: Annotated[int, Field(ge=0)] = 0
     images: Positive = 2000
     features: str | None = None
+    reference: str | None = None
 
 
 def _unique(terms: list[str]) -> list[str]:
@@ -126,7 +127,7 @@ def _unique(terms: list[str]) -> list[str]:
 class Recipe(_Strict):
     """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line.
 
-    A file may name a recipe of the package as its `base`, whose entries hold where it has none.
+    A file may name another recipe as its `base`, whose entries hold where it has none.
     """
 
     name: str
@@ -166,15 +167,13 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     """
     path, tree = _read(name)
     tree.setdefault("name", path.stem)
-    if "base" in tree:
-        tree = _merged(_read(str(tree.pop("base")))[1], tree)
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree, str(path))
 
 
-def _read(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file of a recipe and what it says."""
+def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, and what it says together with its base."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if name not in recipes():
@@ -188,6 +187,11 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no recipe: expected `key: value` lines")
+    if "base" in tree:
+        base = str(tree.pop("base"))
+        if base in (name, *above):
+            raise ValueError(f"{path}: its base {base!r} has itself as base")
+        tree = _merged(_read(base, (name, *above))[1], tree)
     return path, tree
 
 

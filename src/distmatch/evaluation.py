@@ -1,4 +1,10 @@
-"""Measuring a model: distances in a classifier's feature space, class accuracy, latency and throughput."""
+"""Measuring a model: distances in a feature space, class accuracy, latency and throughput.
+
+FID is the Frechet distance in the features of Inception-v3 (Heusel et al. 2017, arXiv 1706.08500). By the protocol of
+EDM (Karras et al. 2022, arXiv 2206.00364), which DMD follows (arXiv 2311.18828, Appendix D), it is that of 50,000
+images, rounded to 8 bits and enlarged as TensorFlow 1 did it, to the training images; EDM gives the least of three
+seeds. Means and covariances are unbiased and of float64.
+"""
 
 import platform
 import time
@@ -6,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distmatch.features import Reference
+from distmatch import parallel
+from distmatch.features import FeatureSpace, Reference
 from distmatch.metrics import Moments, frechet, kernel_distance, precision_recall
-from distmatch.models.classifier import Classifier
 from distmatch.pipeline import Pipeline
 
 COLUMNS = {
@@ -18,6 +25,7 @@ COLUMNS = {
     "images": ("images", "{:,}"),
     "ms_per_image": ("ms per image", "{:.1f}"),
     "images_per_second": ("images per second", "{:,.0f}"),
+    "fid": ("FID", "{:.3f}"),
     "frechet": ("Frechet distance", "{:.3f}"),
     "kernel_distance": ("kernel distance", "{:.4f}"),
     "precision": ("precision", "{:.3f}"),
@@ -29,39 +37,57 @@ COLUMNS = {
 
 @torch.inference_mode()
 def score(
-    make: Callable[[int, int], torch.Tensor],
-    labels: torch.Tensor | None,
+    make: Callable[[int, int], Tensor],
+    labels: Tensor | None,
     n: int,
-    classifier: Classifier,
+    space: FeatureSpace,
     reference: Reference,
     *,
     batch: int = 256,
     progress: Callable[[int], None] | None = None,
     full: bool = True,
 ) -> dict[str, float]:
-    """Figures of `n` images against `reference`, in the features of `classifier`.
+    """Figures of `n` images against `reference`, in the features of `space`.
+
+    Several processes (see `parallel`) share the images batch by batch, all of them call this. The first gets the
+    figures, the same to the last bit as those of one process with that batch; the others get none.
 
     Args:
         make: `(start, stop) -> pixels u8[stop - start, C, H, W]`, images by index.
-        labels: i64[n], the classes that were asked for; the accuracy is the share that the classifier agrees with.
+        labels: i64[n], the classes that were asked for; the accuracy is the share that the network agrees with. A
+            space without classes has no accuracy.
         full: kernel distance, precision and recall besides the Frechet distance; they use as many images as the
-            reference kept features of.
+            reference kept features of, and are left out where it kept none.
+
+    Raises `ValueError` where the reference is of another number of features.
     """
-    moments, kept, right = Moments(), [], 0
-    for start in range(0, n, batch):
-        stop = min(start + batch, n)
-        features, logits = classifier.both(make(start, stop))
+
+    def look(rows: range) -> tuple[Tensor, Tensor | None]:
+        features, logits = space.both(make(rows.start, rows.stop))
+        if labels is None or logits is None:
+            return features.float().cpu(), None
+        return features.float().cpu(), logits.argmax(1).cpu() == labels[rows.start : rows.stop].cpu()
+
+    moments, kept, right = Moments(), [], []
+    for features, agreed in parallel.shared(look, [range(i, min(i + batch, n)) for i in range(0, n, batch)]):
+        if features.shape[1] != len(reference.mu):
+            raise ValueError(
+                f"the reference ({reference.source}) is of {len(reference.mu)} features, the network has "
+                f"{features.shape[1]}; use the reference of these features"
+            )
+        if full and moments.count < len(reference.features):
+            kept.append(features)
+        if agreed is not None:
+            right.append(agreed)
         moments.update(features)
-        if full and start < len(reference.features):
-            kept.append(features.float())
-        if labels is not None:
-            right += int((logits.argmax(1) == labels[start:stop].to(logits.device)).sum())
         if progress is not None:
-            progress(stop - start)
-    figures = {"frechet": frechet(moments.mean, moments.cov, reference.mu, reference.cov)}
-    if labels is not None:
-        figures["accuracy"] = right / n
-    if full:
+            progress(len(features))
+    if parallel.rank() > 0:
+        return {}
+    figures = {space.distance: frechet(moments.mean, moments.cov, reference.mu, reference.cov)}
+    if right:
+        figures["accuracy"] = int(torch.cat(right).sum()) / n
+    if full and len(reference.features):
         fake = torch.cat(kept)[: len(reference.features)]
         figures["kernel_distance"] = kernel_distance(reference.features, fake)[0]
         figures["precision"], figures["recall"] = precision_recall(reference.features[: len(fake)], fake)
@@ -70,7 +96,7 @@ def score(
 
 def evaluate(
     pipeline: Pipeline,
-    classifier: Classifier,
+    space: FeatureSpace,
     reference: Reference,
     *,
     n: int,
@@ -83,10 +109,10 @@ def evaluate(
     classes = len(pipeline.info.classes)
     labels = torch.arange(n) % classes if classes else None
 
-    def make(start: int, stop: int) -> torch.Tensor:
+    def make(start: int, stop: int) -> Tensor:
         return pipeline.pixels(range(start, stop), None if labels is None else labels[start:stop], seed)
 
-    return score(make, labels, n, classifier, reference, batch=batch, progress=progress, full=full)
+    return score(make, labels, n, space, reference, batch=batch, progress=progress, full=full)
 
 
 def speed(pipeline: Pipeline, batch: int = 256, seconds: float = 3.0) -> dict[str, float]:

@@ -1,14 +1,16 @@
-"""Reference statistics: what real images look like to a classifier, computed once and kept by fingerprint."""
+"""Reference statistics: what real images look like to a network, computed once and kept by fingerprint."""
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,26 +18,48 @@ from torch import Tensor
 
 from distmatch import rng
 from distmatch.checkpoint import write_atomic
-from distmatch.data import Images
+from distmatch.data import Images, load_images
 from distmatch.metrics import Moments
-from distmatch.models.classifier import NETWORK, Classifier
 
 FORMAT = "distmatch-reference-1"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distmatch"
 """Where references are kept unless told: the platform's cache folder for one user."""
 
 
+class FeatureSpace(Protocol):
+    """A network whose features images are compared in: a `Classifier`, or the `Inception` of FID."""
+
+    @property
+    def distance(self) -> str:
+        """What the Frechet distance in these features is called among the figures: `fid` or `frechet`."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the features besides the weights, as JSON."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def to(self, device: torch.device, /) -> Any: ...
+
+    def both(self, pixels: Tensor, /) -> tuple[Tensor, Tensor | None]:
+        """`pixels u8[B,C,H,W]` in 0..255 -> `(features f[B,F], logits f[B,K] or None)`: of classes, if it knows any."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of real images in the features of one classifier.
+    """Statistics of real images in one feature space.
 
     Args:
         mu, cov: f64[F], f64[F,F], of all images.
         features: f32[n,F] of n images drawn at random, for kernel distance, precision and recall; of half precision,
-            which is what the file stores.
-        count: number of images.
+            which is what the file stores. None (n = 0) where only the statistics are known.
+        count: number of images; 0 where unknown.
         source: what they are, in words.
-        images, classifier: SHA-256 of the pixels and of the classifier (`image_fingerprint`, `fingerprint`).
+        images, classifier: SHA-256 of the pixels and of the feature space (`image_fingerprint`, `fingerprint`); empty
+            where unknown.
     """
 
     mu: Tensor
@@ -54,10 +78,10 @@ class Reference:
         write_atomic(file, lambda p: save_file(tensors, p, metadata={"distmatch": header}))
 
 
-def load_reference(file: Path, classifier: Classifier | None = None) -> Reference:
-    """The reference in `file`, made with `classifier` where one is given.
+def load_reference(file: Path, space: FeatureSpace | None = None) -> Reference:
+    """The reference in `file`, made in `space` where one is given.
 
-    Raises `ValueError` where the file is missing or damaged, or was made with another classifier.
+    Raises `ValueError` where the file is missing or damaged, or was made in another feature space.
     """
     if not file.exists():
         raise ValueError(f"{file} does not exist; `distmatch classifier` makes a reference.safetensors")
@@ -71,7 +95,7 @@ def load_reference(file: Path, classifier: Classifier | None = None) -> Referenc
             loaded = Reference(**tensors, **header)
     except (AttributeError, KeyError, TypeError, OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}; delete it and make it again") from error
-    if classifier is not None and loaded.classifier != fingerprint(classifier):
+    if space is not None and loaded.classifier != fingerprint(space):
         raise ValueError(f"{file} was made with another classifier; features of two classifiers cannot be compared")
     return loaded
 
@@ -79,17 +103,17 @@ def load_reference(file: Path, classifier: Classifier | None = None) -> Referenc
 @torch.no_grad()
 def reference(
     images: Images,
-    classifier: Classifier,
+    space: FeatureSpace,
     cache: Path | None = CACHE,
     *,
     keep: int = 10_000,
     source: str = "",
-    batch: int = 500,
+    batch: int = 250,
     progress: Callable[[int], None] | None = None,
 ) -> Reference:
-    """The reference of `images` in the features of `classifier`, from the folder `cache` if it is there already.
+    """The reference of `images` in `space`, from the folder `cache` if it is there already.
 
-    It is found there by the fingerprints of the pixels and of the classifier; one that cannot be read is made again.
+    It is found there by the fingerprints of the pixels and of the space; one that cannot be read is made again.
 
     Args:
         cache: `None` computes it always and keeps nothing.
@@ -97,20 +121,20 @@ def reference(
         source: description of the images.
         progress: called with the number of images after each batch.
 
-    Raises `ValueError` for fewer than 2 images, or images that the classifier does not take.
+    Raises `ValueError` for fewer than 2 images, or images that the network does not take.
     """
-    pixels, network = image_fingerprint(images.pixels), fingerprint(classifier)
+    pixels, network = image_fingerprint(images.pixels), fingerprint(space)
     source = source or f"{len(images):,} images, SHA-256 {pixels[:12]}"
     file = None
     if cache is not None:
         key = sha256(f"{FORMAT}/{pixels}/{network}/{keep}".encode()).hexdigest()
         file = cache.expanduser() / f"reference-{key[:32]}.safetensors"
         with suppress(ValueError):
-            return replace(load_reference(file, classifier), source=source)
+            return replace(load_reference(file, space), source=source)
 
     moments, parts = Moments(), []
     for rows in images.pixels.split(batch):
-        parts.append(classifier.features(rows).float().cpu())
+        parts.append(space.both(rows)[0].float().cpu())
         moments.update(parts[-1])
         if progress is not None:
             progress(len(rows))
@@ -123,16 +147,74 @@ def reference(
     return made
 
 
+def load_statistics(file: Path) -> Reference | None:
+    """The statistics `mu` and `sigma` in `file`, an .npz such as EDM and pytorch-fid have them, else `None`.
+
+    Statistics don't say which network and which resize they were made with: FID's Inception and `legacy` by custom.
+    ADM's files hold some of the images besides; they are left alone, since the statistics are of all of them.
+
+    Raises `ValueError` where they are no mean f[F] and covariance f[F,F], and where the file is damaged.
+    """
+    if file.suffix != ".npz":
+        return None
+    with _arrays(file) as arrays:
+        if not {"mu", "sigma"} <= arrays.keys():
+            return None
+        mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not all(a.dtype.kind == "f" for a in (mu, sigma)):
+        raise ValueError(
+            f"{file}: mu is {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}; "
+            "expected floats (F,) and (F, F)"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{file}: mu or sigma is not finite; get it again")
+    mean, cov = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
+    return Reference(mean, cov, torch.empty(0, len(mu)), 0, str(file), images="", classifier="")
+
+
+def load_real(path: Path) -> Images:
+    """Images of a folder or an archive (see `data.load_images`), or of an array u8[N,H,W,C] in an .npy or .npz.
+
+    An .npz has it under the name `arr_0`, as ADM's have (Dhariwal and Nichol 2021), or as its only array.
+
+    Raises `ValueError` where the path is missing or damaged, or holds no such array.
+    """
+    if path.suffix not in (".npz", ".npy"):
+        return load_images(path)
+    with _arrays(path) as arrays:
+        names = list(arrays)
+        name = names[0] if len(names) == 1 else "arr_0"
+        array = arrays[name] if name in names else None
+    if array is None:
+        raise ValueError(f"{path} has no arr_0, nor mu and sigma; it has {', '.join(names) or 'nothing'}")
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise ValueError(
+            f"{path}: {name} is {array.dtype} {array.shape}; expected images as uint8 (N, H, W, C) with C of 1 or 3"
+        )
+    return Images(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), None, ())
+
+
 def image_fingerprint(pixels: Tensor) -> str:
     """SHA-256 of the shape and the bytes of `pixels u8[N,C,H,W]`."""
     return _digest(pixels).hexdigest()
 
 
-def fingerprint(classifier: Classifier) -> str:
-    """SHA-256 over all that decides what `classifier` computes: its network and its weights."""
-    weights = {name: _digest(value).hexdigest() for name, value in sorted(classifier.state_dict().items())}
-    network = {name: classifier.config[name] for name in NETWORK}
-    return sha256(json.dumps({"network": network, "weights": weights}).encode()).hexdigest()
+def fingerprint(space: FeatureSpace) -> str:
+    """SHA-256 over all that decides what `space` computes: its network and its weights."""
+    weights = {name: _digest(value).hexdigest() for name, value in sorted(space.state_dict().items())}
+    return sha256(json.dumps({"network": space.identity, "weights": weights}).encode()).hexdigest()
+
+
+@contextmanager
+def _arrays(file: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays in an .npz by name, that in an .npy as `arr_0`, read when asked for; pickled objects are refused."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; expected an .npz or .npy")
+    try:
+        content = np.load(file, allow_pickle=False)
+        yield {"arr_0": content} if isinstance(content, np.ndarray) else content
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{file} is damaged, or holds something other than arrays of numbers") from error
 
 
 def _digest(tensor: Tensor):

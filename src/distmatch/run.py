@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,25 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from distmatch import build, data
+from distmatch import build, data, parallel
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.config import Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.evaluation import COLUMNS, hardware, speed
 from distmatch.evaluation import evaluate as measure
-from distmatch.features import Reference, image_fingerprint, load_reference, reference
+from distmatch.features import (
+    FeatureSpace,
+    Reference,
+    image_fingerprint,
+    load_real,
+    load_reference,
+    load_statistics,
+    reference,
+)
 from distmatch.models import published
 from distmatch.models.classifier import Classifier, train_classifier
 from distmatch.models.folder import Info
+from distmatch.models.inception import load_inception
 from distmatch.models.library import find_model
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
@@ -187,13 +197,49 @@ def verify(folder: Path) -> None:
     console.print(f"{folder}: {len(store):,} pairs, every byte as it was written, noise regenerated and equal")
 
 
-def features(name: str) -> tuple[Classifier, Reference]:
-    """The classifier called `name` (a folder, or one of the package) with the reference that lies beside it."""
+def features(
+    name: str, real: Path | None = None, resize: str = "legacy", device: torch.device | None = None
+) -> tuple[FeatureSpace, Reference]:
+    """The feature space called `name`, with its reference.
+
+    Args:
+        name: a classifier, by its folder or one of the package, or `inception:FILE` (see `models.inception`).
+        real: the reference: images (`features.load_real`) or statistics (`features.load_statistics`); unless told that
+            which lies beside the classifier. Inception has none.
+        resize: for Inception, how it enlarges images.
+        device: where the space computes.
+    """
+    device = device or torch.device("cpu")
+    if name.startswith("inception:"):
+        if real is None:
+            raise ValueError(
+                f"features {name!r} come without a reference; name one with --reference: the training images (folder, "
+                "archive, .npy, .npz) or their statistics (an .npz with mu and sigma, such as EDM's)"
+            )
+        inception = load_inception(Path(name.removeprefix("inception:")), resize).to(device)
+        return inception, parallel.first(lambda: _reference(real, inception))
+    if resize != "legacy":
+        raise ValueError(f"resize {resize!r} is for Inception; the features {name!r} take images as they are")
     folder = Path(name) if (Path(name) / "classifier").is_dir() else ASSETS / name
     if not (folder / "classifier").is_dir():
-        raise ValueError(f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package")
-    net = Classifier.load(folder / "classifier")
-    return net, load_reference(folder / "reference.safetensors", net)
+        raise ValueError(
+            f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package, "
+            "nor inception:FILE"
+        )
+    net = Classifier.load(folder / "classifier").to(device)
+    if real is None:
+        return net, load_reference(folder / "reference.safetensors", net)
+    return net, parallel.first(lambda: _reference(real, net))
+
+
+def _reference(real: Path, space: FeatureSpace) -> Reference:
+    """The statistics `real`, or those of the images in it, shown as they are computed."""
+    with console.status(f"reading {real}"):
+        if ready := load_statistics(real):
+            return ready
+        images = load_real(real)
+    with progress("reference", len(images), unit="image") as advance:
+        return reference(images, space, source=str(real), progress=advance)
 
 
 def pipeline(model: str, steps: int | None, guidance: float, device: str) -> Pipeline:
@@ -234,6 +280,7 @@ def sample(
     console.print(f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in {out}; see {out / 'grid.png'}")
 
 
+@parallel.joined()
 def evaluate(
     model: str,
     n: int,
@@ -241,21 +288,19 @@ def evaluate(
     steps: int | None,
     guidance: float,
     feature_name: str,
+    resize: str,
     real: Path | None,
     batch: int,
     out: Path | None,
     device: str,
 ) -> None:
-    """`distmatch eval`."""
+    """`distmatch eval`: in each of the processes of `torchrun`, if it was started by it; the first tells the result."""
     pipe = pipeline(model, steps, guidance, device)
-    classifier, ref = features(feature_name)
-    classifier.to(pipe.device)
-    if real is not None:
-        with console.status(f"reading {real}"):
-            images = data.load_images(real)
-        ref = reference(images, classifier, source=str(real))
-    with progress(f"eval {model}", n, unit="image") as advance:
-        figures = measure(pipe, classifier, ref, n=n, seed=seed, batch=batch, progress=advance)
+    space, ref = features(feature_name, real, resize, pipe.device)
+    with progress(f"eval {model}", n, unit="image") if parallel.rank() == 0 else nullcontext() as advance:
+        figures = measure(pipe, space, ref, n=n, seed=seed, batch=batch, progress=advance)
+    if parallel.rank() > 0:
+        return
     row = {
         "name": row_name(model, pipe.nfe),
         "nfe": pipe.nfe,
@@ -266,7 +311,8 @@ def evaluate(
     }
     print_rows([row])
     if out is not None:
-        write_json(out, {"hardware": hardware(pipe.device), "reference": ref.source, "rows": [row]})
+        used = {"features": feature_name, "resize": resize, "reference": ref.source}
+        write_json(out, {"hardware": hardware(pipe.device), **used, "rows": [row]})
 
 
 def row_name(model: str, nfe: int) -> str:

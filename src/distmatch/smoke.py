@@ -32,7 +32,7 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
         "accumulate=1",
         "device=cpu",
         "log.every=1",
-        "log.preview=2",
+        "log.preview=3",
         "checkpoint.every=2",
         "evaluate.every=0",
     ]

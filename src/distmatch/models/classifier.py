@@ -35,7 +35,10 @@ class Classifier(nn.Module):
         widths: channels at the half resolution (two layers) and at the quarter (three); the last is the feature count.
 
     `config` holds these arguments and, after training, `accuracy` (on the test images, 0..1) and `training`.
+    It is a feature space (see `features.FeatureSpace`).
     """
+
+    distance = "frechet"
 
     def __init__(
         self, channels: int, size: Sequence[int], classes: Sequence[str], widths: Sequence[int] = (16, 32, 64)
@@ -56,6 +59,10 @@ class Classifier(nn.Module):
         )
         self.head = nn.Linear(last, len(classes))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: self.config[name] for name in NETWORK}
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.both(pixels)[1]

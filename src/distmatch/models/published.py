@@ -2,7 +2,6 @@
 `unpickle`.
 """
 
-import json
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,9 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     other = {k: v for k, v in top.kwargs.items() if k in FIXED and v != FIXED[k]}
     if other:
         raise ValueError(f"{file}: {top.class_name} has {other}; expected { ({k: FIXED[k] for k in other}) }")
-    channels = top.kwargs["img_channels"]
+    channels, side = (top.kwargs.get(name) for name in ("img_channels", "img_resolution"))
+    if not isinstance(channels, int) or not isinstance(side, int):
+        raise ValueError(f"{file}: img_channels is {channels!r} and img_resolution {side!r}; expected whole numbers")
     iddpm = top.class_name == "iDDPMPrecond"  # its networks predict variances too
     arguments = {"in_channels": channels, "out_channels": channels * (2 if iddpm else 1)}
     arguments |= {k: v for k, v in top.kwargs.items() if k not in UNUSED}
@@ -87,10 +88,8 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     low, high = (float(top.attributes.get(name, bound)) for name, bound in (("sigma_min", 0), ("sigma_max", 80)))
     prediction = Prediction(PRECONDITIONINGS[top.class_name], float(top.kwargs.get("sigma_data", 0.5)))
     denoiser = Denoiser(net, EDM(max(0.002, low), min(80.0, high)), prediction)
-    side = top.kwargs["img_resolution"]
-    card = {"imported": {"file": file.name, "sha256": _sha256(file), "class": top.class_name, "arguments": top.kwargs}}
-    classes = tuple(str(i) for i in range(top.kwargs.get("label_dim", 0)))
-    return denoiser.eval(), Info((channels, side, side), classes, card=json.loads(json.dumps(card)))
+    card = {"imported": {"file": file.name, "sha256": _sha256(file), "class": top.class_name}}
+    return denoiser.eval(), Info((channels, side, side), tuple(str(i) for i in range(net.label_dim)), card=card)
 
 
 def _network(

@@ -1,0 +1,77 @@
+"""Several processes with one job: who this one is, work in turns, results in order.
+
+The processes are those of `torchrun`, or of anything that sets its variables RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. Without them, and before `joined`, there is one process, which does all of the work itself.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others, of which the first may have to look at a million images."""
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within it, this process is one of the group that was started; the device `cuda` is the GPU of its own.
+
+    The group is of `gloo`, on machines with GPUs too: what is passed around are results, which are on the host.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first(make: Callable[[], Result]) -> Result:
+    """`make()` of the first process, on all of them."""
+    box: list[Any] = [make() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def shared(task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+    """`task(job)` of all `jobs` in their order, each done by one process: all must iterate, the first gets the results.
+
+    What a job gives and when it is seen don't depend on the number of processes: sums over the results are the same to
+    the last bit. Results are pickled on their way; tensors should be on the CPU.
+    """
+    for turn in range(0, len(jobs), world()):
+        mine = [task(job) for job in jobs[turn : turn + world()][rank() : rank() + 1]]
+        for done in _gather(mine):
+            yield from done
+
+
+def _gather(part: Result) -> list[Result]:
+    """What every process brings, by rank, on the first; nothing on the others."""
+    if world() == 1:
+        return [part]
+    parts: list[Any] | None = [None] * world() if rank() == 0 else None
+    dist.gather_object(part, parts)
+    return parts or []

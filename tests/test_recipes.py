@@ -1,0 +1,77 @@
+"""The recipes of the package: the paper's numbers, and every one runs."""
+
+import json
+
+import pytest
+import torch
+
+from distmatch.cli import train
+from distmatch.config import load_recipe, recipes
+from distmatch.models.folder import load_model
+from distmatch.models.library import find_model
+
+# Appendix B: teacher, pairs, sampler steps, learning rate, batch, lambda, iterations; Table 2 and Appendix C for the rest.
+PAPER = {
+    "cifar10-cond": ("edm-cifar10-32x32-cond-vp", 100_000, 18, 5e-5, 392, 0.25, 300_000),
+    "cifar10-uncond": ("edm-cifar10-32x32-uncond-vp", 500_000, 18, 5e-5, 392, 0.5, 300_000),
+    "imagenet64-cond": ("edm-imagenet-64x64-cond-adm", 25_000, 256, 2e-6, 336, 0.25, 350_000),
+}
+ABLATIONS = {"": (["match", "regress"], None), "-nodm": (["regress"], None), "-noreg": (["match"], 1e-5)}
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n.startswith(tuple(PAPER))])
+def test_the_papers_numbers(name):
+    base = next(p for p in PAPER if name.startswith(p))
+    teacher, count, steps, lr, batch, weight, iterations = PAPER[base]
+    terms, other_lr = ABLATIONS[name.removeprefix(base)]
+    recipe = load_recipe(name)
+    assert recipe.teacher.endswith(f"/{teacher}.pkl")
+    assert recipe.terms == terms
+    assert (recipe.steps, recipe.match.batch, recipe.regress.batch) == (iterations, batch, batch)
+    assert (recipe.pairs.count, recipe.pairs.sampler, recipe.pairs.steps) == (count, "heun", steps)
+    assert (recipe.regress.loss, recipe.regress.size, recipe.regress.weight) == ("lpips", 224, weight)
+    assert (recipe.match.weighting, recipe.match.weight, recipe.critic.steps) == ("algorithm2", 1.0, 1)
+    assert (recipe.match.bins, recipe.match.min_step, recipe.match.max_step) == (1000, 20, 980)
+    for optimiser in (recipe.generator, recipe.critic):
+        assert optimiser.lr == (other_lr or lr)
+        assert (optimiser.betas, optimiser.weight_decay, optimiser.clip) == ((0.9, 0.999), 0.01, 10.0)
+    assert recipe.expected
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
+    """Every term of the recipe has its loss, the fake score is trained where there is one, and the student moves."""
+    train(name, runs=tmp_path, scale="cpu-smoke")
+    folder = tmp_path / "cpu-smoke" / name
+    recipe = load_recipe(str(folder / name / "recipe.yaml"))
+    lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "gradient_norm" in line]
+    expected = {*recipe.terms, *(["fake", "fake_gradient_norm"] if "match" in recipe.terms else [])}
+    assert [line["step"] for line in losses] == [1, 2, 3]
+    for line in losses:
+        assert expected <= line.keys()
+        assert not {"match", "regress", "fake"} - expected & line.keys()
+        for key in expected:  # both scores start as one network, and the matching loss at zero
+            assert (line[key] == 0) == (key == "match" and line["step"] == 1 and recipe.student.network is None), key
+    assert {p.name for p in (folder / name / "previews").iterdir()} == {"step-00000000.png", "step-00000003.png"}
+    student, info = load_model(folder / name / "model")
+    assert info.t == student.schedule.t_max
+    if recipe.student.network is None:
+        teacher, _ = find_model(recipe.teacher, "teacher")
+        pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+        assert sum(torch.equal(a, b) for a, b in pairs) < len(list(student.parameters())) / 2
+
+
+def test_a_base_is_merged_group_by_group(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: cifar10-cond-noreg\ndescription: mine\ngenerator: {clip: 1.0}\n")
+    mine, base = load_recipe(str(tmp_path / "mine.yaml"), ["critic.lr=3e-6"]), load_recipe("cifar10-cond-noreg")
+    changed = {"name": "mine", "description": "mine"}
+    changed["generator"] = base.generator.model_copy(update={"clip": 1.0})
+    changed["critic"] = base.critic.model_copy(update={"lr": 3e-6})
+    assert mine == base.model_copy(update=changed)
+    (tmp_path / "lost.yaml").write_text("base: cifar10-con\n")
+    with pytest.raises(ValueError, match="recipe 'cifar10-con' is unknown; did you mean 'cifar10-cond'"):
+        load_recipe(str(tmp_path / "lost.yaml"))
+    (tmp_path / "loop.yaml").write_text(f"base: {tmp_path / 'loop.yaml'}\n")
+    with pytest.raises(ValueError, match="has itself as base"):
+        load_recipe(str(tmp_path / "loop.yaml"))
