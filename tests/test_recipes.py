@@ -10,7 +10,7 @@ from distmatch.config import load_recipe, recipes
 from distmatch.models.folder import load_model
 from distmatch.models.library import find_model
 
-# Appendix B: teacher, pairs, sampler steps, learning rate, batch, lambda, iterations; Table 2 and Appendix C for the rest.
+# Appendix B: teacher, pairs, sampler steps, learning rate, batch, lambda, iterations.
 PAPER = {
     "cifar10-cond": ("edm-cifar10-32x32-cond-vp", 100_000, 18, 5e-5, 392, 0.25, 300_000),
     "cifar10-uncond": ("edm-cifar10-32x32-uncond-vp", 500_000, 18, 5e-5, 392, 0.5, 300_000),

@@ -1,71 +1,216 @@
 """The page of a run: self-contained, complete, safe with foreign text."""
 
 import base64
+import io
 import json
 import re
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from distmatch import data
 from distmatch.config import dump, load_recipe
-from distmatch.report import report
+from distmatch.report import COLOURS, STRIP, report, smooth
 
 
-def run_folder(folder, *overrides, description="A run."):
-    tree = yaml.safe_load(dump(load_recipe("mnist", list(overrides))))
+def run_folder(folder, *overrides, frames=3, **entries):
+    """A run as the commands leave it; `entries` replace top-level entries of its recipe."""
+    tree = yaml.safe_load(dump(load_recipe("mnist", ["steps=8", *overrides])))
     (folder / "previews").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**tree, "description": description}, sort_keys=False))
-    lines = [{"step": s, "match": 1 / s, "regress": 2 / s, "fake": 0.5, "outside": 0.1} for s in range(1, 5)]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**tree, "description": "A run.", **entries}, sort_keys=False))
+    lines = [{"step": s, "match": 1 / s, "regress": 2 / s, "fake": 0.5, "seconds": 45.0 * s} for s in range(1, 5)]
     lines.append({"step": 4, "frechet": 1.25, "accuracy": 0.9})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for step in (0, 2, 4):
-        sheet = np.full((4, 4, 3), 10 * step, dtype=np.uint8)
-        (folder / "previews" / f"step-{step:08d}.png").write_bytes(data.png(sheet))
-    rows = [{"name": "student, 1 step", "nfe": 1, "images": 5000, "frechet": 0.4567, "accuracy": 0.9612}]
-    (folder / "eval.json").write_text(json.dumps({"hardware": {"device": "abacus"}, "rows": rows}))
+    for i in range(frames):
+        sheet = np.random.default_rng(i).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+        (folder / "previews" / f"step-{2 * i:08d}.png").write_bytes(data.png(sheet))
+    (folder / "teacher-student.png").write_bytes(data.png(np.arange(24, dtype=np.uint8).reshape(4, 6)))
+    rows = [
+        {"name": "teacher, 18 Heun steps", "nfe": 35, "images": 5000, "frechet": 0.2318},
+        {"name": "student, 1 step", "nfe": 1, "images": 5000, "frechet": 0.4567, "accuracy": 0.9612},
+    ]
+    (folder / "eval.json").write_text(json.dumps({"hardware": {"device": "abacus", "threads": 2}, "rows": rows}))
     return folder
 
 
-def test_one_run_is_on_the_page_with_its_own_pictures(tmp_path):
-    folder = run_folder(tmp_path / "run")
-    page = report([folder], tmp_path / "page.html").read_text()
-    assert "<td>0.457</td>" in page
-    assert "<td>5,000</td>" in page
-    assert "<td>0.961</td>" in page
-    assert "abacus" in page
-    assert "algorithm2" in page
-    pictures = {base64.b64decode(b) for b in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
-    assert {file.read_bytes() for file in (folder / "previews").iterdir()} <= pictures
-    assert "Matching loss" in page
-    assert "Gradient norms" not in page  # the log has none
-    assert set(re.findall(r"(?:src|href)\s*=\s*[\"']?(\w+)", page)) == {"data"}
+def page_of(tmp_path, *folders):
+    return report(list(folders), tmp_path / "page.html").read_text()
+
+
+def section(page, title):
+    return re.search(rf"<section><h2>{title}</h2>(.*?)</section>", page, flags=re.S)[1]
+
+
+def table(text):
+    """Rows of cells of the first table in `text`."""
+    rows = re.findall(r"<tr>(.*?)</tr>", re.search(r"<table.*?</table>", text, flags=re.S)[0])
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
+
+
+def pictures(text):
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))) for content in found]
+
+
+def test_sections_come_in_order_and_nothing_is_loaded(tmp_path):
+    a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", "seed=1")
+    one, two = page_of(tmp_path, a), page_of(tmp_path, a, b)
+    common = ["Figures", "Teacher and student", "Samples over training", "Curves"]
+    assert re.findall(r"<h2>(.*?)</h2>", one) == [*common, "Recipe"]
+    assert re.findall(r"<h2>(.*?)</h2>", two) == [*common, "Recipes", "Where the recipes differ", "Ablation"]
+    for page in (one, two):
+        assert {target[:22] for target in re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)} == {
+            "data:image/png;base64,"
+        }
+        assert not re.search(r"https?://|@import|url\(", page)
+
+
+def test_figures_are_formatted_and_gaps_are_dashes(tmp_path):
+    page = page_of(tmp_path, run_folder(tmp_path / "run"))
+    assert table(section(page, "Figures")) == [
+        ["model", "network evaluations", "images", "Frechet distance", "class accuracy"],
+        ["teacher, 18 Heun steps", "35", "5,000", "0.232", "–"],
+        ["student, 1 step", "1", "5,000", "0.457", "0.961"],
+    ]
+    assert "device abacus, threads 2" in section(page, "Figures")
+    assert "4 of 8 steps in 3.0 minutes" in page
+
+
+def test_pictures_are_the_files_pixels(tmp_path):
+    folder = run_folder(tmp_path / "run", frames=12)
+    page = page_of(tmp_path, folder)
+    (pair,) = pictures(section(page, "Teacher and student"))
+    assert np.array_equal(pair, np.asarray(Image.open(folder / "teacher-student.png")))
+    samples = section(page, "Samples over training")
+    frames = [np.asarray(Image.open(file)) for file in sorted((folder / "previews").iterdir())]
+    shown = pictures(samples)
+    assert len(shown) == 13  # every frame, and the last one beside the slider
+    for picture, frame in zip(shown, [*frames, frames[-1]], strict=True):
+        assert np.array_equal(picture, frame)
+    steps = [int(step) for step in re.findall(r"<figure><img[^>]*><figcaption>step (\d+)", samples)]
+    assert steps[:-1] == [0, 4, 6, 10, 12, 16, 18, 22]  # eight of 0, 2, .. 22, both ends among them
+    assert len(steps[:-1]) == STRIP
+    assert steps[-1] == 22
+    assert "max=11 value=11" in samples
+
+
+def test_curves_show_what_was_logged_in_each_runs_colour(tmp_path):
+    a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", "terms=[match]")
+    lines = [{"step": s, "match": 2 / s} for s in range(1, 5)]
+    # A line that has no value must not spoil the axis, nor a last one that was cut off the page.
+    (b / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 5, "match": NaN}\n{"st')
+    curves = section(page_of(tmp_path, a, b), "Curves")
+    titles = re.findall(r"<h3>(.*?)</h3>", curves)
+    assert titles == ["Matching loss", "Regression loss", "Fake-score loss", "Frechet distance", "Class accuracy"]
+
+    def drawn(picture, colour):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        return int(((np.abs(picture[..., :3].astype(int) - rgb) < 3).all(-1) & (picture[..., 3] == 255)).sum())
+
+    by_title = dict(zip(titles, pictures(curves), strict=True))
+    assert [drawn(by_title["Matching loss"], colour) > 200 for colour in COLOURS[:3]] == [True, True, False]
+    assert [drawn(by_title["Regression loss"], colour) > 200 for colour in COLOURS[:2]] == [True, False]
+
+
+def test_smoothing_is_a_mean_over_neighbours():
+    ramp = np.arange(60.0)  # window 5
+    assert smooth(ramp)[2:-2] == pytest.approx(ramp[2:-2])
+    assert smooth(ramp)[0] == pytest.approx(1.0)  # of 0, 1, 2: what there is of the window
+    impulse = smooth(np.eye(60)[30])
+    assert impulse[27:34] == pytest.approx([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0])
+    assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
 
 
 def test_several_runs_differ_where_their_recipes_do(tmp_path):
     a = run_folder(tmp_path / "full")
     b = run_folder(tmp_path / "no-match", "terms=[regress]", "generator.lr=1e-4")
-    page = report([a, b], tmp_path / "page.html").read_text()
-    table = re.search(r"<h2>Recipes</h2>.*?</table>", page, flags=re.S)[0]
-    assert re.findall(r"<tr><td>([\w.]+)</td>", table) == ["terms", "generator.lr"]
-    assert "<td>0.001</td><td>0.0001</td>" in table
-    assert page.count("student, 1 step") == 2
+    c = run_folder(tmp_path / "again", description="Under another name.")
+    (c / "eval.json").unlink()
+    with (c / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "frechet": NaN}\n')  # no figure: the one before it counts
+    page = page_of(tmp_path, a, b, c)
+    both = '["match", "regress"]'.replace('"', "&quot;")
+    only = both.replace("&quot;match&quot;, ", "")
+    assert table(section(page, "Where the recipes differ")) == [
+        ["entry", "full", "no-match", "again"],
+        ["description", "A run.", "A run.", "Under another name."],
+        ["terms", both, only, both],
+        ["generator.lr", "0.001", "0.0001", "0.001"],
+    ]
+    head, *rows = table(section(page, "Ablation"))
+    assert head[:4] == ["run", "changed", "steps", "minutes"]
+    assert head[4:] == ["Frechet, in training", "accuracy, in training", "Frechet distance", "class accuracy"]
+    assert rows == [
+        ["full", "–", "4 of 8", "3.0", "1.250", "0.900", "0.457", "0.961"],
+        ["no-match", f"terms={only}; generator.lr=0.0001", "4 of 8", "3.0", "1.250", "0.900", "0.457", "0.961"],
+        ["again", "nothing", "5 of 8", "3.0", "1.250", "0.900", "–", "–"],
+    ]
+    assert [row[0] for row in table(section(page, "Figures"))] == ["run", "full", "full", "no-match", "no-match"]
+
+
+def test_the_same_recipe_twice_and_the_same_folder_name_twice(tmp_path):
+    a, b = run_folder(tmp_path / "x" / "run"), run_folder(tmp_path / "y" / "run")
+    page = page_of(tmp_path, a, b)
+    assert "the recipes are the same" in section(page, "Where the recipes differ")
+    assert [row[0] for row in table(section(page, "Ablation"))] == ["run", str(a), str(b)]
 
 
 def test_foreign_text_is_text(tmp_path):
-    folder = run_folder(tmp_path / "run", description="<script>alert(1)</script>")
-    page = report([folder], tmp_path / "page.html").read_text()
-    assert "<script>alert" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    hostile = "<script>alert(1)</script>\"'& $title {body}"
+    folder = run_folder(tmp_path / "<b>&", name=hostile, description=hostile, teacher=hostile, steps=hostile)
+    other = run_folder(tmp_path / "$x_{")  # matplotlib would take this for mathematics
+    (folder / "eval.json").write_text(json.dumps({"hardware": hostile, "rows": [{"name": hostile, "nfe": 1}]}))
+    escaped = "&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#x27;&amp; $title {body}"
+    for page in (page_of(tmp_path, folder), page_of(tmp_path, folder, other)):
+        assert "<script>alert" not in page
+        assert "<b>" not in page
+        assert escaped in table(section(page, "Figures"))[1]
+        assert page.count(escaped) >= 4
 
 
 def test_what_is_missing_is_said_or_left_out(tmp_path):
-    folder = run_folder(tmp_path / "run")
-    for name in ("log.jsonl", "eval.json"):
+    folder = run_folder(tmp_path / "run", frames=1)
+    assert "type=range" not in page_of(tmp_path, folder)  # one picture needs no slider
+    for name in ("log.jsonl", "eval.json", "teacher-student.png", "previews/step-00000000.png"):
         (folder / name).unlink()
-    page = report([folder], tmp_path / "page.html").read_text()
-    assert "Nothing is logged yet" in page
-    assert "Not evaluated" in page
-    with pytest.raises(ValueError, match=r"is not a run: it has no recipe.yaml"):
+    bare = page_of(tmp_path, folder)
+    assert re.findall(r"<h2>(.*?)</h2>", bare) == ["Figures", "Curves", "Recipe"]
+    assert "Not evaluated" in section(bare, "Figures")
+    assert "Nothing is logged yet" in section(bare, "Curves")
+    assert "0 of 8 steps." in bare
+    assert pictures(bare) == []
+    (folder / "log.jsonl").write_text("")
+    assert "Nothing is logged yet by run." in section(page_of(tmp_path, folder, run_folder(tmp_path / "b")), "Curves")
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no runs to report on"):
+        report([], tmp_path / "page.html")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} is not a run: it has neither recipe.yaml nor"):
         report([tmp_path], tmp_path / "page.html")
+    folder = run_folder(tmp_path / "run")
+    (folder / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match=r"eval.json is not valid JSON"):
+        report([folder], tmp_path / "page.html")
+    (folder / "recipe.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"recipe.yaml is not valid YAML"):
+        report([folder], tmp_path / "page.html")
+    (folder / "recipe.yaml").write_text("just text")
+    with pytest.raises(ValueError, match=r"recipe.yaml holds no recipe"):
+        report([folder], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_teachers_run_stands_beside_its_student(tmp_path):
+    student, teacher = run_folder(tmp_path / "student"), tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "settings.json").write_text(json.dumps({"images": "digits.tar", "steps": 4, "batch": 7}))
+    (teacher / "log.jsonl").write_text("".join(json.dumps({"step": s, "loss": 0.5 / s}) + "\n" for s in range(1, 5)))
+    assert "A teacher trained on digits.tar: 4 steps" in page_of(tmp_path, teacher)
+    page = page_of(tmp_path, teacher, student)
+    assert "Denoising loss" in page
+    assert "Matching loss" in page
+    table = re.search(r"<h2>Where the recipes differ</h2>.*?</table>", page, flags=re.S)[0]
+    assert "<tr><td>batch</td><td>7</td><td>–</td></tr>" in table

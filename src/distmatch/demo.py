@@ -3,15 +3,13 @@
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from distmatch import build, data, rng
-from distmatch.checkpoint import write_atomic, write_json
+from distmatch import build, data
+from distmatch.checkpoint import write_json
 from distmatch.config import load_recipe
-from distmatch.denoiser import Cond
 from distmatch.evaluation import evaluate, hardware, score, speed
-from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline
+from distmatch.pipeline import DistilledPipeline, TeacherPipeline
 from distmatch.progress import progress
 from distmatch.report import report
 from distmatch.run import console, distil, features, print_rows
@@ -51,8 +49,6 @@ def mnist(out: Path, runs: Path) -> None:
         {"name": "student, 1 step", "nfe": fast.nfe, "images": n, **learnt, **speed(fast, batch=64)},
     ]
     write_json(out / "eval.json", {"hardware": hardware(fast.device), "rows": rows})
-    picture = side_by_side(slow, fast)
-    write_atomic(out / "teacher-student.png", lambda p: p.write_bytes(data.png(picture, zoom=2)))
     page = report([out], out / "report.html")
 
     print_rows(rows)
@@ -64,17 +60,6 @@ def mnist(out: Path, runs: Path) -> None:
         "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
         f"  distmatch train mnist terms=match -o {runs / 'match'}      an ablation; compare with distmatch report"
     )
-
-
-def side_by_side(teacher: Pipeline, student: Pipeline, columns: int = 10, seed: int = 2) -> np.ndarray:
-    """Rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
-    classes = len(teacher.info.classes)
-    label = torch.arange(4 * columns) % classes
-    z = rng.noise(seed, range(4 * columns), teacher.info.shape).to(teacher.device)
-    cond = Cond(label=label.to(teacher.device)) if classes else None
-    images = [data.to_uint8(p.sample(z, cond)).cpu().split(columns) for p in (teacher, student)]
-    rows = [row for pair in zip(*images, strict=True) for row in pair]
-    return data.grid(torch.cat(rows), columns=columns)
 
 
 DEMOS = {"mnist": mnist, "toy2d": toy2d}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -146,3 +147,13 @@ class TeacherPipeline(Pipeline):
         """Load a model folder, or a teacher that comes with the package ("mnist")."""
         denoiser, info = find_model(str(path), kind="teacher")
         return cls(denoiser.to(device), info, steps=steps, guidance=guidance)
+
+
+def side_by_side(teacher: Pipeline, student: Pipeline, columns: int = 10, seed: int = 2) -> np.ndarray:
+    """Rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
+    classes = len(teacher.info.classes)
+    z = rng.noise(seed, range(4 * columns), teacher.info.shape).to(teacher.device)
+    cond = Cond(label=torch.arange(4 * columns, device=teacher.device) % classes) if classes else None
+    images = [data.to_uint8(p.sample(z, cond)).cpu().split(columns) for p in (teacher, student)]
+    rows = [row for pair in zip(*images, strict=True) for row in pair]
+    return data.grid(torch.cat(rows), columns=columns)

@@ -37,7 +37,7 @@ from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
 from distmatch.pairs import PairStore, fingerprint
 from distmatch.paths import ASSETS
-from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline
+from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.teach import Teaching
@@ -66,12 +66,12 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
 
     figures: Callable[[], dict[str, float]] | None = None
     if recipe.evaluate.every and recipe.evaluate.features:
-        classifier, real = features(recipe.evaluate.features)
-        classifier.to(distiller.device)
+        against = recipe.evaluate.reference
+        space, real = features(recipe.evaluate.features, Path(against) if against else None, device=distiller.device)
 
         def frechet() -> dict[str, float]:
             student = DistilledPipeline(distiller.ema.network, distiller.info)
-            return measure(student, classifier, real, n=recipe.evaluate.images, seed=recipe.seed + 1, full=False)
+            return measure(student, space, real, n=recipe.evaluate.images, seed=recipe.seed + 1, full=False)
 
         figures = frechet
 
@@ -85,6 +85,11 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     )
     config = recipe.model_dump(mode="json")
     train(distiller, out, plan, evaluate=figures, trackers=recipe.log.track, config=config, title=recipe.name)
+    if len(info.shape) == 3:
+        p = recipe.pairs
+        slow = TeacherPipeline(denoiser, info, sampler=p.sampler, steps=p.steps, guidance=p.guidance)
+        picture = side_by_side(slow, DistilledPipeline(distiller.ema.network, distiller.info))
+        write_atomic(out / "teacher-student.png", lambda p: p.write_bytes(data.png(picture, zoom=2)))
     console.print(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
 
 

@@ -19,7 +19,7 @@ SMALL = {"model_channels": 16, "num_blocks": 1}
 
 
 def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
-    """The overrides that cut `recipe`; in `folder` are the networks that it would have to fetch, see `make_networks`."""
+    """The overrides that cut `recipe`; `folder` is where `make_networks` puts what it would have to fetch."""
     overrides = [
         "steps=3",
         "match.batch=2",
@@ -44,7 +44,7 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
-    """Write to `folder` the random networks that the overrides of `cpu_smoke` name: `teacher/` and LPIPS's `weights/`."""
+    """Write the random networks that the overrides of `cpu_smoke` name to `folder`: a teacher, LPIPS's weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(recipe.seed, "smoke"))
         if teacher and recipe.teacher.startswith("edm:"):
