@@ -1,12 +1,17 @@
 """Figures of a model: computed anew from its images, the same for every batch size, written by the command."""
 
 import json
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import scipy.linalg
 import tiny
 import torch
 
+from distmatch import run
 from distmatch.data import load_images
 from distmatch.evaluation import evaluate, score
 from distmatch.features import load_reference, reference
@@ -53,6 +58,83 @@ def test_real_images_score_as_real(setting, tmp_path):
     assert figures["frechet"] == pytest.approx(0, abs=1e-4 * real.cov.trace().item())
     assert figures["precision"] == figures["recall"] == 1
     assert "accuracy" not in figures
+
+
+class Sums:
+    """A feature space that knows no classes: sums of rows."""
+
+    distance = "fid"
+    identity: ClassVar = {"features": "sums"}
+
+    def state_dict(self):
+        return {}
+
+    def to(self, device):
+        return self
+
+    def both(self, pixels):
+        return pixels.sum((1, 3)).float(), None
+
+
+@pytest.fixture
+def student(tmp_path):
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    return tmp_path / "student"
+
+
+def figures_of(student, tmp_path, **changes):
+    """What `distmatch eval` writes, less the timing."""
+    settings = {"model": str(student), "n": 40, "seed": 1, "steps": None, "guidance": 1.0, "batch": 16}
+    settings |= {"feature_name": "inception:weights.pth", "resize": "legacy", "real": None, "device": "cpu"}
+    run.evaluate(**settings | changes, out=tmp_path / "figures.json")
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path, monkeypatch, capsys):
+    """The folder's images as files, as ADM's array, and as EDM's mu and sigma; only the last has no features."""
+    asked = []
+    monkeypatch.setattr(run, "load_inception", lambda file, resize: asked.append((file, resize)) or Sums())
+    monkeypatch.setattr(run, "speed", lambda *_: {})
+    monkeypatch.setattr(run, "reference", partial(reference, cache=None))
+    folder = tiny.image_folder(tmp_path / "images", per_class=30)
+    pixels = load_images(folder).pixels
+    np.savez(tmp_path / "adm.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy())
+    values = pixels.sum((1, 3)).double().numpy()
+    np.savez(tmp_path / "edm.npz", mu=values.mean(0), sigma=np.cov(values, rowvar=False))
+    rows = {}
+    for real in (folder, tmp_path / "adm.npz", tmp_path / "edm.npz"):
+        written = figures_of(student, tmp_path, real=real, resize="clean")
+        (rows[real.name],) = written["rows"]
+        assert (written["reference"], written["resize"]) == (str(real), "clean")
+    assert asked == [(Path("weights.pth"), "clean")] * 3
+    assert rows["images"] == rows["adm.npz"]
+    names = {"name", "nfe", "images", "seed", "fid"}
+    assert rows["edm.npz"].keys() == names
+    assert rows["images"].keys() == names | {"kernel_distance", "precision", "recall"}
+    fake = DistilledPipeline.from_pretrained(student)(40, seed=1).pixels.sum((1, 3)).double().numpy()
+    root = scipy.linalg.sqrtm(np.cov(fake, rowvar=False) @ np.cov(values, rowvar=False)).real
+    expected = ((fake.mean(0) - values.mean(0)) ** 2).sum()
+    expected += np.trace(np.cov(fake, rowvar=False) + np.cov(values, rowvar=False) - 2 * root)
+    assert rows["edm.npz"]["fid"] == pytest.approx(expected, rel=1e-9)
+    assert rows["images"]["fid"] == pytest.approx(expected, rel=1e-9)
+    printed = capsys.readouterr().out
+    assert "FID" in printed
+    assert "Frechet" not in printed
+
+
+def test_references_that_are_missing_or_do_not_fit_are_refused(student, tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"'inception:weights.pth' come without a reference; name one with --reference"
+    ):
+        figures_of(student, tmp_path)
+    with pytest.raises(ValueError, match=r"weights.pth does not exist"):
+        figures_of(student, tmp_path, real=tmp_path)
+    with pytest.raises(ValueError, match="resize 'clean' is for Inception; the features 'mnist' take images as they"):
+        figures_of(student, tmp_path, feature_name="mnist", resize="clean")
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    monkeypatch.setattr(run, "load_inception", lambda *_: Sums())
+    with pytest.raises(ValueError, match=r"edm.npz\) is of 2048 features, the network has 8"):
+        figures_of(student, tmp_path, real=tmp_path / "edm.npz")
 
 
 def test_commands_from_classifier_to_figures(tmp_path):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distmatch.data import Images
-from distmatch.features import Reference, fingerprint, load_reference, reference
+from distmatch.features import Reference, fingerprint, load_real, load_reference, load_statistics, reference
 from distmatch.metrics import frechet, kernel_distance, precision_recall
 from distmatch.models.classifier import Classifier
 from distmatch.models.library import ASSETS
@@ -125,6 +126,70 @@ def test_a_file_that_is_no_reference_of_this_classifier_is_refused(tmp_path):
     classifier().save(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         load_reference(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays"), [("adm.npz", ("arr_0", "labels")), ("one.npz", ("pixels",)), ("a.npy", ())]
+)
+def test_images_in_arrays_are_those_in_files(tmp_path, name, arrays):
+    pixels = torch.randint(0, 256, (5, 3, 7, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    array = pixels.permute(0, 2, 3, 1).numpy()
+    for i, picture in enumerate(array):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    if arrays:
+        np.savez(tmp_path / name, **dict(zip(arrays, (array, np.arange(5)), strict=False)))
+    else:
+        np.save(tmp_path / name, array)
+    loaded, files = load_real(tmp_path / name), load_real(tmp_path)
+    assert torch.equal(loaded.pixels, pixels)
+    assert torch.equal(files.pixels, pixels)
+    assert loaded.labels is None
+
+
+def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
+    made = reference(images(), classifier(), cache=None)
+    file = tmp_path / "statistics.npz"
+    np.savez(file, mu=made.mu.numpy(), sigma=made.cov.numpy(), arr_0=np.zeros((2, 8, 8, 1), np.uint8))
+    loaded = load_statistics(file)
+    assert loaded is not None
+    assert torch.equal(loaded.mu, made.mu)
+    assert torch.equal(loaded.cov, made.cov)
+    assert loaded.features.shape == (0, 8)
+    np.savez(file, mu=made.mu.float().numpy(), sigma=made.cov.float().numpy())
+    assert (narrow := load_statistics(file)) is not None
+    assert narrow.mu.dtype == narrow.cov.dtype == torch.float64
+    np.savez(file, arr_0=np.zeros((2, 8, 8, 1), np.uint8))
+    assert load_statistics(file) is None
+    assert load_statistics(tmp_path) is None
+
+
+def test_arrays_that_are_no_reference_are_refused(tmp_path):
+    file = tmp_path / "a.npz"
+    with pytest.raises(ValueError, match=r"a.npz does not exist"):
+        load_statistics(file)
+    with pytest.raises(ValueError, match=r"b.npy does not exist"):
+        load_real(tmp_path / "b.npy")
+    for mu, sigma in ((np.ones(3), np.ones((3, 2))), (np.ones((3, 1)), np.ones((3, 3))), (np.ones(3, int), np.eye(3))):
+        np.savez(file, mu=mu, sigma=sigma)
+        with pytest.raises(ValueError, match=r"mu is .* and sigma .*; expected floats \(F,\) and \(F, F\)"):
+            load_statistics(file)
+    np.savez(file, mu=np.full(2, np.nan), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="mu or sigma is not finite"):
+        load_statistics(file)
+    for array in (np.ones((2, 8, 8, 3)), np.ones((2, 3, 8, 8), np.uint8), np.ones((8, 8, 3), np.uint8)):
+        np.savez(file, arr_0=array)
+        with pytest.raises(ValueError, match=r"arr_0 is .*; expected images as uint8 \(N, H, W, C\) with C of 1 or 3"):
+            load_real(file)
+    np.savez(file, mean=np.ones(3), cov=np.eye(3))
+    with pytest.raises(ValueError, match="has no arr_0, nor mu and sigma; it has mean, cov"):
+        load_real(file)
+    for content in (b"", b"PK\x03\x04 no archive", file.read_bytes()[:-30]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged, or holds something other than arrays"):
+            load_statistics(file)
+    np.save(tmp_path / "b.npy", np.array([{"an": "object"}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="holds something other than arrays of numbers"):
+        load_real(tmp_path / "b.npy")
 
 
 def test_the_default_cache_is_the_users(tmp_path, monkeypatch):

@@ -64,17 +64,17 @@ def score(
 
     def look(rows: range) -> tuple[Tensor, Tensor | None]:
         features, logits = space.both(make(rows.start, rows.stop))
+        if features.shape[1] != len(reference.mu):
+            raise ValueError(
+                f"the reference ({reference.source}) is of {len(reference.mu)} features, the network has "
+                f"{features.shape[1]}; use the reference of these features"
+            )
         if labels is None or logits is None:
             return features.float().cpu(), None
         return features.float().cpu(), logits.argmax(1).cpu() == labels[rows.start : rows.stop].cpu()
 
     moments, kept, right = Moments(), [], []
     for features, agreed in parallel.shared(look, [range(i, min(i + batch, n)) for i in range(0, n, batch)]):
-        if features.shape[1] != len(reference.mu):
-            raise ValueError(
-                f"the reference ({reference.source}) is of {len(reference.mu)} features, the network has "
-                f"{features.shape[1]}; use the reference of these features"
-            )
         if full and moments.count < len(reference.features):
             kept.append(features)
         if agreed is not None:

@@ -49,10 +49,18 @@ def world() -> int:
 
 
 def first(make: Callable[[], Result]) -> Result:
-    """`make()` of the first process, on all of them."""
-    box: list[Any] = [make() if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(box)
+    """`make()` of the first process, on all of them; a `ValueError` that it raises, all of them raise."""
+    if world() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except ValueError as error:  # a user's mistake; the others would wait for the result and then lose the first
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

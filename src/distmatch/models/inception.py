@@ -57,7 +57,7 @@ class Inception:
         resize: str,
         identity: dict[str, Any],
     ):
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval()
         self.whole, self.layers, self.resize, self.identity = whole, layers, resize, identity
         self.device = torch.device("cpu")
 
@@ -101,7 +101,8 @@ def load_inception(file: Path, resize: str = "legacy") -> Inception:
             a TorchScript archive (`inception-2015-12-05.pt`), called as `archive(pixels, return_features=True)`; it is
             a program in TorchScript's language and runs as such, so it should be one that you trust;
             the PyTorch port's state dict (.pth, .safetensors), as of torch-fidelity or pytorch-fid;
-            NVIDIA's pickle (.pkl), of which the tensors are read and nothing is executed.
+            NVIDIA's pickle (.pkl), of which the tensors are read and nothing is executed. Its names are others: there,
+            and in a .pth with foreign names, the order of the convolutions decides (.safetensors keeps no order).
         resize: `legacy` or `clean`, see above.
 
     Raises `ValueError` where the file is missing or damaged, holds another network, or the extra `metrics` is missing.

@@ -1,0 +1,101 @@
+"""Two processes for one: results in order, and figures that are the same to the last bit."""
+
+import json
+import os
+import socket
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from torch.multiprocessing.spawn import start_processes
+
+from distmatch import parallel, run
+from distmatch.models.classifier import Classifier
+from distmatch.models.folder import Info, save_model
+
+
+def _enter(rank: int, world: int, port: int, task, *arguments) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    task(*arguments)
+
+
+def together(world: int, task, *arguments) -> None:
+    """Call `task(*arguments)` in `world` processes, with the variables that `torchrun` sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # Forked, they know what the test has patched and need not import torch again.
+    start_processes(_enter, (world, port, task, *arguments), nprocs=world, start_method="fork")
+
+
+def _mistaken() -> None:
+    raise ValueError(f"a mistake of {parallel.rank()}")
+
+
+def _work(folder, count: int) -> None:
+    with parallel.joined():
+        done = []
+
+        def task(job: int) -> tuple[int, int, torch.Tensor]:
+            done.append(job)
+            return job, parallel.rank(), torch.full((job,), job)
+
+        results = list(parallel.shared(task, range(count)))
+        chosen = parallel.first(lambda: [parallel.rank(), torch.ones(3)])
+        with pytest.raises(ValueError, match="mistake of 0"):
+            parallel.first(_mistaken)
+        assert parallel.world() == int(os.environ["WORLD_SIZE"])
+        torch.save({"done": done, "results": results, "chosen": chosen}, folder / f"{parallel.rank()}.pt")
+    assert (parallel.rank(), parallel.world()) == (0, 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_jobs_are_shared_and_their_results_come_to_the_first_in_order(tmp_path, count):
+    together(3, _work, tmp_path, count)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    assert [f["done"] for f in found] == [list(range(rank, count, 3)) for rank in range(3)]
+    assert [(job, rank) for job, rank, _ in found[0]["results"]] == [(job, job % 3) for job in range(count)]
+    assert all(torch.equal(value, torch.full((job,), job)) for job, _, value in found[0]["results"])
+    assert found[1]["results"] == found[2]["results"] == []
+    assert all(f["chosen"][0] == 0 for f in found)
+
+
+def test_one_process_does_it_all():
+    assert list(parallel.shared(lambda job: job**2, range(4))) == [0, 1, 4, 9]
+    assert parallel.first(lambda: 3) == 3
+    with parallel.joined():
+        assert (parallel.rank(), parallel.world()) == (0, 1)
+
+
+def test_two_processes_measure_what_one_does_to_the_last_bit(tmp_path, monkeypatch, capfd):
+    torch.manual_seed(0)
+    Classifier(1, (8, 8), ("a", "b", "c")).eval().save(tmp_path / "c" / "classifier")
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    images = tiny.image_folder(tmp_path / "images", per_class=30)
+    monkeypatch.setattr(run, "speed", lambda *_: {})
+    monkeypatch.setattr(run, "reference", partial(run.reference, cache=None))
+    rows = []
+    for world in (1, 2, 3):
+        out = tmp_path / f"{world}.json"
+        # 110 images are batches of 16 and one of 14, seven in all: no process count here divides them.
+        arguments = (
+            str(tmp_path / "student"),
+            110,
+            1,
+            None,
+            1.0,
+            str(tmp_path / "c"),
+            "legacy",
+            images,
+            16,
+            out,
+            "cpu",
+        )
+        together(world, run.evaluate, *arguments)
+        rows += json.loads(out.read_text())["rows"]
+        assert capfd.readouterr().out.count("Frechet distance") == 1
+    assert rows[0] == rows[1] == rows[2]
+    assert {"frechet", "accuracy", "kernel_distance", "precision", "recall"} <= rows[0].keys()
+    assert 0 < rows[0]["accuracy"] < 1
+    assert rows[0]["frechet"] > 0
