@@ -35,7 +35,20 @@ FLOORS = [
     ],
     ["denoiser"],
     ["schedule", "log"],
-    ["config", "rng", "data", "ema", "optim", "clock", "checkpoint", "progress", "paths", "unpickle", "parallel"],
+    [
+        "config",
+        "rng",
+        "data",
+        "ema",
+        "optim",
+        "clock",
+        "checkpoint",
+        "progress",
+        "paths",
+        "unpickle",
+        "parallel",
+        "curves",
+    ],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -59,7 +59,7 @@ def test_sections_come_in_order_and_nothing_is_loaded(tmp_path):
     one, two = page_of(tmp_path, a), page_of(tmp_path, a, b)
     common = ["Figures", "Teacher and student", "Samples over training", "Curves"]
     assert re.findall(r"<h2>(.*?)</h2>", one) == [*common, "Recipe"]
-    assert re.findall(r"<h2>(.*?)</h2>", two) == [*common, "Recipes", "Where the recipes differ", "Ablation"]
+    assert re.findall(r"<h2>(.*?)</h2>", two) == ["Ablation", *common, "Recipes", "Where the recipes differ"]
     for page in (one, two):
         assert {target[:22] for target in re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)} == {
             "data:image/png;base64,"
@@ -214,3 +214,14 @@ def test_a_teachers_run_stands_beside_its_student(tmp_path):
     assert "Matching loss" in page
     table = re.search(r"<h2>Where the recipes differ</h2>.*?</table>", page, flags=re.S)[0]
     assert "<tr><td>batch</td><td>7</td><td>–</td></tr>" in table
+
+
+def test_fid_is_told_apart_from_other_frechet_distances(tmp_path):
+    folder = run_folder(tmp_path / "fid")
+    (folder / "eval.json").write_text(json.dumps({"rows": [{"name": "student", "nfe": 1, "fid": 2.6604}]}))
+    page = page_of(tmp_path, folder, run_folder(tmp_path / "other"))
+    table = re.search(r"<h2>Ablation</h2>.*?</table>", page, flags=re.S)[0]
+    head, fid, other = (re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:])
+    assert fid[head.index("FID")] == "2.660"
+    assert fid[head.index("Frechet distance")] == "–"
+    assert (other[head.index("FID")], other[head.index("Frechet distance")]) == ("–", "0.457")

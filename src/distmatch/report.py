@@ -82,7 +82,7 @@ def report(runs: list[Path], out: Path) -> Path:
     loaded = [_load(*row) for row in zip(runs, names, cycle(COLOURS), strict=False)]
     sections = [_figures(loaded), _pairs(loaded), _samples(loaded), _curves(loaded), _recipes(loaded)]
     if len(loaded) > 1:
-        sections += [_differences(loaded), _ablation(loaded)]
+        sections = [_ablation(loaded), *sections, _differences(loaded)]
     page = PAGE.substitute(title=_text(" · ".join(names)), about=_about(loaded), body="\n".join(filter(None, sections)))
     write_atomic(out, lambda p: p.write_text(page, encoding="utf-8"))
     return out
@@ -144,10 +144,9 @@ def _figures(runs: list[Run]) -> str:
     cells = [[run.name] * several + [_figure(row, key) for key in shown] for run, row in rows]
     measured = [run for run in runs if run.figures.get("hardware")]
     notes = [f"{_label(run, runs)}Measured on: {_text(_plain(run.figures['hardware']))}." for run in measured]
-    notes.append(
-        "Distances: lower is better; the others, speed too: higher. Frechet and kernel distance are taken in "
-        "the evaluation classifier's features, so they are no FID and no KID."
-    )
+    notes.append("Distances: lower is better; the others, speed too: higher.")
+    if "frechet" in shown:
+        notes.append("Frechet distances in a classifier's features are no FID and compare only with their like.")
     table = _table(head, cells, "two" if several else "one")
     return _section("Figures", table + "".join(f"<p class=note>{note}</p>" for note in notes))
 
@@ -258,16 +257,16 @@ def _differences(runs: list[Run]) -> str:
 def _ablation(runs: list[Run]) -> str:
     """Per run: what is changed from the first one, and where it ended."""
     changes = {k: v for k, v in differing([run.recipe for run in runs]).items() if k not in ("name", "description")}
-    head = ["run", "changed", "steps", "minutes", "Frechet, in training", "accuracy, in training"]
-    head += ["Frechet distance", "precision", "recall", "class accuracy"]
+    head = ["run", "changed", "steps", "minutes", "FID, in training", "Frechet, in training", "accuracy, in training"]
+    head += ["FID", "Frechet distance", "precision", "recall", "class accuracy"]
     rows = []
     for i, run in enumerate(runs):
         changed = [f"{key}={values[i]}" for key, values in changes.items() if values[i] != values[0]]
-        logged = {key: run.last(key) for key in ("frechet", "accuracy")}
+        logged = {key: run.last(key) for key in ("fid", "frechet", "accuracy")}
         # eval.json may hold the teacher as well: the student is the row with one network evaluation.
         student = next((row for row in run.figures.get("rows", []) if row.get("nfe") == 1), {})
         figures = [_figure(logged, key) for key in logged]
-        figures += [_figure(student, key) for key in ("frechet", "precision", "recall", "accuracy")]
+        figures += [_figure(student, key) for key in ("fid", "frechet", "precision", "recall", "accuracy")]
         steps, minutes = _progress(run)
         rows.append([run.name, "; ".join(changed) or ("nothing" if i else "–"), steps, minutes or "–", *figures])
     used = [j for j in range(len(head)) if any(row[j] != "–" for row in rows)]
