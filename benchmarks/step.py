@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import cyclopts
 import torch
@@ -55,7 +56,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
     limit = bare(distiller, teacher, info, recipe)
     with FlopCounterMode(display=False) as flops:
         limit()
-    activations = saved_for_backward(distiller, info)
+    activations = saved_for_backward(distiller, info, recipe)
     rows = timed({"step": step(distiller), "bare": limit}, device, rounds)
     seconds = {k: median(v) for k, v in rows.items()}
     print({**hardware(device), "recipe": recipe.name, "precision": recipe.precision, "rounds": rounds})
@@ -84,9 +85,11 @@ def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def saved_for_backward(distiller: Distiller, info: Info) -> int:
-    """Bytes that autograd keeps of the student's forward pass on both streams, weights not counted."""
-    own = {p.untyped_storage().data_ptr() for p in distiller.student.parameters()}
+def saved_for_backward(distiller: Distiller, info: Info, recipe: Recipe) -> int:
+    """Bytes that autograd keeps of the student's update: its forward pass on both streams, and LPIPS's; no weights."""
+    perceptual = lpips_terms(distiller, recipe)
+    weights = [*distiller.student.parameters(), *(p for term in perceptual for p in term.loss.vgg.parameters())]
+    own = {p.untyped_storage().data_ptr() for p in weights}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -99,8 +102,14 @@ def saved_for_backward(distiller: Distiller, info: Info) -> int:
     x, t, cond = inputs(n, info, distiller.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), distiller.autocast():
         alive = distiller.student(x, t + 1, cond)  # while it lives no storage is used twice
-    del alive
+        images = [alive[: term.batch // distiller.accumulate] for term in perceptual]
+        also = [term.loss(x, torch.rand_like(x)) for term, x in zip(perceptual, images, strict=True)]
+    del alive, also
     return sum(kept.values())
+
+
+def lpips_terms(distiller: Distiller, recipe: Recipe) -> list[Any]:
+    return [t for t in distiller.terms if isinstance(t, Regress) and recipe.regress.loss == "lpips"]
 
 
 def inputs(n: int, info: Info, device: torch.device) -> tuple[Tensor, Tensor, Cond | None]:
@@ -131,7 +140,7 @@ def step(distiller) -> Callable[[], None]:
 def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) -> Callable[[], None]:
     device, fake = distiller.device, distiller.fake
     both = sum(term.batch for term in distiller.terms)
-    perceptual = [t for t in distiller.terms if isinstance(t, Regress) and recipe.regress.loss == "lpips"]
+    perceptual = lpips_terms(distiller, recipe)
 
     def backward(network: Denoiser, n: int) -> None:
         out = network.net(*inputs(n, info, device))

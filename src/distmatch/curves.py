@@ -46,7 +46,7 @@ def chart(title: str, curves: Sequence[Curve], logarithmic: bool = False) -> str
             at = y(float(scale(tick)))
             parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{RIGHT}"/>')
             parts.append(f'<text class="y" x="{LEFT - 6}" y="{at + 3.5:.1f}">{tick:g}</text>')
-    for tick in dict.fromkeys(MaxNLocator(4, integer=True).tick_values(first, last).tolist()):
+    for tick in dict.fromkeys(np.asarray(MaxNLocator(4, integer=True).tick_values(first, last)).tolist()):
         if first <= tick <= last:
             parts.append(f'<text class="x" x="{x(tick):.1f}" y="{HEIGHT - 12}">{tick:,.0f}</text>')
     for curve in curves:
