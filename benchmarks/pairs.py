@@ -19,8 +19,8 @@ import torch
 from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.unet import UNet
 from distmatch.pairs import PairSpec, build, fingerprint
-from distmatch.sampler import evaluations
 from distmatch.schedule import EDM
+from distmatch.solvers import evaluations
 
 SHAPE, CLASSES = (1, 28, 28), 10
 

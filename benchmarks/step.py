@@ -49,9 +49,10 @@ def main(recipe: str = "mnist", /, *overrides: str, rounds: int = 15) -> None:
 
 def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
     before = memory_peak(build.device(recipe.device))
-    teacher, info = build.teacher(recipe)
-    pairs = build.pair_store(recipe, teacher, info, folder) if "regress" in recipe.terms else None
-    distiller = build.distiller(recipe, teacher, info, pairs)
+    subject = build.subject(recipe)
+    teacher, info = subject.denoiser, subject.info
+    pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
+    distiller = build.distiller(recipe, subject, pairs)
     device = distiller.device
     limit = bare(distiller, teacher, info, recipe)
     with FlopCounterMode(display=False) as flops:

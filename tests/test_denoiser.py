@@ -147,4 +147,5 @@ def test_conditions_slice_join_and_move_together():
     assert torch.equal(joined.extra["size"], cond.extra["size"])
     assert Cond.cat(None, None) is None
     assert cond.null().label is None
-    assert not cond.null().text.any()
+    assert cond.null().text is None
+    assert cond.null().extra is cond.extra

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from distmatch import build, log
+from distmatch.conditions import Classes
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond
-from distmatch.distill import Distiller, Match
+from distmatch.distill import Distiller, Images, Match
 from distmatch.losses import WEIGHTINGS
 from distmatch.models.folder import Info, save_model
 from distmatch.models.mixture import mixture
@@ -48,7 +49,7 @@ def test_the_matching_gradient_is_the_kl_gradient(schedule, noise):
         real,
         fake,
         shape=(1,),
-        classes=0,
+        conditions=Classes(0),
         weighting=lambda x, x0_real, alpha, sigma: (alpha / sigma) ** 2,  # w_t = 1 on the scores of Eq. 7
         batch=n,
         min_step=int(1000 * noise),
@@ -56,7 +57,7 @@ def test_the_matching_gradient_is_the_kl_gradient(schedule, noise):
     )
     batch = match.draw(0, 0)
     parameters = torch.tensor([m, s], dtype=torch.float64, requires_grad=True)
-    loss = match.generator(batch, parameters[0] + parameters[1] * batch.z.double())
+    loss = match.generator(batch, Images(parameters[0] + parameters[1] * batch.z.double(), None))
     (gradient,) = torch.autograd.grad(loss, parameters)
     expected = kl_gradient(schedule, real, m, s, batch.t[0].item())
     assert torch.allclose(gradient, expected, rtol=0.03, atol=0.01 * expected.norm().item() + 1e-4)
@@ -72,10 +73,10 @@ def test_matching_moves_a_gaussian_onto_a_gaussian():
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * (1 - step / 400)
         fake = mixture(schedule, [[parameters[0].item()]], [abs(parameters[1].item())])
-        match = Match(real, fake, shape=(1,), classes=0, weighting=WEIGHTINGS["prolificdreamer"], batch=256)
+        match = Match(real, fake, shape=(1,), conditions=Classes(0), weighting=WEIGHTINGS["prolificdreamer"], batch=256)
         batch = match.draw(0, step)
         optimizer.zero_grad()
-        match.generator(batch, parameters[0] + parameters[1] * batch.z.double()).backward()
+        match.generator(batch, Images(parameters[0] + parameters[1] * batch.z.double(), None)).backward()
         optimizer.step()
     assert parameters[0].item() == pytest.approx(1.0, abs=0.08)
     assert abs(parameters[1].item()) == pytest.approx(0.5, abs=0.08)
@@ -85,10 +86,12 @@ def test_guidance_applies_to_the_real_score_alone():
     schedule = EDM(sigma_max=10.0)
     real = mixture(schedule, [[-1.0], [2.0]], [0.3, 0.5], labels=[0, 1])
     fake = mixture(schedule, [[0.0], [0.5]], [1.0, 1.0], labels=[0, 1])
-    match = Match(real, fake, shape=(1,), classes=2, weighting=WEIGHTINGS["dreamfusion"], batch=64, guidance=3.0)
+    match = Match(
+        real, fake, shape=(1,), conditions=Classes(2), weighting=WEIGHTINGS["dreamfusion"], batch=64, guidance=3.0
+    )
     batch = match.draw(0, 0)
     x = batch.z.double().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(match.generator(batch, x), x)
+    (gradient,) = torch.autograd.grad(match.generator(batch, Images(x, batch.cond)), x)
     x_t = x.detach() + batch.t[:, None] * batch.eps
     guided = 3 * real(x_t, batch.t, batch.cond) - 2 * real(x_t, batch.t, None)
     expected = (fake(x_t, batch.t, batch.cond) - guided) / batch.t[:, None] / 64
@@ -97,7 +100,12 @@ def test_guidance_applies_to_the_real_score_alone():
 
 def test_levels_are_drawn_from_the_papers_bins():
     match = Match(
-        one_dimensional(EDM()), one_dimensional(EDM()), shape=(1,), classes=0, weighting=WEIGHTINGS["eq8"], batch=20_000
+        one_dimensional(EDM()),
+        one_dimensional(EDM()),
+        shape=(1,),
+        conditions=Classes(0),
+        weighting=WEIGHTINGS["eq8"],
+        batch=20_000,
     )
     batch = match.draw(0, 0)
     rho_bins = (
@@ -114,9 +122,9 @@ def test_levels_are_drawn_from_the_papers_bins():
 
 def distiller(folder, *overrides) -> Distiller:
     recipe = load_recipe(str(tiny.recipe_file(folder)), list(overrides))
-    teacher, info = build.teacher(recipe)
-    pairs = build.pair_store(recipe, teacher, info, folder / "runs") if "regress" in recipe.terms else None
-    return build.distiller(recipe, teacher, info, pairs)
+    subject = build.subject(recipe)
+    pairs = build.pair_store(recipe, subject, folder / "runs") if "regress" in recipe.terms else None
+    return build.distiller(recipe, subject, pairs)
 
 
 def test_a_step_is_algorithm_1(tmp_path):
@@ -168,7 +176,7 @@ def test_the_student_starts_as_the_teacher_and_the_teacher_stays(tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     z = torch.randn(3, 1, 8, 8)
     batch = type(d.terms[0].draw(0, 0))(z, Cond(label=torch.tensor([0, 1, 2])))
-    assert torch.equal(d.generate(batch), teacher(80.0 * z, torch.full((3,), 80.0), batch.cond))
+    assert torch.equal(d.generate(batch).x, teacher(80.0 * z, torch.full((3,), 80.0), batch.cond))
     for index in range(3):
         d.step(index)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())

@@ -8,8 +8,9 @@ import torch
 from distmatch import rng
 from distmatch.denoiser import Cond
 from distmatch.models.mixture import mixture
-from distmatch.sampler import SAMPLERS, euler, evaluations, heun, one_step
+from distmatch.sampler import SAMPLERS, euler, heun, one_step
 from distmatch.schedule import EDM, VP, Flow
+from distmatch.solvers import evaluations
 
 SCHEDULES = [EDM(), VP(), Flow()]
 ids = {"ids": lambda s: type(s).__name__}

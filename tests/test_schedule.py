@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distmatch.schedule import EDM, VP, Flow, from_config, to_config
+from distmatch.models.folder import schedule_config, schedule_of
+from distmatch.schedule import EDM, VP, Flow
 
 ALL = [EDM(), VP(), VP(0.00085, 0.012, 1000, "scaled_linear"), Flow()]
 
@@ -46,11 +47,11 @@ def test_every_schedule_keeps_the_common_rules(schedule):
     assert torch.allclose(schedule.add_noise(x, eps, grid), expected, rtol=1e-12)
     # Stable Diffusion's schedule ends at sigma 0.9977; its sampler starts from unit noise all the same.
     assert schedule.prior_std == pytest.approx(schedule.sigma(grid[:1]).item(), rel=3e-3)
-    assert from_config(to_config(schedule)) == schedule
+    assert schedule_of(schedule_config(schedule)) == schedule
 
 
 def test_unknown_schedules_and_empty_grids_are_named():
     with pytest.raises(ValueError, match="schedule type 'cosine' is unknown; expected one of edm, vp, flow"):
-        from_config({"type": "cosine"})
+        schedule_of({"type": "cosine"})
     with pytest.raises(ValueError, match="a grid has 0 steps"):
         EDM().grid(0)

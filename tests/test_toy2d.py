@@ -10,8 +10,9 @@ from PIL import Image
 from scipy.integrate import dblquad
 
 from distmatch import build, data, rng, toy2d
+from distmatch.conditions import Classes
 from distmatch.config import load_recipe
-from distmatch.distill import Match
+from distmatch.distill import Images, Match
 from distmatch.losses import WEIGHTINGS
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES, mixture
@@ -101,12 +102,12 @@ def test_real_samples_have_both_modes_and_next_to_no_kl():
 def test_the_real_score_gradient_is_minus_the_score():
     """Averaged over noise, `x - mu_real` is `-sigma^2 s_real`, with weights that leave the mean alone."""
     real = MIXTURES["toy2d"]()
-    match = Match(real, real, shape=(2,), classes=0, weighting=WEIGHTINGS["prolificdreamer"], batch=200_000)
+    match = Match(real, real, shape=(2,), conditions=Classes(0), weighting=WEIGHTINGS["prolificdreamer"], batch=200_000)
     batch = match.draw(0, 0)
     t = torch.full((match.batch,), 0.8)
     batch = type(batch)(batch.z, None, t=t, eps=batch.eps)
     x = torch.tensor([[0.4, 1.3]]).repeat(match.batch, 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(RealScore(match).generator(batch, x), x)
+    (gradient,) = torch.autograd.grad(RealScore(match).generator(batch, Images(x, None)), x)
     assert batch.eps is not None
     score = real.score(x.detach() + 0.8 * batch.eps, t)
     # The loss is a mean over elements and its weight is sigma.
@@ -128,9 +129,9 @@ def test_the_recipe_trains_and_exports(tmp_path):
 def test_a_teacher_without_weights_needs_a_network_for_the_student():
     recipe = load_recipe("toy2d", ["student.network=null", "terms=match"])
     with pytest.raises(ValueError, match=r"'mixture:toy2d' has no weights .* student.network=\{type: mlp\}"):
-        build.distiller(recipe, *build.teacher(recipe), None)
+        build.distiller(recipe, build.subject(recipe), None)
     again = load_recipe("toy2d", ["student.network={type: mlp}", "terms=match"])
-    assert build.distiller(again, *build.teacher(again), None).student.prediction.sigma_data == 1.9
+    assert build.distiller(again, build.subject(again), None).student.prediction.sigma_data == 1.9
 
 
 def test_points_become_one_picture_with_the_second_axis_up():

@@ -1,22 +1,30 @@
 """From a recipe to objects: the only factory, the only place that knows both."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distmatch import rng
+from distmatch.conditions import Classes, Conditions, Guided, Prompts
 from distmatch.config import Optimiser, Recipe
-from distmatch.denoiser import Denoiser
+from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
-from distmatch.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.embeddings import embed
+from distmatch.losses import REGRESSIONS, WEIGHTINGS, Decoded
+from distmatch.models.codec import Decoder
 from distmatch.models.folder import NETWORKS, Info
+from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
+from distmatch.models.stable import StableUNet
+from distmatch.models.text import TextEncoder
 from distmatch.optim import Optimizer
-from distmatch.pairs import PairSpec, PairStore, build, fingerprint
+from distmatch.pairs import PairSpec, PairStore, build, fingerprint, prompts_digest
 from distmatch.progress import progress
+from distmatch.prompts import read_prompts
 
 
 def device(name: str) -> torch.device:
@@ -31,10 +39,41 @@ def device(name: str) -> torch.device:
     return found
 
 
-def teacher(recipe: Recipe) -> tuple[Denoiser, Info]:
-    """The recipe's teacher, frozen, on its device."""
-    denoiser, info = find_model(recipe.teacher, kind="teacher")
-    return frozen(denoiser, device(recipe.device)), info
+@dataclass(frozen=True)
+class Subject:
+    """What a recipe distils: its teacher, frozen on its device, what it makes, and what that is conditioned on."""
+
+    denoiser: Denoiser
+    info: Info
+    conditions: Conditions
+    prompts: Sequence[str] = ()
+
+
+def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
+    """The recipe's subject; `own` is a teacher of the user's in place of the one that the recipe names."""
+    denoiser, info = own or find_model(recipe.teacher, kind="teacher")
+    dev = device(recipe.device)
+    conditions, prompts = Classes(len(info.classes)), []
+    if info.source:
+        if recipe.prompts.path is None:
+            raise ValueError(
+                f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
+            )
+        prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
+        conditions = Prompts(len(prompts), _encode(recipe, info.source, prompts, dev))
+    if recipe.student.guidance is not None:
+        conditions = Guided(conditions, *recipe.student.guidance)
+    return Subject(frozen(denoiser, dev), info, conditions, prompts)
+
+
+def _encode(recipe: Recipe, source: str, prompts: Sequence[str], dev: torch.device) -> Callable[[Sequence[int]], Cond]:
+    """Prompts by number to conditions: batch by batch, or from the cache, which is filled where it is not."""
+    encoder = TextEncoder(source, dev)
+    if recipe.prompts.cache is None:
+        return lambda numbers: encoder([prompts[i] for i in numbers])
+    folder = Path(recipe.prompts.cache) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
+    with progress("prompts", len(prompts), unit="prompt") as advance:
+        return embed(folder, prompts, encoder, advance)
 
 
 def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
@@ -42,55 +81,76 @@ def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
     return denoiser.to(dev).eval().requires_grad_(False)
 
 
-def pair_spec(recipe: Recipe, denoiser: Denoiser, info: Info) -> PairSpec:
+def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
     """What the recipe's pair store holds."""
-    p = recipe.pairs
+    p, info, guidances = recipe.pairs, subject.info, recipe.student.guidance
     return PairSpec(
         teacher=recipe.teacher,
-        fingerprint=fingerprint(denoiser),
+        fingerprint=fingerprint(subject.denoiser),
         sampler=p.sampler,
         steps=p.steps,
-        guidance=p.guidance,
+        guidance=p.guidance if guidances is None else None,
         seed=p.seed,
         count=p.count,
         shard_size=p.shard,
         shape=info.shape,
         classes=len(info.classes),
         dtype=p.dtype,
+        precision=p.precision,
+        scheduler=info.scheduler if p.sampler == "pndm" else {},
+        prompts=prompts_digest(subject.prompts) if subject.prompts else "",
+        guidances=guidances,
     )
 
 
-def pairs_folder(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> Path:
+def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> Path:
     """`pairs.path`, or a folder beside the runs, named by what sets one store apart from another."""
     p = recipe.pairs
     if p.path is not None:
         return Path(p.path)
     teacher_name = Path(recipe.teacher).name.replace(":", "-")
-    return runs / "pairs" / f"{teacher_name}-{p.sampler}{p.steps}-{pair_spec(recipe, denoiser, info).digest()[:8]}"
+    return runs / "pairs" / f"{teacher_name}-{p.sampler}{p.steps}-{spec.digest()[:8]}"
 
 
-def pair_store(recipe: Recipe, denoiser: Denoiser, info: Info, runs: Path) -> PairStore:
+def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
     """The recipe's pairs, built (or finished, where a build was interrupted) if they are not there."""
-    folder, spec = pairs_folder(recipe, denoiser, info, runs), pair_spec(recipe, denoiser, info)
+    spec = pair_spec(recipe, subject)
+    folder = pairs_folder(recipe, spec, runs)
     with progress("pairs", spec.count, unit="pair") as advance:
-        build(folder, spec, denoiser, batch=recipe.pairs.batch, device=device(recipe.device), progress=advance)
+        build(
+            folder,
+            spec,
+            subject.denoiser,
+            subject.conditions,
+            prompts=subject.prompts,
+            batch=recipe.pairs.batch,
+            device=device(recipe.device),
+            progress=advance,
+        )
     return PairStore.open(folder, spec.fingerprint, spec.count)
 
 
-def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore | None) -> Distiller:
+def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Distiller:
     """The recipe's distillation. Student and fake score start as copies of one network, see `start`."""
-    dev = device(recipe.device)
-    first = start(recipe, denoiser, info)
+    dev, info = device(recipe.device), subject.info
+    first = start(recipe, subject)
     student = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, dev))
+    if recipe.student.lora_rank:
+        student = _adapted(student, recipe.student.lora_rank)
     fake = _trained_copy(first) if "match" in recipe.terms else None
+    if recipe.gradient_checkpointing:
+        for network in filter(None, (student, fake)):
+            checkpoint_gradients(network)
     critic_steps = recipe.critic.steps
     return Distiller(
         student,
         fake,
-        [_term(name, recipe, denoiser, fake, info, pairs, dev) for name in recipe.terms],
+        terms(recipe, subject, fake, pairs),
         _optimizer(recipe.generator, student, recipe.steps),
         None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * critic_steps),
-        info=student_info(recipe, denoiser, info),
+        info=student_info(recipe, subject),
+        conditions=subject.conditions,
+        decode=Decoder(info.source).to(dev) if info.source else None,
         t=recipe.student.t,
         ema=recipe.student.ema,
         seed=recipe.seed,
@@ -100,11 +160,19 @@ def distiller(recipe: Recipe, denoiser: Denoiser, info: Info, pairs: PairStore |
     )
 
 
-def start(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
+def start(recipe: Recipe, subject: Subject) -> Denoiser:
     """What student and fake score start from: the teacher (Algorithm 1, line 2), or the recipe's own new network.
 
-    A new network takes the teacher's schedule and prediction. Raises `ValueError` where neither is possible.
+    A new network takes the teacher's schedule and prediction. Where the student takes a guidance scale, both networks
+    do: the fake score is that of the student's images of each scale. Raises `ValueError` where it is not possible.
     """
+    denoiser = _network(recipe, subject.denoiser, subject.info)
+    if recipe.student.guidance is None:
+        return denoiser
+    return Denoiser(with_guidance(denoiser.net), denoiser.schedule, denoiser.prediction).to(device(recipe.device))
+
+
+def _network(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
     network = recipe.student.network
     if network is None:
         if next(denoiser.parameters(), None) is None:
@@ -121,10 +189,11 @@ def start(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
     return Denoiser(net, denoiser.schedule, denoiser.prediction).to(device(recipe.device))
 
 
-def student_info(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
+def student_info(recipe: Recipe, subject: Subject) -> Info:
     """What the student's model folder says of it."""
-    t = denoiser.schedule.t_max if recipe.student.t is None else recipe.student.t
-    return Info(info.shape, info.classes, t, {"recipe": recipe.model_dump(mode="json")})
+    t = subject.denoiser.schedule.t_max if recipe.student.t is None else recipe.student.t
+    card = {"recipe": recipe.model_dump(mode="json")}
+    return replace(subject.info, t=t, guidance=recipe.student.guidance, card=card)
 
 
 def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
@@ -137,6 +206,20 @@ def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
             f"student.init {recipe.student.init!r} has another network than the teacher {recipe.teacher!r}"
         )
     return student.to(dev)
+
+
+def _adapted(denoiser: Denoiser, rank: int) -> Denoiser:
+    """The student with adapters of `rank`, which alone are trained."""
+    if type(denoiser.net) is not StableUNet:
+        raise ValueError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
+    return Denoiser(denoiser.net.with_adapters(rank), denoiser.schedule, denoiser.prediction)
+
+
+def checkpoint_gradients(denoiser: Denoiser) -> None:
+    """Recompute a network's activations in the backward pass. Raises `ValueError` for one that cannot."""
+    if type(denoiser.net) is not StableUNet:
+        raise ValueError("gradient_checkpointing is for Stable Diffusion's networks; use false")
+    denoiser.net.checkpoint_gradients()
 
 
 def _trained_copy(denoiser: Denoiser) -> Denoiser:
@@ -157,43 +240,57 @@ def _optimizer(settings: Optimiser, network: Denoiser, steps: int) -> Optimizer:
     )
 
 
-def _term(
-    name: str,
-    recipe: Recipe,
-    denoiser: Denoiser,
-    fake: Denoiser | None,
-    info: Info,
-    pairs: PairStore | None,
-    dev: torch.device,
-) -> Term:
-    match name:
-        case "match":
-            m = recipe.match
-            assert fake is not None
-            return Match(
-                denoiser,
-                fake,
-                shape=info.shape,
-                classes=len(info.classes),
-                weighting=WEIGHTINGS[m.weighting],
-                weight=m.weight,
-                batch=m.batch,
-                bins=m.bins,
-                min_step=m.min_step,
-                max_step=m.max_step,
-                guidance=m.guidance,
-                device=dev,
-            )
-        case _:
-            r = recipe.regress
-            assert pairs is not None
-            return Regress(pairs, loss=_regression(recipe), weight=r.weight, batch=r.batch, device=dev)
+def terms(recipe: Recipe, subject: Subject, fake: Denoiser | None, pairs: PairStore | None) -> list[Term]:
+    """The recipe's terms, in its order."""
+    regress = [_regress(recipe, subject, pairs)] if pairs is not None and "regress" in recipe.terms else []
+    reference = next(iter(regress), None) if recipe.match.pairs else None
+    match = [] if fake is None else [_match(recipe, subject, fake, reference)]
+    return sorted([*match, *regress], key=lambda term: recipe.terms.index(term.name))
 
 
-def _regression(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of Eq. 9."""
-    if recipe.regress.loss != "lpips":
-        return REGRESSIONS[recipe.regress.loss]
-    from distmatch.perceptual import Lpips  # the `metrics` extra
+def _match(recipe: Recipe, subject: Subject, fake: Denoiser, reference: Term | None) -> Match:
+    m = recipe.match
+    return Match(
+        subject.denoiser,
+        fake,
+        shape=subject.info.shape,
+        conditions=subject.conditions,
+        weighting=WEIGHTINGS[m.weighting],
+        weight=m.weight,
+        batch=m.batch,
+        bins=m.bins,
+        min_step=m.min_step,
+        max_step=m.max_step,
+        guidance=m.guidance if recipe.student.guidance is None else None,
+        reference=reference,
+        device=device(recipe.device),
+    )
 
-    return Lpips(recipe.regress.weights, size=recipe.regress.size)
+
+def _regress(recipe: Recipe, subject: Subject, pairs: PairStore) -> Regress:
+    r = recipe.regress
+    return Regress(
+        pairs,
+        subject.conditions,
+        loss=_regression(recipe, subject.info),
+        weight=r.weight,
+        batch=r.batch,
+        device=device(recipe.device),
+    )
+
+
+def _regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of Eq. 9, of images: latents are decoded where the recipe says by what."""
+    r = recipe.regress
+    loss = REGRESSIONS.get(r.loss)
+    if loss is None:
+        from distmatch.perceptual import Lpips  # the `metrics` extra
+
+        loss = Lpips(r.weights, size=r.size)
+    if r.decoder == "none":
+        return loss
+    if not info.source:
+        raise ValueError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
+    source = r.tiny if r.decoder == "tiny" else info.source
+    tiny, checkpointing = r.decoder == "tiny", recipe.gradient_checkpointing
+    return Decoded(loss, Decoder(source, tiny=tiny, checkpointing=checkpointing).to(device(recipe.device)))

@@ -191,10 +191,11 @@ def sample(
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
     seed: int = 0,
     label: str | None = None,
+    prompt: Annotated[list[str] | None, Parameter(name=["--prompt", "-p"])] = None,
     out: Out = None,
     steps: int | None = None,
-    guidance: float = 1.0,
-    batch: int = 256,
+    guidance: float | None = None,
+    batch: int | None = None,
     device: str = "auto",
 ) -> None:
     """Make images: a grid and single PNGs.
@@ -205,17 +206,19 @@ def sample(
         A model or run folder, or a model of the package: mnist.
     label
         Class name or number for all images; the classes in turn unless told.
+    prompt
+        For a text-to-image model, what to draw; several take turns.
     out
         Where the images go; samples/MODEL unless told.
     steps
-        Sample the teacher called MODEL with so many Heun steps instead of the student.
+        Sample the teacher called MODEL with so many steps of Heun (PNDM for Stable Diffusion) instead of the student.
     guidance
-        Classifier-free guidance, uncond + w (cond - uncond); only with --steps.
+        Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student that learnt a range.
     """
     from distmatch.run import sample as run
 
     name = Path(model).name
-    run(model, out or Path("samples") / name, n, seed, label, steps, guidance, batch, device)
+    run(model, out or Path("samples") / name, n, seed, label, prompt, steps, guidance, batch, device)
 
 
 @app.command(name="eval")
@@ -226,7 +229,7 @@ def evaluate(
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 50_000,
     seed: int = 1,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     features: str = "mnist",
     resize: Literal["legacy", "clean"] = "legacy",
     reference: Path | None = None,

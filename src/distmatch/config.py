@@ -41,19 +41,30 @@ class Network(_Strict):
     depth: Positive = 2
 
 
+Scales = tuple[float, float]
+"""A range of guidance scales."""
+
+
 class Student(_Strict):
     """`t: null` evaluates the student at the schedule's `t_max`. The student starts as a copy of the teacher, unless
     `init` names a student (a folder, a run, one of the package) to go on from, or `network` is a new one.
+
+    `guidance: [low, high]` makes the guidance scale an input of the student; training draws it for each sample, and
+    the entries `match.guidance`, `pairs.guidance` are left aside. `lora_rank` trains adapters of that rank alone.
     """
 
     t: float | None = None
     init: str | None = None
     network: Network | None = None
+    guidance: Scales | None = None
+    lora_rank: Annotated[int, Field(ge=0)] = 0
     ema: Fraction = 0.999
 
 
 class MatchTerm(_Strict):
-    """Distribution matching; see `distill.Match`."""
+    """Distribution matching; see `distill.Match`. `pairs: true` matches the images of the regression's noise as well,
+    `concat(x, x_ref)` in Algorithm 1.
+    """
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     batch: Positive = 64
@@ -62,6 +73,7 @@ class MatchTerm(_Strict):
     min_step: Annotated[int, Field(ge=0)] = 20
     max_step: Positive = 980
     guidance: float = 1.0
+    pairs: bool = False
 
     @model_validator(mode="after")
     def _steps_in_order(self) -> Self:
@@ -75,18 +87,20 @@ class Pairs(_Strict):
 
     path: str | None = None
     count: Positive = 100_000
-    sampler: Literal["heun", "euler"] = "heun"
+    sampler: Literal["heun", "euler", "pndm"] = "heun"
     steps: Positive = 18
     guidance: float = 1.0
     seed: int = 0
     dtype: Literal["float32", "float16"] = "float32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     shard: Positive = 1024
     batch: Positive = 256
 
 
 class RegressTerm(_Strict):
     """Regression to the teacher's samples; `weight` is lambda_reg. LPIPS compares at `size` x `size` pixels, by the
-    networks in the folder `weights`; see `perceptual.Lpips`.
+    networks in the folder `weights`; see `perceptual.Lpips`. Latents are compared as images where `decoder` says by
+    which: the model's own, `full`, or the autoencoder `tiny` (folder or model id); see `models.codec.Decoder`.
     """
 
     weight: Annotated[float, Field(ge=0)] = 0.25
@@ -94,6 +108,25 @@ class RegressTerm(_Strict):
     loss: Literal["mse", "huber", "lpips"] = "mse"
     size: Positive = 224
     weights: str | None = None
+    decoder: Literal["none", "tiny", "full"] = "none"
+    tiny: str = "madebyollin/taesd"
+
+
+class Prompts(_Strict):
+    """The texts of a text-to-image teacher: one per line, or of the `column` of JSON lines or Parquet; see `prompts`.
+    `cache` is a folder for their embeddings, computed once; `null` encodes them again for every batch.
+    """
+
+    path: str | None = None
+    column: str | None = None
+    cache: str | None = None
+
+
+class Stage(_Strict):
+    """A part of a run that ends after iteration `until`; `change` overrides entries of the recipe by dotted names."""
+
+    until: Positive
+    change: dict[str, float | int | str | bool] = {}
 
 
 class Logging(_Strict):
@@ -140,18 +173,45 @@ class Recipe(_Strict):
         "match",
         "regress",
     ]
+    prompts: Prompts = Prompts()
     student: Student = Student()
     match: MatchTerm = MatchTerm()
     regress: RegressTerm = RegressTerm()
     pairs: Pairs = Pairs()
     generator: Optimiser = Optimiser()
     critic: Critic = Critic()
+    stages: list[Stage] = []
     accumulate: Positive = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
     device: str = "auto"
     log: Logging = Logging()
     checkpoint: Checkpointing = Checkpointing()
     evaluate: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Self:
+        ends = [stage.until for stage in self.stages]
+        if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
+            raise ValueError(
+                f"stages end at {ends}; expected rising iterations, the last of them `steps`, {self.steps}"
+            )
+        for number in range(len(self.stages)):
+            self.stage(number)  # raises where its changes are no entries
+        return self
+
+    def stage(self, number: int) -> "Recipe":
+        """The recipe as it is in stage `number`, from 0. Each stage changes the recipe, not the stage before."""
+        tree = self.model_dump(exclude={"stages"})
+        for key, value in self.stages[number].change.items():
+            if key.split(".")[0] not in CHANGEABLE:
+                raise ValueError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(CHANGEABLE)}")
+            set_entry(tree, key, value)
+        return Recipe.model_validate(tree)
+
+
+CHANGEABLE = ("match", "regress", "pairs")
+"""The entries that a stage can change: the terms, and how many pairs there are."""
 
 
 def recipes() -> dict[str, Path]:
@@ -233,13 +293,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from error
-    *parents, last = dotted.split(".")
     if dotted == "terms" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
+    set_entry(tree, dotted, value)
+
+
+def set_entry(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the entry `a.b` of the nested `tree`. Raises `ValueError` where `a` is no group."""
+    *parents, last = dotted.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"override {override!r}: {parent} is a value, not a group of entries")
+            raise ValueError(f"{dotted}: {parent} is a value, not a group of entries")
     tree[last] = value
 
 

@@ -26,8 +26,9 @@ def mnist(out: Path, runs: Path) -> None:
     )
     distil(recipe, out, runs)
 
-    teacher, info = build.teacher(recipe)
-    pairs = build.pair_store(recipe, teacher, info, runs)
+    subject = build.subject(recipe)
+    teacher, info = subject.denoiser, subject.info
+    pairs = build.pair_store(recipe, subject, runs)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
     fast = DistilledPipeline.from_pretrained(out, slow.device)
     classifier, real = features("mnist")

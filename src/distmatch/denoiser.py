@@ -40,9 +40,8 @@ class Cond:
         return self.map(lambda v: v.to(device))
 
     def null(self) -> "Cond":
-        """The condition that stands for none, the `uncond` of guidance: no label, zero text."""
-        text = None if self.text is None else torch.zeros_like(self.text)
-        return Cond(label=None, text=text, extra=self.extra)
+        """The condition that stands for none, the `uncond` of guidance: no label, no text."""
+        return Cond(extra=self.extra)
 
     @staticmethod
     def cat(*conds: "Cond | None") -> "Cond | None":
@@ -167,10 +166,11 @@ class Denoiser(nn.Module):
         return out**-2
 
 
-def guided(denoiser: Denoiser, w: float) -> Callable[[Tensor, Tensor, Cond | None], Tensor]:
+def guided(denoiser: Denoiser, w: float | None) -> Callable[[Tensor, Tensor, Cond | None], Tensor]:
     """Classifier-free guidance: `uncond + w * (cond - uncond)`, a function of the denoiser's own signature.
 
-    `w = 1` is the plain conditional model and costs one evaluation; any other `w` costs two.
+    `w = 1` is the plain conditional model and costs one evaluation; any other `w` costs two. `None` takes the scale of
+    each sample from `cond.extra["guidance"] f[B]`.
     """
     if w == 1:
         return denoiser
@@ -178,7 +178,8 @@ def guided(denoiser: Denoiser, w: float) -> Callable[[Tensor, Tensor, Cond | Non
     def forward(x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         if cond is None:
             raise ValueError(f"guidance {w} needs a condition; this batch has none. Use guidance 1")
+        scale = x.new_tensor(w) if w is not None else expand(cond.extra["guidance"].to(x), x)
         uncond = denoiser(x, t, cond.null())
-        return torch.lerp(uncond, denoiser(x, t, cond), w)
+        return torch.lerp(uncond, denoiser(x, t, cond), scale)
 
     return forward

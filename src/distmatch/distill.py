@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from distmatch import data, rng
 from distmatch.checkpoint import Stateful
 from distmatch.clock import Clock
+from distmatch.conditions import Classes, Conditions
 from distmatch.denoiser import Cond, Denoiser, guided
 from distmatch.ema import EMA
 from distmatch.losses import Weighting, denoising_loss, matching_loss
@@ -25,8 +25,9 @@ from distmatch.sampler import one_step
 class Batch:
     """All that is random in one use of one term, drawn in advance, so that what follows is arithmetic.
 
-    `z f[B,*D]` and `cond` go into the student; `y f[B,*D]` is the teacher's image for `z`; `t f[B]`, `eps f[B,*D]`
-    diffuse the student's image for the generator's loss, `t_fake`, `eps_fake` for the fake score's.
+    `z f[B,*D]` and `cond` go into the student; `y f[B,*D]` is the teacher's image for `z`; `t f[N]`, `eps f[N,*D]`
+    diffuse the N images that the term sees (see `Term.also`) for the generator's loss, `t_fake`, `eps_fake` for the
+    fake score's.
     """
 
     z: Tensor
@@ -37,20 +38,41 @@ class Batch:
     t_fake: Tensor | None = None
     eps_fake: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.z)
+    def part(self, cut: int, cuts: int) -> "Batch":
+        """Part `cut` of `cuts` equal parts, for gradient accumulation; every entry is cut by its own length."""
+        entries = {name: value for name, value in vars(self).items() if name != "cond" and value is not None}
+        parts = {name: value.chunk(cuts)[cut] for name, value in entries.items()}
+        return replace(self, **parts, cond=_part(self.cond, cut, cuts))
 
-    def __getitem__(self, rows: slice) -> "Batch":
-        tensors = {name: value[rows] for name, value in vars(self).items() if value is not None}
-        return replace(self, **tensors)
+
+@dataclass(frozen=True)
+class Images:
+    """The student's images `x f[N,*D]` and their conditions."""
+
+    x: Tensor
+    cond: Cond | None
+
+    @staticmethod
+    def cat(*images: "Images") -> "Images":
+        return Images(torch.cat([i.x for i in images]), Cond.cat(*(i.cond for i in images)))
+
+    def detach(self) -> "Images":
+        return Images(self.x.detach(), self.cond)
+
+    def part(self, cut: int, cuts: int) -> "Images":
+        return Images(self.x.chunk(cuts)[cut], _part(self.cond, cut, cuts))
 
 
 class Term:
-    """One summand of the objective: `generator` is the student's loss, `critic`, if any, the fake score's."""
+    """One summand of the objective: `generator` is the student's loss, `critic`, if any, the fake score's.
+
+    It sees the student's images of its own batch, and behind them those of the terms named in `also`.
+    """
 
     name: str
     weight: float
     batch: int
+    also: tuple[str, ...] = ()
     trains_fake = False
     networks: tuple[nn.Module, ...] = ()
 
@@ -58,12 +80,12 @@ class Term:
         """The batch of step `index`; `turn` counts the fake score's updates within the step."""
         raise NotImplementedError
 
-    def generator(self, batch: Batch, x: Tensor) -> Tensor:
-        """Loss f[] of the student's images `x f[B,*D]`, which carry its graph."""
+    def generator(self, batch: Batch, images: Images) -> Tensor:
+        """Loss f[] of the student's images, which carry its graph."""
         raise NotImplementedError
 
-    def critic(self, batch: Batch, x: Tensor) -> Tensor:
-        """Loss f[] of the fake score on the student's images `x f[B,*D]`, which carry no graph."""
+    def critic(self, batch: Batch, images: Images) -> Tensor:
+        """Loss f[] of the fake score on the student's images, which carry no graph."""
         raise NotImplementedError
 
 
@@ -71,9 +93,11 @@ class Match(Term):
     """Distribution matching (Section 3.2, Algorithms 2 and 3).
 
     Args:
-        teacher: the real score, frozen; `guidance` applies to it alone (Section 3.4).
+        teacher: the real score, frozen; `guidance` applies to it alone (Section 3.4); `None`: the condition's own.
         fake: the fake score.
-        shape, classes: of one image; labels are drawn uniformly. 0 classes: unconditional.
+        shape: of one image.
+        conditions: drawn uniformly.
+        reference: the term whose images are matched too, `concat(x, x_ref)` (Algorithm 1, for LAION).
         weighting: the factor on `mu_fake - mu_real`, one of `losses.WEIGHTINGS`.
         bins: T; the schedule's grid read upwards is the list of noise levels.
         min_step, max_step: the generator's levels are drawn from bins `min_step .. max_step - 1` (0.02 T, 0.98 T); the
@@ -89,19 +113,22 @@ class Match(Term):
         fake: Denoiser,
         *,
         shape: Sequence[int],
-        classes: int,
+        conditions: Conditions,
         weighting: Weighting,
         weight: float = 1.0,
         batch: int = 64,
         bins: int = 1000,
         min_step: int = 20,
         max_step: int = 980,
-        guidance: float = 1.0,
+        guidance: float | None = 1.0,
+        reference: Term | None = None,
         device: torch.device | str = "cpu",
     ):
         self.real, self.fake = guided(teacher, guidance), fake
         self.networks = (teacher, fake)
-        self.shape, self.classes, self.weighting = tuple(shape), classes, weighting
+        self.shape, self.conditions, self.weighting = tuple(shape), conditions, weighting
+        self.also = () if reference is None else (reference.name,)
+        self.seen = batch if reference is None else batch + reference.batch
         self.weight, self.batch, self.min_step, self.max_step = weight, batch, min_step, max_step
         self.device = torch.device(device)
         self.schedule = teacher.schedule
@@ -110,65 +137,67 @@ class Match(Term):
     def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
         generator = rng.stream(self.device, seed, self.name, index, turn)
 
-        def normal() -> Tensor:
-            return torch.randn(self.batch, *self.shape, generator=generator, device=self.device)
+        def normal(n: int) -> Tensor:
+            return torch.randn(n, *self.shape, generator=generator, device=self.device)
 
-        def integers(low: int, high: int) -> Tensor:
-            return torch.randint(low, high, (self.batch,), generator=generator, device=self.device)
+        def level(low: int, high: int) -> Tensor:
+            return self.levels[torch.randint(low, high, (self.seen,), generator=generator, device=self.device)]
 
         return Batch(
-            z=normal(),
-            cond=Cond(label=integers(0, self.classes)) if self.classes else None,
-            t=self.levels[integers(self.min_step, self.max_step)],
-            eps=normal(),
-            t_fake=self.levels[integers(0, len(self.levels))],
-            eps_fake=normal(),
+            z=normal(self.batch),
+            cond=self.conditions.draw(self.batch, generator),
+            t=level(self.min_step, self.max_step),
+            eps=normal(self.seen),
+            t_fake=level(0, len(self.levels)),
+            eps_fake=normal(self.seen),
         )
 
-    def generator(self, batch: Batch, x: Tensor) -> Tensor:
-        t, eps = batch.t, batch.eps
+    def generator(self, batch: Batch, images: Images) -> Tensor:
+        t, eps, x = batch.t, batch.eps, images.x
         assert t is not None
         assert eps is not None
         with torch.no_grad():
             x_t = self.schedule.add_noise(x, eps, t)
-            x0_fake = self.fake(x_t, t, batch.cond)
-            x0_real = self.real(x_t, t, batch.cond)
+            x0_fake = self.fake(x_t, t, images.cond)
+            x0_real = self.real(x_t, t, images.cond)
             w = self.weighting(x, x0_real, self.schedule.alpha(t), self.schedule.sigma(t))
         return matching_loss(x, x0_fake, x0_real, w)
 
-    def critic(self, batch: Batch, x: Tensor) -> Tensor:
-        t, eps = batch.t_fake, batch.eps_fake
+    def critic(self, batch: Batch, images: Images) -> Tensor:
+        t, eps, x = batch.t_fake, batch.eps_fake, images.x
         assert t is not None
         assert eps is not None
-        x0 = self.fake(self.schedule.add_noise(x, eps, t), t, batch.cond)
+        x0 = self.fake(self.schedule.add_noise(x, eps, t), t, images.cond)
         return denoising_loss(x0, x, self.fake.weight(t))
 
 
 class Regress(Term):
-    """Regression to the teacher's deterministic samples (Section 3.3, Eq. 9)."""
+    """Regression to the teacher's deterministic samples (Section 3.3, Eq. 9), conditioned as the pairs were made."""
 
     name = "regress"
 
     def __init__(
         self,
         pairs: PairStore,
+        conditions: Conditions,
         *,
         loss: Callable[[Tensor, Tensor], Tensor],
         weight: float = 0.25,
         batch: int = 64,
         device: torch.device | str = "cpu",
     ):
-        self.pairs, self.loss, self.weight, self.batch = pairs, loss, weight, batch
+        self.pairs, self.conditions = pairs, conditions
+        self.loss, self.weight, self.batch = loss, weight, batch
         self.device = torch.device(device)
 
     def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
         pairs = self.pairs.draw(seed, index * self.batch, self.batch)
-        cond = None if pairs.label is None else Cond(label=pairs.label.to(self.device))
-        return Batch(z=pairs.z.to(self.device), cond=cond, y=pairs.y.to(self.device))
+        cond = self.conditions.at(pairs.index)
+        return Batch(z=pairs.z.to(self.device), cond=cond and cond.to(self.device), y=pairs.y.to(self.device))
 
-    def generator(self, batch: Batch, x: Tensor) -> Tensor:
+    def generator(self, batch: Batch, images: Images) -> Tensor:
         assert batch.y is not None
-        return self.loss(x, batch.y)
+        return self.loss(images.x, batch.y)
 
 
 class Distiller:
@@ -176,6 +205,7 @@ class Distiller:
 
     Args:
         student, fake: trained copies of the teacher; `fake` and its optimizer are `None` where no term trains it.
+        conditions, decode: of the previews; classes in turn and no decoding unless told.
         t: the time at which the student is evaluated; `None` is the schedule's `t_max`.
         critic_steps: updates of the fake score per update of the student; the first uses the student's images of the
             same step (Algorithm 1), the others fresh ones.
@@ -192,6 +222,8 @@ class Distiller:
         critic: Optimizer | None,
         *,
         info: Info,
+        conditions: Conditions | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
         t: float | None = None,
         ema: float = 0.999,
         seed: int = 0,
@@ -207,12 +239,16 @@ class Distiller:
         self.student, self.fake, self.terms = student, fake, list(terms)
         self.optimizer, self.critic_optimizer = generator, critic
         self.info, self.t, self.seed = info, t, seed
+        self.conditions, self.decode = conditions or Classes(len(info.classes)), decode
         self.critic_steps, self.accumulate, self.precision = critic_steps, accumulate, precision
         self.ema = EMA(student, ema)
         self.device = next(student.parameters()).device
         networks = {student, *(network for term in terms for network in term.networks)}
         self.clock = Clock(networks, self.device)
-        self.images_per_step = sum(term.batch for term in terms)
+
+    @property
+    def images_per_step(self) -> int:
+        return sum(term.batch for term in self.terms)
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
@@ -222,53 +258,53 @@ class Distiller:
         return parts
 
     def step(self, index: int) -> dict[str, Tensor]:
-        batches = [term.draw(self.seed, index) for term in self.terms]
+        batches = {term.name: term.draw(self.seed, index) for term in self.terms}
         images, losses = self.update_student(index, batches)
         if self.fake is None:
             return losses
-        critics = [
-            (term, batch, x) for term, batch, x in zip(self.terms, batches, images, strict=True) if term.trains_fake
-        ]
         for turn in range(self.critic_steps):
             if turn:
-                fresh = [(term, term.draw(self.seed, index, turn)) for term, _, _ in critics]
-                critics = [(term, batch, self.generate(batch)) for term, batch in fresh]
-            losses |= self.update_fake(index * self.critic_steps + turn, critics)
+                for term in filter(lambda term: term.trains_fake, self.terms):
+                    batches[term.name] = term.draw(self.seed, index, turn)
+                    images[term.name] = self.generate(batches[term.name])
+            losses |= self.update_fake(index * self.critic_steps + turn, batches, images)
         return losses
 
-    def update_student(self, index: int, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def update_student(self, index: int, batches: Mapping[str, Batch]) -> tuple[dict[str, Images], dict[str, Tensor]]:
         """Lines 5-13 of Algorithm 1: images of all terms in one forward pass, summed losses, one update.
 
-        Returns the images, without graph, term by term, and the unweighted losses.
+        Returns the images, without graph, and the unweighted losses, both by term.
         """
-        images: list[list[Tensor]] = [[] for _ in batches]
-        losses = {term.name: torch.zeros((), device=self.device) for term in self.terms}
+        kept: dict[str, list[Images]] = {name: [] for name in batches}
+        losses = {name: torch.zeros((), device=self.device) for name in batches}
         for cut in range(self.accumulate):
-            parts = [_part(batch, cut, self.accumulate) for batch in batches]
+            parts = {name: batch.part(cut, self.accumulate) for name, batch in batches.items()}
             total = torch.zeros((), device=self.device)
             with self.autocast():
-                x = self.student_forward(torch.cat([p.z for p in parts]), Cond.cat(*(p.cond for p in parts)))
-                for term, part, x_part, kept in zip(
-                    self.terms, parts, x.split([len(p) for p in parts]), images, strict=True
-                ):
-                    loss = term.generator(part, x_part) / self.accumulate
+                z, cond = torch.cat([p.z for p in parts.values()]), Cond.cat(*(p.cond for p in parts.values()))
+                x = self.student_forward(z, cond).split([len(p.z) for p in parts.values()])
+                images = {name: Images(x, part.cond) for (name, part), x in zip(parts.items(), x, strict=True)}
+                for term in self.terms:
+                    loss = term.generator(parts[term.name], _seen(term, images)) / self.accumulate
                     losses[term.name] += loss.detach()
                     total = total + term.weight * loss
-                    kept.append(x_part.detach())
+            for name, part in images.items():
+                kept[name].append(part.detach())
             self.clock.backward(total)
         norm = self.optimizer.step(index)
         self.ema.update()
-        return [torch.cat(kept) for kept in images], {**losses, "gradient_norm": norm}
+        return {name: Images.cat(*parts) for name, parts in kept.items()}, {**losses, "gradient_norm": norm}
 
-    def update_fake(self, index: int, critics: Sequence[tuple[Term, Batch, Tensor]]) -> dict[str, Tensor]:
+    def update_fake(self, index: int, batches: Mapping[str, Batch], images: Mapping[str, Images]) -> dict[str, Tensor]:
         """Lines 15-19 of Algorithm 1: one update of the fake score on the student's images."""
         assert self.critic_optimizer is not None
         losses = {"fake": torch.zeros((), device=self.device)}
         for cut in range(self.accumulate):
-            for term, batch, x in critics:
+            parts = {name: i.part(cut, self.accumulate) for name, i in images.items()}
+            for term in filter(lambda term: term.trains_fake, self.terms):
                 with self.autocast():
-                    part = _part(batch, cut, self.accumulate)
-                    loss = term.critic(part, _part(x, cut, self.accumulate)) / self.accumulate
+                    batch = batches[term.name].part(cut, self.accumulate)
+                    loss = term.critic(batch, _seen(term, parts)) / self.accumulate
                 losses["fake"] += loss.detach()
                 self.clock.backward(loss)
         return {**losses, "fake_gradient_norm": self.critic_optimizer.step(index)}
@@ -277,18 +313,19 @@ class Distiller:
         return one_step(self.student, self.student.schedule, z, cond, self.t)
 
     @torch.no_grad()
-    def generate(self, batch: Batch) -> Tensor:
+    def generate(self, batch: Batch) -> Images:
         """The student's images for `batch`, without graph."""
         with self.autocast():
-            return self.student_forward(batch.z, batch.cond)
+            return Images(self.student_forward(batch.z, batch.cond), batch.cond)
 
     @torch.no_grad()
     def preview(self) -> Tensor:
-        """The EMA student's samples of 64 fixed noises, labels in turn."""
-        z = rng.noise(self.seed + 1, range(64), self.info.shape).to(self.device)  # noise that no pair has
-        classes = len(self.info.classes)
-        cond = Cond(label=torch.arange(64, device=self.device) % classes) if classes else None
-        return data.picture(one_step(self.ema.network, self.student.schedule, z, cond, self.t))
+        """The EMA student's samples of fixed noises, conditions in turn: 64, or 16 that have to be decoded."""
+        rows = range(64 if self.decode is None else 16)
+        z = rng.noise(self.seed + 1, rows, self.info.shape).to(self.device)  # noise that no pair has
+        cond = self.conditions.at(rows)
+        x = one_step(self.ema.network, self.student.schedule, z, cond and cond.to(self.device), self.t)
+        return data.picture(x if self.decode is None else self.decode(x))
 
     def export(self, folder: Path) -> None:
         save_model(folder, self.ema.network, self.info)
@@ -297,7 +334,10 @@ class Distiller:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def _part(batch: Any, cut: int, cuts: int) -> Any:
-    """Part `cut` of `cuts` equal parts of a batch or a tensor."""
-    size = len(batch) // cuts
-    return batch[cut * size : (cut + 1) * size]
+def _seen(term: Term, images: Mapping[str, Images]) -> Images:
+    """The images that `term` sees: its own and, behind them, those of the terms that it names."""
+    return Images.cat(*(images[name] for name in (term.name, *term.also))) if term.also else images[term.name]
+
+
+def _part(cond: Cond | None, cut: int, cuts: int) -> Cond | None:
+    return None if cond is None else cond.map(lambda v: v.chunk(cuts)[cut])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distmatch import parallel
+from distmatch.conditions import Classes, Conditions
 from distmatch.features import FeatureSpace, Reference
 from distmatch.metrics import Moments, frechet, kernel_distance, precision_recall
 from distmatch.pipeline import Pipeline
@@ -101,16 +102,18 @@ def evaluate(
     *,
     n: int,
     seed: int = 0,
+    conditions: Conditions | None = None,
     batch: int = 256,
     progress: Callable[[int], None] | None = None,
     full: bool = True,
 ) -> dict[str, float]:
-    """`score` of images `0 .. n - 1` of `seed`, classes in turn."""
+    """`score` of images `0 .. n - 1` of `seed`, of `conditions` by number: the classes in turn unless told."""
     classes = len(pipeline.info.classes)
     labels = torch.arange(n) % classes if classes else None
+    conditions = conditions or Classes(classes)
 
     def make(start: int, stop: int) -> Tensor:
-        return pipeline.pixels(range(start, stop), None if labels is None else labels[start:stop], seed)
+        return pipeline.pixels(range(start, stop), conditions.at(range(start, stop)), seed)
 
     return score(make, labels, n, space, reference, batch=batch, progress=progress, full=full)
 

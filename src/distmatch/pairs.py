@@ -1,15 +1,17 @@
 """The noise-image pairs `D = {z, y}` of the regression loss (DMD, Section 3.3), made by a deterministic sampler.
 
 A store is a folder: `manifest.json` says what it holds (`PairSpec`), each shard is one safetensors file with the images
-`y f[n,*D]` of a fixed range of pairs. Noise and labels are functions of a pair's number and are not stored. Each shard
-carries the SHA-256 of the noise that the teacher saw, which proves that what is regenerated is the same.
+`y f[n,*D]` of a fixed range of pairs. Noise and conditions are functions of a pair's number and are not stored, but for
+the table of prompts, `prompts.jsonl`, which all pairs share: pair `i` has prompt `i`. Each shard carries the SHA-256 of
+the noise that the teacher saw, which proves that what is regenerated is the same.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -23,15 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distmatch import rng
-from distmatch import schedule as schedules
 from distmatch.checkpoint import write_atomic, write_json
-from distmatch.denoiser import Cond, Denoiser, guided
-from distmatch.sampler import SAMPLERS
+from distmatch.conditions import Classes, Conditions
+from distmatch.denoiser import Denoiser, guided
+from distmatch.models.folder import schedule_config
+from distmatch.solvers import NAMES, solver
 
 FORMAT = "distmatch-pairs-1"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int], None]
 T = TypeVar("T")
+PROMPTS = "prompts.jsonl"
 META = ("spec", "first", "noise_sha256", "y_sha256")
 VERSIONS = ("distmatch", "torch")
 AGAIN = "run the same build command again"
@@ -46,31 +51,39 @@ class PairSpec:
     Args:
         teacher: the teacher's name, as the user gave it.
         fingerprint: the teacher's `fingerprint`.
-        sampler: "heun" or "euler".
+        sampler: one of `solvers.NAMES`.
         steps: the sampler's steps.
-        guidance: scale of classifier-free guidance; 1 is without.
+        guidance: scale of classifier-free guidance; 1 is without, `None` takes each pair's from its condition.
         seed: pair `i` starts from the noise `rng.noise(seed, [i], shape)`.
         count: number of pairs.
         shard_size: pairs per shard; the last shard may have fewer.
         shape: of one image, (C, H, W).
-        classes: pair `i` has label `i % classes`; 0 for an unconditional teacher.
+        classes: pair `i` has label `i % classes`; 0 for a teacher without.
         dtype: of the stored images, "float32" or "float16".
+        precision: of the teacher's network, "fp32", or "bf16" or "fp16" for autocast around it.
+        scheduler: the settings of the model's diffusers scheduler, which `pndm` follows.
+        prompts: `prompts_digest` of the prompts; empty for a teacher without.
+        guidances: the range (low, high) that the pairs' own guidance scales are from, where `guidance` is `None`.
     """
 
     teacher: str
     fingerprint: str
     sampler: str
     steps: int
-    guidance: float
+    guidance: float | None
     seed: int
     count: int
     shard_size: int
     shape: tuple[int, ...]
     classes: int
     dtype: str
+    precision: str = "fp32"
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    prompts: str = ""
+    guidances: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("sampler", SAMPLERS), ("dtype", DTYPES)):
+        for name, known in (("sampler", NAMES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"pairs: {name} {getattr(self, name)!r} is unknown; expected {' or '.join(known)}")
         for name in ("steps", "count", "shard_size"):
@@ -79,8 +92,11 @@ class PairSpec:
 
     def binding(self) -> dict[str, Any]:
         """The fields that decide what pair `i` is and where it lies, as plain JSON data."""
-        fields = {**asdict(self), "guidance": float(self.guidance), "shape": list(self.shape)}
-        return {k: v for k, v in fields.items() if k not in ("teacher", "count")}
+        guidance = None if self.guidance is None else float(self.guidance)
+        entries = {**asdict(self), "guidance": guidance, "shape": list(self.shape)}
+        later = {"precision": "fp32", "scheduler": {}, "prompts": "", "guidances": None}  # unsaid in older stores
+        entries |= {"guidances": self.guidances and list(self.guidances)}
+        return {k: v for k, v in entries.items() if k not in ("teacher", "count") and later.get(k, ...) != v}
 
     def digest(self) -> str:
         return _json_digest(self.binding())
@@ -97,18 +113,21 @@ class PairSpec:
         """f32[len(indices),*shape]"""
         return rng.noise(self.seed, indices, self.shape)
 
-    def label(self, indices: Sequence[int]) -> Tensor | None:
-        """i64[len(indices)], every class in turn; `None` for an unconditional teacher."""
-        return torch.tensor([i % self.classes for i in indices]) if self.classes else None
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its images."""
+        return self.count * math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """`z f32[B,*D]` standard normal, `y f32[B,*D]` the teacher's images of it, `label i64[B]` or `None`."""
+    """`z f32[B,*D]` standard normal, `y f32[B,*D]` the teacher's images of it, `index` the pairs' numbers, of which
+    their conditions are a function (`conditions`).
+    """
 
     z: Tensor
     y: Tensor
-    label: Tensor | None
+    index: Sequence[int]
 
 
 def fingerprint(teacher: Denoiser) -> str:
@@ -117,7 +136,7 @@ def fingerprint(teacher: Denoiser) -> str:
     The device and the memory layout of the weights do not enter.
     """
     weights = {k: [str(v.dtype), list(v.shape), _digest(v)] for k, v in teacher.state_dict().items()}
-    config = {"schedule": schedules.to_config(teacher.schedule), "prediction": asdict(teacher.prediction)}
+    config = {"schedule": schedule_config(teacher.schedule), "prediction": asdict(teacher.prediction)}
     return _json_digest({**config, "weights": weights})
 
 
@@ -125,7 +144,9 @@ def build(
     folder: Path,
     spec: PairSpec,
     teacher: Denoiser,
+    conditions: Conditions | None = None,
     *,
+    prompts: Sequence[str] = (),
     batch: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -139,6 +160,8 @@ def build(
 
     Args:
         teacher: on `device`; put into evaluation mode.
+        conditions: of the pairs by number; the classes in turn unless told.
+        prompts: of the teacher's pairs, for the table beside them.
         batch: images per evaluation, cut at fixed places in each shard. It changes nothing but rounding.
         progress: called with the number of pairs that became ready, first with those that were there.
 
@@ -147,7 +170,10 @@ def build(
             an image that is not finite. Nothing is ever deleted.
     """
     advance = progress or (lambda _: None)
+    conditions = conditions or Classes(spec.classes)
     stored = _settle(folder, spec)
+    if prompts:
+        _write_prompts(folder, prompts)
     missing = [shard for shard in range(spec.shards) if _read(folder, stored, shard) is None]
     advance(spec.count - sum(len(spec.rows(shard)) for shard in missing))
     assert not missing or fingerprint(teacher) == spec.fingerprint, "the specification is of another teacher"
@@ -158,7 +184,7 @@ def build(
             try:
                 with _lock(_path(folder, shard).with_suffix(".lock"), timeout=0):
                     if _read(folder, stored, shard) is None:
-                        _make(folder, stored, shard, teacher.eval(), batch, device, advance)
+                        _make(folder, stored, shard, teacher.eval(), conditions, batch, device, advance)
                         sampled += len(stored.rows(shard))
                     else:
                         advance(len(spec.rows(shard)))
@@ -216,7 +242,7 @@ class PairStore:
 
     def batch(self, indices: Sequence[int]) -> Pairs:
         """The pairs numbered `indices`; `IndexError` where one is not in 0..len - 1."""
-        return Pairs(z=self.spec.noise(indices), y=self._images(indices), label=self.spec.label(indices))
+        return Pairs(z=self.spec.noise(indices), y=self._images(indices), index=indices)
 
     def draw(self, seed: int, position: int, count: int) -> Pairs:
         """Pairs `position .. position + count` of an endless shuffle; every pass has each pair once."""
@@ -239,6 +265,13 @@ class PairStore:
                 progress(len(self.spec.rows(shard)))
 
         _each_shard(self.spec, check)
+        if self.spec.prompts and prompts_digest(self.prompts()) != self.spec.prompts:
+            raise ValueError(f"{self.folder / PROMPTS} is damaged. Delete it and {AGAIN}: it is written anew")
+
+    def prompts(self) -> list[str]:
+        """The table of prompts; pair `i` has prompt `i`, or what is left of it after a whole number of turns."""
+        with (self.folder / PROMPTS).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
     def _images(self, indices: Sequence[int]) -> Tensor:
         if not all(0 <= i < len(self) for i in indices):
@@ -254,6 +287,7 @@ def _make(
     spec: PairSpec,
     shard: int,
     teacher: Denoiser,
+    conditions: Conditions,
     batch: int,
     device: torch.device | str,
     advance: Progress,
@@ -262,14 +296,15 @@ def _make(
     path, rows = _path(folder, shard), spec.rows(shard)
     for remnant in folder.glob(f".{path.name}.*"):  # of a writer that was killed
         remnant.unlink(missing_ok=True)
-    model, sample = guided(teacher, spec.guidance), SAMPLERS[spec.sampler]
+    model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
+    low = PRECISIONS[spec.precision]
     y = torch.empty(len(rows), *spec.shape, dtype=DTYPES[spec.dtype])
     seen = []
     for start in range(0, len(rows), batch):
         cut = rows[start : start + batch]
-        z, label = spec.noise(cut), spec.label(cut)
-        cond = None if label is None else Cond(label=label.to(device))
-        with torch.no_grad():
+        z, cond = spec.noise(cut), conditions.at(cut)
+        cond = None if cond is None else cond.to(device)
+        with torch.no_grad(), torch.autocast(torch.device(device).type, low, enabled=low != torch.float32):
             part = sample(model, teacher.schedule, z.to(device), cond, spec.steps).to(y)
         if not part.isfinite().all():
             raise ValueError(
@@ -281,6 +316,24 @@ def _make(
         advance(len(cut))
     meta = _meta(spec, shard, y, *seen)
     write_atomic(path, lambda p: save_file({"y": y}, p, metadata={"distmatch": json.dumps(meta)}))
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """SHA-256 of a list of prompts, in order."""
+    h = sha256()
+    for prompt in prompts:
+        h.update(json.dumps(prompt).encode() + b"\n")
+    return h.hexdigest()
+
+
+def _write_prompts(folder: Path, prompts: Sequence[str]) -> None:
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
+
+    with _lock(folder / "manifest.lock"):
+        if not (folder / PROMPTS).exists():
+            write_atomic(folder / PROMPTS, write)
 
 
 def _meta(spec: PairSpec, shard: int, y: Tensor, *noise: Tensor) -> dict[str, Any]:
@@ -358,7 +411,8 @@ def _agree(folder: Path, spec: PairSpec) -> PairSpec:
     """What `folder` holds, which binds as `spec` does; else `ValueError` with every difference."""
     stored, _ = _read_manifest(folder)
     there, here = stored.binding(), spec.binding()
-    differing = [f"  {k}: {there[k]!r} there, {here[k]!r} here" for k in there if there[k] != here[k]]
+    names = dict.fromkeys([*there, *here])
+    differing = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names if there.get(k) != here.get(k)]
     if differing:
         raise ValueError(
             f"{folder} holds other pairs (teacher {stored.teacher!r} there, {spec.teacher!r} here):\n"
@@ -380,7 +434,9 @@ def _read_manifest(folder: Path) -> tuple[PairSpec, dict[str, str]]:
             raise ValueError("its digest is not that of its content")
         if kind != FORMAT:
             raise ValueError(f"its format is {kind!r}; this version reads {FORMAT!r}")
-        spec = PairSpec(**{**manifest["spec"], "shape": tuple(manifest["spec"]["shape"])})
+        entries = manifest["spec"]
+        tuples = {k: tuple(entries[k]) for k in ("shape", "guidances") if entries.get(k) is not None}
+        spec = PairSpec(**{**entries, **tuples})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file} cannot be used: {error}. Move it away and {AGAIN}: shards that fit are kept"

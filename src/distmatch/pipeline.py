@@ -10,10 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distmatch import data, rng
+from distmatch.conditions import Conditions, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
+from distmatch.models.around import Around, around
 from distmatch.models.folder import Info
 from distmatch.models.library import find_model
-from distmatch.sampler import SAMPLERS, evaluations, one_step
+from distmatch.sampler import one_step
+from distmatch.solvers import evaluations, solver
+
+Labels = int | str | Sequence[int] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,25 @@ class Output:
 
 
 class Pipeline:
-    """`(n, labels, seed) -> images`: noise per sample, `make(z, cond)`, 8-bit rounding.
+    """`(n, labels or prompts, seed) -> images`: noise per sample, `make(z, cond)`, pixels, 8-bit rounding.
 
-    Image `i` of a seed is the same whatever `n`, the batch size and the other labels.
+    Image `i` of a seed is the same whatever `n`, the batch size and the other labels or prompts.
+
+    Args:
+        make: `(z f[B,*D], cond) -> x f[B,*D]`.
+        nfe: network evaluations of one image.
+        around: for a text-to-image model, what encodes its prompts and decodes its latents.
     """
 
-    def __init__(self, denoiser: Denoiser, info: Info, make: Callable[[Tensor, Cond | None], Tensor], nfe: int):
-        self.denoiser, self.info, self.make, self.nfe = denoiser, info, make, nfe
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        info: Info,
+        make: Callable[[Tensor, Cond | None], Tensor],
+        nfe: int,
+        around: Around | None = None,
+    ):
+        self.denoiser, self.info, self.make, self.nfe, self.around = denoiser, info, make, nfe, around
 
     @property
     def device(self) -> torch.device:
@@ -43,52 +60,97 @@ class Pipeline:
 
     def __call__(
         self,
-        n: int = 16,
+        n: int | None = None,
         *,
-        labels: int | str | Sequence[int] | Tensor | None = None,
+        labels: Labels = None,
+        prompts: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
-        batch: int = 256,
+        batch: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Output:
-        """Make `n` images.
+        """Make `n` images; 16, or one per prompt, unless told.
 
         Args:
-            labels: one class for all (number or name), one number per image, or `None` for the classes in turn.
+            labels, prompts, guidance_scale: see `condition`.
+            batch: images per network evaluation; 256 unless told, 4 of a text-to-image model.
             progress: called with the number of images after each batch.
 
-        Raises `ValueError` for labels that the model does not know, and for a model of something other than images.
+        Raises `ValueError` for a condition that the model does not take, and for a model of something other than
+        images.
         """
         if len(self.info.shape) != 3:
             raise ValueError(
                 f"this model makes samples of shape {self.info.shape}, not images; use `sample(z)` in Python"
             )
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        n = n if n is not None else 16 if texts is None else len(texts)
+        batch = batch if batch is not None else 4 if self.info.source else 256
         if n < 0 or batch < 1:
             raise ValueError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
-        label = self._labels(n, labels)
+        numbers = self._labels(n, labels)
+        texts = self._prompts(n, texts)
         chunks = []
         for start in range(0, n, batch):
-            rows = range(start, min(start + batch, n))
-            chunks.append(self.pixels(rows, None if label is None else label[rows.start : rows.stop], seed))
+            rows = slice(start, min(start + batch, n))
+            cond = self.condition(
+                rows.stop - rows.start,
+                labels=None if numbers is None else numbers[rows],
+                prompts=None if texts is None else texts[rows],
+                guidance_scale=guidance_scale,
+            )
+            chunks.append(self.pixels(range(rows.start, rows.stop), cond, seed))
             if progress is not None:
-                progress(len(rows))
+                progress(rows.stop - rows.start)
         return Output(torch.cat(chunks) if chunks else torch.empty(0, *self.info.shape, dtype=torch.uint8))
 
-    def pixels(self, rows: Sequence[int], label: Tensor | None, seed: int) -> Tensor:
-        """Images number `rows` of `seed`, with `label i64[len(rows)]`: u8[len(rows),C,H,W] on the CPU."""
-        z = rng.noise(seed, rows, self.info.shape).to(self.device)
-        cond = None if label is None else Cond(label=label.to(self.device))
-        return data.to_uint8(self.sample(z, cond)).cpu()
+    def condition(
+        self,
+        n: int,
+        *,
+        labels: Labels = None,
+        prompts: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Cond | None:
+        """What `n` images are conditioned on, on the model's device.
+
+        Args:
+            labels: for a model with classes, one for all (number or name), one number per image, or `None` for the
+                classes in turn.
+            prompts: for a text-to-image model, one for all or one per image.
+            guidance_scale: for a student that takes one (`info.guidance`); the middle of its range unless told.
+
+        Raises `ValueError` for what the model does not take.
+        """
+        numbers = self._labels(n, labels)
+        texts = self._prompts(n, [prompts] if isinstance(prompts, str) else prompts)
+        cond = None if numbers is None else Cond(label=numbers)
+        if texts is not None and self.around is not None:
+            cond = self.around.encode(texts)
+        scale = self._guidance(guidance_scale)
+        if scale is not None:
+            cond = with_guidance(cond, torch.full((n,), scale))
+        return None if cond is None else cond.to(self.device)
+
+    def pixels(self, rows: Sequence[int], cond: Cond | None, seed: int) -> Tensor:
+        """Images number `rows` of `seed`: u8[len(rows),C,H,W] on the CPU."""
+        return self.render(rng.noise(seed, rows, self.info.shape), cond)
+
+    def render(self, z: Tensor, cond: Cond | None = None) -> Tensor:
+        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU."""
+        return data.to_uint8(self.sample(z.to(self.device), None if cond is None else cond.to(self.device))).cpu()
 
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None) -> Tensor:
-        """Images f[B,*D] in about [-1, 1] for given noise `z f[B,*D]`."""
-        return self.make(z, cond)
+        """Images f[B,C,H,W] in about [-1, 1], or points, for given noise `z f[B,*D]` on the model's device."""
+        x = self.make(z, cond)
+        return x if self.around is None else self.around.decode(x)
 
-    def _labels(self, n: int, labels: int | str | Sequence[int] | Tensor | None) -> Tensor | None:
+    def _labels(self, n: int, labels: Labels) -> Tensor | None:
         names = self.info.classes
         if not names:
             if labels is not None:
-                raise ValueError(f"label {labels!r}: this model is unconditional; leave the label out")
+                raise ValueError(f"label {labels!r}: this model has no classes; leave the label out")
             return None
         if labels is None:
             return torch.arange(n) % len(names)
@@ -104,14 +166,41 @@ class Pipeline:
             raise ValueError(f"label {labels!r} is out of range; the {len(names)} classes count from 0")
         return label
 
+    def _prompts(self, n: int, prompts: Sequence[str] | None) -> list[str] | None:
+        if not self.info.source:
+            if prompts is not None:
+                raise ValueError("this model takes no prompts" + "; give labels" * bool(self.info.classes))
+            return None
+        if prompts is None:
+            raise ValueError("this model makes images of prompts; give one, or one per image")
+        if len(prompts) not in (1, n):
+            raise ValueError(f"{len(prompts)} prompts for {n} images; give one, or one per image")
+        return list(prompts) * (n if len(prompts) == 1 else 1)
+
+    def _guidance(self, scale: float | None) -> float | None:
+        if self.info.guidance is None:
+            if scale is not None:
+                raise ValueError(f"guidance_scale {scale}: this model's guidance is fixed; leave it out")
+            return None
+        low, high = self.info.guidance
+        if scale is None:
+            return (low + high) / 2
+        if not low <= scale <= high:
+            raise ValueError(f"guidance_scale {scale} is out of range; this student learnt {low:g} to {high:g}")
+        return scale
+
 
 class DistilledPipeline(Pipeline):
     """A one-step generator: `G(z) = mu(prior_std z, t)`, one network evaluation per image."""
 
-    def __init__(self, denoiser: Denoiser, info: Info):
+    def __init__(self, denoiser: Denoiser, info: Info, surroundings: Around | None = None):
         if info.t is None:
             raise ValueError("this model is a teacher, not a one-step student; use TeacherPipeline")
-        super().__init__(denoiser, info, lambda z, cond: one_step(denoiser, denoiser.schedule, z, cond, info.t), nfe=1)
+
+        def make(z: Tensor, cond: Cond | None) -> Tensor:
+            return one_step(denoiser, denoiser.schedule, z, cond, info.t)
+
+        super().__init__(denoiser, info, make, nfe=1, around=surroundings)
 
     @classmethod
     def from_pretrained(
@@ -122,38 +211,63 @@ class DistilledPipeline(Pipeline):
         `net` takes the weights where the network is one of your own.
         """
         denoiser, info = find_model(str(path), kind="student", net=net)
-        return cls(denoiser.to(device), info)
+        return cls(denoiser.to(device), info, around(info, device))
 
 
 class TeacherPipeline(Pipeline):
-    """A teacher with its deterministic sampler, `2 steps - 1` evaluations per image for Heun."""
+    """A teacher with its deterministic sampler: `2 steps - 1` evaluations per image for Heun, twice as many guided.
+
+    `guidance: None` takes the scale of each image from its condition.
+    """
 
     def __init__(
-        self, denoiser: Denoiser, info: Info, *, sampler: str = "heun", steps: int = 18, guidance: float = 1.0
+        self,
+        denoiser: Denoiser,
+        info: Info,
+        surroundings: Around | None = None,
+        *,
+        sampler: str = "heun",
+        steps: int = 18,
+        guidance: float | None = 1.0,
     ):
-        model = guided(denoiser, guidance)
-        run = SAMPLERS[sampler]
+        model, run = guided(denoiser, guidance), solver(sampler, info.scheduler)
         super().__init__(
             denoiser,
             info,
             lambda z, cond: run(model, denoiser.schedule, z, cond, steps),
             nfe=evaluations(sampler, steps) * (1 if guidance == 1 else 2),
+            around=surroundings,
         )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device = "cpu", *, steps: int = 18, guidance: float = 1.0
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        sampler: str | None = None,
+        steps: int = 18,
+        guidance: float = 1.0,
     ) -> "TeacherPipeline":
-        """Load a model folder, or a teacher that comes with the package ("mnist")."""
+        """Load a model folder, a teacher that comes with the package ("mnist"), or `diffusers:FOLDER_OR_ID`.
+
+        The sampler is Heun, for models from diffusers PNDM, unless told.
+        """
         denoiser, info = find_model(str(path), kind="teacher")
-        return cls(denoiser.to(device), info, steps=steps, guidance=guidance)
+        sampler = sampler or ("pndm" if info.source else "heun")
+        return cls(denoiser.to(device), info, around(info, device), sampler=sampler, steps=steps, guidance=guidance)
 
 
-def side_by_side(teacher: Pipeline, student: Pipeline, columns: int = 10, seed: int = 2) -> np.ndarray:
-    """Rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
-    classes = len(teacher.info.classes)
-    z = rng.noise(seed, range(4 * columns), teacher.info.shape).to(teacher.device)
-    cond = Cond(label=torch.arange(4 * columns, device=teacher.device) % classes) if classes else None
-    images = [data.to_uint8(p.sample(z, cond)).cpu().split(columns) for p in (teacher, student)]
-    rows = [row for pair in zip(*images, strict=True) for row in pair]
-    return data.grid(torch.cat(rows), columns=columns)
+def side_by_side(
+    teacher: Pipeline, student: Pipeline, conditions: Conditions, columns: int = 10, rows: int = 4, seed: int = 2
+) -> np.ndarray:
+    """`rows` rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
+    z = rng.noise(seed, range(rows * columns), teacher.info.shape)
+    cond = conditions.at(range(rows * columns))
+    images = [_in_parts(pipe, z, cond, columns) for pipe in (teacher, student)]
+    return data.grid(torch.cat([row for pair in zip(*images, strict=True) for row in pair]), columns=columns)
+
+
+def _in_parts(pipe: Pipeline, z: Tensor, cond: Cond | None, size: int) -> list[Tensor]:
+    parts = range(0, len(z), size)
+    return [pipe.render(z[i : i + size], None if cond is None else cond[slice(i, i + size)]) for i in parts]

@@ -1,7 +1,6 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distmatch import build, data, parallel
-from distmatch.checkpoint import write_atomic, write_json
+from distmatch.checkpoint import Checkpoints, write_atomic, write_json
 from distmatch.config import Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.distill import Distiller
 from distmatch.evaluation import COLUMNS, hardware, speed
 from distmatch.evaluation import evaluate as measure
 from distmatch.features import (
@@ -29,10 +29,10 @@ from distmatch.features import (
     reference,
 )
 from distmatch.models import published
+from distmatch.models.around import around
 from distmatch.models.classifier import Classifier, train_classifier
 from distmatch.models.folder import Info
 from distmatch.models.inception import load_inception
-from distmatch.models.library import find_model
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
 from distmatch.pairs import PairStore, fingerprint
@@ -40,6 +40,7 @@ from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.progress import progress
 from distmatch.schedule import EDM
+from distmatch.solvers import evaluations
 from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
@@ -57,26 +58,46 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
     """
     _same_recipe(recipe, out)
-    denoiser, info = teacher or find_model(recipe.teacher, "teacher")
-    denoiser = build.frozen(denoiser, build.device(recipe.device))
-    _same_settings({"teacher": recipe.teacher, "fingerprint": fingerprint(denoiser)}, out / "teacher.json")
-    pairs = build.pair_store(recipe, denoiser, info, runs) if "regress" in recipe.terms else None
-    distiller = build.distiller(recipe, denoiser, info, pairs)
-    write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
+    subject = build.subject(recipe, teacher)
+    mark = {"teacher": recipe.teacher, "fingerprint": fingerprint(subject.denoiser)}
+    _same_settings(mark, out / "teacher.json")
+    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+    ends = [stage.until for stage in recipe.stages] or [recipe.steps]
+    distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
+    for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
+        if end <= done and end < recipe.steps:
+            continue  # a continued run lands in the stage where it was
+        pairs = _pairs(stage, subject, runs) if "regress" in stage.terms else None
+        if distiller is None:
+            distiller = build.distiller(stage, subject, pairs)
+        else:
+            distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
+        write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
+        title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
+        _train(recipe, subject, distiller, out, end, title)
+    assert distiller is not None
+    if len(subject.info.shape) == 3:
+        _teacher_student(recipe, subject, distiller, out)
+    console.print(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
 
+
+def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path, steps: int, title: str) -> None:
+    """The run in `out` as far as `steps`."""
     figures: Callable[[], dict[str, float]] | None = None
+    surroundings = around(subject.info, distiller.device) if recipe.evaluate.every else None
     if recipe.evaluate.every and recipe.evaluate.features:
         against = recipe.evaluate.reference
         space, real = features(recipe.evaluate.features, Path(against) if against else None, device=distiller.device)
 
         def frechet() -> dict[str, float]:
-            student = DistilledPipeline(distiller.ema.network, distiller.info)
-            return measure(student, space, real, n=recipe.evaluate.images, seed=recipe.seed + 1, full=False)
+            student = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
+            n, seed = recipe.evaluate.images, recipe.seed + 1
+            return measure(student, space, real, n=n, seed=seed, conditions=subject.conditions, full=False)
 
         figures = frechet
 
     plan = Plan(
-        recipe.steps,
+        steps,
         log_every=recipe.log.every,
         save_every=recipe.checkpoint.every,
         preview_every=recipe.log.preview,
@@ -84,13 +105,33 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         keep=recipe.checkpoint.keep,
     )
     config = recipe.model_dump(mode="json")
-    train(distiller, out, plan, evaluate=figures, trackers=recipe.log.track, config=config, title=recipe.name)
-    if len(info.shape) == 3:
-        p = recipe.pairs
-        slow = TeacherPipeline(denoiser, info, sampler=p.sampler, steps=p.steps, guidance=p.guidance)
-        picture = side_by_side(slow, DistilledPipeline(distiller.ema.network, distiller.info))
-        write_atomic(out / "teacher-student.png", lambda p: p.write_bytes(data.png(picture, zoom=2)))
-    console.print(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
+    train(distiller, out, plan, evaluate=figures, trackers=recipe.log.track, config=config, title=title)
+
+
+def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path) -> None:
+    """`teacher-student.png`: what both make of the same noise."""
+    p, info = recipe.pairs, subject.info
+    guidance = p.guidance if recipe.student.guidance is None else None
+    surroundings = around(info, distiller.device)
+    slow = TeacherPipeline(subject.denoiser, info, surroundings, sampler=p.sampler, steps=p.steps, guidance=guidance)
+    fast = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
+    columns, rows, zoom = (4, 2, 1) if info.source else (10, 4, 2)
+    picture = side_by_side(slow, fast, subject.conditions, columns, rows)
+    write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(data.png(picture, zoom=zoom)))
+
+
+def _pairs(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
+    """The recipe's pairs. What they will take is said before they are built."""
+    spec = build.pair_spec(recipe, subject)
+    folder = build.pairs_folder(recipe, spec, runs)
+    if not (folder / "manifest.json").exists():
+        nfe = evaluations(spec.sampler, spec.steps) * (1 if spec.guidance == 1 else 2)
+        console.print(f"{spec.count:,} pairs of {nfe} evaluations each, {_size(spec.nbytes)}, in {folder}")
+    return build.pair_store(recipe, subject, runs)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def _same_recipe(recipe: Recipe, out: Path) -> None:
@@ -187,11 +228,7 @@ def import_edm(source: str, out: Path) -> None:
 
 def pairs(recipe: Recipe, runs: Path) -> None:
     """`distmatch pairs build`."""
-    teacher, info = build.teacher(recipe)
-    size = recipe.pairs.count * math.prod(info.shape) * (4 if recipe.pairs.dtype == "float32" else 2)
-    folder = build.pairs_folder(recipe, teacher, info, runs)
-    console.print(f"{recipe.pairs.count:,} pairs, {size / 1e6:,.0f} MB, in {folder}")
-    build.pair_store(recipe, teacher, info, runs)
+    _pairs(recipe, build.subject(recipe), runs)
 
 
 def verify(folder: Path) -> None:
@@ -247,17 +284,18 @@ def _reference(real: Path, space: FeatureSpace) -> Reference:
         return reference(images, space, source=str(real), progress=advance)
 
 
-def pipeline(model: str, steps: int | None, guidance: float, device: str) -> Pipeline:
-    """The student called `model`, or its teacher when Heun `steps` are given."""
-    if steps is None and guidance != 1:
-        raise ValueError(
-            f"guidance {guidance} is for a teacher: give --steps too. A student's guidance is fixed by training"
+def pipeline(model: str, steps: int | None, guidance: float | None, device: str) -> Pipeline:
+    """The student called `model`, or its teacher when `steps` of its sampler are given."""
+    if steps is not None:
+        return TeacherPipeline.from_pretrained(
+            model, build.device(device), steps=steps, guidance=1.0 if guidance is None else guidance
         )
-    if steps is None:
-        denoiser, info = find_model(model, "student")
-        return DistilledPipeline(denoiser.to(build.device(device)), info)
-    denoiser, info = find_model(model, "teacher")
-    return TeacherPipeline(denoiser.to(build.device(device)), info, steps=steps, guidance=guidance)
+    student = DistilledPipeline.from_pretrained(model, build.device(device))
+    if guidance is not None and student.info.guidance is None:
+        raise ValueError(
+            f"guidance {guidance} is for a teacher: give --steps too. This student's guidance is fixed by training"
+        )
+    return student
 
 
 def sample(
@@ -266,20 +304,25 @@ def sample(
     n: int,
     seed: int,
     label: str | None,
+    prompts: list[str] | None,
     steps: int | None,
-    guidance: float,
-    batch: int,
+    guidance: float | None,
+    batch: int | None,
     device: str,
 ) -> None:
-    """`distmatch sample`: `grid.png` and `000000.png` ... in `out`."""
+    """`distmatch sample`: `grid.png` and `000000.png` ... in `out`; the prompts in turn."""
     pipe = pipeline(model, steps, guidance, device)
     labels = (
         int(label) if label is not None and label not in pipe.info.classes and label.lstrip("-").isdigit() else label
     )
     with progress("sample", n, unit="image") as advance:
-        pixels = pipe(n, labels=labels, seed=seed, batch=batch, progress=advance).pixels
+        texts = [prompts[i % len(prompts)] for i in range(n)] if prompts else None
+        scale = guidance if pipe.info.guidance is not None else None
+        pixels = pipe(
+            n, labels=labels, prompts=texts, guidance_scale=scale, seed=seed, batch=batch, progress=advance
+        ).pixels
     sheet = data.grid(pixels, columns=max(1, min(len(pipe.info.classes) or 8, n)))
-    write_atomic(out / "grid.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
+    write_atomic(out / "grid.png", lambda p: p.write_bytes(data.png(sheet, zoom=1 if pipe.info.source else 2)))
     for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
         write_atomic(out / f"{i:06d}.png", lambda p, image=image: p.write_bytes(data.png(image)))
     console.print(f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in {out}; see {out / 'grid.png'}")
@@ -291,7 +334,7 @@ def evaluate(
     n: int,
     seed: int,
     steps: int | None,
-    guidance: float,
+    guidance: float | None,
     feature_name: str,
     resize: str,
     real: Path | None,
@@ -301,6 +344,8 @@ def evaluate(
 ) -> None:
     """`distmatch eval`: in each of the processes of `torchrun`, if it was started by it; the first tells the result."""
     pipe = pipeline(model, steps, guidance, device)
+    if pipe.info.source:
+        raise ValueError(f"{model} makes images of prompts; `distmatch compare` measures such models")
     space, ref = features(feature_name, real, resize, pipe.device)
     with progress(f"eval {model}", n, unit="image") if parallel.rank() == 0 else nullcontext() as advance:
         figures = measure(pipe, space, ref, n=n, seed=seed, batch=batch, progress=advance)

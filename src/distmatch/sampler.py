@@ -79,12 +79,10 @@ def heun(
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun}
+Sampler = Callable[..., Tensor]
+"""`(model, schedule, z f[B,*D], cond, steps, callback=None) -> x f[B,*D]`, from `z ~ N(0, I)` to clean samples."""
 
-
-def evaluations(sampler: str, steps: int) -> int:
-    """Network evaluations (NFE) of one image."""
-    return {"euler": steps, "heun": 2 * steps - 1}[sampler]
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
 
 
 def _at(t: Tensor, z: Tensor) -> Tensor:

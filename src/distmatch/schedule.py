@@ -4,9 +4,9 @@ A schedule owns its time coordinate `t`; larger is noisier in all of them. EDM: 
 number of a discrete diffusion, read continuously. Flow: `t` runs from data (0) to noise (1).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -128,23 +128,6 @@ Schedule = EDM | VP | Flow
 - `grid(n) -> f64[n]`: falling times from `t_max` to `t_min`, the sampler's steps and, reversed, the paper's T bins;
 - `add_noise(x f[B,*D], eps f[B,*D], t f[B]) -> x_t f[B,*D]` (Eq. 3).
 """
-
-_KINDS: dict[str, type[Schedule]] = {"edm": EDM, "vp": VP, "flow": Flow}
-
-
-def to_config(schedule: Schedule) -> dict[str, Any]:
-    """The schedule as plain JSON data."""
-    kind = next(k for k, v in _KINDS.items() if v is type(schedule))
-    return {"type": kind, **asdict(schedule)}
-
-
-def from_config(config: dict[str, Any]) -> Schedule:
-    """The inverse of `to_config`. Raises `ValueError` for an unknown type."""
-    fields = dict(config)
-    kind = fields.pop("type", None)
-    if kind not in _KINDS:
-        raise ValueError(f"schedule type {kind!r} is unknown; expected one of {', '.join(_KINDS)}")
-    return _KINDS[kind](**fields)
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from distmatch import build, rng
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.config import Recipe, load_recipe
-from distmatch.distill import Batch, Distiller, Match, Term
+from distmatch.distill import Batch, Distiller, Images, Match, Term
 from distmatch.losses import matching_loss
 from distmatch.models.mixture import MIXTURES, Mixture
 from distmatch.progress import progress
@@ -45,12 +45,12 @@ class RealScore(Term):
     def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
         return self.match.draw(seed, index, turn)
 
-    def generator(self, batch: Batch, x: Tensor) -> Tensor:
-        m, t, eps = self.match, batch.t, batch.eps
+    def generator(self, batch: Batch, images: Images) -> Tensor:
+        m, t, eps, x = self.match, batch.t, batch.eps, images.x
         assert t is not None
         assert eps is not None
         with torch.no_grad():
-            x0_real = m.real(m.schedule.add_noise(x, eps, t), t, batch.cond)
+            x0_real = m.real(m.schedule.add_noise(x, eps, t), t, images.cond)
             w = m.weighting(x, x0_real, m.schedule.alpha(t), m.schedule.sigma(t))
         return matching_loss(x, x.detach(), x0_real, w)
 
@@ -116,9 +116,9 @@ def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
     """The recipe's distillation with one of `OBJECTIVES`; all start from the same network."""
     terms = ["match", "regress"] if objective == "matching and regression" else ["match"]
     recipe = recipe.model_copy(update={"terms": terms})
-    teacher, info = build.teacher(recipe)
-    pairs = build.pair_store(recipe, teacher, info, runs) if "regress" in terms else None
-    task = build.distiller(recipe, teacher, info, pairs)
+    subject = build.subject(recipe)
+    pairs = build.pair_store(recipe, subject, runs) if "regress" in terms else None
+    task = build.distiller(recipe, subject, pairs)
     if objective == "real score only":
         match = task.terms[0]
         assert isinstance(match, Match)

@@ -1,11 +1,9 @@
 """The loop: steps, log, pictures, evaluation, checkpoints, and stopping without losing work. Nothing of any method."""
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from distmatch import data
 from distmatch.checkpoint import Checkpoints, Stateful, write_atomic
 from distmatch.clock import Clock
+from distmatch.interrupt import Interrupt
 from distmatch.log import Log
 from distmatch.progress import progress
 
@@ -150,7 +149,7 @@ def train(
         if start == 0 and plan.preview_every:
             preview(0)
         task.clock.read()
-        with _Interrupt() as interrupt, progress(title, plan.steps, start, unit="step") as advance:
+        with Interrupt() as interrupt, progress(title, plan.steps, start, unit="step") as advance:
             for index in range(start, plan.steps):
                 pending.append(task.step(index))
                 done = index + 1
@@ -167,30 +166,3 @@ def train(
         task.export(out / "model")
     finally:
         log.close()
-
-
-class _Interrupt:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._receive)
-            except ValueError:  # not the main thread: signals are not ours to handle
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -5,7 +5,7 @@ class names), the student's time if it is a one-step generator, and a free `card
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distmatch import schedule as schedules
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
+from distmatch.models.stable import StableUNet
 from distmatch.models.unet import UNet
+from distmatch.schedule import EDM, VP, Flow, Schedule
 
 FORMAT = "distmatch-model-1"
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP, "song": SongUNet, "dhariwal": DhariwalUNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "mlp": MLP,
+    "song": SongUNet,
+    "dhariwal": DhariwalUNet,
+    "stable": StableUNet,
+}
+
+SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "vp": VP, "flow": Flow}
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,19 @@ class Info:
         shape: (C, H, W) of one image.
         classes: class names; empty for an unconditional model.
         t: the time at which a one-step student is evaluated; `None` for a teacher.
+        source: for a text-to-image model, the model in diffusers' format whose text encoders and autoencoder go with
+            it; `shape` is then that of latents.
+        guidance: the scales (low, high) that a student takes as an input; `None` for a student of one scale.
+        scheduler: the settings of the model's own diffusers scheduler, if it came with one.
         card: how the model was made and measured, as plain JSON data.
     """
 
     shape: tuple[int, ...]
     classes: tuple[str, ...] = ()
     t: float | None = None
+    source: str = ""
+    guidance: tuple[float, float] | None = None
+    scheduler: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,12 +71,9 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
     config = {
         "format": FORMAT,
         "network": network,
-        "schedule": schedules.to_config(denoiser.schedule),
+        "schedule": schedule_config(denoiser.schedule),
         "prediction": asdict(denoiser.prediction),
-        "shape": list(info.shape),
-        "classes": list(info.classes),
-        "t": info.t,
-        "card": info.card,
+        **asdict(info),
     }
     weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
     write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
@@ -92,9 +105,30 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
         if kind not in (None, *NETWORKS):
             raise ValueError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
         net = NETWORKS[str(kind)](**network) if net is None else net
-        denoiser = Denoiser(net, schedules.from_config(config["schedule"]), Prediction(**config["prediction"]))
-        info = Info(tuple(config["shape"]), tuple(config["classes"]), config["t"], config["card"])
+        denoiser = Denoiser(net, schedule_of(config["schedule"]), Prediction(**config["prediction"]))
+        info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config})
         net.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
     return denoiser.eval(), info
+
+
+def _info(entries: dict[str, Any]) -> Info:
+    """`Info` of JSON, which has lists for tuples. Models of earlier versions lack some entries."""
+    tuples = {k: tuple(entries[k]) for k in ("shape", "classes", "guidance") if entries.get(k) is not None}
+    return Info(**{**entries, **tuples})
+
+
+def schedule_config(schedule: Schedule) -> dict[str, Any]:
+    """The schedule as plain JSON data."""
+    kind = next(k for k, v in SCHEDULES.items() if v is type(schedule))
+    return {"type": kind, **asdict(schedule)}
+
+
+def schedule_of(config: dict[str, Any]) -> Schedule:
+    """The inverse of `schedule_config`. Raises `ValueError` for an unknown type."""
+    entries = dict(config)
+    kind = entries.pop("type", None)
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule type {kind!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[kind](**entries)

@@ -1,5 +1,5 @@
 """Models by name or path: `mnist` and other models of the package, a folder of a model or a run, `edm:FILE`,
-`mixture:NAME`.
+`diffusers:FOLDER_OR_ID`, `mixture:NAME`.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
     """The model called `name`.
 
     Args:
-        name: `mixture:NAME` (exact Gaussian mixture), `edm:FILE` (a published EDM checkpoint, file or URL), a folder
-            (of a model, or of a run, which has one in `model/`), or the name of a model in the package, which has a
-            teacher and a student each.
+        name: `mixture:NAME` (exact Gaussian mixture), `edm:FILE` (a published EDM checkpoint, file or URL),
+            `diffusers:FOLDER_OR_ID` (Stable Diffusion), a folder (of a model, or of a run, which has one in `model/`),
+            or the name of a model in the package, which has a teacher and a student each.
         kind: which of the two is wanted.
         net: see `load_model`.
 
@@ -35,6 +35,10 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
         from distmatch.models.published import cached_edm
 
         denoiser, info = cached_edm(rest)
+    elif scheme == "diffusers":
+        from distmatch.models.pretrained import load_stable
+
+        denoiser, info = load_stable(rest)
     else:
         denoiser, info = load_model(model_folder(name, kind), net)
     if (info.t is None) != (kind == "teacher"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch.denoiser import Cond
+from distmatch.models.guidance import GuidanceInput
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -85,13 +86,20 @@ class UNet(nn.Module):
         widths: channels per level; the resolution halves between levels.
         blocks: residual blocks per level and direction.
         patch: side of the space-to-depth stem; H and W must be multiples of `patch * 2 ** (len(widths) - 1)`.
+        guidance: it takes a guidance scale; see `models.guidance`.
 
     `noise` is what the prediction wrapper makes of the noise level (EDM: `ln(sigma) / 4`). Label number `classes`
     stands for "no label", so that a network trained with label dropout can be guided.
     """
 
     def __init__(
-        self, channels: int = 1, classes: int = 0, widths: Sequence[int] = (32, 64), blocks: int = 1, patch: int = 2
+        self,
+        channels: int = 1,
+        classes: int = 0,
+        widths: Sequence[int] = (32, 64),
+        blocks: int = 1,
+        patch: int = 2,
+        guidance: bool = False,
     ):
         super().__init__()
         self.config = {
@@ -100,12 +108,14 @@ class UNet(nn.Module):
             "widths": list(widths),
             "blocks": blocks,
             "patch": patch,
+            "guidance": guidance,
         }
         embedding = 4 * widths[0]
         self.freqs: Tensor
         self.register_buffer("freqs", torch.exp(torch.linspace(0, math.log(64.0), widths[0])), persistent=False)
         self.embed = nn.Sequential(nn.Linear(2 * widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.guidance = GuidanceInput(embedding) if guidance else None
         self.patch = patch
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.encoder = nn.ModuleList(Level(width, width, blocks, embedding) for width in widths)
@@ -142,4 +152,6 @@ class UNet(nn.Module):
                 embedding = embedding + self.label(cond.label)
             else:
                 embedding = embedding + self.label.weight[-1]
+        if self.guidance is not None:
+            embedding = embedding + self.guidance.of(cond)
         return F.silu(embedding)

@@ -1,0 +1,32 @@
+"""Stopping when it suits: SIGINT and SIGTERM as a flag."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._receive)
+            except ValueError:  # not the main thread: signals are not ours to handle
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

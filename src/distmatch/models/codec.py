@@ -1,0 +1,47 @@
+"""Latents to pixels: the autoencoder's decoder of a latent diffusion model, full or tiny."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distmatch.models.hub import fetched
+
+
+class Decoder(nn.Module):
+    """`(latents f[B,4,h,w]) -> images f[B,3,8h,8w]` in about [-1, 1], not clamped; gradients go through.
+
+    Latents are scaled as the diffusion model sees them.
+
+    Args:
+        source: a model in diffusers' format, whose own autoencoder it is; or, `tiny`, a tiny autoencoder for its
+            latents such as madebyollin/taesd (folder or model id).
+        checkpointing: recompute activations in the backward pass instead of keeping them. At 512 x 512 the full decoder
+            keeps some gigabytes per image otherwise.
+    """
+
+    def __init__(self, source: str, *, tiny: bool = False, checkpointing: bool = False):
+        super().__init__()
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+        def load() -> Any:
+            if tiny:
+                return AutoencoderTiny.from_pretrained(source)
+            return AutoencoderKL.from_pretrained(source, subfolder="vae")
+
+        vae: Any = fetched(source, load)
+        del vae.encoder
+        self.vae: Any = vae.eval().requires_grad_(False)
+        self.checkpointing = checkpointing
+
+    def forward(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        z = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._decode(z)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z, return_dict=False)[0]

@@ -1,0 +1,51 @@
+"""The guidance scale as an input of a network, so that a student's guidance can be chosen when it samples.
+
+The scale is embedded and added to the time embedding through a projection that starts at zero: a network that is given
+the input computes what it did before (DMD, Section 5, leaves this open; the embedding is that of Meng et al. 2023,
+arXiv 2210.03142, in the form that diffusers' pipelines have).
+"""
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.denoiser import Cond
+
+CHANNELS = 256
+"""Width of the embedding, that of published guidance-conditioned U-Nets (`time_cond_proj_dim`)."""
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class GuidanceInput(nn.Linear):
+    """`cond.extra["guidance"] f[B] -> f[B,width]`, zero at first."""
+
+    def __init__(self, width: int):
+        super().__init__(CHANNELS, width, bias=False)
+        nn.init.zeros_(self.weight)
+
+    def of(self, cond: Cond | None) -> Tensor:
+        if cond is None or "guidance" not in cond.extra:
+            raise ValueError("this network takes a guidance scale: cond.extra['guidance'] f[B]")
+        return self(embed_guidance(cond.extra["guidance"], CHANNELS).to(self.weight.dtype))
+
+
+def embed_guidance(scale: Tensor, channels: int) -> Tensor:
+    """Sinusoids f[B,channels] of guidance scales f[B]: of `1000 (w - 1)`, as diffusers' pipelines embed them."""
+    half = channels // 2
+    rates = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scale.device))
+    angles = 1000 * (scale.float() - 1)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def with_guidance(net: Network) -> Network:
+    """The same function, which takes a guidance scale besides. Raises `ValueError` for a network that cannot."""
+    config: dict[str, Any] = dict(getattr(net, "config", {}))
+    if "guidance" not in config:
+        raise ValueError(f"student.guidance: the network {type(net).__name__} takes no guidance scale")
+    given = type(net)(**{**config, "guidance": True})
+    absent = given.load_state_dict(net.state_dict(), strict=False)
+    assert not absent.unexpected_keys
+    return given

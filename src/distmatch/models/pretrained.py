@@ -1,0 +1,42 @@
+"""Stable Diffusion 1.x, 2.x and XL in diffusers' format as teachers.
+
+Everything is read from the model's own configurations; nothing is decided by its name. Prompts are the business of
+`models.text`, latents and pixels that of `models.codec`.
+"""
+
+from typing import Any
+
+from distmatch.denoiser import Denoiser, Prediction
+from distmatch.models.folder import Info
+from distmatch.models.hub import fetched, schedule_of, scheduler_config
+from distmatch.models.stable import StableUNet
+from distmatch.models.text import TextEncoder
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+"""diffusers' `prediction_type` in our words."""
+
+
+def load_stable(source: str) -> tuple[Denoiser, Info]:
+    """The teacher in a folder in diffusers' format, or of a model id in the cache or on the hub.
+
+    Raises `ValueError` where it cannot be had, or is of a kind that this does not know.
+    """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    scheduler = scheduler_config(source)
+    unet: Any = fetched(source, lambda: UNet2DConditionModel.from_pretrained(source, subfolder="unet"))
+    encoder = TextEncoder(source)
+    null = encoder.null()
+    assert null.text is not None
+    pooled = null.extra.get("pooled")
+    net = StableUNet(unet, (null.text.shape[1], null.text.shape[2]), 0 if pooled is None else pooled.shape[1])
+    net.null_text.copy_(null.text)
+    if pooled is not None:
+        net.null_pooled.copy_(pooled)
+    kind = str(scheduler.get("prediction_type", "epsilon"))
+    if kind not in PREDICTIONS:
+        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
+    denoiser = Denoiser(net, schedule_of(scheduler, source), Prediction(PREDICTIONS[kind]))
+    side = unet.config.sample_size
+    info = Info((unet.config.in_channels, side, side), source=source, scheduler=scheduler, card={"diffusers": source})
+    return denoiser.eval(), info

@@ -1,0 +1,67 @@
+"""Prompts to conditions, by the text encoders that a diffusers model comes with."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from distmatch.denoiser import Cond
+from distmatch.models.hub import fetched, image_side
+
+
+class TextEncoder:
+    """`(prompts) -> Cond` by the model's own tokenizers and encoders.
+
+    `text f[B,L,C]`; for SDXL also `extra["pooled"] f[B,P]` and `extra["size"] f[B,6]`, the sizes that it was told of in
+    training: those of an image that was neither scaled nor cropped.
+
+    Args:
+        source: a folder in diffusers' format or a model id.
+        device: where the encoders compute.
+
+    Raises `ValueError` where the model cannot be had.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu"):
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+        index: Any = fetched(source, lambda: DiffusionPipeline.load_config(source))
+        parts = [name for name, value in index.items() if isinstance(value, list | tuple)]
+        absent = {name: None for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))}
+        self.pipeline: Any = fetched(source, lambda: DiffusionPipeline.from_pretrained(source, **absent))
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.device = torch.device(device)
+        self.pipeline.to(self.device)
+        self.side = image_side(source)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        return self._cond(self._encode(list(prompts), guided=False), len(prompts), 0)
+
+    @torch.no_grad()
+    def null(self) -> Cond:
+        """The condition of no prompt, the `uncond` of guidance: one row."""
+        return self._cond(self._encode([""], guided=True), 1, 1)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the conditions: the encoders' weights and the tokenizers' sizes."""
+        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
+        h = sha256(str({name: len(part) for name, part in parts.items() if name.startswith("tokenizer")}).encode())
+        for name, part in parts.items():
+            for key, value in part.state_dict().items() if name.startswith("text_encoder") else ():
+                h.update(f"{name}.{key}".encode())
+                h.update(value.detach().float().cpu().contiguous().numpy().data)
+        return h.hexdigest()
+
+    def _encode(self, prompts: list[str], guided: bool) -> Sequence[Any]:
+        return self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+        )
+
+    def _cond(self, encoded: Sequence[Any], n: int, negative: int) -> Cond:
+        """diffusers gives (text, negative text) and, for SDXL, (pooled, negative pooled) besides."""
+        if len(encoded) == 2:
+            return Cond(text=encoded[negative])
+        size = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=self.device, dtype=torch.float32)
+        return Cond(text=encoded[negative], extra={"pooled": encoded[2 + negative], "size": size.expand(n, -1)})

@@ -1,0 +1,142 @@
+"""A tiny random Stable Diffusion in diffusers' format, for tests and for `--scale cpu-smoke`.
+
+The parts have the kinds and the names of the real ones, and a million parameters in all: latents 4x8x8, images 64x64.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
+"""The pieces that the tokenizer knows besides single bytes."""
+
+VAE_WIDTHS = (8, 16, 16, 16)
+
+
+def write_tiny_sd(
+    folder: Path, *, kind: Literal["sd", "sdxl"] = "sd", prediction: str = "epsilon", seed: int = 0
+) -> Path:
+    """Write a pipeline with the weights of `seed` into `folder`, which is returned.
+
+    Args:
+        kind: Stable Diffusion 1.5 or SDXL by its parts.
+        prediction: `epsilon` or `v_prediction`.
+    """
+    diffusers, transformers = _libraries()
+    vocab = _vocabulary()
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=MERGES, model_max_length=77)
+    assert len(tokenizer) == len(vocab), f"the tokenizer has {len(tokenizer)} of {len(vocab)} entries"
+    end = vocab["<|endoftext|>"]
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=32,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    scheduler = diffusers.PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    size = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=VAE_WIDTHS,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=64,
+            scaling_factor=0.18215 if kind == "sd" else 0.13025,
+        )
+        if kind == "sd":
+            unet = diffusers.UNet2DConditionModel(**size, **blocks, cross_attention_dim=32, attention_head_dim=4)
+            pipe = diffusers.StableDiffusionPipeline(
+                vae=vae,
+                text_encoder=transformers.CLIPTextModel(text),
+                tokenizer=tokenizer,
+                unet=unet,
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        else:
+            unet = diffusers.UNet2DConditionModel(
+                **size,
+                **blocks,
+                cross_attention_dim=64,  # both text encoders
+                attention_head_dim=(2, 4),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 32,  # six sizes and places, one pooled text
+            )
+            pipe = diffusers.StableDiffusionXLPipeline(
+                vae=vae,
+                text_encoder=transformers.CLIPTextModel(text),
+                text_encoder_2=transformers.CLIPTextModelWithProjection(text),
+                tokenizer=tokenizer,
+                tokenizer_2=tokenizer,
+                unet=unet,
+                scheduler=scheduler,
+                add_watermarker=False,
+            )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny autoencoder (diffusers' `AutoencoderTiny`) for the same latents into `folder`, which is returned."""
+    diffusers, _ = _libraries()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+            latent_channels=4,
+        )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def _libraries() -> tuple[Any, Any]:
+    """diffusers and transformers."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"text-to-image models need more packages ({error}): pip install distmatch[diffusers]"
+        ) from error
+    return diffusers, transformers
+
+
+def _vocabulary() -> dict[str, int]:
+    """CLIP's vocabulary: each byte as one character, each again as the end of a word, the merges, start and end.
+
+    Bytes that print stand for themselves; the others are the characters from 256 on, as in GPT-2.
+    """
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + i for i in range(256 - len(printing))]
+    letters = [chr(c) for c in (*printing, *others)]
+    pieces = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in MERGES)]
+    return {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}

@@ -1,0 +1,109 @@
+"""Prompt lists: the same prompts from every kind of file, COCO's captions drawn by seed, refusals name the place."""
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from distmatch.prompts import coco_prompts, read_prompts
+
+PROMPTS = ["a red bus", "Zwölf Boxkämpfer", "“quoted, with a comma”"]
+PADDED = ["  a red bus ", "", "Zwölf Boxkämpfer\t", "   ", "“quoted, with a comma”"]
+
+
+def write_lines(file, lines):
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_coco(file, captions):
+    entries = [{"image_id": i, "id": i, "caption": caption} for i, caption in enumerate(captions)]
+    file.write_text(json.dumps({"info": {}, "annotations": entries}))
+
+
+WRITERS = {
+    "p.txt": write_lines,
+    "p.jsonl": lambda file, lines: write_lines(file, [json.dumps({"id": 1, "caption": line}) for line in lines]),
+    "p.parquet": lambda file, lines: parquet.write_table(pa.table({"url": lines, "text": lines}), file),
+    "p.json": write_coco,
+}
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_every_kind_of_file_gives_the_prompts_stripped_and_without_empty_ones(tmp_path, name):
+    WRITERS[name](tmp_path / name, PADDED)
+    assert read_prompts(tmp_path / name) == PROMPTS
+
+
+def test_a_mark_of_byte_order_and_windows_line_ends_are_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+
+
+def test_the_key_is_the_first_known_one_or_the_one_that_is_named(tmp_path):
+    file = tmp_path / "p.jsonl"
+    write_lines(
+        file, [json.dumps({"text": "t", "prompt": "p", "TEXT": "T"}), "", json.dumps({"prompt": "q", "TEXT": "U"})]
+    )
+    assert read_prompts(file) == ["p", "q"]
+    assert read_prompts(file, "TEXT") == ["T", "U"]
+    parquet.write_table(pa.table({"TEXT": ["T"], "caption": ["c"]}), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == ["c"]
+    assert read_prompts(tmp_path / "p.parquet", "TEXT") == ["T"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", b"a", r"p.csv: prompts are read from files called .txt, .jsonl, .parquet, .json"),
+        ("p.txt", None, r"p.txt does not exist; expected a file of prompts"),
+        ("p.txt", b" \n\n", r"p.txt holds no prompts"),
+        ("p.txt", b"fine\n\xff\n", r"p.txt, line 2 is not UTF-8 text"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": ', r"p.jsonl, line 3 is not JSON"),
+        ("p.jsonl", b'["a"]', r"p.jsonl, line 1: expected a JSON object, found \[\"a\"\]"),
+        ("p.jsonl", b'{"words": "a"}', r"line 1 has none of prompt, caption, text; it has words"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', r"line 2 has no 'prompt'; it has text"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}', r"line 2: expected text, found 7"),
+        ("p.parquet", b"PAR1 but not really", r"p.parquet cannot be read as Parquet"),
+        ("p.json", b"[1", r"p.json is not JSON .*; expected captions of MS-COCO"),
+        ("p.json", b'["a"]', r"p.json has no list `annotations`"),
+        ("p.json", b'{"annotations": [{"caption": "a"}, {"id": 3}]}', r"annotation 1 has no 'caption': {'id': 3}"),
+        ("p.json", b'{"annotations": [{"caption": null}]}', r"annotation 0: expected text, found None"),
+    ],
+)
+def test_refusals_name_the_file_and_the_place(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_refusals_of_columns(tmp_path):
+    file = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"url": ["a"], "caption": pa.array(["a", None][:1])}), file)
+    with pytest.raises(ValueError, match="has no column 'TEXT'; it has url, caption"):
+        read_prompts(file, "TEXT")
+    parquet.write_table(pa.table({"caption": ["a", None]}), file)
+    with pytest.raises(ValueError, match="row 2: expected text, found None"):
+        read_prompts(file)
+    (tmp_path / "p.txt").write_text("a")
+    with pytest.raises(ValueError, match="plain text, which has no column 'TEXT'"):
+        read_prompts(tmp_path / "p.txt", "TEXT")
+
+
+def test_coco_captions_are_drawn_by_seed_without_repetition_until_all_are_used(tmp_path):
+    file = tmp_path / "captions_val2014.json"
+    captions = [f"caption {i}" for i in range(50)]
+    write_coco(file, captions)
+    drawn = coco_prompts(file, 120, seed=3)
+    assert sorted(drawn[:50]) == sorted(drawn[50:100]) == sorted(captions)
+    assert drawn[:50] != captions
+    assert drawn[:50] != drawn[50:100]
+    assert max(Counter(drawn).values()) == 3
+    assert coco_prompts(file, 7, seed=3) == drawn[:7]
+    assert coco_prompts(file, 50, seed=4) != drawn[:50]
+    with pytest.raises(
+        ValueError, match=r"nowhere.json does not exist; expected captions_val2014.json .*annotations_trainval2014.zip"
+    ):
+        coco_prompts(tmp_path / "nowhere.json", 1, seed=0)
