@@ -207,7 +207,7 @@ class Recipe(_Strict):
             if key.split(".")[0] not in CHANGEABLE:
                 raise ValueError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(CHANGEABLE)}")
             set_entry(tree, key, value)
-        return Recipe.model_validate(tree)
+        return parse_recipe(tree, f"stage {number + 1}")
 
 
 CHANGEABLE = ("match", "regress", "pairs")

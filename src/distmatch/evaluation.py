@@ -27,6 +27,7 @@ COLUMNS = {
     "ms_per_image": ("ms per image", "{:.1f}"),
     "images_per_second": ("images per second", "{:,.0f}"),
     "fid": ("FID", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.3f}"),
     "frechet": ("Frechet distance", "{:.3f}"),
     "kernel_distance": ("kernel distance", "{:.4f}"),
     "precision": ("precision", "{:.3f}"),

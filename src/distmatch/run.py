@@ -60,7 +60,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     _same_recipe(recipe, out)
     subject = build.subject(recipe, teacher)
     mark = {"teacher": recipe.teacher, "fingerprint": fingerprint(subject.denoiser)}
-    _same_settings(mark, out / "teacher.json")
+    same_settings(mark, out / "teacher.json")
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
@@ -143,7 +143,7 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
         _same({k: v for k, v in now.items() if k.split(".")[0] not in FREE}, before, out)
 
 
-def _same_settings(settings: dict[str, Any], file: Path) -> None:
+def same_settings(settings: dict[str, Any], file: Path) -> None:
     """Refuse to continue a run with other `settings` than those in `file`, which is written if it is not there."""
     if file.exists():
         _same(settings, json.loads(file.read_text()), file.parent)
@@ -195,7 +195,7 @@ def teach(
         "images": images.name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr, "ema": ema,
         "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed, "objective": "EDM",
     }  # fmt: skip
-    _same_settings({**settings, "network": network, "pixels": image_fingerprint(real.pixels)}, out / "settings.json")
+    same_settings({**settings, "network": network, "pixels": image_fingerprint(real.pixels)}, out / "settings.json")
     task = Teaching(
         denoiser,
         real,

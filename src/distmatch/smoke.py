@@ -3,19 +3,25 @@
 What comes out means nothing; that it comes out is the point.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distmatch import rng
+from distmatch.checkpoint import write_atomic
 from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.models.folder import Info, save_model
 from distmatch.models.published import PUBLISHED
+from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.schedule import EDM
 
 SMALL = {"model_channels": 16, "num_blocks": 1}
 """What makes a published network small; resolutions, attention, paths and conditioning stay."""
+
+PROMPTS = ("a red bicycle", "two cats on a sofa", "the sea at night", "an old map", "a loaf of bread")
 
 
 def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
@@ -38,9 +44,31 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
     ]
     if recipe.teacher.startswith("edm:"):
         overrides.append(f"teacher={folder / 'teacher'}")
+    if recipe.teacher.startswith("diffusers:"):
+        overrides += [
+            f"teacher=diffusers:{folder / 'stable'}",
+            f"prompts.path={folder / 'prompts.txt'}",
+            "prompts.column=null",
+            f"regress.tiny={folder / 'tiny'}",
+        ]
     if recipe.regress.loss == "lpips":
         overrides.append(f"regress.weights={folder / 'weights'}")
+    if recipe.stages:
+        overrides += [f"stages={json.dumps(_short(recipe))}", f"steps={len(recipe.stages)}"]
     return overrides
+
+
+def _short(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe's stages with a step each, small batches, and few pairs that grow where the recipe's do."""
+    counts = sorted({recipe.stage(i).pairs.count for i in range(len(recipe.stages))})
+    small = {"match.batch": 2, "regress.batch": 2}
+    return [
+        {
+            "until": number + 1,
+            "change": {**stage.change, **small, "pairs.count": 4 + counts.index(recipe.stage(number).pairs.count)},
+        }
+        for number, stage in enumerate(recipe.stages)
+    ]
 
 
 def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
@@ -49,6 +77,10 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
         torch.manual_seed(rng.key(recipe.seed, "smoke"))
         if teacher and recipe.teacher.startswith("edm:"):
             save_model(folder / "teacher", *random_edm(Path(recipe.teacher).stem))
+        if teacher and recipe.teacher.startswith("diffusers:"):
+            write_tiny_sd(folder / "stable")
+            write_tiny_vae(folder / "tiny")
+            write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
         if recipe.regress.loss == "lpips" and "regress" in recipe.terms:
             from distmatch.perceptual import write_random_weights
 

@@ -36,8 +36,9 @@ def evaluations(name: str, steps: int) -> int:
 def pndm(settings: Mapping[str, Any]) -> Sampler:
     """Pseudo numerical methods (Liu et al. 2022, arXiv 2202.09778) as diffusers has them.
 
-    The solver is fed with `eps`, made from `x0` in the precision of `x`, whatever the network predicts.
+    The solver combines what the settings' `prediction_type` names, eps or v, made from `x0` in the precision of `x`.
     """
+    velocity = settings.get("prediction_type") == "v_prediction"
 
     def sample(
         model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, steps: int, callback: Callback | None = None
@@ -48,15 +49,17 @@ def pndm(settings: Mapping[str, Any]) -> Sampler:
 
         betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": schedule.spacing}
         known = {k: v for k, v in settings.items() if not k.startswith("_")}
-        fixed = {**betas, "num_train_timesteps": schedule.steps, "prediction_type": "epsilon"}
-        scheduler: Any = PNDMScheduler.from_config({**known, **fixed})
+        kind = {"num_train_timesteps": schedule.steps, "prediction_type": "v_prediction" if velocity else "epsilon"}
+        scheduler: Any = PNDMScheduler.from_config({**known, **betas, **kind})
         scheduler.set_timesteps(steps)
         x = schedule.prior_std * z
         for i, step in enumerate(scheduler.timesteps.tolist()):
             t = z.new_full((len(z),), float(step))
             x0 = model(x, t, cond)
-            eps = (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x)
-            x = scheduler.step(eps, step, x, return_dict=False)[0]
+            alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+            eps = (x - alpha * x0) / sigma
+            output = alpha * eps - sigma * x0 if velocity else eps
+            x = scheduler.step(output, step, x, return_dict=False)[0]
             if callback is not None:
                 callback(i, x, x0)
         return x

@@ -1,0 +1,143 @@
+"""What a text-to-image student is compared with (DMD, arXiv 2311.18828, Appendix C.3), by diffusers' own pipelines.
+
+The teacher with PNDM, fast solvers, and LCM-LoRA: all of them make prompts of given noise into images of 8 bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch import rng
+from distmatch.pipeline import Pipeline
+
+SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
+"""The paper's fast solvers, with diffusers' defaults (Appendix C.3), and their steps."""
+
+LCM_STEPS = (1, 2, 4)
+PNDM_STEPS = 50
+
+UNTOUCHED: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+"""The pipelines of teachers, and how to keep them from changing finished images."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A column: `make(prompts, z f32[B,C,H,W]) -> pixels u8[B,3,H',W']` on the CPU, in `nfe` evaluations per image.
+
+    Evaluations are of the U-Net: guidance costs two per step.
+    """
+
+    name: str
+    nfe: int
+    make: Callable[[list[str], Tensor], Tensor]
+
+
+def methods(
+    pipe: Any, merged: Any | None, student: Pipeline | None, guidance: float, dtype: torch.dtype = torch.float32
+) -> list[Method]:
+    """The columns from left to right as in Figure 6: ours, the fast ones, the teacher.
+
+    Args:
+        pipe, merged: of `load_teacher` and `load_lora`.
+        dtype: what the student's network computes in, by autocast.
+    """
+    columns = []
+    if student is not None:
+        ours = partial(_ours, student, guidance if student.info.guidance else None, dtype)
+        columns.append(Method(f"student {student.nfe}", student.nfe, ours))
+    columns += [solver(pipe, name, kind, steps, guidance) for name, (kind, steps) in SOLVERS.items()]
+    if merged is not None:
+        columns += [solver(merged, f"LCM-LoRA {steps}", "LCMScheduler", steps, 1.0) for steps in LCM_STEPS]
+    return [*columns, solver(pipe, f"PNDM {PNDM_STEPS}", "PNDMScheduler", PNDM_STEPS, guidance)]
+
+
+def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline called `teacher`, quiet, with its images left as they are made."""
+    loader = _diffusers().DiffusionPipeline
+    try:
+        kind = loader.load_config(teacher)["_class_name"]
+        if kind not in UNTOUCHED:
+            raise ValueError(f"{teacher} is a {kind}; expected {' or '.join(UNTOUCHED)}")
+        pipe = loader.from_pretrained(teacher, dtype=dtype, use_safetensors=True, **UNTOUCHED[kind])
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"teacher {teacher!r} cannot be loaded: {str(error).splitlines()[0]:.300}. Expected a folder in diffusers' "
+            "format (model_index.json, unet/, vae/ ... with .safetensors), or the name of one on Hugging Face, such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Another copy of the teacher with the LoRA called `lora` merged into its weights, as it would be served."""
+    pipe = load_teacher(teacher, device, dtype)
+    try:
+        pipe.load_lora_weights(lora, use_safetensors=True)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"LoRA {lora!r} cannot be loaded into {teacher}: {str(error).splitlines()[0]:.300}. Expected "
+            "pytorch_lora_weights.safetensors or its folder, or a name on Hugging Face: "
+            "latent-consistency/lcm-lora-sdv1-5 for Stable Diffusion 1.5, latent-consistency/lcm-lora-sdxl for SDXL"
+        ) from error
+    return pipe
+
+
+def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Method:
+    """diffusers' pipeline `pipe` with its scheduler called `kind`, of `steps` steps; PNDM evaluates its first twice."""
+    scheduler = getattr(_diffusers(), kind).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    calls = len(scheduler.timesteps)
+
+    def make(prompts: list[str], z: Tensor) -> Tensor:
+        pipe.scheduler = scheduler
+        images = pipe(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=z.to(pipe.device, pipe.unet.dtype),
+            generator=generators(z),
+            output_type="pt",
+        ).images
+        return (images.float() * 255).round().to(torch.uint8).cpu()
+
+    return Method(name, calls * (1 if guidance == 1 else 2), make)
+
+
+def generators(z: Tensor) -> list[torch.Generator]:
+    """One per image, for the noise that LCM adds between its steps: a function of `z`, so that batches don't matter."""
+    seeds = [rng.key("between steps", sha256(row.numpy().tobytes()).hexdigest()) for row in z]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def digest(network: torch.nn.Module) -> str:
+    """SHA-256 of the network's weights, by name."""
+    digest = sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _ours(student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts: list[str], z: Tensor) -> Tensor:
+    with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
+        cond = student.condition(len(prompts), prompts=prompts, guidance_scale=guidance)
+        return student.render(z, cond)
+
+
+def _diffusers() -> Any:
+    try:
+        return import_module("diffusers")
+    except ImportError as error:
+        raise ValueError(f"a comparison needs more packages ({error}): pip install distmatch[diffusers]") from error

@@ -1,0 +1,359 @@
+"""`distmatch compare`: a text-to-image student beside its teacher, fast solvers and LCM-LoRA (DMD, Tables 3 and 4).
+
+Every method makes the same prompts from the same noise, rounded to 8 bits once. Images are measured as by Appendix D of
+the paper (arXiv 2311.18828) and GigaGAN's evaluation code, which it uses: brought to 256 x 256 by Pillow's Lanczos
+filter; FID as clean-fid has it; CLIP score by OpenCLIP. Latency is from a prompt to its pixels on the host, at batch 1.
+The pictures are laid out as in Figures 6 and 8.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from hashlib import sha256
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from distmatch import build, data, parallel, rng
+from distmatch.baselines import Method, digest, load_lora, load_teacher, methods
+from distmatch.checkpoint import write_atomic, write_json
+from distmatch.clip import MODEL, ClipScore
+from distmatch.evaluation import hardware
+from distmatch.features import FeatureSpace, Reference, reference
+from distmatch.metrics import Moments, frechet
+from distmatch.models.inception import load_inception
+from distmatch.pairs import fingerprint
+from distmatch.pipeline import DistilledPipeline, Pipeline
+from distmatch.progress import progress
+from distmatch.prompts import coco_prompts, read_prompts
+from distmatch.run import same_settings, console, features, print_rows
+
+SIDE = 256
+"""Of the images that are measured, in pixels."""
+
+SECONDS = 3.0
+"""How long a latency is measured for, at least."""
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@parallel.joined()
+def command(
+    teacher: str,
+    student: str | None,
+    out: Path,
+    *,
+    prompts: str,
+    coco: Path | None,
+    column: str | None,
+    guidance: float,
+    n: int | None,
+    seed: int,
+    lora: str | None,
+    features: str | None,
+    reference: Path | None,
+    clip: Path | None,
+    clip_model: str,
+    batch: int,
+    picture: int,
+    precision: str,
+    device: str,
+) -> None:
+    """`distmatch compare`: in each of the processes of `torchrun`, if it was started by it."""
+    if prompts != "coco":
+        said = read_prompts(Path(prompts), column)
+        n = n or len(said)
+    elif coco is not None:
+        n = n or 30_000
+        said = coco_prompts(coco, n, seed)
+    else:
+        raise ValueError("--prompts coco needs the captions: --coco captions_val2014.json")
+    where = build.device(device)
+    ours = None if student is None else DistilledPipeline.from_pretrained(student, where)
+    compare(
+        teacher,
+        ours,
+        said,
+        out,
+        guidance=guidance,
+        n=n,
+        seed=seed,
+        lora=lora,
+        features=features,
+        reference=reference,
+        clip_weights=clip,
+        clip_model=clip_model,
+        device=where,
+        dtype=PRECISIONS[precision],
+        batch=batch,
+        picture=min(picture, n),
+    )
+
+
+def compare(
+    teacher: str,
+    student: Pipeline | None,
+    prompts: list[str],
+    out: Path,
+    *,
+    guidance: float = 8.0,
+    n: int = 30_000,
+    seed: int = 0,
+    lora: str | None = None,
+    features: str | None = None,
+    reference: Path | None = None,
+    clip_weights: Path | None = None,
+    clip_model: str = MODEL,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 16,
+    picture: int = 7,
+) -> list[dict[str, Any]]:
+    """A row of figures per method, in `out/compare.json` too, and `out/compare.png` with the first `picture` prompts.
+
+    Image `i` has prompt `i`, beginning again after the last, and noise `i` of `seed`. Several processes (see
+    `parallel`) share the images; the first gets the rows, the others none. A method that is finished is kept in
+    `out/methods` and not made again.
+
+    Args:
+        teacher: a folder in diffusers' format, or the name of one on Hugging Face.
+        guidance: of the teacher and its solvers, at least 1, and of a student that takes one; that of any other student
+            and of LCM-LoRA is in their weights.
+        n: images that are measured. Without `features` and `clip_weights` only those of the picture are made.
+        lora: an LCM-LoRA, a file or a folder, or the name of one on Hugging Face.
+        features: `inception:FILE` for FID (see `models.inception`).
+        reference: its real images: statistics made with resize `clean`, an archive or array of images, or a folder of
+            images of any sizes, of which the squares in the middle are taken, as GigaGAN's evaluation code does.
+        clip_weights: OpenCLIP's file for the CLIP score.
+
+    Raises `ValueError` for what is missing or does not fit, and where `out` has figures of other settings.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; give at least one")
+    if guidance < 1:
+        raise ValueError(f"guidance {guidance} is below 1, where diffusers' pipelines leave it out; expected 1 or more")
+    if n < 1 or batch < 1 or not 1 <= picture <= n:
+        raise ValueError(
+            f"{n} images in batches of {batch}, {picture} of them in the picture: expected n >= 1, batch >= 1 and "
+            "1 <= picture <= n"
+        )
+    device = torch.device(device)
+    pipe = load_teacher(teacher, device, dtype)
+    merged = None if lora is None else load_lora(teacher, lora, device, dtype)
+    shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    if student is not None and tuple(student.info.shape) != shape:
+        raise ValueError(
+            f"the student makes samples of shape {tuple(student.info.shape)} and the teacher {teacher} of {shape}; "
+            "compare a student with the teacher that it was made from"
+        )
+    settings = {
+        "teacher": teacher,
+        "teacher_weights": digest(pipe.unet),
+        "student_weights": None if student is None else fingerprint(student.denoiser),
+        "prompts": sha256(json.dumps(prompts).encode()).hexdigest(),
+        "guidance": guidance,
+        "n": n,
+        "seed": seed,
+        "lora": lora,
+        "features": features,
+        "reference": None if reference is None else str(reference),
+        "clip_weights": None if clip_weights is None else str(clip_weights),
+        "clip_model": clip_model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "picture": picture,
+    }
+    space = None if features is None else _space(features, reference, device)
+    clip = None if clip_weights is None else ClipScore(clip_weights, clip_model, device)
+    count = n if space or clip else picture
+    parallel.first(lambda: same_settings(settings, out / "settings.json"))
+    rows: list[dict[str, Any]] = []
+    for method in methods(pipe, merged, student, guidance, dtype):
+        folder = _folder(out, method.name)
+        done = parallel.first(partial(_finished, folder))
+        if done is None:
+            made, pictures = measure(
+                method, prompts, shape, space, clip, n=count, seed=seed, batch=batch, picture=picture
+            )
+            latency = parallel.first(lambda method=method: _latency(method, prompts[0], shape, seed))
+            done = {"name": method.name, "nfe": method.nfe, "images": count, "ms_per_image": latency, **made}
+            if parallel.rank() == 0:
+                for i, image in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
+                    write_atomic(folder / f"{i:06d}.png", lambda p, image=image: p.write_bytes(data.png(image)))
+                write_json(folder / "figures.json", done)  # last: from now on the method is finished
+        rows.append(done)
+    if parallel.rank() > 0:
+        return []
+    write_json(out / "compare.json", {"hardware": hardware(device), **settings, "rows": rows})
+    sheet = _sheet(out, rows, [prompts[i % len(prompts)] for i in range(picture)])
+    write_atomic(out / "compare.png", lambda p: p.write_bytes(data.png(sheet)))
+    print_rows(rows)
+    console.print(f"Pictures and figures are in {out}; see {out / 'compare.png'}")
+    return rows
+
+
+@torch.inference_mode()
+def measure(
+    method: Method,
+    prompts: list[str],
+    shape: tuple[int, ...],
+    space: tuple[FeatureSpace, Reference] | None,
+    clip: ClipScore | None,
+    *,
+    n: int,
+    seed: int,
+    batch: int,
+    picture: int,
+) -> tuple[dict[str, float], Tensor]:
+    """`fid` and `clip_score` of `n` images, and the first `picture` of them u8[picture,3,H,W]; see `compare`.
+
+    Several processes share the batches; the first gets the figures of one process to the last bit, the others none.
+    """
+
+    def look(rows: range) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
+        said = [prompts[i % len(prompts)] for i in rows]
+        pixels = method.make(said, rng.noise(seed, rows, shape))
+        small = lanczos(pixels) if space or clip else pixels
+        seen = space[0].both(small)[0].float().cpu() if space else None
+        return len(rows), pixels[: max(0, picture - rows.start)], seen, clip(small, said) if clip else None
+
+    moments, pictures, scores = Moments(), [], []
+    jobs = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
+    with progress(method.name, n, unit="image") if parallel.rank() == 0 else nullcontext() as advance:
+        for size, shown, seen, score in parallel.shared(look, jobs):
+            pictures.append(shown)
+            if seen is not None:
+                moments.update(seen)
+            if score is not None:
+                scores.append(score)
+            if advance is not None:
+                advance(size)
+    if parallel.rank() > 0:
+        return {}, torch.empty(0)
+    figures: dict[str, float] = {}
+    if space is not None:
+        figures["fid"] = frechet(moments.mean, moments.cov, space[1].mu, space[1].cov)
+    if scores:
+        figures["clip_score"] = float(torch.cat(scores).double().mean())
+    return figures, torch.cat(pictures)
+
+
+def lanczos(pixels: Tensor, side: int = SIDE) -> Tensor:
+    """`pixels u8[B,3,H,W]` as u8[B,3,side,side] by Pillow's Lanczos filter."""
+    images = (Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy())
+    small = [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in images]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+
+
+def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | None = None) -> data.Images:
+    """The images in `folder`, of any sizes: the squares in their middle, by Pillow's Lanczos filter.
+
+    Raises `ValueError` where there are none, or one that Pillow can't read.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in data.SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no images ({', '.join(sorted(data.SUFFIXES))}); for MS-COCO unpack val2014.zip "
+            "(images.cocodataset.org/zips, 6 GB) there"
+        )
+    pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    for row, file in zip(pixels, files, strict=True):
+        try:
+            with Image.open(file) as image:
+                edge = min(image.size)
+                left, top = (image.width - edge) // 2, (image.height - edge) // 2
+                square = image.convert("RGB").crop((left, top, left + edge, top + edge))
+                small = square.resize((side, side), Image.Resampling.LANCZOS)
+        except OSError as error:
+            raise ValueError(f"{file} is not an image that Pillow can read: {error}") from error
+        row.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+        if advance is not None:
+            advance(1)
+    return data.Images(pixels, None, ())
+
+
+def _space(name: str, real: Path | None, device: torch.device) -> tuple[FeatureSpace, Reference]:
+    """The features of FID as clean-fid has it, with their reference."""
+    if not name.startswith("inception:"):
+        raise ValueError(f"features {name!r}: FID is compared in those of Inception; give inception:FILE")
+    if real is None or not real.is_dir():
+        return features(name, real, "clean", device)
+    space = load_inception(Path(name.removeprefix("inception:")), "clean").to(device)
+
+    def make() -> Reference:
+        total = sum(file.suffix.lower() in data.SUFFIXES for file in real.rglob("*"))
+        with progress("real images", total, unit="image") as advance:
+            images = squares(real, advance=advance)
+        with progress("reference", total, unit="image") as advance:
+            return reference(images, space, keep=0, source=str(real), progress=advance)
+
+    return space, parallel.first(make)
+
+
+@torch.inference_mode()
+def _latency(method: Method, prompt: str, shape: tuple[int, ...], seed: int) -> float:
+    """Milliseconds from one prompt to its pixels: the median of at least 3, and of `SECONDS`, after one more."""
+    z, times = rng.noise(seed, range(1), shape), []
+    began = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - began < SECONDS:
+        start = time.perf_counter()
+        method.make([prompt], z)  # ends on the host: the pixels are there
+        times.append(time.perf_counter() - start)
+    return 1000 * sorted(times[1:])[(len(times) - 1) // 2]
+
+
+def _folder(out: Path, method: str) -> Path:
+    return out / "methods" / method.lower().replace(" ", "-")
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    file = folder / "figures.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _sheet(out: Path, rows: list[dict[str, Any]], prompts: list[str]) -> np.ndarray:
+    """The methods' pictures side by side, names and latencies above them, each prompt below its own: u8[H,W,3]."""
+    tiles = [
+        [Image.open(_folder(out, row["name"]) / f"{i:06d}.png").convert("RGB") for row in rows]
+        for i in range(len(prompts))
+    ]
+    width, height = tiles[0][0].size
+    font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", max(11, width // 20))
+    line, gap = round(1.4 * font.size), max(2, width // 64)
+    heads = [f"{row['name']}\n{row['ms_per_image']:,.0f} ms" for row in rows]
+    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    cell = max(width, *(ceil(probe.textbbox((0, 0), head, font)[2]) for head in heads)) + gap
+    texts = [_wrapped(f"“{prompt}”", font, cell * len(rows) - 2 * gap) for prompt in prompts]
+    total = 2 * line + 2 * gap + sum(height + line * len(text) + 2 * gap for text in texts)
+    sheet = Image.new("RGB", (cell * len(rows) + gap, total), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        pen.multiline_text((column * cell + cell // 2, gap), head, "black", font, "ma", align="center")
+    top = 2 * line + 2 * gap
+    for row, text in zip(tiles, texts, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (column * cell + (cell - width) // 2 + gap // 2, top))
+        top += height + gap
+        for words in text:
+            pen.text((sheet.width // 2, top), words, "black", font, "ma")
+            top += line
+        top += gap
+    return np.asarray(sheet)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """`text` as lines that are no wider than `width` pixels, but for words that are."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,130 @@
+"""Exported students in diffusers' own pipelines, with nothing of ours in the way."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from distmatch import DistilledPipeline, rng
+from distmatch.denoiser import Denoiser
+from distmatch.export import export_diffusers, export_lora, one_step_scheduler
+from distmatch.models.folder import save_model
+from distmatch.models.guidance import with_guidance
+from distmatch.models.library import find_model
+from distmatch.models.tiny import write_tiny_sd
+from distmatch.schedule import VP
+
+TEXTS = ["a cat", "two dogs on a sofa"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    write_tiny_sd(root / "eps")
+    write_tiny_sd(root / "v", prediction="v_prediction")
+    write_tiny_sd(root / "xl", kind="sdxl")
+    return root
+
+
+def student(folders, kind, out, *, t=999.0, change=lambda net: net, **entries):
+    """A student unlike its teacher: the teacher's network with other weights in its last layer."""
+    denoiser, info = find_model(f"diffusers:{folders / kind}", "teacher")
+    net = change(denoiser.net)
+    with torch.no_grad():
+        net.unet.conv_out.weight.mul_(-0.7)
+    save_model(out, Denoiser(net, denoiser.schedule, denoiser.prediction), replace(info, t=t, **entries))
+    return DistilledPipeline.from_pretrained(out)
+
+
+def stock(folder, **kwargs):
+    pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe, z, scale):
+    return pipe(TEXTS, latents=z, num_inference_steps=1, guidance_scale=scale, output_type="pt").images
+
+
+def ours(pipe, z, scale=None):
+    return (pipe.sample(z, pipe.condition(2, prompts=TEXTS, guidance_scale=scale)) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize(("kind", "t"), [("eps", 999.0), ("eps", 399.0), ("v", 999.0), ("xl", 399.0), ("xl", 999.0)])
+def test_the_stock_pipeline_makes_the_students_image(folders, tmp_path, kind, t):
+    pipe = student(folders, kind, tmp_path / "student", t=t)
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    z = rng.noise(0, range(2), pipe.info.shape)
+    x, y = ours(pipe, z), images(stock(tmp_path / "out"), z, 1.0)
+    assert x.std() > 0.05
+    assert (x - y).abs().max() < 2e-5
+    teacher = stock(folders / kind)
+    teacher.scheduler = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert (images(teacher, z, 1.0) - y).abs().max() > 0.05
+
+
+def test_a_chosen_guidance_is_the_stock_pipelines_guidance_scale(folders, tmp_path):
+    def change(net):
+        net = with_guidance(net)
+        torch.nn.init.normal_(net.unet.time_embedding.cond_proj.weight, std=0.5)
+        return net
+
+    pipe = student(folders, "eps", tmp_path / "student", change=change, guidance=(1.0, 8.0))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    z, theirs = rng.noise(0, range(2), pipe.info.shape), stock(tmp_path / "out")
+    for scale in (1.0, 2.5, 8.0):
+        assert (ours(pipe, z, scale) - images(theirs, z, scale)).abs().max() < 2e-5
+    assert (ours(pipe, z, 1.0) - ours(pipe, z, 8.0)).abs().max() > 0.05
+    with pytest.raises(ValueError, match="guidance_scale 9 is out of range; this student learnt 1 to 8"):
+        pipe.condition(1, prompts="a", guidance_scale=9)
+
+
+def test_adapters_are_a_lora_of_the_teacher_and_merge_into_a_pipeline(folders, tmp_path):
+    def change(net):
+        net = net.with_adapters(2)
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return net
+
+    denoiser, info = find_model(f"diffusers:{folders / 'eps'}", "teacher")
+    adapted = Denoiser(change(denoiser.net), denoiser.schedule, denoiser.prediction)
+    save_model(tmp_path / "student", adapted, replace(info, t=999.0))
+    pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
+    z = rng.noise(0, range(2), pipe.info.shape)
+
+    export_lora(str(tmp_path / "student"), tmp_path / "lora")
+    theirs = stock(folders / "eps")
+    theirs.scheduler = DDIMScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
+    plain = images(theirs, z, 1.0)
+    theirs.load_lora_weights(tmp_path / "lora")
+    assert (ours(pipe, z) - images(theirs, z, 1.0)).abs().max() < 2e-5
+    assert (ours(pipe, z) - plain).abs().max() > 0.05
+    lora, whole = tmp_path / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "student" / "model.safetensors"
+    assert lora.stat().st_size < whole.stat().st_size / 5
+
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    assert (ours(pipe, z) - images(stock(tmp_path / "out"), z, 1.0)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("schedule", [VP(0.00085, 0.012, 1000, "scaled_linear"), VP()])
+@pytest.mark.parametrize("t", [999, 399, 1])
+def test_the_scheduler_ends_at_the_students_time(schedule, t):
+    scheduler = one_step_scheduler(schedule, t, "epsilon")
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [t]
+    alpha = schedule.alpha(torch.arange(t + 1.0, dtype=torch.float64))
+    assert torch.allclose(scheduler.alphas_cumprod.double(), alpha**2, rtol=1e-5)
+
+
+def test_what_cannot_be_exported_is_named(folders, tmp_path):
+    with pytest.raises(ValueError, match="mnist is no student of a model in diffusers' format"):
+        export_diffusers("mnist", tmp_path / "out")
+    student(folders, "eps", tmp_path / "student", t=499.5)
+    with pytest.raises(ValueError, match=r"student.t is 499.5; diffusers' schedulers know whole steps from 1 to 999"):
+        export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    student(folders, "eps", tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no adapters"):
+        export_lora(str(tmp_path / "plain"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
