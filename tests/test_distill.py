@@ -284,3 +284,30 @@ def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
     ]
     assert curves[0][-1] == curves[1][-1]
     assert set(curves[1]) <= set(curves[0])
+
+
+def test_matching_sees_the_pairs_images_as_well(tmp_path):
+    """`concat(x, x_ref)`: the step of Algorithm 1 for LAION, written out; accumulation changes nothing but rounding."""
+    d = distiller(tmp_path, "match.pairs=true", "generator.warmup=0", "critic.steps=2")
+    match, regress = d.terms
+    student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.networks[0]))
+    b, r = match.draw(d.seed, 0), regress.draw(d.seed, 0)
+    assert (len(b.z), len(b.t), len(b.eps_fake)) == (4, 8, 8)
+    losses = d.step(0)
+
+    with torch.no_grad():
+        x = student(80.0 * torch.cat([b.z, r.z]), torch.full((8,), 80.0), Cond.cat(b.cond, r.cond))
+        cond, noisy = Cond.cat(b.cond, r.cond), x + b.eps * b.t[:, None, None, None]
+        pred_fake, pred_real = fake(noisy, b.t, cond), teacher(noisy, b.t, cond)
+        w = (x - pred_real).abs().mean(dim=[1, 2, 3], keepdim=True)
+        l_kl = 0.5 * (((pred_fake - pred_real) / w) ** 2).mean()
+    assert losses["match"].item() == pytest.approx(l_kl.item(), rel=1e-4, abs=1e-9)
+    assert losses["regress"].item() == pytest.approx(nn.functional.mse_loss(x[4:], r.y).item(), rel=1e-4)
+
+    whole, parts = (distiller(tmp_path, "match.pairs=true", "critic.steps=2", f"accumulate={n}") for n in (1, 2))
+    for index in range(2):
+        a, b = whole.step(index), parts.step(index)
+        for name in a:
+            assert a[name].item() == pytest.approx(b[name].item(), rel=1e-3), name
+    for p, q in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=5e-5)

@@ -38,6 +38,55 @@ def test_the_papers_numbers(name):
     assert recipe.expected
 
 
+def test_the_papers_numbers_of_laion():
+    """Appendix B.3 and B.4."""
+    for name, guidance, iterations, match, regress, count in (
+        ("sd15-laion-6.25", 3.0, 20_000, 2304, 1152, 500_000),
+        ("sd15-laion-6plus", 8.0, 165_000, 2560, 1280, 12_000_000),
+    ):
+        recipe = load_recipe(name)
+        assert (recipe.match.guidance, recipe.pairs.guidance, recipe.steps) == (guidance, guidance, iterations)
+        assert (recipe.match.batch, recipe.regress.batch, recipe.pairs.count) == (match, regress, count)
+        assert (recipe.pairs.sampler, recipe.pairs.steps, recipe.pairs.dtype) == ("pndm", 50, "float16")
+        assert (recipe.regress.loss, recipe.regress.decoder, recipe.regress.weight) == ("lpips", "tiny", 0.25)
+        assert (recipe.match.pairs, recipe.match.weighting, recipe.match.bins) == (True, "algorithm2", 1000)
+        assert (recipe.match.min_step, recipe.match.max_step) == (20, 980)
+        assert (recipe.gradient_checkpointing, recipe.precision, recipe.student.t) == (True, "bf16", None)
+        for optimiser in (recipe.generator, recipe.critic):
+            assert (optimiser.lr, optimiser.betas, optimiser.weight_decay) == (1e-5, (0.9, 0.999), 0.01)
+            assert optimiser.clip > 0
+        assert recipe.expected
+
+
+def test_the_stages_are_table_5():
+    """Pairs in millions, weight, highest bin, decoder, batches per GPU of 80, cumulative iterations."""
+    rows = """
+        2.5 .1 980 tiny 32 16 5400
+        2.5 .5 980 tiny 32 16 8600
+        2.5 1 980 tiny 32 16 21100
+        4 1 980 tiny 32 16 56300
+        6 1 980 tiny 32 16 60100
+        9 1 980 tiny 32 16 68000
+        12 1 980 tiny 32 16 74000
+        12 1 500 tiny 32 16 80000
+        12 1 500 full 16 4 127000
+        12 .75 500 full 16 4 149500
+        12 .5 500 full 16 4 162500
+        12 .25 500 full 16 4 165000
+    """
+    recipe = load_recipe("sd15-laion-6plus")
+    assert len(recipe.stages) == 12
+    for number, row in enumerate(rows.strip().splitlines()):
+        million, weight, highest, decoder, match, regress, until = row.split()
+        stage = recipe.stage(number)
+        assert recipe.stages[number].until == int(until)
+        assert stage.pairs.count == float(million) * 1e6
+        assert (stage.regress.weight, stage.match.max_step) == (float(weight), int(highest))
+        assert stage.regress.decoder == decoder
+        assert (stage.match.batch, stage.regress.batch) == (80 * int(match), 80 * int(regress))
+        assert stage.match.guidance == 8
+
+
 @pytest.mark.parametrize("name", list(recipes()))
 def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
     """Every term of the recipe has its loss, the fake score is trained where there is one, and the student moves."""
@@ -47,13 +96,16 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
     lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "gradient_norm" in line]
     expected = {*recipe.terms, *(["fake", "fake_gradient_norm"] if "match" in recipe.terms else [])}
-    assert [line["step"] for line in losses] == [1, 2, 3]
+    assert [line["step"] for line in losses] == list(range(1, recipe.steps + 1))
     for line in losses:
         assert expected <= line.keys()
         assert not {"match", "regress", "fake"} - expected & line.keys()
         for key in expected:  # both scores start as one network, and the matching loss at zero
-            assert (line[key] == 0) == (key == "match" and line["step"] == 1 and recipe.student.network is None), key
-    assert {p.name for p in (folder / name / "previews").iterdir()} == {"step-00000000.png", "step-00000003.png"}
+            # With guidance the real score is another from the start.
+            zero = key == "match" and line["step"] == 1 and not recipe.student.network and recipe.match.guidance == 1
+            assert (line[key] == 0) == zero, key
+    previews = {f"step-{step:08d}.png" for step in range(0, recipe.steps + 1, 3)}
+    assert {p.name for p in (folder / name / "previews").iterdir()} == previews
     student, info = load_model(folder / name / "model")
     assert info.t == student.schedule.t_max
     if recipe.student.network is None:

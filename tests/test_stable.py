@@ -11,8 +11,7 @@ from distmatch import rng
 from distmatch.conditions import Classes, Guided, Prompts
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.embeddings import embed
-from distmatch.losses import Decoded
-from distmatch.models.codec import Decoder
+from distmatch.models.codec import Decoded, Decoder
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
 from distmatch.models.text import TextEncoder

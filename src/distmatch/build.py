@@ -14,8 +14,8 @@ from distmatch.config import Optimiser, Recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
 from distmatch.embeddings import embed
-from distmatch.losses import REGRESSIONS, WEIGHTINGS, Decoded
-from distmatch.models.codec import Decoder
+from distmatch.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.models.codec import Decoded, Decoder
 from distmatch.models.folder import NETWORKS, Info
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
@@ -245,7 +245,8 @@ def terms(recipe: Recipe, subject: Subject, fake: Denoiser | None, pairs: PairSt
     regress = [_regress(recipe, subject, pairs)] if pairs is not None and "regress" in recipe.terms else []
     reference = next(iter(regress), None) if recipe.match.pairs else None
     match = [] if fake is None else [_match(recipe, subject, fake, reference)]
-    return sorted([*match, *regress], key=lambda term: recipe.terms.index(term.name))
+    by_name: dict[str, Term] = {term.name: term for term in (*match, *regress)}
+    return [by_name[name] for name in recipe.terms]
 
 
 def _match(recipe: Recipe, subject: Subject, fake: Denoiser, reference: Term | None) -> Match:

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from distmatch.cli_models import Out
+from distmatch.cli_models import app as models
+
 app = App(
     name="distmatch",
     help="""Turn a pretrained diffusion model into a one-step generator (Distribution Matching Distillation).
@@ -24,11 +27,9 @@ app.command(pairs_app)
 import_app = App(name="import", help="Turn foreign checkpoints into model folders. Nothing in them is executed.")
 app.command(import_app)
 
-export_app = App(name="export", help="Turn students into other libraries' formats.")
-app.command(export_app)
-
-Out = Annotated[Path | None, Parameter(name=["--out", "-o"])]
 Runs = Annotated[Path, Parameter(name="--runs")]
+
+app.update(models)
 
 
 @app.command
@@ -187,95 +188,6 @@ def teach(
 
 
 @app.command
-def sample(
-    model: str,
-    /,
-    *,
-    n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
-    seed: int = 0,
-    label: str | None = None,
-    prompt: Annotated[list[str] | None, Parameter(name=["--prompt", "-p"])] = None,
-    out: Out = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch: int | None = None,
-    device: str = "auto",
-) -> None:
-    """Make images: a grid and single PNGs.
-
-    Parameters
-    ----------
-    model
-        A model or run folder, or a model of the package: mnist.
-    label
-        Class name or number for all images; the classes in turn unless told.
-    prompt
-        For a text-to-image model, what to draw; several take turns.
-    out
-        Where the images go; samples/MODEL unless told.
-    steps
-        Sample the teacher called MODEL with so many steps of Heun (PNDM for Stable Diffusion) instead of the student.
-    guidance
-        Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student that learnt a range.
-    """
-    from distmatch.run import sample as run
-
-    name = Path(model).name
-    run(model, out or Path("samples") / name, n, seed, label, prompt, steps, guidance, batch, device)
-
-
-@app.command(name="eval")
-def evaluate(
-    model: str,
-    /,
-    *,
-    n: Annotated[int, Parameter(name=["-n", "--n"])] = 50_000,
-    seed: int = 1,
-    steps: int | None = None,
-    guidance: float | None = None,
-    features: str = "mnist",
-    resize: Literal["legacy", "clean"] = "legacy",
-    reference: Path | None = None,
-    batch: int = 256,
-    out: Out = None,
-    device: str = "auto",
-) -> None:
-    """Measure a model: Frechet and kernel distance, precision and recall, class accuracy, latency, throughput.
-
-    FID by EDM's protocol: --features inception:FILE --reference STATISTICS.npz, 50,000 images. Several GPUs share the
-    images, and the figures stay the same: torchrun --nproc-per-node 8 -m distmatch eval ...
-
-    Parameters
-    ----------
-    model
-        A model or run folder, or a model of the package: mnist.
-    n
-        Number of images, classes in turn.
-    seed
-        Of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise.
-    steps
-        Measure the teacher called MODEL with so many Heun steps instead of the student.
-    guidance
-        Classifier-free guidance, uncond + w (cond - uncond); only with --steps.
-    features
-        The network in whose features images are compared: a folder made by `distmatch classifier`, or mnist, or
-        inception:FILE for FID. FILE holds the weights: inception-2015-12-05.pt (TorchScript, a program that is run: use
-        one that you trust), a state dict of the PyTorch port (.pth, .safetensors), or NVIDIA's .pkl.
-    resize
-        How Inception's images are enlarged. legacy: as TensorFlow 1 did it, for FID as EDM and DMD report it;
-        clean: bicubic with antialiasing, as clean-fid does it.
-    reference
-        Real images (folder, archive, or u8[N,H,W,C] in an .npy or .npz), or their statistics (.npz with mu and sigma,
-        made with the same features and resize); the reference that comes with FEATURES unless told.
-    out
-        Write the figures there as JSON as well.
-    """
-    from distmatch.run import evaluate as run
-
-    run(model, n, seed, steps, guidance, features, resize, reference, batch, out, device)
-
-
-@app.command
 def classifier(
     images: Path,
     /,
@@ -305,118 +217,6 @@ def classifier(
 
     name = images.name.split(".")[0]
     run(images, out or Path("runs") / f"classifier-{name}", steps, batch, lr, widths, flip, seed)
-
-
-@app.command
-def compare(
-    teacher: str,
-    student: str | None = None,
-    /,
-    *,
-    prompts: str = "coco",
-    coco: Path | None = None,
-    column: str | None = None,
-    n: Annotated[int | None, Parameter(name=["-n", "--n"])] = None,
-    seed: int = 1,
-    guidance: float = 8.0,
-    lora: str | None = None,
-    features: str | None = None,
-    reference: Path | None = None,
-    clip: Path | None = None,
-    clip_model: str = "ViT-g-14",
-    picture: int = 7,
-    batch: int = 16,
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
-    out: Out = None,
-    device: str = "auto",
-) -> None:
-    """Compare a text-to-image student with its teacher, fast solvers and LCM-LoRA: figures, latencies, one picture.
-
-    All make the same prompts from the same noise. Run again to continue. Several GPUs share the images:
-    torchrun --nproc-per-node 8 -m distmatch compare ...
-
-    Parameters
-    ----------
-    teacher
-        A folder in diffusers' format, or the name of one on Hugging Face.
-    student
-        A model or run folder; left out unless told.
-    prompts
-        A file (.txt, .jsonl, .parquet, or .json captions of MS-COCO), or coco: random captions of --coco.
-    coco
-        captions_val2014.json, from annotations_trainval2014.zip.
-    column
-        Key or column of the prompts; prompt, caption or text unless told.
-    n
-        Images that are measured; 30,000 of coco, one per prompt of a file. Without --features and --clip only those of
-        the picture are made.
-    seed
-        Of the noise and of coco's captions.
-    guidance
-        Of the teacher and its solvers, and of a student that takes one. The paper's: 3 and 8.
-    lora
-        An LCM-LoRA for 1, 2 and 4 steps: a file, a folder, or latent-consistency/lcm-lora-sdv1-5.
-    features
-        inception:FILE for FID, see `distmatch eval`; images are enlarged as clean-fid does it.
-    reference
-        The real images for FID: their folder (val2014), or statistics made with --resize clean.
-    clip
-        OpenCLIP's weights for the CLIP score: the file, or its folder.
-    clip_model
-        OpenCLIP's name of their network.
-    picture
-        Rows of the picture: the first prompts.
-    precision
-        Of the teacher's weights; the student computes in it by autocast.
-    out
-        Where figures and pictures go; runs/compare-TEACHER unless told.
-    """
-    from distmatch.compare import command
-
-    command(
-        teacher, student, out or Path("runs") / f"compare-{Path(teacher).name}", prompts=prompts, coco=coco,
-        column=column, guidance=guidance, n=n, seed=seed, lora=lora, features=features, reference=reference, clip=clip,
-        clip_model=clip_model, batch=batch, picture=picture, precision=precision, device=device,
-    )  # fmt: skip
-
-
-@export_app.command(name="diffusers")
-def export_diffusers(run: str, /, *, out: Out = None, source: str | None = None, half: bool = False) -> None:
-    """Write a text-to-image student as a folder that DiffusionPipeline.from_pretrained opens.
-
-    It makes the student's image with num_inference_steps=1, guidance_scale=1: the student's time and prediction are
-    in the scheduler's settings. A student that learnt a range of guidance takes guidance_scale from that range.
-
-    Parameters
-    ----------
-    run
-        A run or model folder.
-    out
-        The folder; RUN-diffusers unless told.
-    source
-        The teacher in diffusers' format whose text encoders and autoencoder go along; that of the run unless told.
-    half
-        Weights in half precision.
-    """
-    from distmatch.export import export_diffusers as export
-
-    export(run, out or Path(f"{run.rstrip('/')}-diffusers"), source, half)
-
-
-@export_app.command(name="lora")
-def export_lora(run: str, /, *, out: Out = None) -> None:
-    """Write the adapters of a student trained with student.lora_rank as a LoRA in diffusers' format, and its scheduler.
-
-    Parameters
-    ----------
-    run
-        A run folder.
-    out
-        The folder; RUN-lora unless told.
-    """
-    from distmatch.export import export_lora as export
-
-    export(run, out or Path(f"{run.rstrip('/')}-lora"))
 
 
 @pairs_app.command(name="build")

@@ -34,7 +34,7 @@ from distmatch.pairs import fingerprint
 from distmatch.pipeline import DistilledPipeline, Pipeline
 from distmatch.progress import progress
 from distmatch.prompts import coco_prompts, read_prompts
-from distmatch.run import same_settings, console, features, print_rows
+from distmatch.run import console, features, print_rows, same_settings
 
 SIDE = 256
 """Of the images that are measured, in pixels."""

@@ -39,9 +39,14 @@ class Batch:
     eps_fake: Tensor | None = None
 
     def part(self, cut: int, cuts: int) -> "Batch":
-        """Part `cut` of `cuts` equal parts, for gradient accumulation; every entry is cut by its own length."""
+        """Part `cut` of `cuts` equal parts, for gradient accumulation: of the term's own rows, and of those behind."""
+        own = len(self.z)
+
+        def part(v: Tensor) -> Tensor:
+            return torch.cat([rows.chunk(cuts)[cut] for rows in v.split([own, len(v) - own]) if len(rows)])
+
         entries = {name: value for name, value in vars(self).items() if name != "cond" and value is not None}
-        parts = {name: value.chunk(cuts)[cut] for name, value in entries.items()}
+        parts = {name: part(value) for name, value in entries.items()}
         return replace(self, **parts, cond=_part(self.cond, cut, cuts))
 
 

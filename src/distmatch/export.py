@@ -68,7 +68,7 @@ def _student(run: str) -> tuple[StableUNet, Any, Info]:
     return denoiser.net, one_step_scheduler(denoiser.schedule, info.t, prediction), info
 
 
-def one_step_scheduler(schedule: VP, t: float, prediction: str) -> Any:
+def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
     """diffusers' DDIM with the one step of `G(z) = mu(z, t)`: at `t`, straight to `x0`.
 
     With `trailing` spacing, a single step is at the last of the trained times. The schedule is cut behind `t`: what is

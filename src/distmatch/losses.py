@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,15 +51,3 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float = 0.03) -> Tensor:
 
 REGRESSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "huber": pseudo_huber}
 """`(x f[B,*D], y f[B,*D]) -> f[]`, the distance of Eq. 9."""
-
-
-class Decoded:
-    """A distance of latents: that of the images that `decode` makes of them. Only `x` gets a gradient."""
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], decode: Callable[[Tensor], Tensor]):
-        self.loss, self.decode = loss, decode
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self.decode(y)
-        return self.loss(self.decode(x), target)

@@ -1,5 +1,6 @@
 """Latents to pixels: the autoencoder's decoder of a latent diffusion model, full or tiny."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,3 +46,15 @@ class Decoder(nn.Module):
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z, return_dict=False)[0]
+
+
+class Decoded:
+    """A distance of latents: that of the images that `decode` makes of them. Only `x` gets a gradient."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], decode: Callable[[Tensor], Tensor]):
+        self.loss, self.decode = loss, decode
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.decode(y)
+        return self.loss(self.decode(x), target)

@@ -31,8 +31,8 @@ def scheduler_config(source: str) -> dict[str, Any]:
     """The scheduler's settings as plain data."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    config = fetched(source, lambda: DDIMScheduler.load_config(source, subfolder="scheduler"))
-    return dict(config)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    config: Any = fetched(source, lambda: DDIMScheduler.load_config(source, subfolder="scheduler"))
+    return dict(config)
 
 
 def schedule_of(scheduler: dict[str, Any], source: str) -> VP:

@@ -106,4 +106,4 @@ def write_adapters(net: StableUNet, folder: Path) -> None:
     """The adapters as a LoRA in diffusers' format: `pytorch_lora_weights.safetensors`."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=adapters(net))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=dict(adapters(net)))

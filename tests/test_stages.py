@@ -1,0 +1,74 @@
+"""Stages: each changes the terms for a part of the run, and a continued run lands where it was."""
+
+import json
+
+import pytest
+import tiny
+
+from distmatch import run
+from distmatch.config import load_recipe
+from distmatch.models.folder import load_model
+from distmatch.train import Stopped
+
+STAGES = [
+    {"until": 4, "change": {"pairs.count": 10, "regress.weight": 0.5}},
+    {"until": 7, "change": {"match.max_step": 500, "match.batch": 2, "pairs.count": 20}},
+    {"until": 12, "change": {"regress.batch": 2, "regress.loss": "huber"}},
+]
+
+
+def recipe(folder, **changes):
+    return load_recipe(str(tiny.recipe_file(folder, stages=STAGES, **changes)))
+
+
+def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(recipe, subject, distiller, out, steps, title):
+        match, regress = distiller.terms
+        seen.append((steps, title, regress.weight, match.max_step, match.batch, regress.batch, len(regress.pairs)))
+        return train(recipe, subject, distiller, out, steps, title)
+
+    train = run._train
+    monkeypatch.setattr(run, "_train", spy)
+    run.distil(recipe(tmp_path), tmp_path / "run", tmp_path)
+    assert seen == [
+        (4, "tiny, stage 1 of 3", 0.5, 980, 4, 4, 10),
+        (7, "tiny, stage 2 of 3", 1.0, 500, 2, 4, 20),
+        (12, "tiny, stage 3 of 3", 1.0, 980, 4, 2, 24),
+    ]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [s for s in steps if s in (4, 7, 12)] == [4, 7, 12]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5, 7, 11])
+def test_a_run_stopped_anywhere_ends_as_the_undisturbed(tmp_path, monkeypatch, stop):
+    """Within a stage, and between two: the same weights to the last bit."""
+    run.distil(recipe(tmp_path), tmp_path / "whole", tmp_path)
+    stopping = {"left": stop}
+    step = run.Distiller.step
+
+    def stops(self, index):
+        if index == stopping.get("left"):
+            del stopping["left"]
+            raise Stopped("by the test")
+        return step(self, index)
+
+    monkeypatch.setattr(run.Distiller, "step", stops)
+    with pytest.raises(Stopped):
+        run.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
+    run.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
+    whole, parts = (load_model(tmp_path / name / "model")[0].state_dict() for name in ("whole", "parts"))
+    assert all(parts[name].equal(value) for name, value in whole.items())
+
+
+def test_impossible_stages_are_named(tmp_path):
+    for stages, message in (
+        ([{"until": 3}], r"stages end at \[3\]; expected rising iterations, the last of them `steps`, 12"),
+        ([{"until": 5}, {"until": 5}, {"until": 12}], r"stages end at \[5, 5, 12\]"),
+        ([{"until": 12, "change": {"generator.lr": 1}}], "stage 1 changes 'generator.lr'; a stage can change match"),
+        ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'batch'"),
+        ([{"until": 12, "change": {"match.batch": "a"}}], "stage 1: match.batch = 'a'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(str(tiny.recipe_file(tmp_path, stages=stages)))
