@@ -7,8 +7,8 @@ import tiny
 
 from distmatch import run
 from distmatch.config import load_recipe
+from distmatch.interrupt import Stopped
 from distmatch.models.folder import load_model
-from distmatch.train import Stopped
 
 STAGES = [
     {"until": 4, "change": {"pairs.count": 10, "regress.weight": 0.5}},

@@ -12,7 +12,7 @@ from torch import Tensor
 from distmatch import data
 from distmatch.checkpoint import Checkpoints, Stateful, write_atomic
 from distmatch.clock import Clock
-from distmatch.interrupt import Interrupt
+from distmatch.interrupt import Interrupt, Stopped
 from distmatch.log import Log
 from distmatch.progress import progress
 
@@ -58,10 +58,6 @@ class Plan:
 
 class Diverged(Exception):
     """A loss is not finite."""
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM; everything is saved."""
 
 
 def train(
