@@ -104,7 +104,8 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
             # With guidance the real score is another from the start.
             zero = key == "match" and line["step"] == 1 and not recipe.student.network and recipe.match.guidance == 1
             assert (line[key] == 0) == zero, key
-    previews = {f"step-{step:08d}.png" for step in range(0, recipe.steps + 1, 3)}
+    shown = {*range(0, recipe.steps + 1, 3), *(stage.until for stage in recipe.stages)}
+    previews = {f"step-{step:08d}.png" for step in shown}
     assert {p.name for p in (folder / name / "previews").iterdir()} == previews
     student, info = load_model(folder / name / "model")
     assert info.t == student.schedule.t_max

@@ -291,7 +291,7 @@ def pipeline(model: str, steps: int | None, guidance: float | None, device: str)
             model, build.device(device), steps=steps, guidance=1.0 if guidance is None else guidance
         )
     student = DistilledPipeline.from_pretrained(model, build.device(device))
-    if guidance is not None and student.info.guidance is None:
+    if guidance not in (None, 1.0) and student.info.guidance is None:
         raise ValueError(
             f"guidance {guidance} is for a teacher: give --steps too. This student's guidance is fixed by training"
         )
