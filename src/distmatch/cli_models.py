@@ -1,4 +1,4 @@
-"""The commands for finished models: sample, measure, compare, export."""
+"""The commands for finished models: sample, measure, compare, serve, export."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -172,6 +172,47 @@ def compare(
         column=column, guidance=guidance, n=n, seed=seed, lora=lora, features=features, reference=reference, clip=clip,
         clip_model=clip_model, batch=batch, picture=picture, precision=precision, device=device,
     )  # fmt: skip
+
+
+@app.command
+def serve(
+    model: str,
+    /,
+    *,
+    teacher: str | None = None,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+    open_browser: bool = False,
+) -> None:
+    """Open a local web page that draws as you type, and asks which picture is the teacher's.
+
+    Parameters
+    ----------
+    model
+        A student: a model or run folder, or one of the package: mnist.
+    teacher
+        Its teacher, for the game: a model folder, mnist, diffusers:FOLDER_OR_ID.
+    steps
+        The teacher's sampler steps; 18 of Heun, 50 of PNDM for Stable Diffusion, unless told.
+    guidance
+        The teacher's guidance.
+    host
+        Address to listen at. Others than 127.0.0.1 let everybody in your network use the page.
+    port
+        Where it is taken, a free one is used.
+    """
+    try:
+        from distmatch.serve import serve as run
+    except ImportError as error:
+        raise ValueError(f"the web page needs more packages ({error}): pip install distmatch[serve]") from error
+    from distmatch.run import pipeline
+
+    steps = steps or (50 if str(teacher).startswith("diffusers:") else 18)
+    student = pipeline(model, None, None, device)
+    run(student, pipeline(teacher, steps, guidance, device) if teacher else None, host, port, open_browser)
 
 
 @export_app.command(name="diffusers")

@@ -1,0 +1,272 @@
+"""`distmatch serve`: a local web page that draws as one types, and plays the paper's Figure 1: which is which?
+
+One thread runs the models. A visitor has at most one picture in its queue, whatever he sends, and the newest of his
+wishes is drawn next: frames are dropped rather than queued, and visitors are served in turn.
+"""
+
+import asyncio
+import io
+import json
+import secrets
+import socket
+import struct
+import time
+import webbrowser
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from fastapi import FastAPI, HTTPException, Request, WebSocket, WebSocketDisconnect
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from torch import Tensor
+
+from distmatch import rng
+from distmatch.paths import ASSETS
+from distmatch.pipeline import Output, Pipeline
+
+console = Console(markup=False, highlight=False, soft_wrap=True)
+Result = TypeVar("Result")
+
+LOSSLESS = 128
+"""Sides of up to so many pixels are sent as PNG; longer ones as JPEG, which is encoded many times faster."""
+
+ROUNDS = 1000
+"""Open rounds of the game that are kept; the oldest go."""
+
+WAITING = 8
+"""Rounds that may be waiting for the models; further ones are refused until there is room."""
+
+LARGEST = 16_384
+"""Bytes of a message or a request's body."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Wish(BaseModel):
+    """A picture that the page asks for: between the noises `seed` and `other` at `mix`, under a condition."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    id: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    prompt: Annotated[str, Field(max_length=1000)] | None = None
+    label: Annotated[int, Field(ge=0)] | None = None
+    guidance: float | None = None
+    seed: Seed = 0
+    other: Seed = 1
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Guess(BaseModel):
+    """Which of the round's two pictures, 0 or 1, is the teacher's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    teacher: Annotated[int, Field(ge=0, le=1)]
+
+
+@dataclass
+class Studio:
+    """The models, and the thread that runs them."""
+
+    student: Pipeline
+    teacher: Pipeline | None = None
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
+    rounds: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
+    waiting: int = 0
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """`work()` in the models' thread, when all that was asked before is done."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    def draw(self, pipe: Pipeline, wish: Wish) -> tuple[Tensor, float]:
+        """`(pixels u8[1,C,H,W], milliseconds)`. Raises `ValueError` for what the model does not take."""
+        began = time.perf_counter()
+        prompts = [wish.prompt or ""] if pipe.info.source else None if wish.prompt is None else [wish.prompt]
+        scale = wish.guidance if pipe.info.guidance is not None else None
+        cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
+        pixels = pipe.render(noise(pipe.info.shape, wish.seed, wish.other, wish.mix), cond)
+        return pixels, 1000 * (time.perf_counter() - began)
+
+    def new_round(self, wish: Wish) -> dict[str, Any]:
+        """Both models' pictures of one wish, in random order. Who made which stays here until the guess."""
+        assert self.teacher is not None
+        made = [(*self.draw(pipe, wish), pipe.nfe) for pipe in (self.student, self.teacher)]
+        teacher = secrets.randbelow(2)
+        name, order = secrets.token_urlsafe(12), [made[1], made[0]] if teacher == 0 else made
+        self.rounds[name] = {
+            "teacher": teacher,
+            "milliseconds": [ms for _, ms, _ in order],
+            "evaluations": [nfe for _, _, nfe in order],
+        }
+        while len(self.rounds) > ROUNDS:
+            self.rounds.popitem(last=False)
+        pictures = [encode(pixels) for pixels, _, _ in order]
+        return {"round": name, "type": pictures[0][0], "pictures": [data.hex() for _, data in pictures]}
+
+
+def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
+    """Noise f[1,*D] on the great circle from that of `seed` (mix 0) to that of `other` (mix 1)."""
+    a = rng.noise(seed, [0], shape)
+    if mix == 0 or seed == other:
+        return a
+    b = rng.noise(other, [0], shape)
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    return (torch.sin((1 - mix) * angle) * a + torch.sin(mix * angle) * b) / torch.sin(angle)
+
+
+def encode(pixels: Tensor) -> tuple[str, bytes]:
+    """`(media type, file)` of one picture u8[1,C,H,W]."""
+    kind = "png" if max(pixels.shape[2:]) <= LOSSLESS else "jpeg"
+    file = io.BytesIO()
+    options = {"compress_level": 1} if kind == "png" else {"quality": 95}
+    Output(pixels).images[0].save(file, kind, **options)
+    return f"image/{kind}", file.getvalue()
+
+
+def make_app(student: Pipeline, teacher: Pipeline | None = None, hosts: tuple[str, ...] = ("127.0.0.1", "localhost")):
+    """The page and what it asks for.
+
+    Args:
+        hosts: the names that requests may call this server by. A foreign page that has its name resolved to this
+            machine (DNS rebinding) comes under its own and is refused; so is a websocket from another page.
+    """
+    studio = Studio(student, teacher)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        studio.thread.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+
+    @app.middleware("http")
+    async def small(request: Request, call_next: Callable[[Request], Any]) -> Any:
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > LARGEST or "transfer-encoding" in request.headers:
+            return JSONResponse({"detail": f"at most {LARGEST} bytes, of a stated length"}, 413)
+        return await call_next(request)
+
+    @app.get("/")
+    def page() -> HTMLResponse:
+        return HTMLResponse((ASSETS / "page.html").read_text(encoding="utf-8"))
+
+    @app.get("/model")
+    def model() -> dict[str, Any]:
+        info = student.info
+        return {
+            "classes": info.classes,
+            "prompts": bool(info.source),
+            "guidance": info.guidance,
+            "evaluations": student.nfe,
+            "teacher": None if teacher is None else teacher.nfe,
+        }
+
+    @app.post("/rounds")
+    async def new_round(wish: Wish) -> dict[str, Any]:
+        if teacher is None:
+            raise HTTPException(404, "no teacher is served; start with --teacher")
+        if studio.waiting >= WAITING:
+            raise HTTPException(429, "too many rounds are waiting; try again")
+        studio.waiting += 1
+        try:
+            return await studio.run(lambda: studio.new_round(wish))
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+        finally:
+            studio.waiting -= 1
+
+    @app.post("/rounds/{name}")
+    def guess(name: str, guess: Guess) -> dict[str, Any]:
+        answer = studio.rounds.pop(name, None)
+        if answer is None:
+            raise HTTPException(404, "this round is not open: unknown, answered, or too long ago")
+        return {**answer, "right": guess.teacher == answer["teacher"]}
+
+    @app.websocket("/draw")
+    async def draw(socket: WebSocket) -> None:
+        origin = socket.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != socket.headers.get("host"):
+            await socket.close(1008)  # before it is accepted: the client gets 403
+            return
+        await socket.accept()
+        await _visitor(socket, studio)
+
+    return app
+
+
+async def _visitor(socket: WebSocket, studio: Studio) -> None:
+    """Draw what one visitor asks for, the newest first, until he leaves."""
+    newest: list[Wish] = []
+    arrived = asyncio.Event()
+
+    async def draw() -> None:
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            wish = newest.pop()
+            newest.clear()
+            try:
+                pixels, ms = await studio.run(lambda wish=wish: studio.draw(studio.student, wish))
+            except ValueError as error:
+                await _refuse(socket, wish.id, 422, str(error))
+                continue
+            kind, picture = encode(pixels)
+            header = json.dumps({"id": wish.id, "milliseconds": ms, "type": kind}).encode()
+            await socket.send_bytes(struct.pack(">I", len(header)) + header + picture)
+
+    drawing = asyncio.create_task(draw())
+    try:
+        while (message := await socket.receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            if text is None or len(text) > LARGEST:
+                await _refuse(socket, None, 400, f"expected text of at most {LARGEST} characters")
+                continue
+            try:
+                newest.append(Wish.model_validate_json(text))
+                arrived.set()
+            except ValidationError as error:
+                first = error.errors()[0]
+                await _refuse(socket, None, 422, f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}")
+    except WebSocketDisconnect:
+        pass
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+
+async def _refuse(socket: WebSocket, number: int | None, status: int, why: str) -> None:
+    await socket.send_text(json.dumps({"id": number, "status": status, "error": why}))
+
+
+def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, open_browser: bool = False) -> None:
+    """Serve the page until Ctrl-C, at `port` or, where it is taken, at a free one."""
+    import uvicorn
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as taken:
+            try:
+                listener.bind((host, 0))
+            except OSError:
+                raise ValueError(f"--host {host}: {taken.strerror}; give an address of this machine") from taken
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        console.print(f"Look at {address} (Ctrl-C ends it)")
+        if open_browser:
+            webbrowser.open(address)
+        local = host in ("127.0.0.1", "localhost", "::1")
+        hosts = ("127.0.0.1", "localhost", "::1", host) if local else ("*",)
+        config = uvicorn.Config(
+            make_app(student, teacher, hosts), log_level="warning", ws_max_size=4 * LARGEST, timeout_graceful_shutdown=1
+        )
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,368 @@
+"""The page's server, asked by well- and ill-behaved visitors, and the page in a real browser."""
+
+import asyncio
+import io
+import json
+import shutil
+import struct
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+import tiny
+import torch
+import uvicorn
+import websockets
+from PIL import Image
+from websockets.sync.client import connect
+
+from distmatch import DistilledPipeline, TeacherPipeline, rng
+from distmatch.models.folder import Info
+from distmatch.pipeline import Pipeline
+from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise
+
+INFO = Info((1, 8, 8), ("a", "b", "c"), t=80.0)
+
+
+def student() -> DistilledPipeline:
+    return DistilledPipeline(tiny.teacher(), INFO)
+
+
+def teacher() -> TeacherPipeline:
+    return TeacherPipeline(tiny.teacher(1), replace(INFO, t=None), steps=3)
+
+
+class Slow(Pipeline):
+    """A student that takes its time and remembers what it made."""
+
+    def __init__(self, seconds: float):
+        fast = student()
+        super().__init__(fast.denoiser, fast.info, fast.make, 1)
+        self.seconds, self.made = seconds, []
+
+    def render(self, z, cond=None):
+        time.sleep(self.seconds)
+        self.made.append(int(cond.label[0]))
+        return super().render(z, cond)
+
+
+@contextmanager
+def serving(*pipelines):
+    """`host:port` of a server of its own thread."""
+    server = uvicorn.Server(uvicorn.Config(make_app(*pipelines), port=0, log_level="error", ws_max_size=4 * LARGEST))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serving(student(), teacher()) as where:
+        yield where
+
+
+def picture(message: bytes) -> tuple[dict, np.ndarray]:
+    (length,) = struct.unpack(">I", message[:4])
+    return json.loads(message[4 : 4 + length]), np.asarray(Image.open(io.BytesIO(message[4 + length :])))
+
+
+def ask(socket, **wish):
+    socket.send(json.dumps(wish))
+    return picture(socket.recv())
+
+
+def test_a_wish_gives_the_pipelines_pixels(address):
+    pipe = student()
+    with connect(f"ws://{address}/draw") as socket:
+        for label, seed in ((0, 0), (2, 0), (2, 12345)):
+            header, pixels = ask(socket, id=seed, label=label, seed=seed)
+            expected = pipe.render(rng.noise(seed, [0], (1, 8, 8)), pipe.condition(1, labels=label))
+            assert np.array_equal(pixels, expected[0, 0].numpy())
+            assert header["id"] == seed
+            assert header["milliseconds"] > 0
+        ends = [ask(socket, label=1, seed=s)[1] for s in (3, 4)]
+        for mix, end in zip((0.0, 1.0), ends, strict=True):
+            assert np.abs(ask(socket, label=1, seed=3, other=4, mix=mix)[1].astype(int) - end).max() <= 1
+
+
+def test_noise_between_two_seeds_stays_noise():
+    """The great circle: of unit variance all along, a straight line would lose half of it in the middle."""
+    shape = (3, 64, 64)
+    for mix in (0.0, 0.25, 0.5, 1.0):
+        z = noise(shape, 1, 2, mix)
+        assert z.std().item() == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(noise(shape, 1, 2, 0.0), rng.noise(1, [0], shape))
+    assert torch.allclose(noise(shape, 1, 2, 1.0), rng.noise(2, [0], shape), atol=1e-5)
+    a, b, middle = noise(shape, 1, 2, 0.0), noise(shape, 1, 2, 1.0), noise(shape, 1, 2, 0.5)
+    assert (middle * a).sum().item() == pytest.approx((middle * b).sum().item(), rel=0.02)
+
+
+def test_small_pictures_are_lossless_and_large_ones_are_not():
+    small, large = torch.randint(0, 256, (1, 3, 64, 64)).byte(), torch.randint(0, 256, (1, 3, 256, 256)).byte()
+    kind, data = encode(small)
+    assert kind == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), small[0].permute(1, 2, 0).numpy())
+    assert encode(large)[0] == "image/jpeg"
+
+
+# Several wishes, several visitors
+
+
+def test_frames_are_dropped_rather_than_queued():
+    slow = Slow(0.1)
+    with serving(slow) as address, connect(f"ws://{address}/draw") as socket:
+        for i in range(30):
+            socket.send(json.dumps({"id": i, "label": i % 3}))
+        last = 0
+        while last != 29:
+            last = picture(socket.recv(timeout=10))[0]["id"]
+        with pytest.raises(TimeoutError):
+            socket.recv(timeout=0.4)
+    assert len(slow.made) <= 4  # the first, the newest after it, one or two in between
+    assert slow.made[-1] == 29 % 3
+
+
+def test_a_flood_of_one_visitor_does_not_starve_another():
+    slow = Slow(0.05)
+
+    async def visit(address) -> int:
+        """How many pictures a quiet visitor gets, while a greedy one sends without waiting."""
+        uri = f"ws://{address}/draw"
+        async with websockets.connect(uri) as greedy, websockets.connect(uri) as quiet:
+
+            async def flood():
+                while True:
+                    await greedy.send(json.dumps({"label": 0}))
+                    await asyncio.sleep(0.001)
+
+            async def drain():
+                while True:
+                    await greedy.recv()
+
+            noise = [asyncio.create_task(flood()), asyncio.create_task(drain())]
+            await asyncio.sleep(0.2)
+            waits = []
+            for _ in range(8):
+                began = time.perf_counter()
+                await quiet.send(json.dumps({"label": 1}))
+                await quiet.recv()
+                waits.append(time.perf_counter() - began)
+            for task in noise:
+                task.cancel()
+            return sorted(waits)[4]
+
+    with serving(slow) as address:
+        # At most one picture of the other's is before his own: two at 50 ms, with room for a busy machine.
+        assert asyncio.run(visit(address)) < 0.25
+    assert slow.made.count(0) >= 6
+
+
+# Bad input
+
+
+BAD = [
+    "{",
+    "[]",
+    '"text"',
+    '{"seed": -1}',
+    '{"seed": 1e300}',
+    '{"seed": 99999999999999999999999}',
+    '{"seed": "1"}',
+    '{"seed": 1.5}',
+    '{"mix": NaN}',
+    '{"mix": 1.5}',
+    '{"label": 3}',
+    '{"label": -1}',
+    '{"label": true}',
+    '{"prompt": "a cat"}',
+    json.dumps({"prompt": "a" * 2000}),
+    '{"other": null}',
+    '{"unknown": 1}',
+    "a" * (LARGEST + 1),
+    b"\x00\x01",
+]
+
+
+@pytest.mark.parametrize("message", BAD, ids=lambda m: repr(m)[:30])
+def test_bad_messages_are_refused_and_the_next_one_is_answered(address, message):
+    with connect(f"ws://{address}/draw") as socket:
+        socket.send(message)
+        refusal = json.loads(socket.recv(timeout=10))
+        assert 400 <= refusal["status"] < 500
+        assert refusal["error"]
+        assert ask(socket, id=7, label=1)[0]["id"] == 7
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("GET", "/nothing", b"", 404),
+        ("GET", "/../../etc/passwd", b"", 404),
+        ("GET", "/draw", b"", 404),
+        ("POST", "/rounds", b"{", 422),
+        ("POST", "/rounds", b'{"label": 9}', 422),
+        ("POST", "/rounds", b'{"prompt": "a"}', 422),
+        ("POST", "/rounds", b'{"seed": -4}', 422),
+        ("POST", "/rounds", b"a" * (LARGEST + 1), 413),
+        ("POST", "/rounds/none", b'{"teacher": 0}', 404),
+        ("POST", "/rounds/none", b'{"teacher": 2}', 422),
+        ("DELETE", "/rounds", b"", 405),
+    ],
+)
+def test_bad_requests_get_a_4xx(address, method, path, content, status):
+    headers = {"content-type": "application/json"}
+    assert httpx.request(method, f"http://{address}{path}", content=content, headers=headers).status_code == status
+    assert httpx.get(f"http://{address}/model").status_code == 200
+
+
+def test_bodies_without_a_length_are_refused(address):
+    def endless():
+        yield b'{"seed": 1}'
+
+    assert httpx.post(f"http://{address}/rounds", content=endless()).status_code == 413
+
+
+def test_huge_messages_end_the_connection_and_not_the_server(address):
+    with connect(f"ws://{address}/draw") as socket:
+        socket.send("a" * (5 * LARGEST))
+        with pytest.raises(websockets.ConnectionClosed):
+            socket.recv(timeout=10)
+    with connect(f"ws://{address}/draw") as socket:
+        assert ask(socket, id=1)[0]["id"] == 1
+
+
+def test_other_pages_and_other_names_are_refused(address):
+    for origin in ("http://evil.example", "null", "https://127.0.0.1:1"):
+        with pytest.raises(websockets.InvalidStatus, match="403"):
+            connect(f"ws://{address}/draw", origin=origin)
+    with connect(f"ws://{address}/draw", origin=f"http://{address}") as socket:
+        assert ask(socket, id=2)[0]["id"] == 2
+    assert httpx.get(f"http://{address}/", headers={"host": "evil.example"}).status_code == 400
+    with pytest.raises(websockets.InvalidStatus, match="400"):
+        connect(f"ws://{address}/draw", additional_headers={"host": "evil.example"})
+
+
+# The game
+
+
+def deal(address, **wish) -> dict:
+    return httpx.post(f"http://{address}/rounds", json=wish).raise_for_status().json()
+
+
+def pixels(data: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(bytes.fromhex(data))))
+
+
+def test_the_game_shows_both_models_pictures_and_tells_afterwards(address):
+    slow, fast = teacher(), student()
+    places, right = [], 0
+    for seed in range(12):
+        dealt = deal(address, seed=seed, label=seed % 3)
+        assert dealt.keys() == {"round", "type", "pictures"}  # nothing that gives it away
+        z = rng.noise(seed, [0], (1, 8, 8))
+        theirs, ours = (p.render(z, p.condition(1, labels=seed % 3))[0, 0].numpy() for p in (slow, fast))
+        place = next(i for i, data in enumerate(dealt["pictures"]) if np.array_equal(pixels(data), theirs))
+        assert np.array_equal(pixels(dealt["pictures"][1 - place]), ours)
+        places.append(place)
+        url = f"http://{address}/rounds/{dealt['round']}"
+        said = httpx.post(url, json={"teacher": 0}).json()
+        assert (said["teacher"], said["right"]) == (place, place == 0)
+        assert said["evaluations"][place] == 5
+        assert said["evaluations"][1 - place] == 1
+        assert min(said["milliseconds"]) > 0
+        assert httpx.post(url, json={"teacher": 0}).status_code == 404  # no second try
+        right += said["right"]
+    assert 0 < right < 12  # 1 in 2048 that twelve coins fall alike
+    assert right == places.count(0)
+
+
+def test_open_rounds_are_bounded(address, monkeypatch):
+    monkeypatch.setattr("distmatch.serve.ROUNDS", 3)
+    dealt = [deal(address, seed=i)["round"] for i in range(4)]
+    answers = [httpx.post(f"http://{address}/rounds/{name}", json={"teacher": 0}).status_code for name in dealt]
+    assert answers == [404, 200, 200, 200]
+    assert ROUNDS == 1000
+
+
+def test_without_a_teacher_there_is_no_game():
+    with serving(student()) as address:
+        assert httpx.get(f"http://{address}/model").json()["teacher"] is None
+        assert httpx.post(f"http://{address}/rounds", json={}).status_code == 404
+
+
+# The page
+
+
+def browser():
+    """A Chromium of this machine, or none."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
+def test_the_page_in_a_browser():
+    """It draws what the pipeline makes, answers to buttons and sliders, and plays a round, without an error."""
+    from playwright.sync_api import sync_playwright
+
+    pipe = DistilledPipeline.from_pretrained("mnist")
+    read = """() => { const c = document.getElementById('picture');
+        return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 == 0) }"""
+
+    def shown() -> np.ndarray:
+        return np.array(page.evaluate(read), dtype=np.uint8).reshape(28, 28)
+
+    def expected(label: int, seed: int) -> np.ndarray:
+        return pipe.render(rng.noise(seed, [0], (1, 28, 28)), pipe.condition(1, labels=label))[0, 0].numpy()
+
+    with serving(pipe, TeacherPipeline.from_pretrained("mnist", steps=4)) as address, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox", "--disable-gpu"])
+        page, errors = chromium.new_page(), []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"http://{address}/")
+        page.wait_for_function("document.getElementById('picture').dataset.id >= 1")
+        assert np.array_equal(shown(), expected(0, 0))
+
+        before = page.evaluate("document.getElementById('picture').dataset.id")
+        page.click("#classes button[data-label='7']")
+        page.wait_for_function(f"+document.getElementById('picture').dataset.id > {before}")
+        assert np.array_equal(shown(), expected(7, 0))
+
+        frames = page.evaluate("""async () => {
+            const slider = document.getElementById('seed'), seen = new Set();
+            const picture = document.getElementById('picture');
+            for (let i = 1; i <= 60; i++) {
+                slider.value = i;
+                slider.dispatchEvent(new Event('input'));
+                await new Promise(r => setTimeout(r, 16));
+                seen.add(picture.dataset.id);
+            }
+            await new Promise(r => setTimeout(r, 500));
+            return seen.size }""")
+        assert frames >= 5
+        assert np.array_equal(shown(), expected(7, 60))
+        assert int(page.inner_text("#fps")) >= 1
+        assert float(page.inner_text("#model-ms")) > 0
+
+        page.click("#tab-game")
+        page.wait_for_function("game.round !== null")
+        assert page.inner_text("#left-caption") == ""
+        page.click("#left")
+        page.wait_for_function("game.played === 1")
+        captions = {page.inner_text("#left-caption"), page.inner_text("#right-caption")}
+        assert any("teacher" in c and "7 evaluations" in c for c in captions)
+        assert any("student" in c and "1 evaluation" in c for c in captions)
+        assert page.inner_text("#score") in ("0 of 1 right", "1 of 1 right")
+        page.click("#next")
+        page.wait_for_function("game.round !== null")
+        chromium.close()
+    assert not errors
