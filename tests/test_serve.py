@@ -21,7 +21,10 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from distmatch import DistilledPipeline, TeacherPipeline, rng
+from distmatch.models.around import around
 from distmatch.models.folder import Info
+from distmatch.models.library import find_model
+from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import Pipeline
 from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise
 
@@ -93,6 +96,18 @@ def test_a_wish_gives_the_pipelines_pixels(address):
         ends = [ask(socket, label=1, seed=s)[1] for s in (3, 4)]
         for mix, end in zip((0.0, 1.0), ends, strict=True):
             assert np.abs(ask(socket, label=1, seed=3, other=4, mix=mix)[1].astype(int) - end).max() <= 1
+
+
+def test_a_text_model_answers_every_prompt(tmp_path):
+    denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path)}", "teacher")
+    info = replace(info, t=999.0)
+    pipe = DistilledPipeline(denoiser, info, around(info))
+    with serving(pipe) as address, connect(f"ws://{address}/draw") as socket:
+        for prompt in ("", "a", "a cat", "ünïcödé 猫"):
+            expected = pipe.render(rng.noise(5, [0], info.shape), pipe.condition(1, prompts=[prompt]))
+            assert np.array_equal(ask(socket, prompt=prompt, seed=5)[1], expected[0].permute(1, 2, 0).numpy())
+        socket.send('{"label": 1}')
+        assert json.loads(socket.recv())["status"] == 422
 
 
 def test_noise_between_two_seeds_stays_noise():
