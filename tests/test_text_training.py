@@ -1,0 +1,113 @@
+"""Training on prompts by a recipe: adapters alone, recomputed activations, cached text, what is refused."""
+
+import pytest
+import torch
+import yaml
+
+from distmatch import build
+from distmatch.config import load_recipe
+from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    write_tiny_sd(root / "sd")
+    write_tiny_vae(root / "tiny")
+    (root / "prompts.txt").write_text("a cat\na dog\na house\n")
+    tree = {
+        "teacher": f"diffusers:{root / 'sd'}",
+        "prompts": {"path": str(root / "prompts.txt")},
+        "steps": 2,
+        "match": {"batch": 2, "guidance": 3.0, "pairs": True},
+        "regress": {"batch": 2, "decoder": "tiny", "tiny": str(root / "tiny")},
+        "pairs": {"count": 4, "sampler": "pndm", "steps": 3, "guidance": 3.0, "dtype": "float16"},
+        "generator": {"lr": 1e-3},
+        "critic": {"lr": 1e-3},
+    }
+    (root / "text.yaml").write_text(yaml.safe_dump(tree))
+    return root
+
+
+def distiller(folder, *overrides):
+    recipe = load_recipe(str(folder / "text.yaml"), overrides)
+    subject = build.subject(recipe)
+    return build.distiller(recipe, subject, build.pair_store(recipe, subject, folder)), subject
+
+
+def test_adapters_alone_are_trained(folder):
+    d, subject = distiller(folder, "student.lora_rank=2")
+    before = {name: p.clone() for name, p in d.student.named_parameters()}
+    for index in range(2):
+        d.step(index)
+    changed = {name for name, p in d.student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert {name for name in before if "lora_B" in name} <= changed
+    # Merged, the rest is the teacher's to the bit; the fake score is trained whole.
+    merged, teacher = d.student.net.merged().state_dict(), subject.denoiser.net.state_dict()
+    assert merged.keys() == teacher.keys()
+    assert torch.equal(merged["unet.conv_in.weight"], teacher["unet.conv_in.weight"])
+    assert not torch.equal(d.fake.net.unet.conv_in.weight, teacher["unet.conv_in.weight"])
+
+
+def test_recomputed_activations_change_no_gradient(folder):
+    """And they are recomputed: the U-Net's blocks run once more in the backward pass."""
+    weights, calls = [], []
+    for frugal in (False, True):
+        d, _ = distiller(folder, f"gradient_checkpointing={str(frugal).lower()}", "terms=regress")
+        count = []
+        d.student.net.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        d.step(0)
+        calls.append(len(count))
+        weights.append(torch.cat([p.detach().flatten() for p in d.student.parameters()]))
+    assert calls == [1, 2]
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_cached_text_trains_as_encoded_text_does(folder, tmp_path):
+    plain, _ = distiller(folder)
+    cached, _ = distiller(folder, f"prompts.cache={tmp_path}")
+    for index in range(2):
+        a, b = plain.step(index), cached.step(index)
+        for name in ("match", "regress", "fake"):
+            assert b[name].item() == pytest.approx(a[name].item(), rel=0.02), name  # half precision on disk
+
+
+def test_a_run_matches_the_guided_teacher_of_its_prompts(folder):
+    """The first step's matching loss is that of student and fake equal to the teacher: of guidance alone."""
+    d, subject = distiller(folder)
+    match, regress = d.terms
+    b, r = match.draw(0, 0), regress.draw(0, 0)
+    assert torch.equal(r.cond.text, subject.conditions.at(regress.pairs.draw(0, 0, 2).index).text)
+    loss = d.step(0)["match"].item()
+    teacher = subject.denoiser
+    with torch.no_grad():
+        z, text = torch.cat([b.z, r.z]), torch.cat([b.cond.text, r.cond.text])
+        cond = type(b.cond)(text=text)
+        x = teacher(z, torch.full((4,), 999.0), cond)
+        x_t = teacher.schedule.add_noise(x, b.eps, b.t)
+        plain, empty = teacher(x_t, b.t, cond), teacher(x_t, b.t, cond.null())
+        real = empty + 3.0 * (plain - empty)
+        w = (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+        expected = 0.5 * (((plain - real) / w) ** 2).mean().item()
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_does_not_fit_is_named(folder, tmp_path):
+    for change, message in {
+        "prompts.path=null": "makes images of prompts; name a file",
+        f"prompts.path={tmp_path / 'none.txt'}": "does not exist",
+        f"regress.tiny={tmp_path / 'none'}": "cannot be loaded",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            distiller(folder, change)
+    for change, message in {
+        "student.lora_rank=2": r"student.lora_rank 2 is for Stable Diffusion's networks",
+        "gradient_checkpointing=true": "gradient_checkpointing is for Stable Diffusion's networks",
+        "regress.decoder=tiny": "regress.decoder 'tiny' is for latents",
+    }.items():
+        recipe = load_recipe("mnist", [change, "pairs.count=2", "pairs.steps=1", f"pairs.path={tmp_path / 'pairs'}"])
+        subject = build.subject(recipe)
+        with pytest.raises(ValueError, match=message):
+            build.distiller(recipe, subject, build.pair_store(recipe, subject, tmp_path))
