@@ -99,11 +99,11 @@ def saved_for_backward(distiller: Distiller, info: Info, recipe: Recipe) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    n = sum(term.batch for term in distiller.terms) // distiller.accumulate
+    n = sum(term.batch for term in distiller.terms) // recipe.accumulate
     x, t, cond = inputs(n, info, distiller.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), distiller.autocast():
         alive = distiller.student(x, t + 1, cond)  # while it lives no storage is used twice
-        images = [alive[: term.batch // distiller.accumulate] for term in perceptual]
+        images = [alive[: term.batch // recipe.accumulate] for term in perceptual]
         also = [term.loss(x, torch.rand_like(x)) for term, x in zip(perceptual, images, strict=True)]
     del alive, also
     return sum(kept.values())
@@ -139,7 +139,8 @@ def step(distiller) -> Callable[[], None]:
 
 
 def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) -> Callable[[], None]:
-    device, fake = distiller.device, distiller.fake
+    device = distiller.device
+    fake: Any = distiller.fake
     both = sum(term.batch for term in distiller.terms)
     perceptual = lpips_terms(distiller, recipe)
 

@@ -39,21 +39,8 @@ FLOORS = [
     ["models.guidance", "models.hub", "models.tiny", "conditions", "losses", "sampler", "metrics"],
     ["denoiser"],
     ["schedule", "log", "prompts"],
-    [
-        "config",
-        "rng",
-        "data",
-        "ema",
-        "optim",
-        "clock",
-        "checkpoint",
-        "progress",
-        "paths",
-        "unpickle",
-        "parallel",
-        "curves",
-        "interrupt",
-    ],
+    ["checkpoint", "optim", "progress"],
+    ["config", "rng", "data", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

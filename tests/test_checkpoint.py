@@ -1,5 +1,8 @@
 """Checkpoints: atomic, exact, pruned, and clear about damage."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -40,19 +43,41 @@ def test_the_last_n_and_the_best_stay(tmp_path):
             checkpoints.mark_best(step, score)
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best() == {"step": 2, "score": 1.0}
-    checkpoints.path(2).unlink()  # a best one that is gone does not stand in the way of the next
+    shutil.rmtree(checkpoints.path(2))  # a best one that is gone does not stand in the way of the next
     assert checkpoints.improves(9.0)
 
 
 def test_damage_is_named_with_what_to_do(tmp_path):
     checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
     path = checkpoints.save(7)
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"step-00000007.safetensors is damaged.*Delete it to continue"):
+    (shard,) = path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"step-00000007 is damaged.*Delete it to continue"):
         checkpoints.load()
-    path.write_bytes(b"")
+    shard.unlink()
     with pytest.raises(ValueError, match="is damaged"):
         checkpoints.load()
+    checkpoints.save(8)
+    (checkpoints.path(8) / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints.load()
+
+
+def test_a_save_that_was_killed_is_none(tmp_path):
+    """What lies there of it, at any point, is neither found nor in the way."""
+    checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
+    checkpoints.save(3)
+    unfinished = tmp_path / ".step-00000004"
+    unfinished.mkdir()
+    (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    assert checkpoints.steps() == [3]
+    (tmp_path / "step-00000002").mkdir()  # half deleted
+    assert checkpoints.steps() == [3]
+    assert checkpoints.load()[0] == 3
+    checkpoints.save(4)
+    assert checkpoints.steps() == [3, 4]
+    assert not unfinished.exists()
+    assert json.loads((checkpoints.path(4) / "state.json").read_text())["step"] == 4
 
 
 def test_parts_of_another_run_are_refused(tmp_path):

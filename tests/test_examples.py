@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 from PIL import Image
 
 from distmatch import EDM, VP, Cond, Denoiser, Flow, Info, Prediction, Recipe, distil
-from distmatch.models.folder import load_model
+from distmatch.export import export_diffusers
+from distmatch.models.folder import load_model, save_model
+from distmatch.models.library import find_model
+from distmatch.models.tiny import write_tiny_sd
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +70,10 @@ def test_any_prediction_on_any_schedule(tmp_path, schedule, prediction):
 
 
 def test_the_readmes_python(tmp_path):
+    """In a folder where `one-step` is an exported student, as the text before the block says."""
+    denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path / 'sd')}", "teacher")
+    save_model(tmp_path / "student", denoiser, replace(info, t=999.0))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "one-step")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert blocks
     for i, block in enumerate(blocks):

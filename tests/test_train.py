@@ -53,7 +53,7 @@ def test_the_plan_is_kept(tmp_path):
     assert [(line["step"], line["frechet"]) for line in lines if "frechet" in line] == [(4, 3.0), (8, 1.0), (12, 2.0)]
     assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [f"step-{step:08d}.png" for step in (0, 6, 12)]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best.json", "step-00000008.safetensors", "step-00000012.safetensors",
+        "best.json", "step-00000008", "step-00000012",
     ]  # fmt: skip
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 8, "score": 1.0}
     assert all(0 <= line["outside"] <= 1 and line["images_per_second"] > 0 for line in lines if "loss" in line)
@@ -69,12 +69,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(tmp_path)
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     train(Quadratic(), tmp_path, Plan(6, save_every=3))
-    before = (tmp_path / "checkpoints" / "step-00000006.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns
     (tmp_path / "model" / "weight").unlink()
     (tmp_path / "model").rmdir()
     task = Quadratic()
     train(task, tmp_path, Plan(6, save_every=3))
-    assert (tmp_path / "checkpoints" / "step-00000006.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns == before
     assert float((tmp_path / "model" / "weight").read_text()) == task.net.weight.item() != 1.0
 
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distmatch import rng
+from distmatch import parallel, rng
 from distmatch.conditions import Classes, Conditions, Guided, Prompts
 from distmatch.config import Optimiser, Recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
+from distmatch.ema import EMA, frozen_copy
 from distmatch.embeddings import embed
+from distmatch.engine import shard, spread
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.codec import Decoded, Decoder
 from distmatch.models.folder import NETWORKS, Info
@@ -46,6 +48,7 @@ class Subject:
     denoiser: Denoiser
     info: Info
     conditions: Conditions
+    fingerprint: str
     prompts: Sequence[str] = ()
 
 
@@ -63,7 +66,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         conditions = Prompts(len(prompts), _encode(recipe, info.source, prompts, dev))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
-    return Subject(frozen(denoiser, dev), info, conditions, prompts)
+    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), prompts)
 
 
 def _encode(recipe: Recipe, source: str, prompts: Sequence[str], dev: torch.device) -> Callable[[Sequence[int]], Cond]:
@@ -86,7 +89,7 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
     p, info, guidances = recipe.pairs, subject.info, recipe.student.guidance
     return PairSpec(
         teacher=recipe.teacher,
-        fingerprint=fingerprint(subject.denoiser),
+        fingerprint=subject.fingerprint,
         sampler=p.sampler,
         steps=p.steps,
         guidance=p.guidance if guidances is None else None,
@@ -131,7 +134,10 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
 
 
 def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Distiller:
-    """The recipe's distillation. Student and fake score start as copies of one network, see `start`."""
+    """The recipe's distillation. Student and fake score start as copies of one network, see `start`.
+
+    Of several processes, each has its share of it: `parallel` says how networks are spread over them.
+    """
     dev, info = device(recipe.device), subject.info
     first = start(recipe, subject)
     student = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, dev))
@@ -141,18 +147,26 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     if recipe.gradient_checkpointing:
         for network in filter(None, (student, fake)):
             checkpoint_gradients(network)
+    average = frozen_copy(student)
+    if recipe.parallel == "fsdp" and parallel.world() > 1:
+        for network in (average, subject.denoiser):
+            shard(network)
+    forward = spread(student, recipe.parallel, recipe.precision)
+    score = None if fake is None else spread(fake, recipe.parallel, recipe.precision)
     critic_steps = recipe.critic.steps
     return Distiller(
         student,
-        fake,
-        terms(recipe, subject, fake, pairs),
+        score,
+        terms(recipe, subject, score, pairs),
         _optimizer(recipe.generator, student, recipe.steps),
         None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * critic_steps),
         info=student_info(recipe, subject),
+        forward=forward,
+        process=(parallel.rank(), parallel.world()),
         conditions=subject.conditions,
         decode=Decoder(info.source).to(dev) if info.source else None,
         t=recipe.student.t,
-        ema=recipe.student.ema,
+        ema=EMA(student, recipe.student.ema, average),
         seed=recipe.seed,
         critic_steps=critic_steps,
         accumulate=recipe.accumulate,
@@ -240,7 +254,7 @@ def _optimizer(settings: Optimiser, network: Denoiser, steps: int) -> Optimizer:
     )
 
 
-def terms(recipe: Recipe, subject: Subject, fake: Denoiser | None, pairs: PairStore | None) -> list[Term]:
+def terms(recipe: Recipe, subject: Subject, fake: nn.Module | None, pairs: PairStore | None) -> list[Term]:
     """The recipe's terms, in its order."""
     regress = [_regress(recipe, subject, pairs)] if pairs is not None and "regress" in recipe.terms else []
     reference = next(iter(regress), None) if recipe.match.pairs else None
@@ -249,7 +263,7 @@ def terms(recipe: Recipe, subject: Subject, fake: Denoiser | None, pairs: PairSt
     return [by_name[name] for name in recipe.terms]
 
 
-def _match(recipe: Recipe, subject: Subject, fake: Denoiser, reference: Term | None) -> Match:
+def _match(recipe: Recipe, subject: Subject, fake: nn.Module, reference: Term | None) -> Match:
     m = recipe.match
     return Match(
         subject.denoiser,

@@ -13,6 +13,17 @@ from torch import Tensor
 from distmatch import rng
 from distmatch.denoiser import Cond
 
+Share = tuple[int, int]
+"""`(part, parts)`: which of how many equal parts of a batch is made here. What a row is does not depend on it."""
+
+WHOLE: Share = (0, 1)
+
+
+def rows(v: Tensor, share: Share) -> Tensor:
+    """The share of a tensor's rows."""
+    part, parts = share
+    return v.chunk(parts)[part] if parts > 1 else v
+
 
 class Conditions(Protocol):
     """Where a batch's condition comes from. On the CPU, or on the device that a source of prompts encodes on."""
@@ -21,8 +32,8 @@ class Conditions(Protocol):
         """The conditions of the samples `numbers`, which start again at the first when there are no more."""
         ...
 
-    def draw(self, n: int, generator: torch.Generator) -> Cond | None:
-        """`n` of them, uniformly at random, on the generator's device."""
+    def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond | None:
+        """This process's share of `n` of them, uniformly at random, on the generator's device."""
         ...
 
 
@@ -35,10 +46,11 @@ class Classes:
     def at(self, numbers: Sequence[int]) -> Cond | None:
         return Cond(label=torch.tensor([i % self.count for i in numbers])) if self.count else None
 
-    def draw(self, n: int, generator: torch.Generator) -> Cond | None:
+    def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond | None:
         if not self.count:
             return None
-        return Cond(label=torch.randint(0, self.count, (n,), generator=generator, device=generator.device))
+        label = torch.randint(0, self.count, (n,), generator=generator, device=generator.device)
+        return Cond(label=rows(label, share))
 
 
 class Prompts:
@@ -50,10 +62,11 @@ class Prompts:
     def at(self, numbers: Sequence[int]) -> Cond:
         return self.encode([i % self.count for i in numbers])
 
-    def draw(self, n: int, generator: torch.Generator) -> Cond:
+    def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond:
         # Numbers are needed on the host: a CPU generator of the same seed spares waiting for the device.
         host = torch.Generator().manual_seed(generator.initial_seed())
-        return self.encode(torch.randint(0, self.count, (n,), generator=host).tolist()).to(generator.device)
+        numbers = rows(torch.randint(0, self.count, (n,), generator=host), share)
+        return self.encode(numbers.tolist()).to(generator.device)
 
 
 class Guided:
@@ -66,9 +79,10 @@ class Guided:
         draws = [torch.rand((), generator=rng.stream("cpu", "guidance", int(i))) for i in numbers]
         return with_guidance(self.inner.at(numbers), self._between(torch.stack(draws)))
 
-    def draw(self, n: int, generator: torch.Generator) -> Cond:
-        cond = self.inner.draw(n, generator)
-        return with_guidance(cond, self._between(torch.rand(n, generator=generator, device=generator.device)))
+    def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond:
+        cond = self.inner.draw(n, generator, share)
+        scale = self._between(torch.rand(n, generator=generator, device=generator.device))
+        return with_guidance(cond, rows(scale, share))
 
     def _between(self, u: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * u

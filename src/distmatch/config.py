@@ -183,6 +183,7 @@ class Recipe(_Strict):
     stages: list[Stage] = []
     accumulate: Positive = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     gradient_checkpointing: bool = False
     device: str = "auto"
     log: Logging = Logging()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from distmatch import data, rng
 from distmatch.checkpoint import Stateful
 from distmatch.clock import Clock
-from distmatch.conditions import Classes, Conditions
+from distmatch.conditions import WHOLE, Classes, Conditions, Share, rows
 from distmatch.denoiser import Cond, Denoiser, guided
 from distmatch.ema import EMA
+from distmatch.engine import summed, unwrapped
 from distmatch.losses import Weighting, denoising_loss, matching_loss
 from distmatch.models.folder import Info, save_model
 from distmatch.optim import Optimizer
@@ -38,17 +39,6 @@ class Batch:
     t_fake: Tensor | None = None
     eps_fake: Tensor | None = None
 
-    def part(self, cut: int, cuts: int) -> "Batch":
-        """Part `cut` of `cuts` equal parts, for gradient accumulation: of the term's own rows, and of those behind."""
-        own = len(self.z)
-
-        def part(v: Tensor) -> Tensor:
-            return torch.cat([rows.chunk(cuts)[cut] for rows in v.split([own, len(v) - own]) if len(rows)])
-
-        entries = {name: value for name, value in vars(self).items() if name != "cond" and value is not None}
-        parts = {name: part(value) for name, value in entries.items()}
-        return replace(self, **parts, cond=_part(self.cond, cut, cuts))
-
 
 @dataclass(frozen=True)
 class Images:
@@ -64,9 +54,6 @@ class Images:
     def detach(self) -> "Images":
         return Images(self.x.detach(), self.cond)
 
-    def part(self, cut: int, cuts: int) -> "Images":
-        return Images(self.x.chunk(cuts)[cut], _part(self.cond, cut, cuts))
-
 
 class Term:
     """One summand of the objective: `generator` is the student's loss, `critic`, if any, the fake score's.
@@ -81,8 +68,8 @@ class Term:
     trains_fake = False
     networks: tuple[nn.Module, ...] = ()
 
-    def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
-        """The batch of step `index`; `turn` counts the fake score's updates within the step."""
+    def draw(self, seed: int, index: int, turn: int = 0, share: Share = WHOLE) -> Batch:
+        """A share of the batch of step `index`; `turn` counts the fake score's updates within the step."""
         raise NotImplementedError
 
     def generator(self, batch: Batch, images: Images) -> Tensor:
@@ -99,7 +86,7 @@ class Match(Term):
 
     Args:
         teacher: the real score, frozen; `guidance` applies to it alone (Section 3.4); `None`: the condition's own.
-        fake: the fake score.
+        fake: the fake score, a denoiser of the teacher's kind.
         shape: of one image.
         conditions: drawn uniformly.
         reference: the term whose images are matched too, `concat(x, x_ref)` (Algorithm 1, for LAION).
@@ -115,7 +102,7 @@ class Match(Term):
     def __init__(
         self,
         teacher: Denoiser,
-        fake: Denoiser,
+        fake: nn.Module,
         *,
         shape: Sequence[int],
         conditions: Conditions,
@@ -129,7 +116,7 @@ class Match(Term):
         reference: Term | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.real, self.fake = guided(teacher, guidance), fake
+        self.real, self.fake, self.weight_at = guided(teacher, guidance), fake, teacher.weight
         self.networks = (teacher, fake)
         self.shape, self.conditions, self.weighting = tuple(shape), conditions, weighting
         self.also = () if reference is None else (reference.name,)
@@ -139,18 +126,24 @@ class Match(Term):
         self.schedule = teacher.schedule
         self.levels = self.schedule.grid(bins).flip(0).float().to(self.device)
 
-    def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
+    def draw(self, seed: int, index: int, turn: int = 0, share: Share = WHOLE) -> Batch:
         generator = rng.stream(self.device, seed, self.name, index, turn)
 
+        def mine(v: Tensor) -> Tensor:
+            """The share of the term's own rows and, behind it, that of the rows that it sees besides."""
+            own, behind = v[: self.batch], v[self.batch :]
+            return torch.cat([rows(own, share), rows(behind, share)]) if len(behind) else rows(own, share)
+
         def normal(n: int) -> Tensor:
-            return torch.randn(n, *self.shape, generator=generator, device=self.device)
+            return mine(torch.randn(n, *self.shape, generator=generator, device=self.device))
 
         def level(low: int, high: int) -> Tensor:
-            return self.levels[torch.randint(low, high, (self.seen,), generator=generator, device=self.device)]
+            bins = torch.randint(low, high, (self.seen,), generator=generator, device=self.device)
+            return self.levels[mine(bins)]
 
         return Batch(
             z=normal(self.batch),
-            cond=self.conditions.draw(self.batch, generator),
+            cond=self.conditions.draw(self.batch, generator, share),
             t=level(self.min_step, self.max_step),
             eps=normal(self.seen),
             t_fake=level(0, len(self.levels)),
@@ -173,7 +166,7 @@ class Match(Term):
         assert t is not None
         assert eps is not None
         x0 = self.fake(self.schedule.add_noise(x, eps, t), t, images.cond)
-        return denoising_loss(x0, x, self.fake.weight(t))
+        return denoising_loss(x0, x, self.weight_at(t))
 
 
 class Regress(Term):
@@ -195,8 +188,9 @@ class Regress(Term):
         self.loss, self.weight, self.batch = loss, weight, batch
         self.device = torch.device(device)
 
-    def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
-        pairs = self.pairs.draw(seed, index * self.batch, self.batch)
+    def draw(self, seed: int, index: int, turn: int = 0, share: Share = WHOLE) -> Batch:
+        part, size = share[0], self.batch // share[1]
+        pairs = self.pairs.draw(seed, index * self.batch + part * size, size)
         cond = self.conditions.at(pairs.index)
         return Batch(z=pairs.z.to(self.device), cond=cond and cond.to(self.device), y=pairs.y.to(self.device))
 
@@ -210,6 +204,8 @@ class Distiller:
 
     Args:
         student, fake: trained copies of the teacher; `fake` and its optimizer are `None` where no term trains it.
+        forward: what to call in place of the student, where it is spread over processes.
+        process: `(rank, world)`; a process makes its share of every batch, and the gradients are those of the whole.
         conditions, decode: of the previews; classes in turn and no decoding unless told.
         t: the time at which the student is evaluated; `None` is the schedule's `t_max`.
         critic_steps: updates of the fake score per update of the student; the first uses the student's images of the
@@ -221,32 +217,39 @@ class Distiller:
     def __init__(
         self,
         student: Denoiser,
-        fake: Denoiser | None,
+        fake: nn.Module | None,
         terms: Sequence[Term],
         generator: Optimizer,
         critic: Optimizer | None,
         *,
         info: Info,
+        forward: nn.Module | None = None,
+        process: Share = WHOLE,
         conditions: Conditions | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         t: float | None = None,
-        ema: float = 0.999,
+        ema: float | EMA[Denoiser] = 0.999,
         seed: int = 0,
         critic_steps: int = 1,
         accumulate: int = 1,
         precision: str = "fp32",
     ):
-        for term in terms:
-            if term.batch % accumulate:
-                raise ValueError(
-                    f"{term.name}.batch {term.batch} is not a multiple of accumulate {accumulate}; choose one that is"
-                )
         self.student, self.fake, self.terms = student, fake, list(terms)
+        self.forward = student if forward is None else forward
         self.optimizer, self.critic_optimizer = generator, critic
         self.info, self.t, self.seed = info, t, seed
         self.conditions, self.decode = conditions or Classes(len(info.classes)), decode
-        self.critic_steps, self.accumulate, self.precision = critic_steps, accumulate, precision
-        self.ema = EMA(student, ema)
+        self.critic_steps, self.precision = critic_steps, precision
+        rank, world = process
+        self.shares = [(rank * accumulate + cut, world * accumulate) for cut in range(accumulate)]
+        for term in terms:
+            if term.batch % (world * accumulate):
+                raise ValueError(
+                    f"{term.name}.batch {term.batch} is not a multiple of accumulate {accumulate}"
+                    + f" times {world} processes" * (world > 1)
+                    + "; choose one that is"
+                )
+        self.ema = ema if isinstance(ema, EMA) else EMA(student, ema)
         self.device = next(student.parameters()).device
         networks = {student, *(network for term in terms for network in term.networks)}
         self.clock = Clock(networks, self.device)
@@ -259,63 +262,64 @@ class Distiller:
     def parts(self) -> Mapping[str, Stateful]:
         parts: dict[str, Stateful] = {"student": self.student, "ema": self.ema, "generator": self.optimizer}
         if self.fake is not None and self.critic_optimizer is not None:
-            parts |= {"fake": self.fake, "critic": self.critic_optimizer}
+            parts |= {"fake": unwrapped(self.fake), "critic": self.critic_optimizer}
         return parts
 
     def step(self, index: int) -> dict[str, Tensor]:
-        batches = {term.name: term.draw(self.seed, index) for term in self.terms}
+        batches = [{t.name: t.draw(self.seed, index, share=share) for t in self.terms} for share in self.shares]
         images, losses = self.update_student(index, batches)
         if self.fake is None:
             return losses
         for turn in range(self.critic_steps):
-            if turn:
-                for term in filter(lambda term: term.trains_fake, self.terms):
-                    batches[term.name] = term.draw(self.seed, index, turn)
-                    images[term.name] = self.generate(batches[term.name])
+            for term in filter(lambda term: turn and term.trains_fake, self.terms):
+                for share, batch, made in zip(self.shares, batches, images, strict=True):
+                    batch[term.name] = term.draw(self.seed, index, turn, share)
+                    made[term.name] = self.generate(batch[term.name])
             losses |= self.update_fake(index * self.critic_steps + turn, batches, images)
         return losses
 
-    def update_student(self, index: int, batches: Mapping[str, Batch]) -> tuple[dict[str, Images], dict[str, Tensor]]:
+    def update_student(
+        self, index: int, batches: Sequence[Mapping[str, Batch]]
+    ) -> tuple[list[dict[str, Images]], dict[str, Tensor]]:
         """Lines 5-13 of Algorithm 1: images of all terms in one forward pass, summed losses, one update.
 
-        Returns the images, without graph, and the unweighted losses, both by term.
+        `batches` are parts of one batch, by term. Returns the images of each, without graph, and the unweighted losses.
         """
-        kept: dict[str, list[Images]] = {name: [] for name in batches}
-        losses = {name: torch.zeros((), device=self.device) for name in batches}
-        for cut in range(self.accumulate):
-            parts = {name: batch.part(cut, self.accumulate) for name, batch in batches.items()}
+        made: list[dict[str, Images]] = []
+        losses = {term.name: torch.zeros((), device=self.device) for term in self.terms}
+        for parts in batches:
             total = torch.zeros((), device=self.device)
-            with self.autocast():
+            with self.autocast(), summed(self.forward, last=parts is batches[-1]):
                 z, cond = torch.cat([p.z for p in parts.values()]), Cond.cat(*(p.cond for p in parts.values()))
                 x = self.student_forward(z, cond).split([len(p.z) for p in parts.values()])
                 images = {name: Images(x, part.cond) for (name, part), x in zip(parts.items(), x, strict=True)}
                 for term in self.terms:
-                    loss = term.generator(parts[term.name], _seen(term, images)) / self.accumulate
+                    loss = term.generator(parts[term.name], _seen(term, images)) / len(batches)
                     losses[term.name] += loss.detach()
                     total = total + term.weight * loss
-            for name, part in images.items():
-                kept[name].append(part.detach())
-            self.clock.backward(total)
+                self.clock.backward(total)
+            made.append({name: part.detach() for name, part in images.items()})
         norm = self.optimizer.step(index)
         self.ema.update()
-        return {name: Images.cat(*parts) for name, parts in kept.items()}, {**losses, "gradient_norm": norm}
+        return made, {**losses, "gradient_norm": norm}
 
-    def update_fake(self, index: int, batches: Mapping[str, Batch], images: Mapping[str, Images]) -> dict[str, Tensor]:
-        """Lines 15-19 of Algorithm 1: one update of the fake score on the student's images."""
+    def update_fake(
+        self, index: int, batches: Sequence[Mapping[str, Batch]], images: Sequence[Mapping[str, Images]]
+    ) -> dict[str, Tensor]:
+        """Lines 15-19 of Algorithm 1: one update of the fake score on the student's images, part by part."""
+        assert self.fake is not None
         assert self.critic_optimizer is not None
         losses = {"fake": torch.zeros((), device=self.device)}
-        for cut in range(self.accumulate):
-            parts = {name: i.part(cut, self.accumulate) for name, i in images.items()}
+        for parts, made in zip(batches, images, strict=True):
             for term in filter(lambda term: term.trains_fake, self.terms):
-                with self.autocast():
-                    batch = batches[term.name].part(cut, self.accumulate)
-                    loss = term.critic(batch, _seen(term, parts)) / self.accumulate
-                losses["fake"] += loss.detach()
-                self.clock.backward(loss)
+                with self.autocast(), summed(self.fake, last=parts is batches[-1]):
+                    loss = term.critic(parts[term.name], _seen(term, made)) / len(batches)
+                    losses["fake"] += loss.detach()
+                    self.clock.backward(loss)
         return {**losses, "fake_gradient_norm": self.critic_optimizer.step(index)}
 
     def student_forward(self, z: Tensor, cond: Cond | None) -> Tensor:
-        return one_step(self.student, self.student.schedule, z, cond, self.t)
+        return one_step(self.forward, self.student.schedule, z, cond, self.t)
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> Images:
@@ -342,7 +346,3 @@ class Distiller:
 def _seen(term: Term, images: Mapping[str, Images]) -> Images:
     """The images that `term` sees: its own and, behind them, those of the terms that it names."""
     return Images.cat(*(images[name] for name in (term.name, *term.also))) if term.also else images[term.name]
-
-
-def _part(cond: Cond | None, cut: int, cuts: int) -> Cond | None:
-    return None if cond is None else cond.map(lambda v: v.chunk(cuts)[cut])

@@ -9,17 +9,22 @@ from torch import nn
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def frozen_copy(network: Network) -> Network:
+    """An fp32 copy that is never trained."""
+    return copy.deepcopy(network).float().eval().requires_grad_(False)
+
+
 class EMA(Generic[Network]):
-    """Keeps `network`, a frozen fp32 copy whose weights trail the trained ones.
+    """Keeps `network`, a frozen fp32 copy whose weights trail the trained ones; `average` is that copy, if it is made.
 
     `average <- decay * average + (1 - decay) * weight` after every optimizer step, with the decay ramped up as
     `min(decay, (1 + n) / (10 + n))` so that the start does not linger.
     """
 
-    def __init__(self, network: Network, decay: float):
+    def __init__(self, network: Network, decay: float, average: Network | None = None):
         self.decay = decay
         self.updates = 0
-        self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
+        self.network = average if average is not None else frozen_copy(network)
         self._average = [p.data for p in self.network.parameters()]
         self._trained = [p.detach() for p in network.parameters()]
 

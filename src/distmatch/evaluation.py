@@ -75,8 +75,9 @@ def score(
             return features.float().cpu(), None
         return features.float().cpu(), logits.argmax(1).cpu() == labels[rows.start : rows.stop].cpu()
 
+    jobs = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     moments, kept, right = Moments(), [], []
-    for features, agreed in parallel.shared(look, [range(i, min(i + batch, n)) for i in range(0, n, batch)]):
+    for features, agreed in parallel.shared(look, jobs, level=True):
         if full and moments.count < len(reference.features):
             kept.append(features)
         if agreed is not None:

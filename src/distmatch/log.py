@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from distmatch import parallel
 from distmatch.checkpoint import write_atomic
 
 
@@ -91,10 +92,13 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class Log:
-    """All the places one run writes to."""
+    """All the places one run writes to. Of several processes, the first writes."""
 
     def __init__(self, out: Path, start: int, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None):
-        self._trackers: list[Tracker] = [JsonLines(out / "log.jsonl", start)]
+        self._trackers: list[Tracker] = []
+        if parallel.rank() > 0:
+            return
+        self._trackers = [JsonLines(out / "log.jsonl", start)]
         self._trackers += [TRACKERS[name](out, config or {}, start) for name in trackers]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from distmatch.engine import whole
+
 
 class Optimizer:
     """AdamW, warm-up, optional linear decay to zero at the end, clipping by the global L2 norm.
@@ -32,6 +34,9 @@ class Optimizer:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.lr, self.warmup, self.steps, self.decay, self.clip = lr, warmup, steps, decay, clip
         self.adamw = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        for p in self.parameters:  # as the first step would make them: a checkpoint is read into them
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
@@ -47,7 +52,7 @@ class Optimizer:
             group["lr"] = self.rate(index)
         self.adamw.step()
         self.adamw.zero_grad()
-        return norm
+        return whole(norm)
 
     def state_dict(self) -> dict:
         return self.adamw.state_dict()

@@ -24,14 +24,14 @@ PATIENCE = timedelta(days=1)
 def joined() -> Iterator[None]:
     """Within it, this process is one of the group that was started; the device `cuda` is the GPU of its own.
 
-    The group is of `gloo`, on machines with GPUs too: what is passed around are results, which are on the host.
+    What is on the host is passed around by gloo, what is on GPUs by NCCL. Inside of another `joined` it does nothing.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:
@@ -46,6 +46,30 @@ def rank() -> int:
 def world() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def mean(table: torch.Tensor) -> torch.Tensor:
+    """The mean of the processes' tables, on the CPU, on all of them."""
+    if world() > 1:
+        dist.all_reduce(table)
+        table /= world()
+    return table
+
+
+def any(here: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    return bool(mean(torch.tensor(float(here))) > 0)
+
+
+def told(value: Result) -> Result:
+    """The first process's `value`, on all of them."""
+    return first(lambda: value)
 
 
 def first(make: Callable[[], Result]) -> Result:
@@ -64,14 +88,20 @@ def first(make: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def shared(task: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+def shared(task: Callable[[Job], Result], jobs: Sequence[Job], level: bool = False) -> Iterator[Result]:
     """`task(job)` of all `jobs` in their order, each done by one process: all must iterate, the first gets the results.
 
     What a job gives and when it is seen don't depend on the number of processes: sums over the results are the same to
     the last bit. Results are pickled on their way; tensors should be on the CPU.
+
+    Args:
+        level: every process does as many jobs as the others, the last one again where there is none for it, since work
+            with sharded networks needs all of them.
     """
     for turn in range(0, len(jobs), world()):
         mine = [task(job) for job in jobs[turn : turn + world()][rank() : rank() + 1]]
+        if level and not mine:
+            task(jobs[-1])
         for done in _gather(mine):
             yield from done
 

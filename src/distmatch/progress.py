@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from distmatch import parallel
+
 console = Console(stderr=True, markup=False)
 
 
@@ -28,8 +30,12 @@ class _Rate(ProgressColumn):
 def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Callable[[int], None]]:
     """A bar of `total`, of which `done` is already there; yields `advance(n)`.
 
-    Where standard error is no terminal, a line with the rate and the time left is printed at each tenth instead.
+    Where standard error is no terminal, a line with the rate and the time left is printed at each tenth instead. Of
+    several processes, the first shows it.
     """
+    if parallel.rank() > 0:
+        yield lambda n: None
+        return
     if not console.is_terminal:
         yield _lines(title, total, done, unit)
         return

@@ -1,6 +1,7 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ from distmatch.models.folder import Info
 from distmatch.models.inception import load_inception
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
-from distmatch.pairs import PairStore, fingerprint
+from distmatch.pairs import PairStore
 from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.progress import progress
@@ -46,10 +47,11 @@ from distmatch.train import Plan, train
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
 
-FREE = {"log", "checkpoint", "evaluate", "device", "description", "expected"}
+FREE = {"log", "checkpoint", "evaluate", "device", "description", "expected", "accumulate", "parallel"}
 """Entries of a recipe that may change when a run continues: they don't touch the result."""
 
 
+@parallel.joined()
 def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`.
 
@@ -59,10 +61,12 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     """
     _same_recipe(recipe, out)
     subject = build.subject(recipe, teacher)
-    mark = {"teacher": recipe.teacher, "fingerprint": fingerprint(subject.denoiser)}
-    same_settings(mark, out / "teacher.json")
+    same_settings({"teacher": recipe.teacher, "fingerprint": subject.fingerprint}, out / "teacher.json")
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
+    if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
+        for stage in (stage for stage in stages if "regress" in stage.terms):
+            _pairs(stage, subject, runs)
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
@@ -78,7 +82,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
-    console.print(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
+    _say(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
 
 
 def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path, steps: int, title: str) -> None:
@@ -117,7 +121,14 @@ def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distille
     fast = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
     columns, rows, zoom = (4, 2, 1) if info.source else (10, 4, 2)
     picture = side_by_side(slow, fast, subject.conditions, columns, rows)
-    write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(data.png(picture, zoom=zoom)))
+    if parallel.rank() == 0:
+        write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(data.png(picture, zoom=zoom)))
+
+
+def _say(text: str) -> None:
+    """Tell it once, however many processes there are."""
+    if parallel.rank() == 0:
+        console.print(text)
 
 
 def _pairs(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
@@ -126,7 +137,7 @@ def _pairs(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
     folder = build.pairs_folder(recipe, spec, runs)
     if not (folder / "manifest.json").exists():
         nfe = evaluations(spec.sampler, spec.steps) * (1 if spec.guidance == 1 else 2)
-        console.print(f"{spec.count:,} pairs of {nfe} evaluations each, {_size(spec.nbytes)}, in {folder}")
+        _say(f"{spec.count:,} pairs of {nfe} evaluations each, {_size(spec.nbytes)}, in {folder}")
     return build.pair_store(recipe, subject, runs)
 
 
@@ -178,6 +189,8 @@ def teach(
     device: str,
 ) -> None:
     """`distmatch teach`: a teacher trained on `images`, into `out`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("distmatch teach runs in one process; start it without torchrun")
     with console.status(f"reading {images}"):
         real = data.load_images(images, split)
     shape = tuple(real.pixels.shape[1:])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distmatch import build, rng
 from distmatch.checkpoint import write_atomic, write_json
+from distmatch.conditions import WHOLE, Share
 from distmatch.config import Recipe, load_recipe
 from distmatch.distill import Batch, Distiller, Images, Match, Term
 from distmatch.losses import matching_loss
@@ -42,8 +43,8 @@ class RealScore(Term):
     def __init__(self, match: Match):
         self.match, self.weight, self.batch = match, match.weight, match.batch
 
-    def draw(self, seed: int, index: int, turn: int = 0) -> Batch:
-        return self.match.draw(seed, index, turn)
+    def draw(self, seed: int, index: int, turn: int = 0, share: Share = WHOLE) -> Batch:
+        return self.match.draw(seed, index, turn, share)
 
     def generator(self, batch: Batch, images: Images) -> Tensor:
         m, t, eps, x = self.match, batch.t, batch.eps, images.x

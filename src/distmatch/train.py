@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distmatch import data
+from distmatch import data, parallel
 from distmatch.checkpoint import Checkpoints, Stateful, write_atomic
 from distmatch.clock import Clock
 from distmatch.interrupt import Interrupt, Stopped
@@ -91,7 +91,7 @@ def train(
         """Read the losses of the steps since the last flush: the only synchronisation with the device."""
         if not pending:
             return
-        table = torch.stack([torch.stack(list(row.values())) for row in pending]).cpu()
+        table = parallel.mean(torch.stack([torch.stack(list(row.values())) for row in pending]).cpu())
         names = list(pending[0])
         if not table.isfinite().all():
             row, column = (~table.isfinite()).nonzero()[0].tolist()
@@ -111,7 +111,8 @@ def train(
 
     def preview(done: int) -> None:
         sheet = data.grid(task.preview())
-        write_atomic(out / "previews" / f"step-{done:08d}.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
+        if parallel.rank() == 0:
+            write_atomic(out / "previews" / f"step-{done:08d}.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
         log.image(done, "preview", sheet)
 
     def save(done: int) -> None:
@@ -128,10 +129,10 @@ def train(
         if look:
             preview(done)
         if evaluate is not None and measure:
-            figures = evaluate()
+            figures = parallel.told(evaluate())
             log.scalars(done, figures)
             score = next(iter(figures.values()))
-        better = score is not None and checkpoints.improves(score)
+        better = score is not None and parallel.told(checkpoints.improves(score))
         if keep or better:
             save(done)
         if score is not None and better:
@@ -149,9 +150,10 @@ def train(
             for index in range(start, plan.steps):
                 pending.append(task.step(index))
                 done = index + 1
+                stopping = parallel.world() == 1 and bool(interrupt.received)
                 if due(done, plan.log_every):
                     flush(done)
-                stopping = bool(interrupt.received)
+                    stopping = parallel.any(bool(interrupt.received))  # together, or some would wait for ever
                 between_steps(done, stopping)
                 if stopping:
                     raise Stopped(f"stopped by {interrupt.received} after step {done} of {plan.steps}; all is saved")

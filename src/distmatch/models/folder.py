@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distmatch import parallel
 from distmatch.checkpoint import write_atomic, write_json
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.engine import whole
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
@@ -61,12 +63,13 @@ class Info:
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
     """Write `denoiser` and `info` to `folder`, weights in `dtype`. The configuration goes last: it makes it a model.
 
+    Of several processes all must call this, for the weights may be sharded; the first writes.
     A network that is not one of `NETWORKS` is saved without its configuration; `load_model` then needs it.
     """
     net: Any = denoiser.net
     network: dict[str, Any] = {"type": None, "class": type(net).__name__}
     for kind, known in NETWORKS.items():
-        if type(net) is known:
+        if isinstance(net, known):  # a sharded one has a class of its own, derived from it
             network = {"type": kind, **dict(getattr(net, "config"))}  # noqa: B009  its constructor's arguments
     config = {
         "format": FORMAT,
@@ -75,7 +78,9 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
         "prediction": asdict(denoiser.prediction),
         **asdict(info),
     }
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
+    weights = {k: whole(v.detach()).to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
+    if parallel.rank() > 0:
+        return
     write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
     write_json(folder / "config.json", config)
 
