@@ -46,6 +46,7 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
     low = torch.bfloat16 if precision == "bf16" else None
     # Autocast casts inputs where it should; times and preconditioning must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 shards no other
     for block in (*blocks(network), network):
         # The average changes between two uses: no gathered copy of it may be kept, not even the root's.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -1,0 +1,115 @@
+"""Several processes against one: the same losses and weights, from any checkpoint, replicated or sharded."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_parallel import together
+
+from distmatch import run
+from distmatch.config import load_recipe
+from distmatch.engine import blocks
+from distmatch.models.edm import SongUNet
+from distmatch.models.folder import load_model
+from distmatch.models.library import find_model
+from distmatch.models.stable import StableUNet
+from distmatch.models.tiny import write_tiny_sd
+
+FULL = {
+    "match": {"batch": 12, "pairs": True},
+    "regress": {"batch": 6, "weight": 1.0},
+    "critic": {"lr": 1e-3, "steps": 2},
+    "log": {"every": 1},
+    "checkpoint": {"every": 5},
+    "generator": {"lr": 1e-3},
+}
+
+
+def _train(file: str, changes: list[str], out, stop: int | None) -> None:
+    torch.set_num_threads(1)
+    if stop is not None:  # leave after so many steps, as a killed run would
+        step = run.Distiller.step
+
+        def stops(self, index):
+            if index == stop:
+                raise SystemExit(0)
+            return step(self, index)
+
+        run.Distiller.step = stops
+    run.distil(load_recipe(file, changes), out, out.parent)
+
+
+def train(folder, out, *changes, world=1, stop=None) -> None:
+    """A run of the tiny recipe in `world` processes, each forked."""
+    file = folder / "tiny.yaml"
+    if not file.exists():
+        tiny.recipe_file(folder, **FULL, steps=20)
+    together(world, _train, str(file), [f"pairs.path={folder / 'pairs'}", *changes], out, stop)
+
+
+def losses(out) -> list[dict]:
+    keys = ("step", "match", "regress", "fake", "gradient_norm", "fake_gradient_norm")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in keys} for line in lines]
+
+
+def weights(out) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in load_model(out / "model")[0].state_dict().values()])
+
+
+def same(a, b, rel: float, atol: float) -> None:
+    """The same run but for rounding: every logged figure of every step, and the final weights."""
+    assert [line["step"] for line in losses(a)] == [line["step"] for line in losses(b)] == list(range(1, 21))
+    for one, other in zip(losses(a), losses(b), strict=True):
+        assert one == pytest.approx(other, rel=rel, abs=1e-6), one["step"]
+    assert (weights(a) - weights(b)).abs().max() < atol
+    start = load_model(a.parent / "teacher")[0].state_dict()
+    assert (weights(a) - torch.cat([p.flatten() for p in start.values()])).abs().max() > 100 * atol
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    train(folder, folder / "alone")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_follow_one(alone, how):
+    """Half of each batch each, both terms and `concat(x, x_ref)`, two updates of the fake score: 20 steps."""
+    train(alone, alone / how, f"parallel={how}", world=2)
+    same(alone / "alone", alone / how, rel=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_accumulation_in_two_processes(alone, how):
+    train(alone, alone / f"{how}3", f"parallel={how}", "accumulate=3", world=2)
+    same(alone / "alone", alone / f"{how}3", rel=2e-3, atol=1e-4)
+
+
+def test_a_run_goes_on_with_other_processes_and_another_way_of_spreading(alone):
+    """Two sharded, one alone, three replicated: as the undisturbed run."""
+    out = alone / "moving"
+    train(alone, out, "parallel=fsdp", world=2, stop=7)
+    assert max(run.Checkpoints(out / "checkpoints", {}).steps()) == 5
+    assert len(list((out / "checkpoints" / "step-00000005").glob("*.safetensors"))) == 2
+    train(alone, out, "parallel=ddp", world=1, stop=12)
+    assert max(run.Checkpoints(out / "checkpoints", {}).steps()) == 10
+    train(alone, out, "parallel=ddp", world=3)
+    same(alone / "alone", out, rel=2e-3, atol=1e-4)
+
+
+def test_batches_that_cannot_be_shared_are_named(alone):
+    with pytest.raises(Exception, match=r"regress.batch 6 is not a multiple of accumulate 1 times 4 processes"):
+        train(alone, alone / "four", world=4)
+
+
+def test_blocks_are_the_networks_own(tmp_path):
+    song = SongUNet(img_resolution=8, in_channels=3, out_channels=3, model_channels=16, num_blocks=1)
+    assert len(blocks(song)) == len([m for m in (*song.enc.values(), *song.dec.values()) if list(m.parameters())])
+    write_tiny_sd(tmp_path)
+    net = find_model(f"diffusers:{tmp_path}", "teacher")[0].net
+    assert type(net) is StableUNet
+    middle = net.unet.mid_block
+    assert set(blocks(net)) == {*net.unet.down_blocks, *net.unet.up_blocks, *middle.resnets, *middle.attentions}
