@@ -1,6 +1,12 @@
 """Several processes against one: the same losses and weights, from any checkpoint, replicated or sharded."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -113,3 +119,56 @@ def test_blocks_are_the_networks_own(tmp_path):
     assert type(net) is StableUNet
     middle = net.unet.mid_block
     assert set(blocks(net)) == {*net.unet.down_blocks, *net.unet.up_blocks, *middle.resnets, *middle.attentions}
+
+
+def launch(folder, out, changes, *options):
+    """`torchrun ... -m distmatch train` of two processes, without waiting."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    command += [
+        "--monitor-interval=0.2",
+        "-m",
+        "distmatch",
+        "train",
+        str(folder / "tiny.yaml"),
+        f"pairs.path={folder / 'pairs'}",
+        *changes,
+    ]
+    command += ["-o", str(out)]
+    return subprocess.Popen(command, env=tiny.environment(), stderr=subprocess.PIPE, text=True)
+
+
+def workers(process) -> list[int]:
+    """The processes that a torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+def kill_one(process, out) -> None:
+    """SIGKILL the second worker once a checkpoint is there."""
+    waited = time.monotonic()
+    while not list((out / "checkpoints").glob("step-*/state.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() - waited < 120
+        time.sleep(0.02)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
+def test_a_killed_process_ends_the_job_with_a_message_and_a_restart_finishes_it(alone):
+    """Without restarts the job is down at once; with one it goes on from the checkpoint to the undisturbed weights."""
+    longer = ("steps=60", "checkpoint.every=10", "log.every=10")
+    train(alone, alone / "straight", *longer, world=2)
+    for restarts in (0, 1):
+        out = alone / f"killed{restarts}"
+        process = launch(alone, out, longer, f"--max-restarts={restarts}")
+        kill_one(process, out)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=120)
+        if restarts:
+            assert process.returncode == 0, errors
+            assert torch.equal(weights(out), weights(alone / "straight"))
+        else:
+            assert process.returncode != 0
+            assert time.monotonic() - began < 60
+            assert "lost another process of this job" in errors or "SIGKILL" in errors
+            assert not (out / "model").exists()

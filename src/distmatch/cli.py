@@ -297,7 +297,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "Stopped":
             _fail(f"{error}; to go on: {_command()}", 130)
-        if type(error).__name__ == "Diverged":
+        if type(error).__name__ in ("Diverged", "Lost"):
             _fail(str(error), 1)
         raise
 

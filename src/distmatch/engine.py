@@ -4,6 +4,7 @@
 of each block's weights, gradients and moments, and gathers a block when it is its turn.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,9 +35,11 @@ def spread(network: nn.Module, how: str, precision: str = "fp32") -> nn.Module:
         devices = [torch.cuda.current_device()] if cuda else None
         # EDM's networks carry weights for an augmentation that distillation leaves alone. Buffers never change.
         unused = any("map_augment" in name for name, _ in network.named_parameters())
-        return DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the name that torch 2.10 does not have yet
+            return DistributedDataParallel(
+                network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
+            )
     return shard(network, precision)
 
 

@@ -5,6 +5,7 @@ MASTER_PORT. Without them, and before `joined`, there is one process, which does
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,14 @@ PATIENCE = timedelta(days=1)
 """How long a process waits for the others, of which the first may have to look at a million images."""
 
 
+_DEATHS = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|timed out|Timed out")
+"""What the others' groups say when a process is gone."""
+
+
+class Lost(Exception):
+    """Another process of the job died."""
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Within it, this process is one of the group that was started; the device `cuda` is the GPU of its own.
@@ -31,9 +40,20 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    # Workers that torchrun has started again meet in the same store, where the dead ones' addresses still are.
+    found, number, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:
+        if not _DEATHS.search(str(error)):
+            raise
+        raise Lost(
+            f"process {rank()} of {world()} lost another process of this job ({str(error).strip().splitlines()[0]}). "
+            "Its own message says why; the last checkpoint is kept, and torchrun --max-restarts goes on from it"
+        ) from error
     finally:
         dist.destroy_process_group()
 
