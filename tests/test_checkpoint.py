@@ -100,3 +100,30 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_atomic(file, fail)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
+    network = torch.nn.Linear(4, 4)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {"network": network}, keep=9)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step)
+    checkpoints.mark_best(2, 0.5)
+    with torch.no_grad():
+        network.weight[1, 1] = float("nan")
+    checkpoints.save(5)
+    checkpoints.verify(4)
+    with pytest.raises(ValueError, match=r"network/weight is not finite"):
+        checkpoints.verify(5)
+    next(checkpoints.path(3).glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"step-00000003 is not complete: network/weight has 0 of 16 numbers"):
+        checkpoints.verify(3)
+
+    listed = tiny.command("checkpoints", tmp_path, "--verify")
+    assert listed.returncode == 2
+    assert "2 of 5 checkpoints cannot be used" in listed.stderr
+    assert listed.stdout.count("complete and finite") == 3
+    pruned = tiny.command("checkpoints", tmp_path, "--keep", 1)
+    assert pruned.returncode == 0
+    assert "best, 0.500" in pruned.stdout
+    assert checkpoints.steps() == [2, 5]
+    assert tiny.command("checkpoints", tmp_path / "none").returncode == 2

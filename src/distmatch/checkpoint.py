@@ -4,6 +4,7 @@ Nothing in a checkpoint is executed when it is read: tensors go into safetensors
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -108,16 +109,39 @@ class Checkpoints:
                 _to_disk(file)
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
-            self._prune(step)
+            self.prune()
         parallel.barrier()
         return path
 
-    def _prune(self, step: int) -> None:
-        best = self.best()
-        kept = {*self.steps()[-self.keep :], best["step"] if best else step}
-        for old in set(self.steps()) - kept:
+    def prune(self) -> list[int]:
+        """Delete all but the latest `keep` and the best one; returns the steps of those deleted."""
+        best, steps = self.best(), self.steps()
+        gone = sorted(set(steps) - {*steps[-self.keep :], *([best["step"]] if best else [])})
+        for old in gone:
             (self.path(old) / "state.json").unlink(missing_ok=True)  # half a checkpoint is none
             shutil.rmtree(self.path(old), ignore_errors=True)
+        return gone
+
+    def verify(self, step: int) -> None:
+        """Read all of checkpoint `step`. Raises `ValueError` where it is damaged or a number in it is not finite."""
+        path = self.path(step)
+        try:
+            expected = json.loads((path / "state.json").read_text())["shapes"]
+            found: dict[str, int] = {}
+            for shard in sorted(path.glob("*.safetensors")):
+                with safe_open(shard, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        value = file.get_tensor(name)
+                        if value.is_floating_point() and not value.isfinite().all():
+                            raise ValueError(f"{shard}: {name} is not finite")
+                        found[name] = found.get(name, 0) + value.numel()
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
+        for name, shape in expected.items():
+            if found.get(name, 0) < math.prod(shape):
+                raise ValueError(
+                    f"{path} is not complete: {name} has {found.get(name, 0)} of {math.prod(shape)} numbers"
+                )
 
     def load(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """Put checkpoint `step` (the latest unless told) back into the parts: `(step, meta)`, `None` if there is none.

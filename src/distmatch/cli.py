@@ -246,6 +246,24 @@ def verify_pairs(store: Path, /) -> None:
     verify(store)
 
 
+@app.command
+def checkpoints(run: Path, /, *, verify: bool = False, keep: int | None = None) -> None:
+    """List the checkpoints of a run, check them, or delete old ones.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    verify
+        Read every byte, and look for numbers that are not finite.
+    keep
+        Delete all but the latest KEEP and the best one.
+    """
+    from distmatch.run import checkpoints as run_checkpoints
+
+    run_checkpoints(run, verify, keep)
+
+
 @import_app.command(name="edm")
 def import_edm(source: str, /, *, out: Out = None) -> None:
     """Import a checkpoint of Karras et al. 2022. Recipes take it directly, too: teacher=edm:FILE.

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,33 @@ def import_edm(source: str, out: Path) -> None:
 def pairs(recipe: Recipe, runs: Path) -> None:
     """`distmatch pairs build`."""
     _pairs(recipe, build.subject(recipe), runs)
+
+
+def checkpoints(run: Path, verify: bool, keep: int | None) -> None:
+    """`distmatch checkpoints`."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"--keep {keep}: at least the latest stays; give 1 or more")
+    found = Checkpoints(run / "checkpoints", {}, keep or 1)
+    if not found.steps():
+        raise ValueError(f"{run} has no checkpoints; expected a run's folder, e.g. runs/mnist")
+    for step in found.prune() if keep else ():
+        console.print(f"deleted step {step}")
+    best, problems = found.best(), 0
+    table = Table("step", "size", "shards", "saved", "")
+    for step in found.steps():
+        files = list(found.path(step).glob("*.safetensors"))
+        saved = datetime.fromtimestamp((found.path(step) / "state.json").stat().st_mtime).isoformat(" ", "seconds")
+        remark = f"best, {best['score']:.3f}" if best and best["step"] == step else ""
+        if verify:
+            try:
+                found.verify(step)
+                remark += " complete and finite"
+            except ValueError as error:
+                remark, problems = str(error), problems + 1
+        table.add_row(str(step), _size(sum(f.stat().st_size for f in files)), str(len(files)), saved, remark.strip())
+    console.print(table)
+    if problems:
+        raise ValueError(f"{problems} of {len(found.steps())} checkpoints cannot be used; delete them to go on without")
 
 
 def verify(folder: Path) -> None:
