@@ -15,7 +15,7 @@ FLOORS = [
     ["cli_models"],
     ["demo", "compare"],
     ["run", "toy2d"],
-    ["build", "report", "smoke", "export", "serve"],
+    ["build", "report", "smoke", "export", "serve", "plan"],
     ["train", "evaluation", "baselines"],
     ["distill", "teach", "pipeline"],
     ["pairs", "features", "embeddings"],

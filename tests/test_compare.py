@@ -53,10 +53,12 @@ class Student:
         assert guidance_scale is None
         return Cond(text=torch.tensor([[[len(prompt) / 64]] for prompt in prompts]))
 
-    def render(self, z: Tensor, cond: Cond) -> Tensor:
+    def make(self, z: Tensor, cond: Cond) -> Tensor:
         assert cond.text is not None
-        images = (z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3) + cond.text[..., None]).clamp(-1, 1)
-        return ((images + 1) * 127).to(torch.uint8)
+        return z[:, :3] + cond.text[..., None]
+
+    def decoded(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
 STUDENT: Any = Student()

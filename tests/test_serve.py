@@ -3,8 +3,13 @@
 import asyncio
 import io
 import json
+import re
 import shutil
+import signal
+import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -26,7 +31,7 @@ from distmatch.models.folder import Info
 from distmatch.models.library import find_model
 from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import Pipeline
-from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise
+from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise, serve
 
 INFO = Info((1, 8, 8), ("a", "b", "c"), t=80.0)
 
@@ -182,6 +187,66 @@ def test_a_flood_of_one_visitor_does_not_starve_another():
     assert slow.made.count(0) >= 6
 
 
+def test_a_visitor_who_waits_gets_his_newest_wish():
+    """While another's picture is drawn his wishes replace each other: the older one is never drawn."""
+    slow = Slow(0.3)
+    with (
+        serving(slow) as address,
+        connect(f"ws://{address}/draw") as first,
+        connect(f"ws://{address}/draw") as second,
+    ):
+        first.send('{"label": 0}')
+        time.sleep(0.1)
+        second.send('{"id": 1, "label": 1}')
+        time.sleep(0.1)
+        second.send('{"id": 2, "label": 2}')
+        assert picture(second.recv(timeout=10))[0]["id"] == 2
+        first.recv(timeout=10)
+        with pytest.raises(TimeoutError):
+            second.recv(timeout=0.5)
+    assert slow.made == [0, 2]
+
+
+def test_a_flood_of_rounds_does_not_starve_a_visitor_who_draws():
+    stop = threading.Event()
+
+    def play(address):
+        while not stop.is_set():
+            httpx.post(f"http://{address}/rounds", json={"label": 0})
+
+    with serving(Slow(0.05), Slow(0.05)) as address:
+        players = [threading.Thread(target=play, args=(address,)) for _ in range(8)]
+        for player in players:
+            player.start()
+        time.sleep(0.5)
+        waits = []
+        with connect(f"ws://{address}/draw") as visitor:
+            for _ in range(7):
+                began = time.perf_counter()
+                ask(visitor, label=1)
+                waits.append(time.perf_counter() - began)
+        stop.set()
+        for player in players:
+            player.join()
+    # One round, two pictures of 50 ms, is before his own; eight rounds would be 0.85 s.
+    assert sorted(waits)[3] < 0.4
+
+
+def test_a_model_that_fails_ends_neither_the_visitor_nor_the_server():
+    class Failing(Slow):
+        def render(self, z, cond=None):
+            if int(cond.label[0]) == 2:
+                raise RuntimeError("out of memory")
+            return super().render(z, cond)
+
+    with serving(Failing(0)) as address, connect(f"ws://{address}/draw") as visitor:
+        visitor.send('{"id": 4, "label": 2}')
+        answer = json.loads(visitor.recv(timeout=10))
+        assert (answer["id"], answer["status"]) == (4, 500)
+        assert answer["error"] == "RuntimeError: out of memory"
+        assert ask(visitor, id=5, label=1)[0]["id"] == 5
+
+
 # Bad input
 
 
@@ -198,6 +263,7 @@ BAD = [
     '{"mix": 1.5}',
     '{"label": 3}',
     '{"label": -1}',
+    '{"label": 99999999999999999999999}',
     '{"label": true}',
     '{"prompt": "a cat"}',
     json.dumps({"prompt": "a" * 2000}),
@@ -228,6 +294,15 @@ def test_bad_messages_are_refused_and_the_next_one_is_answered(address, message)
         ("POST", "/rounds", b'{"label": 9}', 422),
         ("POST", "/rounds", b'{"prompt": "a"}', 422),
         ("POST", "/rounds", b'{"seed": -4}', 422),
+        ("POST", "/rounds", b'{"mix": NaN}', 422),
+        ("POST", "/rounds", b'{"mix": 1e400}', 422),
+        ("POST", "/rounds", b'{"guidance": Infinity}', 422),
+        ("POST", "/rounds", b'{"prompt": "\\ud800"}', 422),
+        ("POST", "/rounds", b'{"\\ud800": 1}', 422),
+        ("POST", "/rounds", b'{"label": 99999999999999999999999}', 422),
+        ("POST", "/rounds", b"[" * 8000, 422),
+        ("POST", "/rounds", b"\xff\xfe", 422),
+        ("POST", "/rounds/none", b'{"teacher": NaN}', 422),
         ("POST", "/rounds", b"a" * (LARGEST + 1), 413),
         ("POST", "/rounds/none", b'{"teacher": 0}', 404),
         ("POST", "/rounds/none", b'{"teacher": 2}', 422),
@@ -256,15 +331,39 @@ def test_huge_messages_end_the_connection_and_not_the_server(address):
         assert ask(socket, id=1)[0]["id"] == 1
 
 
+def handshake(address: str, host: str) -> int:
+    """The status that a websocket gets which calls the server `host`, in one header (`connect` would send two)."""
+    name, port = address.split(":")
+    with socket.create_connection((name, int(port)), timeout=10) as line:
+        key = "AAAAAAAAAAAAAAAAAAAAAA=="
+        head = f"GET /draw HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        line.sendall(f"{head}Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode())
+        return int(line.recv(64).split()[1])
+
+
 def test_other_pages_and_other_names_are_refused(address):
-    for origin in ("http://evil.example", "null", "https://127.0.0.1:1"):
+    for origin in ("http://evil.example", "null", "https://127.0.0.1:1", "http://[x", ""):
         with pytest.raises(websockets.InvalidStatus, match="403"):
             connect(f"ws://{address}/draw", origin=origin)
+        assert httpx.post(f"http://{address}/rounds", json={"label": 0}, headers={"origin": origin}).status_code == 403
     with connect(f"ws://{address}/draw", origin=f"http://{address}") as socket:
         assert ask(socket, id=2)[0]["id"] == 2
-    assert httpx.get(f"http://{address}/", headers={"host": "evil.example"}).status_code == 400
-    with pytest.raises(websockets.InvalidStatus, match="400"):
-        connect(f"ws://{address}/draw", additional_headers={"host": "evil.example"})
+    assert handshake(address, address) == 101
+    assert handshake(address, "evil.example") == 403
+    assert httpx.get(f"http://{address}/", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_a_server_for_the_network_knows_its_names():
+    """An address cannot be rebound, a name can: only the server's own ones count, wherever it listens."""
+    with serving(student(), None, ("box.local",)) as address:
+
+        def status(host: str) -> int:
+            return httpx.get(f"http://{address}/model", headers={"host": host}).status_code
+
+        for host in ("box.local", "BOX.local:80", "localhost:7", "192.168.1.5:7860", "[::1]:7860"):
+            assert status(host) == 200
+        for host in ("evil.example", "box.local.evil.example", "127.0.0.1.evil.example", "[x", ""):
+            assert status(host) == 403
 
 
 # The game
@@ -313,6 +412,45 @@ def test_without_a_teacher_there_is_no_game():
     with serving(student()) as address:
         assert httpx.get(f"http://{address}/model").json()["teacher"] is None
         assert httpx.post(f"http://{address}/rounds", json={}).status_code == 404
+
+
+def test_models_that_do_not_fit_are_refused():
+    points = DistilledPipeline(tiny.teacher(), replace(INFO, shape=(2,)))
+    with pytest.raises(ValueError, match=r"shape \(2,\), not images"):
+        make_app(points)
+    for changed in ({"shape": (1, 16, 16)}, {"classes": ()}, {"classes": ("a", "b")}):
+        with pytest.raises(ValueError, match="another student's"):
+            make_app(student(), TeacherPipeline(tiny.teacher(1), replace(INFO, t=None, **changed), steps=3))
+
+
+# The command
+
+
+def test_a_port_out_of_range_is_named():
+    for port in (-1, 65536):
+        with pytest.raises(ValueError, match=f"--port {port}: expected 0 to 65535"):
+            serve(student(), None, "127.0.0.1", port)
+
+
+def test_the_command_finds_a_free_port_and_ends_with_ctrl_c():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "distmatch", "serve", "mnist", "--port", str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            address = re.search(r"http://(127\.0\.0\.1:\d+)", process.stdout.readline())[1]
+            assert not address.endswith(f":{port}")
+            # No waiting here: what is printed can be opened.
+            assert httpx.get(f"http://{address}/model", timeout=30).json()["classes"] == list("0123456789")
+            with connect(f"ws://{address}/draw") as visitor:
+                ask(visitor, label=7)
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.communicate()
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in errors
 
 
 # The page

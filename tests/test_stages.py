@@ -62,6 +62,23 @@ def test_a_run_stopped_anywhere_ends_as_the_undisturbed(tmp_path, monkeypatch, s
     assert all(parts[name].equal(value) for name, value in whole.items())
 
 
+def test_an_override_holds_in_every_stage(tmp_path):
+    file = str(tiny.recipe_file(tmp_path, stages=STAGES))
+    changed = load_recipe(file, ["match.max_step=300", "pairs.count=15"])
+    assert [changed.stage(i).match.max_step for i in range(3)] == [300, 300, 300]
+    assert [changed.stage(i).pairs.count for i in range(3)] == [15, 15, 15]
+    assert [changed.stage(i).match.batch for i in range(3)] == [4, 2, 4]
+
+
+def test_batches_of_later_stages_are_checked_before_anything_runs(tmp_path):
+    stages = [{"until": 4}, {"until": 12, "change": {"regress.batch": 3}}]
+    with pytest.raises(ValueError, match=r"regress.batch 3 is not a multiple of accumulate 2"):
+        run.distil(
+            load_recipe(str(tiny.recipe_file(tmp_path, stages=stages, accumulate=2))), tmp_path / "run", tmp_path
+        )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_impossible_stages_are_named(tmp_path):
     for stages, message in (
         ([{"until": 3}], r"stages end at \[3\]; expected rising iterations, the last of them `steps`, 12"),

@@ -1,11 +1,18 @@
 """Training on prompts by a recipe: adapters alone, recomputed activations, cached text, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 
 from distmatch import build
 from distmatch.config import load_recipe
+from distmatch.export import export_diffusers, export_lora
+from distmatch.models.folder import save_model
+from distmatch.models.library import find_model
+from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 
 
@@ -49,6 +56,36 @@ def test_adapters_alone_are_trained(folder):
     assert merged.keys() == teacher.keys()
     assert torch.equal(merged["unet.conv_in.weight"], teacher["unet.conv_in.weight"])
     assert not torch.equal(d.fake.net.unet.conv_in.weight, teacher["unet.conv_in.weight"])
+
+
+def test_adapters_are_a_function_of_the_seed_and_leave_the_guidance_input_to_be_trained(folder, tmp_path):
+    changes = ("student.lora_rank=2", "student.guidance=[1, 4]")
+    first, again, other = (distiller(folder, *changes, f"seed={seed}")[0] for seed in (0, 0, 1))
+    weights = [
+        torch.cat([p.flatten() for name, p in d.student.named_parameters() if "lora_A" in name])
+        for d in (first, again, other)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not first.student.net.unet.time_embedding.cond_proj.weight.any()
+    for index in range(2):
+        first.step(index)
+    assert first.student.net.unet.time_embedding.cond_proj.weight.any()
+    first.export(tmp_path / "student")
+    with pytest.raises(ValueError, match="takes a guidance scale, which a LoRA cannot carry"):
+        export_lora(str(tmp_path / "student"), tmp_path / "out")
+
+
+def test_half_precision_files_train_and_export_in_fp32(folder, tmp_path):
+    """Encoders whose files are fp16 condition an fp32 U-Net, and what is exported is of one kind."""
+    DiffusionPipeline.from_pretrained(folder / "sd").to(dtype=torch.float16).save_pretrained(tmp_path / "half")
+    denoiser, info = find_model(f"diffusers:{tmp_path / 'half'}", "teacher")
+    assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
+    assert TextEncoder(info.source)(["a cat"]).text.dtype == torch.float32
+    save_model(tmp_path / "student", denoiser, replace(info, t=999.0))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe("a cat", num_inference_steps=1, guidance_scale=1, output_type="np").images.std() > 0.05
 
 
 def test_recomputed_activations_change_no_gradient(folder):

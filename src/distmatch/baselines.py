@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distmatch import rng
+from distmatch.data import to_uint8
 from distmatch.pipeline import Pipeline
 
 SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
@@ -131,9 +132,11 @@ def digest(network: torch.nn.Module) -> str:
 
 
 def _ours(student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts: list[str], z: Tensor) -> Tensor:
-    with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
-        cond = student.condition(len(prompts), prompts=prompts, guidance_scale=guidance)
-        return student.render(z, cond)
+    cond = student.condition(len(prompts), prompts=prompts, guidance_scale=guidance)
+    with torch.inference_mode():
+        with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
+            x = student.make(z.to(student.device), cond)
+        return to_uint8(student.decoded(x.float())).cpu()  # some decoders overflow in fp16
 
 
 def _diffusers() -> Any:

@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,12 @@ from distmatch.ema import EMA, frozen_copy
 from distmatch.embeddings import embed
 from distmatch.engine import shard, spread
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.models.around import around
 from distmatch.models.codec import Decoded, Decoder
 from distmatch.models.folder import NETWORKS, Info
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
 from distmatch.models.stable import StableUNet
-from distmatch.models.text import TextEncoder
 from distmatch.optim import Optimizer
 from distmatch.pairs import PairSpec, PairStore, build, fingerprint, prompts_digest
 from distmatch.progress import progress
@@ -63,15 +65,17 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
                 f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
             )
         prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
-        conditions = Prompts(len(prompts), _encode(recipe, info.source, prompts, dev))
+        conditions = Prompts(len(prompts), _encode(recipe, info, prompts, dev))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), prompts)
 
 
-def _encode(recipe: Recipe, source: str, prompts: Sequence[str], dev: torch.device) -> Callable[[Sequence[int]], Cond]:
+def _encode(recipe: Recipe, info: Info, prompts: Sequence[str], dev: torch.device) -> Callable[[Sequence[int]], Cond]:
     """Prompts by number to conditions: batch by batch, or from the cache, which is filled where it is not."""
-    encoder = TextEncoder(source, dev)
+    known = around(info, dev)
+    assert known is not None
+    encoder = known.encode
     if recipe.prompts.cache is None:
         return lambda numbers: encoder([prompts[i] for i in numbers])
     folder = Path(recipe.prompts.cache) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
@@ -133,16 +137,29 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
     return PairStore.open(folder, spec.fingerprint, spec.count)
 
 
+def check_batches(recipe: Recipe) -> None:
+    """Raise `ValueError` for a batch that the processes cannot share in equal parts."""
+    world = parallel.world()
+    for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
+        if name in recipe.terms and batch % (recipe.accumulate * world):
+            raise ValueError(
+                f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate}"
+                + f" times {world} processes" * (world > 1)
+                + "; choose one that is"
+            )
+
+
 def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Distiller:
     """The recipe's distillation. Student and fake score start as copies of one network, see `start`.
 
     Of several processes, each has its share of it: `parallel` says how networks are spread over them.
     """
+    check_batches(recipe)
     dev, info = device(recipe.device), subject.info
     first = start(recipe, subject)
     student = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, dev))
     if recipe.student.lora_rank:
-        student = _adapted(student, recipe.student.lora_rank)
+        student = _adapted(student, recipe.student.lora_rank, rng.key(recipe.seed, "adapters"))
     fake = _trained_copy(first) if "match" in recipe.terms else None
     if recipe.gradient_checkpointing:
         for network in filter(None, (student, fake)):
@@ -164,7 +181,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         forward=forward,
         process=(parallel.rank(), parallel.world()),
         conditions=subject.conditions,
-        decode=Decoder(info.source).to(dev) if info.source else None,
+        decode=known.decode if (known := around(info, dev)) else None,
         t=recipe.student.t,
         ema=EMA(student, recipe.student.ema, average),
         seed=recipe.seed,
@@ -205,7 +222,10 @@ def _network(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
 
 def student_info(recipe: Recipe, subject: Subject) -> Info:
     """What the student's model folder says of it."""
-    t = subject.denoiser.schedule.t_max if recipe.student.t is None else recipe.student.t
+    schedule = subject.denoiser.schedule
+    t = schedule.t_max if recipe.student.t is None else recipe.student.t
+    if not schedule.t_min < t <= schedule.t_max:
+        raise ValueError(f"student.t is {t:g}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}")
     card = {"recipe": recipe.model_dump(mode="json")}
     return replace(subject.info, t=t, guidance=recipe.student.guidance, card=card)
 
@@ -222,11 +242,14 @@ def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
     return student.to(dev)
 
 
-def _adapted(denoiser: Denoiser, rank: int) -> Denoiser:
+def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
     """The student with adapters of `rank`, which alone are trained."""
     if type(denoiser.net) is not StableUNet:
         raise ValueError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
-    return Denoiser(denoiser.net.with_adapters(rank), denoiser.schedule, denoiser.prediction)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the same in every process
+        net = denoiser.net.with_adapters(rank)
+    return Denoiser(net, denoiser.schedule, denoiser.prediction)
 
 
 def checkpoint_gradients(denoiser: Denoiser) -> None:
@@ -301,11 +324,18 @@ def _regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor
     if loss is None:
         from distmatch.perceptual import Lpips  # the `metrics` extra
 
-        loss = Lpips(r.weights, size=r.size)
+        loss = _kept(Lpips, r.weights, r.size)
     if r.decoder == "none":
         return loss
     if not info.source:
         raise ValueError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
     source = r.tiny if r.decoder == "tiny" else info.source
     tiny, checkpointing = r.decoder == "tiny", recipe.gradient_checkpointing
-    return Decoded(loss, Decoder(source, tiny=tiny, checkpointing=checkpointing).to(device(recipe.device)))
+    decoder = _kept(Decoder, source, tiny, checkpointing).to(device(recipe.device))
+    return Decoded(loss, decoder)
+
+
+@cache
+def _kept(kind: Callable[..., Any], *arguments: Any) -> Any:
+    """`kind(*arguments)`, made once: stages share their frozen networks."""
+    return kind(*arguments)

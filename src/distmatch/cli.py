@@ -113,6 +113,38 @@ def train(
 
 
 @app.command
+def plan(
+    recipe: str,
+    /,
+    *overrides: str,
+    gpus: int = 1,
+    gpu: Literal["a100", "h100", "h200", "l40s", "rtx4090"] = "a100",
+    utilisation: float = 0.4,
+) -> None:
+    """Say what a recipe takes before it starts: arithmetic, memory, disk, time, and whether it fits.
+
+    Counted on networks without numbers: nothing is downloaded but settings, and no GPU is needed.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe of the package or a YAML file.
+    overrides
+        Entries to change, e.g. accumulate=4 parallel=fsdp.
+    gpus
+        How many share the batches.
+    gpu
+        Their kind; its memory and its arithmetic are the maker's figures.
+    utilisation
+        Share of that arithmetic that is reached; 0.4 is common for these networks.
+    """
+    from distmatch.config import load_recipe
+    from distmatch.plan import show
+
+    show(load_recipe(recipe, overrides), gpus, gpu, utilisation)
+
+
+@app.command
 def teach(
     images: Path,
     /,

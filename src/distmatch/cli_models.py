@@ -167,6 +167,7 @@ def compare(
     """
     from distmatch.compare import command
 
+    teacher = teacher.removeprefix("diffusers:")
     command(
         teacher, student, out or Path("runs") / f"compare-{Path(teacher).name}", prompts=prompts, coco=coco,
         column=column, guidance=guidance, n=n, seed=seed, lora=lora, features=features, reference=reference, clip=clip,
@@ -181,7 +182,7 @@ def serve(
     *,
     teacher: str | None = None,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     device: str = "auto",
@@ -198,7 +199,7 @@ def serve(
     steps
         The teacher's sampler steps; 18 of Heun, 50 of PNDM for Stable Diffusion, unless told.
     guidance
-        The teacher's guidance.
+        The teacher's; that of the student's training unless told.
     host
         Address to listen at. Others than 127.0.0.1 let everybody in your network use the page.
     port
@@ -212,6 +213,9 @@ def serve(
 
     steps = steps or (50 if str(teacher).startswith("diffusers:") else 18)
     student = pipeline(model, None, None, device)
+    if guidance is None:
+        trained = student.info.card.get("recipe", {}).get("match", {}).get("guidance", 1.0)
+        guidance = sum(student.info.guidance) / 2 if student.info.guidance else trained
     run(student, pipeline(teacher, steps, guidance, device) if teacher else None, host, port, open_browser)
 
 

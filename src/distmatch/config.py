@@ -60,6 +60,12 @@ class Student(_Strict):
     lora_rank: Annotated[int, Field(ge=0)] = 0
     ema: Fraction = 0.999
 
+    @model_validator(mode="after")
+    def _scales_in_order(self) -> Self:
+        if self.guidance is not None and not self.guidance[0] < self.guidance[1]:
+            raise ValueError(f"expected guidance: [low, high] with low < high, not {list(self.guidance)}")
+        return self
+
 
 class MatchTerm(_Strict):
     """Distribution matching; see `distill.Match`. `pairs: true` matches the images of the regression's noise as well,
@@ -230,6 +236,10 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     tree.setdefault("name", path.stem)
     for override in overrides:
         _apply(tree, override)
+    keys = {override.partition("=")[0] for override in overrides}
+    if "stages" not in keys:  # what is asked for holds in every stage
+        for stage in tree.get("stages") or []:
+            stage["change"] = {k: v for k, v in stage.get("change", {}).items() if k not in keys}
     return parse_recipe(tree, str(path))
 
 

@@ -178,7 +178,7 @@ def guided(denoiser: Denoiser, w: float | None) -> Callable[[Tensor, Tensor, Con
     def forward(x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         if cond is None:
             raise ValueError(f"guidance {w} needs a condition; this batch has none. Use guidance 1")
-        scale = x.new_tensor(w) if w is not None else expand(cond.extra["guidance"].to(x), x)
+        scale = w if w is not None else expand(cond.extra["guidance"].to(x), x)
         uncond = denoiser(x, t, cond.null())
         return torch.lerp(uncond, denoiser(x, t, cond), scale)
 

@@ -242,13 +242,6 @@ class Distiller:
         self.critic_steps, self.precision = critic_steps, precision
         rank, world = process
         self.shares = [(rank * accumulate + cut, world * accumulate) for cut in range(accumulate)]
-        for term in terms:
-            if term.batch % (world * accumulate):
-                raise ValueError(
-                    f"{term.name}.batch {term.batch} is not a multiple of accumulate {accumulate}"
-                    + f" times {world} processes" * (world > 1)
-                    + "; choose one that is"
-                )
         self.ema = ema if isinstance(ema, EMA) else EMA(student, ema)
         self.device = next(student.parameters()).device
         networks = {student, *(network for term in terms for network in term.networks)}

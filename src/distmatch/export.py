@@ -30,11 +30,12 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     net, scheduler, info = _student(run)
-    source = source or info.source
-    pipeline: Any = fetched(source, lambda: DiffusionPipeline.from_pretrained(source, unet=net.merged().unet))
+    source, dtype = source or info.source, torch.float16 if half else torch.float32
+    pipeline: Any = fetched(
+        source, lambda: DiffusionPipeline.from_pretrained(source, unet=net.merged().unet, torch_dtype=dtype)
+    )
     pipeline.register_modules(scheduler=scheduler)
-    if half:
-        pipeline.to(dtype=torch.float16)
+    pipeline.to(dtype=dtype)  # all of one kind, whatever the source's files have
     pipeline.save_pretrained(out)
     scale = "guidance_scale=1" if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     console.print(
@@ -50,6 +51,8 @@ def export_lora(run: str, out: Path) -> None:
     net, scheduler, info = _student(run)
     if not net.lora:
         raise ValueError(f"{run} has no adapters: its student was trained without student.lora_rank; export diffusers")
+    if net.guidance:
+        raise ValueError(f"{run} takes a guidance scale, which a LoRA cannot carry; export diffusers")
     write_adapters(net, out)
     scheduler.save_pretrained(out / "scheduler")
     console.print(

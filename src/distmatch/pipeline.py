@@ -143,7 +143,10 @@ class Pipeline:
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None) -> Tensor:
         """Images f[B,C,H,W] in about [-1, 1], or points, for given noise `z f[B,*D]` on the model's device."""
-        x = self.make(z, cond)
+        return self.decoded(self.make(z, cond))
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """What `make` makes, as images."""
         return x if self.around is None else self.around.decode(x)
 
     def _labels(self, n: int, labels: Labels) -> Tensor | None:

@@ -33,9 +33,9 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
         raise ValueError(f"{path} is plain text, which has no column {column!r}; leave the column out")
     prompts = []
     for place, value in READERS[path.suffix](path, column):
-        if not isinstance(value, str):
+        if not isinstance(value, str | None):
             raise ValueError(f"{path}, {place}: expected text, found {value!r:.80}")
-        if value.strip():
+        if value and value.strip():
             prompts.append(value.strip())
     if not prompts:
         raise ValueError(f"{path} holds no prompts")

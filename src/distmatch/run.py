@@ -61,9 +61,11 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
     """
     _same_recipe(recipe, out)
+    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+    for stage in stages:
+        build.check_batches(stage)
     subject = build.subject(recipe, teacher)
     same_settings({"teacher": recipe.teacher, "fingerprint": subject.fingerprint}, out / "teacher.json")
-    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
         for stage in (stage for stage in stages if "regress" in stage.terms):
@@ -96,8 +98,8 @@ def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Pa
 
         def frechet() -> dict[str, float]:
             student = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
-            n, seed = recipe.evaluate.images, recipe.seed + 1
-            return measure(student, space, real, n=n, seed=seed, conditions=subject.conditions, full=False)
+            n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.source else 256
+            return measure(student, space, real, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
 
         figures = frechet
 
@@ -240,6 +242,7 @@ def import_edm(source: str, out: Path) -> None:
     )
 
 
+@parallel.joined()
 def pairs(recipe: Recipe, runs: Path) -> None:
     """`distmatch pairs build`."""
     _pairs(recipe, build.subject(recipe), runs)

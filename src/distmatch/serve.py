@@ -1,18 +1,21 @@
 """`distmatch serve`: a local web page that draws as one types, and plays the paper's Figure 1: which is which?
 
-One thread runs the models. A visitor has at most one picture in its queue, whatever he sends, and the newest of his
-wishes is drawn next: frames are dropped rather than queued, and visitors are served in turn.
+One thread runs the models. A visitor has at most one place in its queue, whatever he sends, and when his turn comes the
+newest of his wishes is drawn: frames are dropped rather than queued, and visitors are served in turn. The rounds of the
+game have one place in that queue together.
 """
 
 import asyncio
 import io
+import ipaddress
 import json
+import logging
 import secrets
 import socket
 import struct
 import time
 import webbrowser
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -22,10 +25,11 @@ from urllib.parse import urlsplit
 
 import torch
 from fastapi import FastAPI, HTTPException, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from distmatch import rng
@@ -33,7 +37,9 @@ from distmatch.paths import ASSETS
 from distmatch.pipeline import Output, Pipeline
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
+log = logging.getLogger("uvicorn.error")
 Result = TypeVar("Result")
+Asked = TypeVar("Asked", bound=BaseModel)
 
 LOSSLESS = 128
 """Sides of up to so many pixels are sent as PNG; longer ones as JPEG, which is encoded many times faster."""
@@ -57,7 +63,7 @@ class Wish(BaseModel):
 
     id: Annotated[int, Field(ge=0, lt=2**53)] = 0
     prompt: Annotated[str, Field(max_length=1000)] | None = None
-    label: Annotated[int, Field(ge=0)] | None = None
+    label: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     guidance: float | None = None
     seed: Seed = 0
     other: Seed = 1
@@ -72,6 +78,15 @@ class Guess(BaseModel):
     teacher: Annotated[int, Field(ge=0, le=1)]
 
 
+def read(kind: type[Asked], text: str | bytes) -> Asked:
+    """What a message or a body asks for. Raises `ValueError` with its first mistake, which never quotes it."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
+
+
 @dataclass
 class Studio:
     """The models, and the thread that runs them."""
@@ -81,6 +96,7 @@ class Studio:
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
     rounds: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
     waiting: int = 0
+    dealing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """`work()` in the models' thread, when all that was asked before is done."""
@@ -131,13 +147,50 @@ def encode(pixels: Tensor) -> tuple[str, bytes]:
     return f"image/{kind}", file.getvalue()
 
 
-def make_app(student: Pipeline, teacher: Pipeline | None = None, hosts: tuple[str, ...] = ("127.0.0.1", "localhost")):
+class OwnPage:
+    """Lets only this server's own page in, over HTTP and websockets.
+
+    A browser shows foreign pages' websockets to no one but the server, so it is the server that has to look at where
+    they come from: `Origin` is the page's address and must be ours. A foreign page may have its own name resolved to
+    this machine (DNS rebinding) and have an equal `Host`; so that must be an address, which cannot be rebound, or one
+    of our `names`.
+    """
+
+    def __init__(self, app: ASGIApp, names: tuple[str, ...]):
+        self.app, self.names = app, {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._ours(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: the client gets 403
+        else:
+            await PlainTextResponse("open the address that distmatch serve printed", 403)(scope, receive, send)
+
+    def _ours(self, headers: Headers) -> bool:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            known = name in self.names or bool(ipaddress.ip_address(name))
+        except ValueError:  # neither a name of ours nor an address, or nothing like either
+            return False
+        return known and origin in (None, f"http://{host}", f"https://{host}")
+
+
+def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[str, ...] = ()) -> FastAPI:
     """The page and what it asks for.
 
     Args:
-        hosts: the names that requests may call this server by. A foreign page that has its name resolved to this
-            machine (DNS rebinding) comes under its own and is refused; so is a websocket from another page.
+        names: what the server may be called besides "localhost" and addresses; see `OwnPage`.
+
+    Raises `ValueError` for a student of something other than images, or a teacher of another kind of images.
     """
+    if len(student.info.shape) != 3:
+        raise ValueError(
+            f"this model makes samples of shape {student.info.shape}, not images; there is nothing to show"
+        )
+    if teacher is not None and (ours := _kind(student)) != (theirs := _kind(teacher)):
+        raise ValueError(f"the teacher is another student's: it makes {theirs}, this student {ours}")
     studio = Studio(student, teacher)
 
     @asynccontextmanager
@@ -146,7 +199,6 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, hosts: tuple[st
         studio.thread.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     @app.middleware("http")
     async def small(request: Request, call_next: Callable[[Request], Any]) -> Any:
@@ -154,6 +206,8 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, hosts: tuple[st
         if not length.isdigit() or int(length) > LARGEST or "transfer-encoding" in request.headers:
             return JSONResponse({"detail": f"at most {LARGEST} bytes, of a stated length"}, 413)
         return await call_next(request)
+
+    app.add_middleware(OwnPage, names=names)  # the last one added is asked first
 
     @app.get("/")
     def page() -> HTMLResponse:
@@ -171,21 +225,27 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, hosts: tuple[st
         }
 
     @app.post("/rounds")
-    async def new_round(wish: Wish) -> dict[str, Any]:
+    async def new_round(request: Request) -> dict[str, Any]:
         if teacher is None:
             raise HTTPException(404, "no teacher is served; start with --teacher")
         if studio.waiting >= WAITING:
             raise HTTPException(429, "too many rounds are waiting; try again")
         studio.waiting += 1
         try:
-            return await studio.run(lambda: studio.new_round(wish))
+            wish = read(Wish, await request.body())
+            async with studio.dealing:  # the others wait here, not between a visitor and the models
+                return await studio.run(lambda: studio.new_round(wish))
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         finally:
             studio.waiting -= 1
 
     @app.post("/rounds/{name}")
-    def guess(name: str, guess: Guess) -> dict[str, Any]:
+    async def guess(name: str, request: Request) -> dict[str, Any]:
+        try:
+            guess = read(Guess, await request.body())
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
         answer = studio.rounds.pop(name, None)
         if answer is None:
             raise HTTPException(404, "this round is not open: unknown, answered, or too long ago")
@@ -193,49 +253,57 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, hosts: tuple[st
 
     @app.websocket("/draw")
     async def draw(socket: WebSocket) -> None:
-        origin = socket.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != socket.headers.get("host"):
-            await socket.close(1008)  # before it is accepted: the client gets 403
-            return
         await socket.accept()
         await _visitor(socket, studio)
 
     return app
 
 
+def _kind(pipe: Pipeline) -> str:
+    """What a round's two models have to share."""
+    made = "x".join(map(str, pipe.info.shape))
+    classes = f" of {len(pipe.info.classes)} classes" if pipe.info.classes else ""
+    return made + classes + " of prompts" * bool(pipe.info.source)
+
+
 async def _visitor(socket: WebSocket, studio: Studio) -> None:
     """Draw what one visitor asks for, the newest first, until he leaves."""
-    newest: list[Wish] = []
+    newest: deque[Wish] = deque(maxlen=1)
     arrived = asyncio.Event()
+
+    def answer() -> dict[str, Any]:
+        """In the models' thread, when his turn has come: what is newest then."""
+        wish = newest.pop()
+        try:
+            pixels, ms = studio.draw(studio.student, wish)
+        except ValueError as error:
+            return _refusal(wish.id, 422, str(error))
+        except Exception as error:  # such as a GPU without memory: the next wish may do better
+            log.exception("a picture failed")
+            return _refusal(wish.id, 500, f"{type(error).__name__}: {error}")
+        kind, picture = encode(pixels)
+        header = json.dumps({"id": wish.id, "milliseconds": ms, "type": kind}).encode()
+        return {"type": "websocket.send", "bytes": struct.pack(">I", len(header)) + header + picture}
 
     async def draw() -> None:
         while True:
             await arrived.wait()
             arrived.clear()
-            wish = newest.pop()
-            newest.clear()
-            try:
-                pixels, ms = await studio.run(lambda wish=wish: studio.draw(studio.student, wish))
-            except ValueError as error:
-                await _refuse(socket, wish.id, 422, str(error))
-                continue
-            kind, picture = encode(pixels)
-            header = json.dumps({"id": wish.id, "milliseconds": ms, "type": kind}).encode()
-            await socket.send_bytes(struct.pack(">I", len(header)) + header + picture)
+            if newest:  # unless the turn before took it already
+                await socket.send(await studio.run(answer))
 
     drawing = asyncio.create_task(draw())
     try:
         while (message := await socket.receive())["type"] != "websocket.disconnect":
             text = message.get("text")
             if text is None or len(text) > LARGEST:
-                await _refuse(socket, None, 400, f"expected text of at most {LARGEST} characters")
+                await socket.send(_refusal(None, 400, f"expected text of at most {LARGEST} characters"))
                 continue
             try:
-                newest.append(Wish.model_validate_json(text))
+                newest.append(read(Wish, text))
                 arrived.set()
-            except ValidationError as error:
-                first = error.errors()[0]
-                await _refuse(socket, None, 422, f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}")
+            except ValueError as error:
+                await socket.send(_refusal(None, 422, str(error)))
     except WebSocketDisconnect:
         pass
     finally:
@@ -243,14 +311,20 @@ async def _visitor(socket: WebSocket, studio: Studio) -> None:
         await asyncio.gather(drawing, return_exceptions=True)
 
 
-async def _refuse(socket: WebSocket, number: int | None, status: int, why: str) -> None:
-    await socket.send_text(json.dumps({"id": number, "status": status, "error": why}))
+def _refusal(number: int | None, status: int, why: str) -> dict[str, Any]:
+    return {"type": "websocket.send", "text": json.dumps({"id": number, "status": status, "error": why})}
 
 
 def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, open_browser: bool = False) -> None:
-    """Serve the page until Ctrl-C, at `port` or, where it is taken, at a free one."""
+    """Serve the page until Ctrl-C, at `port` or, where it is taken, at a free one.
+
+    Raises `ValueError` for a port or a host that cannot be, and for models that `make_app` refuses.
+    """
     import uvicorn
 
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port}: expected 0 to 65535; 0 takes any free one")
+    app = make_app(student, teacher, (host, socket.gethostname()))
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -260,13 +334,11 @@ def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, ope
                 listener.bind((host, 0))
             except OSError:
                 raise ValueError(f"--host {host}: {taken.strerror}; give an address of this machine") from taken
-        address = f"http://{host}:{listener.getsockname()[1]}"
+        listener.listen()  # from here on whoever opens the address waits for the page instead of being refused
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}"
         console.print(f"Look at {address} (Ctrl-C ends it)")
         if open_browser:
             webbrowser.open(address)
-        local = host in ("127.0.0.1", "localhost", "::1")
-        hosts = ("127.0.0.1", "localhost", "::1", host) if local else ("*",)
-        config = uvicorn.Config(
-            make_app(student, teacher, hosts), log_level="warning", ws_max_size=4 * LARGEST, timeout_graceful_shutdown=1
-        )
+        config = uvicorn.Config(app, log_level="warning", ws_max_size=4 * LARGEST, timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[listener])

@@ -48,7 +48,7 @@ def pndm(settings: Mapping[str, Any]) -> Sampler:
         from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
         betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": schedule.spacing}
-        known = {k: v for k, v in settings.items() if not k.startswith("_")}
+        known = {**STABLE_DIFFUSION, **{k: v for k, v in settings.items() if not k.startswith("_")}}
         kind = {"num_train_timesteps": schedule.steps, "prediction_type": "v_prediction" if velocity else "epsilon"}
         scheduler: Any = PNDMScheduler.from_config({**known, **betas, **kind})
         scheduler.set_timesteps(steps)

@@ -111,8 +111,9 @@ def train(
 
     def preview(done: int) -> None:
         sheet = data.grid(task.preview())
+        zoom = 2 if len(sheet) < 1000 else 1
         if parallel.rank() == 0:
-            write_atomic(out / "previews" / f"step-{done:08d}.png", lambda p: p.write_bytes(data.png(sheet, zoom=2)))
+            write_atomic(out / "previews" / f"step-{done:08d}.png", lambda p: p.write_bytes(data.png(sheet, zoom=zoom)))
         log.image(done, "preview", sheet)
 
     def save(done: int) -> None:

@@ -1,5 +1,7 @@
 """What stands around the network of a latent text-to-image model: prompts in, pixels out."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -23,5 +25,10 @@ class Around:
 
 
 def around(info: Info, device: torch.device | str = "cpu") -> Around | None:
-    """What stands around the model that `info` describes; `None` for a model of pixels."""
-    return Around(info.source, device) if info.source else None
+    """What stands around the model that `info` describes, loaded once; `None` for a model of pixels."""
+    return _loaded(info.source, str(device)) if info.source else None
+
+
+@cache
+def _loaded(source: str, device: str) -> Around:
+    return Around(source, device)

@@ -22,7 +22,7 @@ class Decoder(nn.Module):
             keeps some gigabytes per image otherwise.
     """
 
-    def __init__(self, source: str, *, tiny: bool = False, checkpointing: bool = False):
+    def __init__(self, source: str, tiny: bool = False, checkpointing: bool = False):
         super().__init__()
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -42,7 +42,9 @@ class Decoder(nn.Module):
         z = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return self._decode(z)
+        if torch.is_grad_enabled():
+            return self._decode(z)
+        return torch.cat([self._decode(one) for one in z.split(1)])  # the full decoder takes gigabytes per image
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z, return_dict=False)[0]

@@ -15,6 +15,7 @@ def fetched(source: str, load: Callable[[], T]) -> T:
         from transformers.utils import logging as transformers_logging
 
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # or every caption of more than 77 tokens is printed
         transformers_logging.disable_progress_bar()
         return load()
     except ImportError as error:

@@ -4,7 +4,10 @@ Everything is read from the model's own configurations; nothing is decided by it
 `models.text`, latents and pixels that of `models.codec`.
 """
 
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.models.folder import Info
@@ -23,8 +26,12 @@ def load_stable(source: str) -> tuple[Denoiser, Info]:
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())  # students name it, wherever they are used
     scheduler = scheduler_config(source)
-    unet: Any = fetched(source, lambda: UNet2DConditionModel.from_pretrained(source, subfolder="unet"))
+    unet: Any = fetched(
+        source, lambda: UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=torch.float32)
+    )
     encoder = TextEncoder(source)
     null = encoder.null()
     assert null.text is not None

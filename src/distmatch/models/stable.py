@@ -93,6 +93,8 @@ def add_adapters(unet: Any, rank: int) -> None:
 
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ADAPTED))
+    if unet.config.time_cond_proj_dim:  # a guidance scale that is an input has weights of its own
+        unet.time_embedding.cond_proj.requires_grad_(True)
 
 
 def adapters(net: StableUNet) -> dict[str, Tensor]:

@@ -28,7 +28,11 @@ class TextEncoder:
 
         index: Any = fetched(source, lambda: DiffusionPipeline.load_config(source))
         parts = [name for name, value in index.items() if isinstance(value, list | tuple)]
-        absent = {name: None for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))}
+        absent: dict[str, Any] = {
+            name: None for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))
+        }
+        absent["torch_dtype"] = torch.float32  # whatever the files have: conditions go into fp32 networks
+        absent["torch_dtype"] = torch.float32  # whatever the files have: conditions go into fp32 networks
         self.pipeline: Any = fetched(source, lambda: DiffusionPipeline.from_pretrained(source, **absent))
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)
