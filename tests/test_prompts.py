@@ -69,7 +69,7 @@ def test_the_key_is_the_first_known_one_or_the_one_that_is_named(tmp_path):
         ("p.json", b"[1", r"p.json is not JSON .*; expected captions of MS-COCO"),
         ("p.json", b'["a"]', r"p.json has no list `annotations`"),
         ("p.json", b'{"annotations": [{"caption": "a"}, {"id": 3}]}', r"annotation 1 has no 'caption': {'id': 3}"),
-        ("p.json", b'{"annotations": [{"caption": null}]}', r"annotation 0: expected text, found None"),
+        ("p.json", b'{"annotations": [{"caption": null}]}', r"p.json holds no prompts"),
     ],
 )
 def test_refusals_name_the_file_and_the_place(tmp_path, name, content, message):
@@ -84,8 +84,10 @@ def test_refusals_of_columns(tmp_path):
     parquet.write_table(pa.table({"url": ["a"], "caption": pa.array(["a", None][:1])}), file)
     with pytest.raises(ValueError, match="has no column 'TEXT'; it has url, caption"):
         read_prompts(file, "TEXT")
-    parquet.write_table(pa.table({"caption": ["a", None]}), file)
-    with pytest.raises(ValueError, match="row 2: expected text, found None"):
+    parquet.write_table(pa.table({"caption": ["a", None, " ", "b"]}), file)
+    assert read_prompts(file) == ["a", "b"]  # rows without a caption are left out, as empty ones are
+    parquet.write_table(pa.table({"caption": [1, 2]}), file)
+    with pytest.raises(ValueError, match="row 1: expected text, found 1"):
         read_prompts(file)
     (tmp_path / "p.txt").write_text("a")
     with pytest.raises(ValueError, match="plain text, which has no column 'TEXT'"):

@@ -12,7 +12,7 @@ KEYS = ("prompt", "caption", "text")
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:
-    """The prompts in `path` in their order, without white space around them; empty ones are left out.
+    """The prompts in `path` in their order, without white space around them; empty and missing ones are left out.
 
     Args:
         path: one of
