@@ -18,7 +18,8 @@ import torch
 
 from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.unet import UNet
-from distmatch.pairs import PairSpec, build, fingerprint
+from distmatch.pair_builder import build
+from distmatch.pairs import PairSpec, fingerprint
 from distmatch.schedule import EDM
 from distmatch.solvers import evaluations
 

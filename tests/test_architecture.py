@@ -18,7 +18,8 @@ FLOORS = [
     ["build", "report", "smoke", "export", "serve", "plan"],
     ["train", "evaluation", "baselines"],
     ["distill", "teach", "pipeline"],
-    ["pairs", "features", "embeddings"],
+    ["pair_builder", "features", "embeddings"],
+    ["pairs", "claims"],
     ["models.library"],
     ["models.published", "models.pretrained", "models.around"],
     ["models.folder"],
@@ -38,7 +39,7 @@ FLOORS = [
     ],
     ["models.guidance", "models.hub", "models.tiny", "conditions", "losses", "sampler", "metrics"],
     ["denoiser"],
-    ["schedule", "log", "prompts"],
+    ["schedule", "log", "prompts", "storage"],
     ["checkpoint", "optim", "progress"],
     ["config", "rng", "data", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
 ]

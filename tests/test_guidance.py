@@ -16,7 +16,8 @@ from distmatch.models.guidance import with_guidance as taking_guidance
 from distmatch.models.mixture import mixture
 from distmatch.models.mlp import MLP
 from distmatch.optim import Optimizer
-from distmatch.pairs import PairSpec, PairStore, build, fingerprint
+from distmatch.pair_builder import build
+from distmatch.pairs import PairSpec, PairStore, fingerprint
 from distmatch.sampler import heun, one_step
 from distmatch.schedule import EDM
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from distmatch import rng
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.models.unet import UNet
-from distmatch.pairs import PairSpec, PairStore, build, fingerprint
+from distmatch.pair_builder import build
+from distmatch.pairs import PairSpec, PairStore, fingerprint
 from distmatch.sampler import euler, heun
 from distmatch.schedule import EDM, Flow
 
@@ -239,7 +240,8 @@ SCRIPT = """
 import json, sys, time
 from pathlib import Path
 import tiny
-from distmatch.pairs import PairSpec, build
+from distmatch.pair_builder import build
+from distmatch.pairs import PairSpec
 folder, fields, ready = Path(sys.argv[1]), json.loads(sys.argv[2]), []
 spec = PairSpec(**{**fields, "shape": tuple(fields["shape"])})
 teacher = tiny.teacher()
@@ -298,18 +300,20 @@ def test_a_killed_build_continues(teacher, settings, undisturbed, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (store / ".shard-00009.safetensors.k1ll3d").write_bytes(b"half a sh")  # had it been writing that one
+    remnant = store / ".shard-00009.safetensors.k1ll3d"  # had it been writing that one
+    remnant.write_bytes(b"half a sh")
+    os.utime(remnant, (time.time() - 10, time.time() - 10))
     finished = identities(store)
     assert 3 <= len(finished) < 16
     with pytest.raises(ValueError, match=rf"incomplete: {len(finished)} of 16 shards .* run the same build command"):
         PairStore.open(store)
-    assert build(store, settings, teacher, batch=4) == 64 - 4 * len(finished)
+    assert build(store, settings, teacher, batch=4, expiry=1.0) == 64 - 4 * len(finished)
     now = identities(store)
     assert {name: now[name] for name in finished} == finished
     assert contents(store) == undisturbed
 
 
-def test_an_exception_keeps_finished_shards_and_frees_the_lock(teacher, settings, undisturbed, tmp_path):
+def test_an_exception_keeps_finished_shards_and_frees_the_claim(teacher, settings, undisturbed, tmp_path):
     store = tmp_path / "store"
 
     def stop(_: int) -> None:

@@ -16,7 +16,8 @@ from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
 from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
-from distmatch.pairs import PairSpec, PairStore, build, fingerprint, prompts_digest
+from distmatch.pair_builder import build
+from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
 from distmatch.sampler import one_step
 from distmatch.schedule import EDM, VP

@@ -26,7 +26,8 @@ from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
 from distmatch.models.stable import StableUNet
 from distmatch.optim import Optimizer
-from distmatch.pairs import PairSpec, PairStore, build, fingerprint, prompts_digest
+from distmatch.pair_builder import build
+from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.progress import progress
 from distmatch.prompts import read_prompts
 
@@ -110,13 +111,13 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
     )
 
 
-def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> Path:
-    """`pairs.path`, or a folder beside the runs, named by what sets one store apart from another."""
+def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> str:
+    """`pairs.path`, a path or a URL, or a folder beside the runs, named by what sets one store apart from another."""
     p = recipe.pairs
     if p.path is not None:
-        return Path(p.path)
+        return p.path
     teacher_name = Path(recipe.teacher).name.replace(":", "-")
-    return runs / "pairs" / f"{teacher_name}-{p.sampler}{p.steps}-{spec.digest()[:8]}"
+    return str(runs / "pairs" / f"{teacher_name}-{p.sampler}{p.steps}-{spec.digest()[:8]}")
 
 
 def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:

@@ -271,8 +271,8 @@ def build_pairs(recipe: str, /, *overrides: str, out: Out = None, runs: Runs = P
 
 
 @pairs_app.command(name="verify")
-def verify_pairs(store: Path, /) -> None:
-    """Check every byte of a store: images, and that the noise still comes out the same."""
+def verify_pairs(store: str, /) -> None:
+    """Check every byte of a store, a folder or a URL: images, and that the noise still comes out the same."""
     from distmatch.run import verify
 
     verify(store)

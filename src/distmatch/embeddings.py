@@ -4,18 +4,18 @@ A text is then encoded once for all epochs and runs. Stable Diffusion 1.5 takes 
 59 GB for 500,000 prompts.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from distmatch.checkpoint import write_atomic
+from distmatch.claims import make_together
 from distmatch.denoiser import Cond
+from distmatch.storage import Folder
 
 SHARD = 1024
 """Prompts per file."""
@@ -28,7 +28,7 @@ class Embeddings:
     """`(numbers) -> Cond` of the prompts `0 .. count - 1`, from the files that `embed` wrote to `folder`."""
 
     def __init__(self, folder: Path, count: int):
-        self.shards = [_read(_path(folder, i)) for i in range(-(-count // SHARD))]
+        self.shards = [_read(folder / _name(i)) for i in range(-(-count // SHARD))]
 
     def __call__(self, numbers: Sequence[int]) -> Cond:
         rows = [(self.shards[i // SHARD], i % SHARD) for i in numbers]
@@ -46,25 +46,20 @@ def embed(
 
     Several processes may do so at once: they share the files. `progress` is called with numbers of prompts done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = list(range(-(-len(texts) // SHARD)))
-    while missing:
-        busy = []
-        for shard in missing:
-            part, file = texts[shard * SHARD : (shard + 1) * SHARD], _path(folder, shard)
-            try:
-                with FileLock(file.with_suffix(".lock"), timeout=0):
-                    if not file.exists():
-                        tensors = _tensors([encode(part[i : i + BATCH]) for i in range(0, len(part), BATCH)])
-                        write_atomic(file, lambda path, tensors=tensors: save_file(tensors, path))
-            except Timeout:
-                busy.append(shard)
-                continue
-            if progress is not None:
-                progress(len(part))
-        if busy:
-            time.sleep(0.2)  # others are at work on these; should they die, their locks are free
-        missing = busy
+    names = [_name(shard) for shard in range(-(-len(texts) // SHARD))]
+    parts = {name: texts[number * SHARD : (number + 1) * SHARD] for number, name in enumerate(names)}
+    advance = progress or (lambda _: None)
+
+    def make(name: str) -> None:
+        part = parts[name]
+        tensors = _tensors([encode(part[i : i + BATCH]) for i in range(0, len(part), BATCH)])
+        write_atomic(folder / name, lambda path: save_file(tensors, path))
+        advance(len(part))
+
+    def found(there: Collection[str]) -> None:
+        advance(sum(len(parts[name]) for name in there))
+
+    make_together(Folder(folder), names, lambda name, sizes: name in sizes, make, found)
     return Embeddings(folder, len(texts))
 
 
@@ -76,8 +71,8 @@ def _tensors(conds: Sequence[Cond]) -> dict[str, Tensor]:
     return {k: v.cpu().half().contiguous() for k, v in {"text": cond.text, **cond.extra}.items()}
 
 
-def _path(folder: Path, shard: int) -> Path:
-    return folder / f"text-{shard:05d}.safetensors"
+def _name(shard: int) -> str:
+    return f"text-{shard:05d}.safetensors"
 
 
 def _read(file: Path) -> dict[str, Tensor]:

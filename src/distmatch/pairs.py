@@ -8,9 +8,9 @@ the noise that the teacher saw, which proves that what is regenerated is the sam
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,17 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distmatch import rng
-from distmatch.checkpoint import write_atomic, write_json
-from distmatch.conditions import Classes, Conditions
-from distmatch.denoiser import Denoiser, guided
+from distmatch.denoiser import Denoiser
 from distmatch.models.folder import schedule_config
-from distmatch.solvers import NAMES, solver
+from distmatch.solvers import NAMES
+from distmatch.storage import Folder, limit
 
 FORMAT = "distmatch-pairs-1"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -37,8 +34,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 Progress = Callable[[int], None]
 T = TypeVar("T")
 PROMPTS = "prompts.jsonl"
+MANIFEST = "manifest.json"
 META = ("spec", "first", "noise_sha256", "y_sha256")
 VERSIONS = ("distmatch", "torch")
+WINDOW = 64
+"""Shards whose pairs are shuffled together."""
+
 AGAIN = "run the same build command again"
 REBUILD = f"Delete it and {AGAIN}: it rebuilds just this shard"
 
@@ -99,7 +100,7 @@ class PairSpec:
         return {k: v for k, v in entries.items() if k not in ("teacher", "count") and later.get(k, ...) != v}
 
     def digest(self) -> str:
-        return _json_digest(self.binding())
+        return json_digest(self.binding())
 
     @property
     def shards(self) -> int:
@@ -135,77 +136,23 @@ def fingerprint(teacher: Denoiser) -> str:
 
     The device and the memory layout of the weights do not enter.
     """
-    weights = {k: [str(v.dtype), list(v.shape), _digest(v)] for k, v in teacher.state_dict().items()}
+    weights = {k: [str(v.dtype), list(v.shape), digest(v)] for k, v in teacher.state_dict().items()}
     config = {"schedule": schedule_config(teacher.schedule), "prediction": asdict(teacher.prediction)}
-    return _json_digest({**config, "weights": weights})
-
-
-def build(
-    folder: Path,
-    spec: PairSpec,
-    teacher: Denoiser,
-    conditions: Conditions | None = None,
-    *,
-    prompts: Sequence[str] = (),
-    batch: int = 256,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> int:
-    """Make what is missing of the first `spec.count` pairs in `folder`; returns how many pairs this call sampled.
-
-    Any number of processes may run the same build at once: each shard is made by the one that holds its lock, which
-    the operating system frees when a process dies. Shards appear whole or not at all and finished ones are kept, so
-    after any interruption the same call continues. A store grows by a build with a larger `count`; a last shard that
-    was not full is then replaced by its full version.
-
-    Args:
-        teacher: on `device`; put into evaluation mode.
-        conditions: of the pairs by number; the classes in turn unless told.
-        prompts: of the teacher's pairs, for the table beside them.
-        batch: images per evaluation, cut at fixed places in each shard. It changes nothing but rounding.
-        progress: called with the number of pairs that became ready, first with those that were there.
-
-    Raises:
-        ValueError: `folder` holds pairs of another teacher or other settings, a shard is damaged, or the teacher made
-            an image that is not finite. Nothing is ever deleted.
-    """
-    advance = progress or (lambda _: None)
-    conditions = conditions or Classes(spec.classes)
-    stored = _settle(folder, spec)
-    if prompts:
-        _write_prompts(folder, prompts)
-    missing = [shard for shard in range(spec.shards) if _read(folder, stored, shard) is None]
-    advance(spec.count - sum(len(spec.rows(shard)) for shard in missing))
-    assert not missing or fingerprint(teacher) == spec.fingerprint, "the specification is of another teacher"
-    sampled = 0
-    while missing:
-        busy = []
-        for shard in missing:
-            try:
-                with _lock(_path(folder, shard).with_suffix(".lock"), timeout=0):
-                    if _read(folder, stored, shard) is None:
-                        _make(folder, stored, shard, teacher.eval(), conditions, batch, device, advance)
-                        sampled += len(stored.rows(shard))
-                    else:
-                        advance(len(spec.rows(shard)))
-            except Timeout:
-                busy.append(shard)
-        if busy:
-            time.sleep(0.2)  # others are at work on these; should they die, their locks are free
-        missing = busy
-    return sampled
+    return json_digest({**config, "weights": weights})
 
 
 class PairStore:
     """The first `spec.count` pairs of a store; see `open`. Images are read from memory-mapped shards."""
 
-    def __init__(self, folder: Path, spec: PairSpec, shards: list[np.ndarray]):
+    def __init__(self, folder: Folder, spec: PairSpec):
         self.folder, self.spec = folder, spec
-        self._shards = shards
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._fetcher = ThreadPoolExecutor(4, "pairs") if folder.path is None else None
+        self._fetched: set[int] = set()
 
     @staticmethod
-    def open(folder: Path, fingerprint: str | None = None, count: int | None = None) -> "PairStore":
-        """The store in `folder`.
+    def open(folder: str | Path | Folder, fingerprint: str | None = None, count: int | None = None) -> "PairStore":
+        """The store in `folder`, a path or a URL.
 
         Args:
             fingerprint: of the teacher that must have made it; any teacher unless told.
@@ -214,9 +161,11 @@ class PairStore:
 
         Raises:
             ValueError: there is no store, it is incomplete, another teacher's or smaller than `count`, a shard is
-                damaged or foreign, or the noise of the first shard does not come out the same.
+                damaged or foreign, or the noise of the first shard does not come out the same. Shards at a URL are
+                looked at when they are needed.
         """
-        spec, versions = _read_manifest(folder)
+        folder = Folder(folder)
+        spec, versions = read_manifest(folder)
         if fingerprint is not None and fingerprint != spec.fingerprint:
             raise ValueError(
                 f"{folder} was made by another teacher: by {spec.teacher!r} with fingerprint {spec.fingerprint[:12]}; "
@@ -225,17 +174,24 @@ class PairStore:
         if count is not None and not 1 <= count <= spec.count:
             raise ValueError(f"{folder} holds {spec.count} pairs, not {count}. Build it with that count first")
         spec = replace(spec, count=count or spec.count)
-        shards = [found for found in _each_shard(spec, lambda k: _read(folder, spec, k)) if found is not None]
-        if len(shards) < spec.shards:
-            raise ValueError(f"{folder} is incomplete: {len(shards)} of {spec.shards} shards are there; {AGAIN}")
-        y, meta = shards[0]
-        if meta["noise_sha256"] != _digest(spec.noise(range(len(y)))):
+        sizes = folder.sizes()
+        there = sum(_each_shard(spec, lambda shard: is_there(folder, spec, shard, sizes)))
+        if there < spec.shards:
+            raise ValueError(f"{folder} is incomplete: {there} of {spec.shards} shards are there; {AGAIN}")
+        window = replace(spec, count=min(spec.count, 2 * WINDOW * spec.shard_size)).nbytes
+        if folder.path is None and window > limit():
             raise ValueError(
-                f"{_path(folder, 0)}: the noise regenerated for it is not what the teacher saw. The store was made "
-                f"with torch {versions['torch']}, this is {version('torch')}. If they differ, use that version or "
+                f"{folder}: the shards in use have {window / 1e9:.3g} GB, more than the {limit() / 1e9:.3g} GB "
+                "that copies of remote files may take; set DISTMATCH_CACHE_GB, or copy the folder to a disk"
+            )
+        y, meta = read_shard(folder, spec, 0)
+        if meta["noise_sha256"] != digest(spec.noise(range(len(y)))):
+            raise ValueError(
+                f"{folder.at(shard_name(0))}: the noise regenerated for it is not what the teacher saw. The store was "
+                f"made with torch {versions['torch']}, this is {version('torch')}. If they differ, use that version or "
                 f"build the pairs anew in another folder; if not, the file is damaged. {REBUILD}"
             )
-        return PairStore(folder, spec, [y.numpy() for y, _ in shards])
+        return PairStore(folder, spec)
 
     def __len__(self) -> int:
         return self.spec.count
@@ -245,8 +201,14 @@ class PairStore:
         return Pairs(z=self.spec.noise(indices), y=self._images(indices), index=indices)
 
     def draw(self, seed: int, position: int, count: int) -> Pairs:
-        """Pairs `position .. position + count` of an endless shuffle; every pass has each pair once."""
-        return self.batch(rng.shuffled(seed, len(self), position, count).tolist())
+        """Pairs `position .. position + count` of an endless shuffle; every pass has each pair once.
+
+        It is a function of position alone, whatever the number of processes. Of more than `WINDOW` shards, as many are
+        in use at a time; at a URL, the next ones are fetched meanwhile.
+        """
+        if self._fetcher is not None:
+            self._fetch(self._order(seed, position, WINDOW * self.spec.shard_size))
+        return self.batch(self._order(seed, position, count).tolist())
 
     def images(self, start: int, stop: int) -> Tensor:
         """The teacher's images of pairs `start .. stop - 1`, f32[stop - start,*D]."""
@@ -266,56 +228,41 @@ class PairStore:
 
         _each_shard(self.spec, check)
         if self.spec.prompts and prompts_digest(self.prompts()) != self.spec.prompts:
-            raise ValueError(f"{self.folder / PROMPTS} is damaged. Delete it and {AGAIN}: it is written anew")
+            raise ValueError(f"{self.folder.at(PROMPTS)} is damaged. Delete it and {AGAIN}: it is written anew")
 
     def prompts(self) -> list[str]:
         """The table of prompts; pair `i` has prompt `i`, or what is left of it after a whole number of turns."""
-        with (self.folder / PROMPTS).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return [json.loads(line) for line in self.folder.read(PROMPTS).decode().splitlines()]
+
+    def _order(self, seed: int, position: int, count: int) -> np.ndarray:
+        return rng.shuffled(seed, len(self), position, count, WINDOW, self.spec.shard_size)
+
+    def _fetch(self, order: np.ndarray) -> None:
+        """Have the shards of pairs `order` on the local disk soon."""
+        assert self._fetcher is not None
+        needed = set(np.unique(order // self.spec.shard_size).tolist())
+        for shard in needed - self._fetched:
+            self._fetcher.submit(self.folder.opened, shard_name(shard), Path.stat)
+        self._fetched = needed
+
+    def _shard(self, number: int) -> np.ndarray:
+        """The images of a shard; those of the shards used last stay mapped."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        y, _ = read_shard(self.folder, self.spec, number)
+        self._open[number] = y.numpy()
+        if len(self._open) > 2 * WINDOW:
+            self._open.popitem(last=False)
+        return self._open[number]
 
     def _images(self, indices: Sequence[int]) -> Tensor:
         if not all(0 <= i < len(self) for i in indices):
             raise IndexError(f"{self.folder}: pairs are numbered 0..{len(self) - 1}")
         y = np.empty((len(indices), *self.spec.shape), np.float32)
         for k, i in enumerate(indices):
-            y[k] = self._shards[i // self.spec.shard_size][i % self.spec.shard_size]
+            y[k] = self._shard(i // self.spec.shard_size)[i % self.spec.shard_size]
         return torch.from_numpy(y)
-
-
-def _make(
-    folder: Path,
-    spec: PairSpec,
-    shard: int,
-    teacher: Denoiser,
-    conditions: Conditions,
-    batch: int,
-    device: torch.device | str,
-    advance: Progress,
-) -> None:
-    """Sample one shard and write it. The caller holds its lock."""
-    path, rows = _path(folder, shard), spec.rows(shard)
-    for remnant in folder.glob(f".{path.name}.*"):  # of a writer that was killed
-        remnant.unlink(missing_ok=True)
-    model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
-    low = PRECISIONS[spec.precision]
-    y = torch.empty(len(rows), *spec.shape, dtype=DTYPES[spec.dtype])
-    seen = []
-    for start in range(0, len(rows), batch):
-        cut = rows[start : start + batch]
-        z, cond = spec.noise(cut), conditions.at(cut)
-        cond = None if cond is None else cond.to(device)
-        with torch.no_grad(), torch.autocast(torch.device(device).type, low, enabled=low != torch.float32):
-            part = sample(model, teacher.schedule, z.to(device), cond, spec.steps).to(y)
-        if not part.isfinite().all():
-            raise ValueError(
-                f"pairs {cut[0]}..{cut[-1]}: the teacher made an image that is not finite in {spec.dtype}. "
-                "Check the teacher and its guidance, or choose float32"
-            )
-        y[start : start + batch] = part
-        seen.append(z)
-        advance(len(cut))
-    meta = _meta(spec, shard, y, *seen)
-    write_atomic(path, lambda p: save_file({"y": y}, p, metadata={"distmatch": json.dumps(meta)}))
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
@@ -326,55 +273,61 @@ def prompts_digest(prompts: Sequence[str]) -> str:
     return h.hexdigest()
 
 
-def _write_prompts(folder: Path, prompts: Sequence[str]) -> None:
-    def write(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
-
-    with _lock(folder / "manifest.lock"):
-        if not (folder / PROMPTS).exists():
-            write_atomic(folder / PROMPTS, write)
-
-
-def _meta(spec: PairSpec, shard: int, y: Tensor, *noise: Tensor) -> dict[str, Any]:
+def shard_meta(spec: PairSpec, shard: int, y: Tensor, *noise: Tensor) -> dict[str, Any]:
     """What a shard says of itself: which store it is of, its first pair, and the digests of the noise and of `y`."""
-    return dict(zip(META, (spec.digest(), spec.rows(shard)[0], _digest(*noise), _digest(y)), strict=True))
+    return dict(zip(META, (spec.digest(), spec.rows(shard)[0], digest(*noise), digest(y)), strict=True))
 
 
-def _read(folder: Path, spec: PairSpec, shard: int) -> tuple[Tensor, dict[str, Any]] | None:
-    """A shard's memory-mapped `y` and its `_meta`; `None` where the file, or pairs at its end, are yet to be made.
+def is_there(folder: Folder, spec: PairSpec, shard: int, sizes: Mapping[str, int]) -> bool:
+    """Whether a shard is there, with all its pairs. `sizes`: of the files in `folder`.
 
-    Raises `ValueError` where it is damaged in form or another store's.
+    Raises `ValueError` where a file on a disk is damaged in form or another store's. Those at a URL go by their size.
     """
-    path, rows = _path(folder, shard), spec.rows(shard)
-    if not path.exists():
-        return None
+    if shard_name(shard) not in sizes:
+        return False
+    rows = len(spec.rows(shard))
+    if folder.path is None:
+        return sizes[shard_name(shard)] > rows * spec.nbytes // spec.count
+    return len(read_shard(folder, spec, shard)[0]) >= rows
+
+
+def read_shard(folder: Folder, spec: PairSpec, shard: int) -> tuple[Tensor, dict[str, Any]]:
+    """A shard's memory-mapped `y`, which may have fewer pairs than it will have, and its `shard_meta`.
+
+    Raises `ValueError` where it is missing, damaged in form or another store's.
+    """
+    where = folder.at(shard_name(shard))
     try:
-        with safe_open(path, framework="pt") as file:  # raises unless the file is as long as its header says
-            header = json.loads((file.metadata() or {})["distmatch"])
-            y, names = file.get_tensor("y"), list(file.keys())
+        y, header, names = folder.opened(shard_name(shard), _content)
         meta = {key: header[key] for key in META}
         if names != ["y"] or y.shape[1:] != spec.shape or y.dtype != DTYPES[spec.dtype]:
             raise ValueError(f"it holds {', '.join(names)} with y {y.dtype} {tuple(y.shape)}")
+    except FileNotFoundError as error:
+        raise ValueError(f"{where} is missing; {AGAIN}") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {REBUILD}") from error
-    if (meta["spec"], meta["first"]) != (spec.digest(), rows[0]):
-        raise ValueError(f"{path} is of another store, or of another place in this one. {REBUILD}")
-    return (y, meta) if len(y) >= len(rows) else None
+        raise ValueError(f"{where} is damaged ({error}). {REBUILD}") from error
+    if (meta["spec"], meta["first"]) != (spec.digest(), spec.rows(shard)[0]):
+        raise ValueError(f"{where} is of another store, or of another place in this one. {REBUILD}")
+    return y, meta
 
 
-def _check(folder: Path, spec: PairSpec, shard: int) -> None:
+def _content(file: Path) -> tuple[Tensor, dict[str, Any], list[str]]:
+    with safe_open(file, framework="pt") as opened:  # raises unless the file is as long as its header says
+        header = json.loads((opened.metadata() or {})["distmatch"])
+        return opened.get_tensor("y"), header, list(opened.keys())
+
+
+def _check(folder: Folder, spec: PairSpec, shard: int) -> None:
     """Read all of a shard; raises `ValueError` that says what is wrong with it."""
-    path, found = _path(folder, shard), _read(folder, spec, shard)
-    if found is None:
-        raise ValueError(f"{path} is missing or not complete; {AGAIN}")
-    y, meta = found
+    where, (y, meta) = folder.at(shard_name(shard)), read_shard(folder, spec, shard)
+    if len(y) < len(spec.rows(shard)):
+        raise ValueError(f"{where} is not complete; {AGAIN}")
     first = spec.rows(shard)[0]
-    expected = _meta(spec, shard, y, spec.noise(range(first, first + len(y))))
+    expected = shard_meta(spec, shard, y, spec.noise(range(first, first + len(y))))
     if meta["noise_sha256"] != expected["noise_sha256"]:
-        raise ValueError(f"{path}: the noise regenerated for it is not what the teacher saw. {REBUILD}")
+        raise ValueError(f"{where}: the noise regenerated for it is not what the teacher saw. {REBUILD}")
     if meta != expected:
-        raise ValueError(f"{path} is damaged (its images are not those that were written). {REBUILD}")
+        raise ValueError(f"{where} is damaged (its images are not those that were written). {REBUILD}")
 
 
 def _each_shard(spec: PairSpec, f: Callable[[int], T]) -> list[T]:
@@ -390,47 +343,16 @@ def _each_shard(spec: PairSpec, f: Callable[[int], T]) -> list[T]:
     return results
 
 
-def _settle(folder: Path, spec: PairSpec) -> PairSpec:
-    """What `folder` holds, at least `spec`: the manifest is written where it is missing or has a smaller count.
-
-    Raises `ValueError` where the store there is a different one.
-    """
-    file = folder / "manifest.json"
-    if file.exists() and (stored := _agree(folder, spec)).count >= spec.count:
-        return stored  # without a write: the folder may be read-only
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / "manifest.lock"):
-        if not file.exists() or (stored := _agree(folder, spec)).count < spec.count:
-            stored = spec
-            content = {"format": FORMAT, "spec": asdict(spec), "versions": {name: version(name) for name in VERSIONS}}
-            write_json(file, {**content, "sha256": _json_digest(content)})
-    return stored
-
-
-def _agree(folder: Path, spec: PairSpec) -> PairSpec:
-    """What `folder` holds, which binds as `spec` does; else `ValueError` with every difference."""
-    stored, _ = _read_manifest(folder)
-    there, here = stored.binding(), spec.binding()
-    names = dict.fromkeys([*there, *here])
-    differing = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names if there.get(k) != here.get(k)]
-    if differing:
-        raise ValueError(
-            f"{folder} holds other pairs (teacher {stored.teacher!r} there, {spec.teacher!r} here):\n"
-            + "\n".join(differing)
-            + "\nChoose another folder, or delete this one if its pairs are no longer needed"
-        )
-    return stored
-
-
-def _read_manifest(folder: Path) -> tuple[PairSpec, dict[str, str]]:
-    """The specification in `manifest.json`, and the versions that wrote it."""
-    file = folder / "manifest.json"
-    if not file.exists():
-        raise ValueError(f"{folder} is not a store of pairs: it has no manifest.json. Build it first")
+def read_manifest(folder: Folder) -> tuple[PairSpec, dict[str, str]]:
+    """The specification in `manifest.json`, and the versions that wrote it. Raises `ValueError` for any other file."""
     try:
-        manifest = json.loads(file.read_text())
-        digest, kind = manifest.pop("sha256"), manifest["format"]
-        if digest != _json_digest(manifest):
+        content = folder.read(MANIFEST)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a store of pairs: it has no {MANIFEST}. Build it first") from error
+    try:
+        manifest = json.loads(content)
+        known, kind = manifest.pop("sha256"), manifest["format"]
+        if known != json_digest(manifest):
             raise ValueError("its digest is not that of its content")
         if kind != FORMAT:
             raise ValueError(f"its format is {kind!r}; this version reads {FORMAT!r}")
@@ -439,12 +361,12 @@ def _read_manifest(folder: Path) -> tuple[PairSpec, dict[str, str]]:
         spec = PairSpec(**{**entries, **tuples})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{file} cannot be used: {error}. Move it away and {AGAIN}: shards that fit are kept"
+            f"{folder.at(MANIFEST)} cannot be used: {error}. Move it away and {AGAIN}: shards that fit are kept"
         ) from error
     return spec, manifest["versions"]
 
 
-def _digest(*tensors: Tensor) -> str:
+def digest(*tensors: Tensor) -> str:
     """SHA-256 of the tensors' values in row-major order, one tensor after the other."""
     h = sha256()
     for tensor in tensors:
@@ -452,19 +374,10 @@ def _digest(*tensors: Tensor) -> str:
     return h.hexdigest()
 
 
-def _json_digest(data: Any) -> str:
+def json_digest(data: Any) -> str:
     """SHA-256 of plain data, whatever the order of its keys."""
     return sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-@contextmanager
-def _lock(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold a lock file; it goes when its work is done, or stays, harmlessly, where an open file cannot be removed."""
-    with FileLock(path, timeout=timeout):
-        yield
-        with suppress(OSError):
-            path.unlink()
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"

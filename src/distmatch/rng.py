@@ -33,28 +33,43 @@ def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int]) -> T
     return out
 
 
-def shuffled(seed: int, size: int, position: int, count: int) -> np.ndarray:
+def shuffled(seed: int, size: int, position: int, count: int, window: int = 1, block: int | None = None) -> np.ndarray:
     """Entries `position .. position + count` of an endless shuffle of `range(size)`: i64[count].
 
-    Each pass over the range is a new permutation, a function of `(seed, pass)`.
+    Each pass over the range is a new permutation, a function of `(seed, pass)`. Where the range has more than `window`
+    blocks of `block` entries, the blocks are shuffled, and then the entries of each `window` of them in turn: few
+    blocks are in use at a time.
     """
     out = np.empty(count, dtype=np.int64)
     done = 0
     while done < count:
         epoch, offset = divmod(position + done, size)
-        part = _permutation(seed, size, epoch)[offset : offset + count - done]
+        part = _permutation(seed, size, epoch, window, block or size)[offset : offset + count - done]
         out[done : done + len(part)] = part
         done += len(part)
     return out
 
 
-_cache: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+_cache: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
 
 
-def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
+def _permutation(seed: int, size: int, epoch: int, window: int, block: int) -> np.ndarray:
     """The permutation of one pass; the latest of each (seed, size) is kept, for it is asked for batch after batch."""
-    kept = _cache.get((seed, size))
+    kept = _cache.get((seed, size, window, block))
     if kept is None or kept[0] != epoch:
-        kept = epoch, np.random.default_rng(key(seed, "epoch", epoch)).permutation(size)
-        _cache[seed, size] = kept
+        kept = epoch, _permute(np.random.default_rng(key(seed, "epoch", epoch)), size, window, block)
+        _cache[seed, size, window, block] = kept
     return kept[1]
+
+
+def _permute(generator: np.random.Generator, size: int, window: int, block: int) -> np.ndarray:
+    blocks = -(-size // block)
+    if blocks <= window:
+        return generator.permutation(size)
+    order = generator.permutation(blocks)
+    parts = []
+    for start in range(0, blocks, window):
+        starts = order[start : start + window, None] * block
+        entries = (starts + np.arange(block)).reshape(-1)
+        parts.append(generator.permutation(entries[entries < size]))
+    return np.concatenate(parts)

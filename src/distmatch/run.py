@@ -37,12 +37,13 @@ from distmatch.models.folder import Info
 from distmatch.models.inception import load_inception
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
-from distmatch.pairs import PairStore
+from distmatch.pairs import MANIFEST, PairStore
 from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.solvers import evaluations
+from distmatch.storage import Folder
 from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
@@ -138,7 +139,7 @@ def _pairs(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
     """The recipe's pairs. What they will take is said before they are built."""
     spec = build.pair_spec(recipe, subject)
     folder = build.pairs_folder(recipe, spec, runs)
-    if not (folder / "manifest.json").exists():
+    if not Folder(folder).exists(MANIFEST):
         nfe = evaluations(spec.sampler, spec.steps) * (1 if spec.guidance == 1 else 2)
         _say(f"{spec.count:,} pairs of {nfe} evaluations each, {_size(spec.nbytes)}, in {folder}")
     return build.pair_store(recipe, subject, runs)
@@ -275,7 +276,7 @@ def checkpoints(run: Path, verify: bool, keep: int | None) -> None:
         raise ValueError(f"{problems} of {len(found.steps())} checkpoints cannot be used; delete them to go on without")
 
 
-def verify(folder: Path) -> None:
+def verify(folder: str) -> None:
     """`distmatch pairs verify`."""
     store = PairStore.open(folder)
     with progress("verify", len(store), unit="pair") as advance:

@@ -1,0 +1,210 @@
+"""Folders on a disk or at a URL (`s3://`, `gs://`, `hf://`, ... by fsspec): whole files in, whole files out.
+
+Files at a URL are read from copies on the local disk, of which those unused for longest go when they take too much.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+
+from distmatch.checkpoint import write_atomic
+from distmatch.paths import CACHE
+
+Value = TypeVar("Value")
+
+COPIES = CACHE / "copies"
+"""Where copies of remote files lie; all processes of a machine share them."""
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether `place` is a URL other than `file://`."""
+    scheme, separator, _ = str(place).partition("://")
+    return bool(separator) and scheme not in ("file", "local")
+
+
+class Folder:
+    """A folder by its path or URL. Files in it are written whole, by a rename on a disk, by the store itself elsewhere.
+
+    Raises `ValueError` for a URL that fsspec does not know or has no package for.
+    """
+
+    def __init__(self, place: "str | Path | Folder"):
+        self.place = str(place).removeprefix("file://").rstrip("/")
+        self.path = None if is_url(self.place) else Path(self.place)
+        self.fs: Any = None
+        if self.path is None:
+            self.fs, self.root = filesystem(self.place)
+
+    def __str__(self) -> str:
+        return self.place
+
+    def at(self, name: str) -> str:
+        """Where the file `name` is, for people."""
+        return f"{self.place}/{name}"
+
+    def sizes(self) -> dict[str, int]:
+        """The files that are there now, with their sizes in bytes."""
+        if self.path is not None:
+            if not self.path.is_dir():
+                return {}
+            found = {}
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        found[entry.name] = entry.stat().st_size
+            return found
+        self.fs.invalidate_cache()
+        try:
+            listed = self.fs.ls(self.root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
+
+    def exists(self, name: str) -> bool:
+        if self.path is not None:
+            return (self.path / name).exists()
+        self.fs.invalidate_cache()
+        return self.fs.exists(f"{self.root}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """Raises `FileNotFoundError`."""
+        if self.path is not None:
+            return (self.path / name).read_bytes()
+        return self.fs.cat_file(f"{self.root}/{name}")
+
+    def opened(self, name: str, read: Callable[[Path], Value]) -> Value:
+        """`read(file)` of the file or of its local copy. Raises `FileNotFoundError`."""
+        if self.path is not None:
+            return read(self.path / name)
+        while True:
+            file = copied(self.fs, f"{self.root}/{name}")
+            with suppress(FileNotFoundError):  # another process made room just now
+                return read(file)
+
+    def write(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Call `write(temporary_path)` and put what it wrote at `name`, in one go."""
+        if self.path is not None:
+            return write_atomic(self.path / name, write)
+        with tempfile.TemporaryDirectory(prefix="distmatch-") as folder:
+            file = Path(folder) / name
+            write(file)
+            self.fs.put_file(str(file), f"{self.root}/{name}")
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Make the file `name` unless there is one: of many that try, one has made it.
+
+        Raises `ValueError` where the store cannot promise that.
+        """
+        if self.path is None:
+            try:
+                self.fs.pipe_file(f"{self.root}/{name}", content, mode="create")
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError) as error:
+                raise ValueError(
+                    f"{self.place} cannot be built in: it has no exclusive creation of files ({error}). "
+                    "Build on a disk, s3:// or gs://, and copy the folder"
+                ) from error
+            return True
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with (self.path / name).open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def change(self, name: str, content: bytes) -> None:
+        """Other content for a small file that one process alone writes."""
+        if self.path is not None:
+            (self.path / name).write_bytes(content)
+        else:
+            self.fs.pipe_file(f"{self.root}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        """The file goes, if it is there."""
+        with suppress(FileNotFoundError):
+            if self.path is not None:
+                (self.path / name).unlink()
+            else:
+                self.fs.rm_file(f"{self.root}/{name}")
+
+    def sweep(self, names: Collection[str], age: float) -> None:
+        """Delete what killed writers of the files `names` left on a disk, unchanged for `age` seconds."""
+        for path in self.path.glob(".*") if self.path is not None else ():
+            with suppress(FileNotFoundError):
+                if path.name[1:].rpartition(".")[0] in names and time.time() - path.stat().st_mtime > age:
+                    path.unlink()
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of `url`, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be opened: {error}") from error
+    return fs, root.rstrip("/")
+
+
+def local(place: str | Path) -> Path:
+    """A file on the disk: `place` itself, or the copy of a URL. Raises `FileNotFoundError`."""
+    return copied(*filesystem(str(place))) if is_url(place) else Path(str(place).removeprefix("file://"))
+
+
+def limit() -> float:
+    """Bytes that the copies of remote files may take."""
+    given = os.environ.get("DISTMATCH_CACHE_GB", "20")
+    try:
+        return 1e9 * float(given)
+    except ValueError as error:
+        raise ValueError(f"DISTMATCH_CACHE_GB is {given!r}; expected a number, e.g. 20") from error
+
+
+def copied(fs: Any, path: str) -> Path:
+    """The local copy of a remote file as it is now, fetched if it is not there.
+
+    Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be.
+    """
+    file = COPIES / (sha256(f"{fs.protocol}{path}{fs.ukey(path)}".encode()).hexdigest()[:32] + Path(path).suffix)
+    with suppress(FileNotFoundError):
+        os.utime(file)  # used just now
+        return file
+    COPIES.mkdir(parents=True, exist_ok=True)
+    with FileLock(COPIES / f".{file.stem}.lock") as lock:  # the processes of a machine fetch it once
+        if not file.exists():
+            with FileLock(COPIES / ".lock"):
+                _make_room(fs.info(path)["size"], path)
+            write_atomic(file, lambda p: fs.get_file(path, str(p)))
+        Path(lock.lock_file).unlink(missing_ok=True)
+    return file
+
+
+def _make_room(size: int, path: str) -> None:
+    """Delete the copies that were unused for longest until `size` bytes more are within the limit."""
+    if size > limit():
+        raise ValueError(
+            f"{path} has {size / 1e9:.3g} GB, copies of remote files may take {limit() / 1e9:.3g} GB in all; "
+            "set DISTMATCH_CACHE_GB"
+        )
+    known = []
+    for file in COPIES.iterdir():
+        with suppress(FileNotFoundError):
+            if not file.name.endswith(".lock"):
+                known.append((file.stat().st_mtime, file.stat().st_size, file))
+    excess = sum(bytes_ for _, bytes_, _ in known) + size - limit()
+    for used, bytes_, file in sorted(known):
+        if excess <= 0:
+            break
+        if file.name.startswith(".") and time.time() - used < 3600:
+            continue  # it is being fetched
+        file.unlink(missing_ok=True)
+        excess -= bytes_
