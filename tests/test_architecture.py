@@ -37,11 +37,11 @@ FLOORS = [
         "perceptual",
         "clip",
     ],
-    ["models.guidance", "models.hub", "models.tiny", "conditions", "losses", "sampler", "metrics"],
+    ["models.guidance", "models.hub", "models.tiny", "conditions", "losses", "sampler", "metrics", "data"],
     ["denoiser"],
     ["schedule", "log", "prompts", "storage"],
     ["checkpoint", "optim", "progress"],
-    ["config", "rng", "data", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
+    ["config", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -1,9 +1,11 @@
 """Reading image folders and archives; writing pictures."""
 
 import io
+import shutil
 import tarfile
 import zipfile
 
+import bucket
 import numpy as np
 import pytest
 import tiny
@@ -80,3 +82,17 @@ def test_grid_places_every_tile(tmp_path):
         assert np.array_equal(sheet[y : y + 3, x : x + 3, 1], pixels[i, 0].numpy())
     decoded = np.asarray(Image.open(io.BytesIO(data.png(sheet, zoom=3))))
     assert np.array_equal(decoded[::3, ::3], sheet)
+
+
+@pytest.mark.parametrize("suffix", ["tar.xz", "zip"])
+def test_an_archive_at_a_url_is_the_archive_on_the_disk(tmp_path, monkeypatch, suffix):
+    home = bucket.make(tmp_path, monkeypatch)
+    folder = tiny.image_folder(tmp_path / "images")
+    (home / "sets").mkdir()
+    shutil.make_archive(str(home / "sets" / "set"), {"tar.xz": "xztar", "zip": "zip"}[suffix], folder)
+    there, here = data.load_images(f"bucket://sets/set.{suffix}", "test"), data.load_images(folder, "test")
+    assert torch.equal(there.pixels, here.pixels)
+    assert there.classes == here.classes == ("dark", "light")
+    for nothing in ("bucket://sets/none.tar", "bucket://sets"):
+        with pytest.raises(ValueError, match=f"{nothing} is no file; expected one"):
+            data.load_images(nothing)

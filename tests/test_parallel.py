@@ -87,7 +87,7 @@ def test_two_processes_measure_what_one_does_to_the_last_bit(tmp_path, monkeypat
             1.0,
             str(tmp_path / "c"),
             "legacy",
-            images,
+            str(images),
             16,
             out,
             "cpu",

@@ -146,7 +146,7 @@ def plan(
 
 @app.command
 def teach(
-    images: Path,
+    images: str,
     /,
     *,
     out: Out = None,
@@ -172,6 +172,7 @@ def teach(
     ----------
     images
         A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size: [train/]CLASS/NAME.png, or flat.
+        An archive may be at a URL (s3://, gs://, hf://).
     out
         The run's folder; runs/teach-NAME unless told. The model ends up in its model/.
     steps
@@ -199,7 +200,7 @@ def teach(
     """
     from distmatch.run import teach as run
 
-    name = images.name.split(".")[0]
+    name = Path(images).name.split(".")[0]
     run(
         images,
         out or Path("runs") / f"teach-{name}",
@@ -221,7 +222,7 @@ def teach(
 
 @app.command
 def classifier(
-    images: Path,
+    images: str,
     /,
     *,
     out: Out = None,
@@ -247,7 +248,7 @@ def classifier(
     """
     from distmatch.run import classifier as run
 
-    name = images.name.split(".")[0]
+    name = Path(images).name.split(".")[0]
     run(images, out or Path("runs") / f"classifier-{name}", steps, batch, lr, widths, flip, seed)
 
 

@@ -61,7 +61,7 @@ def evaluate(
     guidance: float | None = None,
     features: str = "mnist",
     resize: Literal["legacy", "clean"] = "legacy",
-    reference: Path | None = None,
+    reference: str | None = None,
     batch: int = 256,
     out: Out = None,
     device: str = "auto",

@@ -284,7 +284,7 @@ def _space(name: str, real: Path | None, device: torch.device) -> tuple[FeatureS
     if not name.startswith("inception:"):
         raise ValueError(f"features {name!r}: FID is compared in those of Inception; give inception:FILE")
     if real is None or not real.is_dir():
-        return features(name, real, "clean", device)
+        return features(name, None if real is None else str(real), "clean", device)
     space = load_inception(Path(name.removeprefix("inception:")), "clean").to(device)
 
     def make() -> Reference:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from distmatch.storage import local
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -27,13 +29,16 @@ class Images:
         return len(self.pixels)
 
 
-def load_images(path: Path, split: str = "train") -> Images:
-    """Read `path`, a folder or a .tar/.tar.gz/.tar.xz/.zip archive, laid out `[split/]class/name.png` or flat.
+def load_images(place: str | Path, split: str = "train") -> Images:
+    """Read `place`, a folder or a .tar/.tar.gz/.tar.xz/.zip archive, laid out `[split/]class/name.png` or flat.
+
+    An archive may be at a URL.
 
     Where there is a folder named `split`, only that one is read; without splits all of it is "train". Classes are
     numbered in sorted order. Raises `ValueError` for a missing path or split, for a path without images, and for images
     of different sizes.
     """
+    path = local(place)
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a folder or an archive of images")
     try:

@@ -43,7 +43,7 @@ from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, sid
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.solvers import evaluations
-from distmatch.storage import Folder
+from distmatch.storage import Folder, local
 from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
@@ -94,8 +94,7 @@ def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Pa
     figures: Callable[[], dict[str, float]] | None = None
     surroundings = around(subject.info, distiller.device) if recipe.evaluate.every else None
     if recipe.evaluate.every and recipe.evaluate.features:
-        against = recipe.evaluate.reference
-        space, real = features(recipe.evaluate.features, Path(against) if against else None, device=distiller.device)
+        space, real = features(recipe.evaluate.features, recipe.evaluate.reference, device=distiller.device)
 
         def frechet() -> dict[str, float]:
             student = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
@@ -175,7 +174,7 @@ def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
 
 
 def teach(
-    images: Path,
+    images: str,
     out: Path,
     *,
     network: dict[str, Any],
@@ -209,8 +208,9 @@ def teach(
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
     denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(device)).train()
     settings = {
-        "images": images.name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr, "ema": ema,
-        "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed, "objective": "EDM",
+        "images": Path(images).name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr,
+        "ema": ema, "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed,
+        "objective": "EDM",
     }  # fmt: skip
     same_settings({**settings, "network": network, "pixels": image_fingerprint(real.pixels)}, out / "settings.json")
     task = Teaching(
@@ -285,7 +285,7 @@ def verify(folder: str) -> None:
 
 
 def features(
-    name: str, real: Path | None = None, resize: str = "legacy", device: torch.device | None = None
+    name: str, real: str | None = None, resize: str = "legacy", device: torch.device | None = None
 ) -> tuple[FeatureSpace, Reference]:
     """The feature space called `name`, with its reference.
 
@@ -319,14 +319,15 @@ def features(
     return net, parallel.first(lambda: _reference(real, net))
 
 
-def _reference(real: Path, space: FeatureSpace) -> Reference:
+def _reference(real: str, space: FeatureSpace) -> Reference:
     """The statistics `real`, or those of the images in it, shown as they are computed."""
     with console.status(f"reading {real}"):
-        if ready := load_statistics(real):
+        file = local(real)
+        if ready := load_statistics(file):
             return ready
-        images = load_real(real)
+        images = load_real(file)
     with progress("reference", len(images), unit="image") as advance:
-        return reference(images, space, source=str(real), progress=advance)
+        return reference(images, space, source=real, progress=advance)
 
 
 def pipeline(model: str, steps: int | None, guidance: float | None, device: str) -> Pipeline:
@@ -382,7 +383,7 @@ def evaluate(
     guidance: float | None,
     feature_name: str,
     resize: str,
-    real: Path | None,
+    real: str | None,
     batch: int,
     out: Path | None,
     device: str,
@@ -424,7 +425,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def classifier(
-    images: Path, out: Path, steps: int, batch: int, lr: float, widths: tuple[int, ...], flip: bool, seed: int
+    images: str, out: Path, steps: int, batch: int, lr: float, widths: tuple[int, ...], flip: bool, seed: int
 ) -> None:
     """`distmatch classifier`: an evaluation classifier and the reference statistics of its training images."""
     with console.status(f"reading {images}"):
@@ -435,7 +436,7 @@ def classifier(
             real, test, steps=steps, batch=batch, lr=lr, widths=widths, flip=flip, seed=seed, progress=advance
         )
     net.save(out / "classifier")
-    reference(real, net, cache=None, source=f"{images.name}, train").save(out / "reference.safetensors")
+    reference(real, net, cache=None, source=f"{Path(images).name}, train").save(out / "reference.safetensors")
     console.print(
         f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in {out}. "
         f"Next: distmatch eval MODEL --features {out}"

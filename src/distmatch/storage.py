@@ -156,8 +156,19 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def local(place: str | Path) -> Path:
-    """A file on the disk: `place` itself, or the copy of a URL. Raises `FileNotFoundError`."""
-    return copied(*filesystem(str(place))) if is_url(place) else Path(str(place).removeprefix("file://"))
+    """A file or folder on the disk as it is; of a file at a URL its local copy.
+
+    Raises `ValueError` for a URL where there is no file.
+    """
+    if not is_url(place):
+        return Path(str(place).removeprefix("file://"))
+    fs, path = filesystem(str(place))
+    try:
+        return copied(fs, path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{place} is no file; expected one, e.g. an archive of images (a folder would take a request for each)"
+        ) from error
 
 
 def limit() -> float:
@@ -174,37 +185,51 @@ def copied(fs: Any, path: str) -> Path:
 
     Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be.
     """
+    if fs.isdir(path):
+        raise IsADirectoryError(path)
     file = COPIES / (sha256(f"{fs.protocol}{path}{fs.ukey(path)}".encode()).hexdigest()[:32] + Path(path).suffix)
     with suppress(FileNotFoundError):
         os.utime(file)  # used just now
         return file
     COPIES.mkdir(parents=True, exist_ok=True)
+    reserved = COPIES / f".{file.stem}.reserved"
     with FileLock(COPIES / f".{file.stem}.lock") as lock:  # the processes of a machine fetch it once
         if not file.exists():
             with FileLock(COPIES / ".lock"):
-                _make_room(fs.info(path)["size"], path)
-            write_atomic(file, lambda p: fs.get_file(path, str(p)))
+                _make_room(fs.info(path)["size"], path, reserved)
+            try:
+                write_atomic(file, lambda p: fs.get_file(path, str(p)))
+            finally:
+                reserved.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
     return file
 
 
-def _make_room(size: int, path: str) -> None:
-    """Delete the copies that were unused for longest until `size` bytes more are within the limit."""
+def _make_room(size: int, path: str, reserved: Path) -> None:
+    """Delete the copies that were unused for longest until `size` bytes more are within the limit, and reserve those.
+
+    A reservation is a file of that size and without content; what killed processes reserved or fetched half goes after
+    an hour.
+    """
     if size > limit():
         raise ValueError(
             f"{path} has {size / 1e9:.3g} GB, copies of remote files may take {limit() / 1e9:.3g} GB in all; "
             "set DISTMATCH_CACHE_GB"
         )
-    known = []
+    copies, taken = [], size
     for file in COPIES.iterdir():
         with suppress(FileNotFoundError):
-            if not file.name.endswith(".lock"):
-                known.append((file.stat().st_mtime, file.stat().st_size, file))
-    excess = sum(bytes_ for _, bytes_, _ in known) + size - limit()
-    for used, bytes_, file in sorted(known):
-        if excess <= 0:
-            break
-        if file.name.startswith(".") and time.time() - used < 3600:
-            continue  # it is being fetched
-        file.unlink(missing_ok=True)
-        excess -= bytes_
+            used, bytes_ = file.stat().st_mtime, file.stat().st_size
+            if file.name.startswith(".") and time.time() - used > 3600:
+                file.unlink()
+            elif not file.name.startswith("."):
+                copies.append((used, bytes_, file))
+                taken += bytes_
+            elif file.suffix == ".reserved":
+                taken += bytes_
+    for _, bytes_, file in sorted(copies):
+        if taken > limit():
+            file.unlink(missing_ok=True)
+            taken -= bytes_
+    reserved.touch()
+    os.truncate(reserved, size)

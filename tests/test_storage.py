@@ -1,0 +1,149 @@
+"""Folders by path and by URL: whole files, one creator, and copies that stay within their bound."""
+
+import multiprocessing
+import os
+import time
+
+import bucket
+import pytest
+
+from distmatch.storage import Folder, local
+
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    return bucket.make(tmp_path, monkeypatch)
+
+
+@pytest.fixture(params=["path", "url"])
+def folder(request, home, tmp_path) -> Folder:
+    return Folder(tmp_path / "disk" / "a" if request.param == "path" else "bucket://a/b/")
+
+
+def test_files_come_back_as_they_were_written(folder):
+    assert folder.sizes() == {}
+    assert not folder.exists("x")
+    with pytest.raises(FileNotFoundError):
+        folder.read("x")
+    folder.write("x", lambda path: path.write_bytes(b"whole"))
+    assert folder.read("x") == b"whole"
+    assert folder.opened("x", lambda path: path.read_bytes()) == b"whole"
+    folder.write("x", lambda path: path.write_bytes(b"another"))
+    assert folder.opened("x", lambda path: path.read_bytes()) == b"another"
+    folder.change("x", b"third")
+    assert folder.sizes() == {"x": 5}
+    folder.remove("x")
+    folder.remove("x")
+    assert folder.sizes() == {}
+    with pytest.raises(FileNotFoundError):
+        folder.opened("x", lambda path: path.read_bytes())
+
+
+def test_a_failed_write_leaves_what_was_there(folder):
+    folder.write("x", lambda path: path.write_bytes(b"good"))
+
+    def fails(path):
+        path.write_bytes(b"ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("x", fails)
+    assert folder.read("x") == b"good"
+    assert set(folder.sizes()) == {"x"}
+
+
+def _create(folder, start, won) -> None:
+    start.wait()
+    for number in range(50):
+        if folder.create(f"{number}", str(os.getpid()).encode()):
+            won.put((number, os.getpid()))
+
+
+def test_of_many_that_create_a_file_one_has_made_it(folder):
+    start, won = fork.Event(), fork.Queue()
+    processes = [fork.Process(target=_create, args=(folder, start, won)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    start.set()
+    makers = dict(won.get(timeout=20) for _ in range(50))
+    for process in processes:
+        process.join(20)
+    assert won.empty()
+    assert sorted(makers) == list(range(50))
+    assert {n: int(folder.read(str(n))) for n in makers} == makers
+
+
+def test_a_path_is_a_path_whatever_it_is_called(tmp_path):
+    assert Folder(f"file://{tmp_path}").path == tmp_path
+    assert str(Folder("runs/pairs")) == "runs/pairs"
+    assert local(f"file://{tmp_path}/x") == tmp_path / "x"
+
+
+@pytest.mark.parametrize("url", ["nowhere://x", "s3://bucket/x"])
+def test_a_store_that_cannot_be_reached_is_named(url, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ValueError, match=f"{url} cannot be opened: .*(not known|[Ii]nstall s3fs)"):
+        Folder(url)
+
+
+# Copies
+
+
+def test_a_file_is_fetched_once_and_anew_when_it_changes(home):
+    folder = Folder("bucket://a")
+    folder.write("x", lambda path: path.write_bytes(b"one"))
+    for _ in range(3):
+        assert folder.opened("x", lambda path: path.read_bytes()) == b"one"
+    assert local("bucket://a/x").read_bytes() == b"one"
+    assert bucket.fetched(home) == ["x"]
+    time.sleep(0.01)
+    folder.write("x", lambda path: path.write_bytes(b"two"))
+    assert local("bucket://a/x").read_bytes() == b"two"
+    assert bucket.fetched(home) == ["x", "x"]
+
+
+def _fetch(folder, start, results) -> None:
+    start.wait()
+    results.put([folder.opened(f"{n}", lambda path: len(path.read_bytes())) for n in range(10)])
+
+
+def test_the_processes_of_a_machine_fetch_a_file_once(home):
+    folder = Folder("bucket://a")
+    for n in range(10):
+        folder.write(f"{n}", lambda path, n=n: path.write_bytes(bytes(1000 + n)))
+    start, results = fork.Event(), fork.Queue()
+    processes = [fork.Process(target=_fetch, args=(folder, start, results)) for _ in range(5)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert [results.get(timeout=20) for _ in range(5)] == [[1000 + n for n in range(10)]] * 5
+    assert sorted(bucket.fetched(home)) == [str(n) for n in range(10)]
+    for process in processes:
+        process.join(20)
+
+
+def test_copies_stay_within_their_bound_and_those_used_last_stay(home, monkeypatch):
+    monkeypatch.setenv("DISTMATCH_CACHE_GB", "5e-6")  # five of these files
+    folder = Folder("bucket://a")
+    for n in range(9):
+        folder.write(f"{n}", lambda path, n=n: path.write_bytes(bytes([n]) * 1000))
+    for n in range(9):
+        for used in (n, 0):  # file 0 all the time
+            assert folder.opened(str(used), lambda path: path.read_bytes()) == bytes([used]) * 1000
+            assert bucket.taken() <= 5000
+            time.sleep(0.005)
+    assert bucket.fetched(home) == [str(n) for n in range(9)]
+    assert folder.opened("1", lambda path: path.read_bytes()) == bytes([1]) * 1000
+    assert bucket.fetched(home)[-1] == "1"
+
+
+def test_what_is_larger_than_the_bound_is_named(home, monkeypatch):
+    Folder("bucket://a").write("x", lambda path: path.write_bytes(bytes(6000)))
+    monkeypatch.setenv("DISTMATCH_CACHE_GB", "5e-6")
+    with pytest.raises(ValueError, match=r"a/x has 6e-06 GB, .* 5e-06 GB in all; set DISTMATCH_CACHE_GB"):
+        local("bucket://a/x")
+    monkeypatch.setenv("DISTMATCH_CACHE_GB", "much")
+    with pytest.raises(ValueError, match="DISTMATCH_CACHE_GB is 'much'; expected a number"):
+        local("bucket://a/x")
