@@ -73,7 +73,7 @@ class Claims:
         beat = 0
         while not done.wait(self.expiry / 4):
             beat += 1
-            with suppress(OSError):  # a network that is down for a moment
+            with suppress(OSError, ValueError):  # a network that is down for a moment
                 if self.folder.exists(claim):  # else this process stood still, was taken for dead, and others did it
                     self.folder.change(claim, f"{owner} {beat}".encode())
 

@@ -6,8 +6,8 @@ Files at a URL are read from copies on the local disk, of which those unused for
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,30 +61,32 @@ class Folder:
                         found[entry.name] = entry.stat().st_size
             return found
         self.fs.invalidate_cache()
-        try:
+        listed = []
+        with _reached(self.place), suppress(FileNotFoundError):
             listed = self.fs.ls(self.root, detail=True)
-        except FileNotFoundError:
-            return {}
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
 
     def exists(self, name: str) -> bool:
         if self.path is not None:
             return (self.path / name).exists()
         self.fs.invalidate_cache()
-        return self.fs.exists(f"{self.root}/{name}")
+        with _reached(self.place):
+            return self.fs.exists(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes:
         """Raises `FileNotFoundError`."""
         if self.path is not None:
             return (self.path / name).read_bytes()
-        return self.fs.cat_file(f"{self.root}/{name}")
+        with _reached(self.place):
+            return self.fs.cat_file(f"{self.root}/{name}")
 
     def opened(self, name: str, read: Callable[[Path], Value]) -> Value:
         """`read(file)` of the file or of its local copy. Raises `FileNotFoundError`."""
         if self.path is not None:
             return read(self.path / name)
         while True:
-            file = copied(self.fs, f"{self.root}/{name}")
+            with _reached(self.place):
+                file = copied(self.fs, f"{self.root}/{name}")
             with suppress(FileNotFoundError):  # another process made room just now
                 return read(file)
 
@@ -95,23 +97,20 @@ class Folder:
         with tempfile.TemporaryDirectory(prefix="distmatch-") as folder:
             file = Path(folder) / name
             write(file)
-            self.fs.put_file(str(file), f"{self.root}/{name}")
+            with _written(self.place):
+                self.fs.put_file(str(file), f"{self.root}/{name}")
 
     def create(self, name: str, content: bytes) -> bool:
         """Make the file `name` unless there is one: of many that try, one has made it.
 
-        Raises `ValueError` where the store cannot promise that.
+        S3 and Google's store promise that, others may not. Raises `ValueError` where the store is not to be written.
         """
         if self.path is None:
             try:
-                self.fs.pipe_file(f"{self.root}/{name}", content, mode="create")
+                with _written(self.place):
+                    self.fs.pipe_file(f"{self.root}/{name}", content, mode="create")
             except FileExistsError:
                 return False
-            except (NotImplementedError, TypeError) as error:
-                raise ValueError(
-                    f"{self.place} cannot be built in: it has no exclusive creation of files ({error}). "
-                    "Build on a disk, s3:// or gs://, and copy the folder"
-                ) from error
             return True
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -126,7 +125,8 @@ class Folder:
         if self.path is not None:
             (self.path / name).write_bytes(content)
         else:
-            self.fs.pipe_file(f"{self.root}/{name}", content)
+            with _written(self.place):
+                self.fs.pipe_file(f"{self.root}/{name}", content)
 
     def remove(self, name: str) -> None:
         """The file goes, if it is there."""
@@ -134,7 +134,8 @@ class Folder:
             if self.path is not None:
                 (self.path / name).unlink()
             else:
-                self.fs.rm_file(f"{self.root}/{name}")
+                with _reached(self.place):
+                    self.fs.rm_file(f"{self.root}/{name}")
 
     def sweep(self, names: Collection[str], age: float) -> None:
         """Delete what killed writers of the files `names` left on a disk, unchanged for `age` seconds."""
@@ -142,6 +143,26 @@ class Folder:
             with suppress(FileNotFoundError):
                 if path.name[1:].rpartition(".")[0] in names and time.time() - path.stat().st_mtime > age:
                     path.unlink()
+
+
+@contextmanager
+def _reached(place: str) -> Iterator[None]:
+    """What a store's own package raises becomes a `ValueError`; that a file is or is not there passes."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{place} cannot be reached: {error}") from error
+
+
+@contextmanager
+def _written(place: str) -> Iterator[None]:
+    try:
+        with _reached(place):
+            yield
+    except (FileNotFoundError, NotImplementedError) as error:
+        raise ValueError(f"{place} cannot be written: {error}") from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -164,7 +185,8 @@ def local(place: str | Path) -> Path:
         return Path(str(place).removeprefix("file://"))
     fs, path = filesystem(str(place))
     try:
-        return copied(fs, path)
+        with _reached(str(place)):
+            return copied(fs, path)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(
             f"{place} is no file; expected one, e.g. an archive of images (a folder would take a request for each)"
