@@ -127,7 +127,8 @@ def make_together(
             name = random.choice(dead)
             number = claimed[name] + 1
         with claims.held(name, number) as mine:
-            if mine and not present(name, folder.sizes()):  # it may have been finished between the look and the claim
+            # Another may have finished it between the look and the claim.
+            if mine and not (folder.exists(name) and present(name, folder.sizes())):
                 make(name)
                 missing.remove(name)
         unopposed, pause = mine, 0.0
