@@ -9,12 +9,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+from distmatch.watch import watched
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -48,7 +51,9 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     try:
-        yield
+        with watched(store, number, size):
+            yield
+            barrier()  # the first is the last to be missed: the others' store may live in it
     except RuntimeError as error:
         if not _DEATHS.search(str(error)):
             raise
@@ -57,6 +62,7 @@ def joined() -> Iterator[None]:
             "Its own message says why; the last checkpoint is kept, and torchrun --max-restarts goes on from it"
         ) from error
     finally:
+        aside.cache_clear()
         dist.destroy_process_group()
 
 
@@ -74,6 +80,13 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if world() > 1:
         dist.barrier()
+
+
+@cache
+def aside() -> dist.ProcessGroup:
+    """A second group of all processes, for what a thread passes around while the first is in use. On the host; all must
+    ask for it."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def mean(table: torch.Tensor) -> torch.Tensor:
