@@ -103,7 +103,7 @@ def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path
     np.savez(tmp_path / "edm.npz", mu=values.mean(0), sigma=np.cov(values, rowvar=False))
     rows = {}
     for real in (folder, tmp_path / "adm.npz", tmp_path / "edm.npz"):
-        written = figures_of(student, tmp_path, real=real, resize="clean")
+        written = figures_of(student, tmp_path, real=str(real), resize="clean")
         (rows[real.name],) = written["rows"]
         assert (written["reference"], written["resize"]) == (str(real), "clean")
     assert asked == [(Path("weights.pth"), "clean")] * 3

@@ -16,6 +16,7 @@ from distmatch.models.folder import Info, save_model
 
 
 def _enter(rank: int, world: int, port: int, task, *arguments) -> None:
+    torch.set_num_threads(1)  # a forked child cannot use its parent's thread pool
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     task(*arguments)
 

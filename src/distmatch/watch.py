@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 EVERY = 5.0
 """Seconds between two signs of life."""
@@ -22,7 +22,7 @@ SILENCE = 35.0
 
 
 @contextmanager
-def watched(store: dist.Store, rank: int, world: int) -> Iterator[None]:
+def watched(store: Store, rank: int, world: int) -> Iterator[None]:
     """Within it, the processes watch each other. Who finds one silent says so on standard error and exits at once.
 
     All of them must leave it at about the same time.
