@@ -1,12 +1,18 @@
-"""Checkpoints: atomic, exact, pruned, and clear about damage."""
+"""Checkpoints: atomic, exact, written while the run goes on, pruned, and clear about damage."""
 
 import json
+import resource
 import shutil
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 import tiny
 import torch
+from test_parallel import together
 
+from distmatch import checkpoint, engine, parallel
 from distmatch.checkpoint import Checkpoints, write_atomic
 from distmatch.optim import Optimizer
 
@@ -23,7 +29,9 @@ def trained(steps: int):
 
 def test_loading_continues_bit_for_bit(tmp_path):
     network, optimizer = trained(3)
-    Checkpoints(tmp_path, {"network": network, "optimizer": optimizer}).save(3, {"seconds": 1.5})
+    saved = Checkpoints(tmp_path, {"network": network, "optimizer": optimizer})
+    saved.save(3, {"seconds": 1.5})
+    saved.wait()
     other, other_optimizer = trained(0)
     loaded = Checkpoints(tmp_path, {"network": other, "optimizer": other_optimizer}).load()
     assert loaded == (3, {"seconds": 1.5})
@@ -38,9 +46,7 @@ def test_loading_continues_bit_for_bit(tmp_path):
 def test_the_last_n_and_the_best_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(1, 1)}, keep=2)
     for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)):
-        checkpoints.save(step)
-        if checkpoints.improves(score):
-            checkpoints.mark_best(step, score)
+        checkpoints.save(step, best=score if checkpoints.improves(score) else None)
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best() == {"step": 2, "score": 1.0}
     shutil.rmtree(checkpoints.path(2))  # a best one that is gone does not stand in the way of the next
@@ -49,8 +55,9 @@ def test_the_last_n_and_the_best_stay(tmp_path):
 
 def test_damage_is_named_with_what_to_do(tmp_path):
     checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
-    path = checkpoints.save(7)
-    (shard,) = path.glob("*.safetensors")
+    checkpoints.save(7)
+    checkpoints.wait()
+    (shard,) = checkpoints.path(7).glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"step-00000007 is damaged.*Delete it to continue"):
         checkpoints.load()
@@ -58,6 +65,7 @@ def test_damage_is_named_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         checkpoints.load()
     checkpoints.save(8)
+    checkpoints.wait()
     (checkpoints.path(8) / "state.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         checkpoints.load()
@@ -67,21 +75,25 @@ def test_a_save_that_was_killed_is_none(tmp_path):
     """What lies there of it, at any point, is neither found nor in the way."""
     checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
     checkpoints.save(3)
+    checkpoints.wait()
     unfinished = tmp_path / ".step-00000004"
     unfinished.mkdir()
     (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == [3]
+    (tmp_path / ".step-00000009").mkdir()  # of a save at another step
     (tmp_path / "step-00000002").mkdir()  # half deleted
     assert checkpoints.steps() == [3]
-    assert checkpoints.load()[0] == 3
+    assert checkpoints.load() == (3, {})
     checkpoints.save(4)
     assert checkpoints.steps() == [3, 4]
-    assert not unfinished.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000003", "step-00000004"}
     assert json.loads((checkpoints.path(4) / "state.json").read_text())["step"] == 4
 
 
 def test_parts_of_another_run_are_refused(tmp_path):
-    Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)}).save(1)
+    saved = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
+    saved.save(1)
+    saved.wait()
     with pytest.raises(ValueError, match="holds network; this run needs fake, network"):
         Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4), "fake": torch.nn.Linear(4, 4)}).load()
     with pytest.raises(ValueError, match="does not fit this run"):
@@ -106,11 +118,12 @@ def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
     network = torch.nn.Linear(4, 4)
     checkpoints = Checkpoints(tmp_path / "checkpoints", {"network": network}, keep=9)
     for step in (1, 2, 3, 4):
-        checkpoints.save(step)
-    checkpoints.mark_best(2, 0.5)
+        checkpoints.save(step, best=0.5 if step == 2 else None)
+    checkpoints.wait()
     with torch.no_grad():
         network.weight[1, 1] = float("nan")
     checkpoints.save(5)
+    checkpoints.wait()
     checkpoints.verify(4)
     with pytest.raises(ValueError, match=r"network/weight is not finite"):
         checkpoints.verify(5)
@@ -127,3 +140,204 @@ def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
     assert "best, 0.500" in pruned.stdout
     assert checkpoints.steps() == [2, 5]
     assert tiny.command("checkpoints", tmp_path / "none").returncode == 2
+
+
+@contextmanager
+def held(monkeypatch):
+    """Whatever is saved within it is not written before its end."""
+    go, write = threading.Event(), checkpoint.save_file
+
+    def waiting(*arguments):
+        assert go.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", waiting)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+class Parts(dict):
+    """Tensors by name."""
+
+    def state_dict(self):
+        return self
+
+    def load_state_dict(self, state):
+        self.update(state)
+
+
+def clones(part) -> dict[str, torch.Tensor]:
+    """The tensors of a part's state, whole, as they are now."""
+    found: dict[str, torch.Tensor] = {}
+    checkpoint._flatten(part.state_dict(), "", found)
+    return {name: engine.whole(value).clone() for name, value in found.items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
+    """Training goes on, in place, before the thread has written a byte; twice, since the copies' memory is reused."""
+    network, optimizer = trained(3)
+    checkpoints = Checkpoints(tmp_path, {"network": network, "optimizer": optimizer}, keep=9)
+    states = []
+    for step in (3, 4):
+        states.append({"network": clones(network), "optimizer": clones(optimizer)})
+        with held(monkeypatch):
+            checkpoints.save(step)
+            network(torch.ones(4, 1, 8, 8), torch.ones(4)).square().mean().backward()
+            optimizer.step(step)
+            with torch.no_grad():
+                for value in (*network.parameters(), *network.buffers()):
+                    value.mul_(3)
+            assert checkpoints._steps() == [3][: step - 3]
+            assert not equal(clones(network), states[-1]["network"])
+            assert not equal(clones(optimizer), states[-1]["optimizer"])
+        checkpoints.wait()
+    for step, state in zip((3, 4), states, strict=True):
+        other, other_optimizer = trained(1)
+        assert Checkpoints(tmp_path, {"network": other, "optimizer": other_optimizer}).load(step) == (step, {})
+        if step == 4:  # the one before it is older than its own
+            assert not equal(states[0]["network"], clones(other))
+        assert equal(state["network"], clones(other))
+        assert equal(state["optimizer"], clones(other_optimizer))
+
+
+def test_slices_and_tied_weights_are_tensors_of_their_own(tmp_path):
+    whole = torch.arange(12.0)
+    parts = Parts(slice=whole[3:5], first=whole, second=whole, turned=whole.view(3, 4).T, none=torch.zeros(0, 3))
+    checkpoints = Checkpoints(tmp_path, {"network": parts})
+    checkpoints.save(1)
+    checkpoints.wait()
+    checkpoints.verify(1)
+    (shard,) = checkpoints.path(1).glob("*.safetensors")
+    assert shard.stat().st_mode & 0o777 == 0o644
+    assert shard.stat().st_size < 1500  # the slice is not saved with what it is of
+    found = Parts({name: torch.full_like(value, -1).contiguous() for name, value in parts.items()})
+    Checkpoints(tmp_path, {"network": found}).load()
+    assert equal(parts, found)
+
+
+def _slowly(seconds: float) -> None:
+    write = checkpoint.save_file
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        write(*arguments)
+
+    checkpoint.save_file = slow
+
+
+def _sharded(folder, how: str) -> None:
+    """Save, go on at once with collectives in the main thread, and compare what is loaded to the bit."""
+    _slowly(0.2)
+    with parallel.joined():
+        network = tiny.teacher().requires_grad_(True)
+        spread = engine.spread(network, how, "fp32", (torch.ones(1, 1, 8, 8), torch.ones(1)))
+        optimizer = Optimizer(network.parameters(), lr=1e-2, warmup=3)
+        counter = torch.arange(1000.0)
+        parts = {"network": network, "optimizer": optimizer, "counter": Parts(counter=counter)}
+        checkpoints = Checkpoints(folder, parts, keep=9)
+
+        def step(i: int) -> None:
+            spread(torch.full((2, 1, 8, 8), parallel.rank() + 1.0), torch.ones(2)).square().mean().backward()
+            optimizer.step(i)
+            counter.add_(1)
+
+        states, steps = [], 6
+        for i in range(steps):
+            step(i)
+            if i % 2:
+                states.append({name: clones(part) for name, part in parts.items()})
+                checkpoints.save(i + 1)
+                assert checkpoints._saving is not None
+                assert not checkpoints._saving[1].done()
+        checkpoints.close()
+        assert checkpoints.steps() == [2, 4, 6]
+        for i, state in zip((2, 4, 6), states, strict=True):
+            checkpoints.verify(i)
+            checkpoints.load(i)
+            assert {name: clones(part) for name, part in parts.items()}.keys() == state.keys()
+            assert all(equal(state[name], clones(part)) for name, part in parts.items())
+            assert counter[0] == i
+        sizes = [file.stat().st_size for file in sorted(checkpoints.path(6).glob("*.safetensors"))]
+        assert len(sizes) == 2
+        assert max(sizes) < 1.3 * min(sizes)  # each has written its half
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_what_two_processes_save_is_the_state_at_the_call(tmp_path, how):
+    together(2, _sharded, tmp_path, how)
+
+
+@contextmanager
+def full_disk():
+    """No file can become longer than a few bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_error_of_the_writing_thread_is_raised_at_the_next_call(tmp_path):
+    network = torch.nn.Linear(4, 4)
+    checkpoints = Checkpoints(tmp_path / "run", {"network": network})
+    before = clones(network)
+    checkpoints.save(1)
+    checkpoints.wait()
+    torch.nn.init.zeros_(network.weight)
+    message = r"step-00000002 could not be saved \(.*too large.*\). Make room in .*run, .* from step 1, which is kept"
+    for ask in (checkpoints.wait, lambda: checkpoints.save(3), checkpoints.load, checkpoints.steps, checkpoints.close):
+        with full_disk():
+            checkpoints.save(2)
+            assert checkpoints._saving is not None
+            assert checkpoints._saving[1].exception() is not None  # by now it has happened
+        with pytest.raises(ValueError, match=message):
+            ask()
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-00000001"]  # its room is free again
+    checkpoints.verify(1)
+    assert checkpoints.load() == (1, {})
+    assert equal(before, clones(network))
+
+
+def test_an_error_behind_the_shards_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """Not even one that has all of its shards: `state.json`, which the first process writes, is the last of it."""
+    checkpoints = Checkpoints(tmp_path / "run", {"network": torch.nn.Linear(4, 4)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    checkpoints.save(2)
+    with pytest.raises(ValueError, match=r"No space left on device\). Make room in .* goes on from the beginning"):
+        checkpoints.wait()
+    assert checkpoints.steps() == []
+    (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file" / "run", {"network": torch.nn.Linear(4, 4)})
+    checkpoints.save(1)
+    with pytest.raises(ValueError, match=r"Not a directory.*Make room in .*run, or make it writable"):
+        checkpoints.steps()
+
+
+def _one_disk_is_full(folder) -> None:
+    with parallel.joined():
+        checkpoints = Checkpoints(folder, {"network": torch.nn.Linear(4, 4)})
+        checkpoints.save(1)
+        if parallel.rank() == 1:
+            checkpoints.wait()
+            checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        checkpoints.save(2)
+        with pytest.raises(ValueError, match=r"step-00000002 could not be saved \(.*No space left"):
+            checkpoints.save(3)
+        assert checkpoints.steps() == [1]
+        checkpoints.close()
+
+
+def test_an_error_of_one_process_is_raised_in_all(tmp_path):
+    together(2, _one_disk_is_full, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

@@ -1,4 +1,5 @@
-"""Checkpoints: named stateful parts, written atomically by any number of processes, kept last-N plus best.
+"""Checkpoints: named stateful parts, copied at once, written in the background, atomically, by any number of processes;
+kept last-N plus best.
 
 Nothing in a checkpoint is executed when it is read: tensors go into safetensors, everything else into JSON.
 """
@@ -11,14 +12,23 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import torch.futures
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from distmatch import parallel
 
@@ -55,18 +65,27 @@ class Checkpoints:
     `state.json` with all else. It can be read by any number of processes, sharded in any way. All of them must take
     part in `save` and `load`; the folder appears, whole, when all have written.
 
+    `save` copies and returns; a thread writes. There is one such thread at a time, and whatever must know how it went
+    waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `ValueError` when it failed.
+
     Args:
         parts: what a checkpoint holds, by name: networks, EMA, optimizers. Their `state_dict`s share memory with them.
-        keep: how many of the latest stay; the best one (see `mark_best`) stays besides.
+        keep: how many of the latest stay; the best one stays besides.
     """
 
     def __init__(self, folder: Path, parts: Mapping[str, Stateful], keep: int = 2):
         self.folder = folder
         self.parts = parts
         self.keep = keep
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # copies at once, to plain memory
+        self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
+        self.wait()
+        return self._steps()
+
+    def _steps(self) -> list[int]:
         names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob("step-*/state.json"))
         return sorted(int(m[1]) for m in names if m)
 
@@ -77,45 +96,84 @@ class Checkpoints:
         """`{"step": ..., "score": ...}` of the best one so far."""
         file = self.folder / "best.json"
         best = json.loads(file.read_text()) if file.exists() else None
-        return best if best is not None and self.path(best["step"]).exists() else None
+        return best if best is not None and (self.path(best["step"]) / "state.json").exists() else None
 
     def improves(self, score: float) -> bool:
         """Whether `score` (lower is better) beats the best so far."""
+        self.wait()
         best = self.best()
         return best is None or score < best["score"]
 
-    def mark_best(self, step: int, score: float) -> None:
-        """Keep the checkpoint of `step`, which is saved already, until a better one comes."""
-        if parallel.rank() == 0:
-            write_json(self.folder / "best.json", {"step": step, "score": score})
+    def save(self, step: int, meta: Mapping[str, Any] | None = None, best: float | None = None) -> None:
+        """Copy the parts as they are after `step` steps; have them written, and dropped what is too old, meanwhile.
 
-    def save(self, step: int, meta: Mapping[str, Any] | None = None) -> Path:
-        """Write the parts as they are after `step` steps and drop what is too old."""
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        Of what all processes hold, each copies and writes its share. The copies' memory is kept for the next save.
 
+        Args:
+            best: the score with which this one is the best, which keeps it until a better one comes.
+        """
+        self.wait()
         tensors, tree = self._state()
-        path, unfinished = self.path(step), self.folder / f".step-{step:08d}"
+        header = {"step": step, "meta": dict(meta or {}), "tree": tree, "shapes": _shapes(tensors)}
+        writer = _Writer(self._unfinished(step), lambda: self._finish(step, header, best))
+        alone = parallel.world() == 1
+        mine = tensors if alone else _share(tensors)
+        group = None if alone else parallel.aside()
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # says the thread when there is one process
+        saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=self._stager, no_dist=alone)
+        self._saving = step, cast(Future, saving)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there. Raises `ValueError` when the disk refused it."""
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        error = saving.exception()
+        self._saving = None
+        if error is None:
+            return
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(cause, OSError | SafetensorError):  # the disk
+            raise error
         if parallel.rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            unfinished.mkdir(parents=True)
-        parallel.barrier()
-        writer = HuggingFaceStorageWriter(path=str(unfinished), save_distributed=True)
-        _quietly(lambda: save(tensors, storage_writer=writer, no_dist=parallel.world() == 1))
-        parallel.barrier()
-        if parallel.rank() == 0:
-            header = {"step": step, "meta": dict(meta or {}), "tree": tree, "shapes": _shapes(tensors)}
-            write_json(unfinished / "state.json", header)
-            for file in unfinished.iterdir():
-                _to_disk(file)
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
-            self.prune()
-        parallel.barrier()
-        return path
+            shutil.rmtree(self._unfinished(step), ignore_errors=True)
+        last = f"from step {self._steps()[-1]}, which is kept" if self._steps() else "from the beginning"
+        raise ValueError(
+            f"{self.path(step)} could not be saved ({_first_line(cause)}). Make room in {self.folder}, or make it "
+            f"writable, and run the same again: it goes on {last}"
+        ) from error
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and free the copies; no other can be saved."""
+        try:
+            self.wait()
+        finally:
+            self._stager.close()
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}"
+
+    def _finish(self, step: int, header: Mapping[str, Any], best: float | None) -> None:
+        """Called in the first process's thread when all have written and synced their shards."""
+        path, unfinished = self.path(step), self._unfinished(step)
+        write_json(unfinished / "state.json", header)
+        _to_disk(unfinished)
+        shutil.rmtree(path, ignore_errors=True)  # half of one, or of the same step again, which no run has
+        unfinished.rename(path)
+        _to_disk(self.folder)
+        if best is not None:
+            write_json(self.folder / "best.json", {"step": step, "score": best})
+        self._prune()
 
     def prune(self) -> list[int]:
         """Delete all but the latest `keep` and the best one; returns the steps of those deleted."""
-        best, steps = self.best(), self.steps()
+        self.wait()
+        return self._prune()
+
+    def _prune(self) -> list[int]:
+        for half in (p for p in self.folder.glob("step-*") if not (p / "state.json").exists()):
+            shutil.rmtree(half, ignore_errors=True)  # of a process that was killed while it deleted it
+        best, steps = self.best(), self._steps()
         gone = sorted(set(steps) - {*steps[-self.keep :], *([best["step"]] if best else [])})
         for old in gone:
             (self.path(old) / "state.json").unlink(missing_ok=True)  # half a checkpoint is none
@@ -148,8 +206,7 @@ class Checkpoints:
 
         Raises `ValueError` when it is damaged or holds other parts.
         """
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
+        self.wait()
         if step is None:
             steps = self.steps()
             if not steps:
@@ -166,7 +223,9 @@ class Checkpoints:
             tensors, _ = self._state()
             _same_shapes(path, header["shapes"], _shapes(tensors))
             reader = HuggingFaceStorageReader(path=str(path))
-            _quietly(lambda: load(tensors, storage_reader=reader, no_dist=parallel.world() == 1))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is one process, or that the interface may change
+                load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError, CheckpointException, IndexError) as error:
             raise ValueError(
                 f"{path} is damaged ({_first_line(error)}). Delete it to continue from the checkpoint before it, "
@@ -181,6 +240,62 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         tree = {name: _flatten(part.state_dict(), name, tensors) for name, part in self.parts.items()}
         return tensors, tree
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Shards by all processes in the folder `unfinished`, then `finish` by the first.
+
+    PyTorch calls it in a thread: `prepare_global_plan` in the first process, `write_data` in all of them, `finish` in
+    the first when all have written. An error in one of them is an error of all processes.
+    """
+
+    def __init__(self, unfinished: Path, finish: Callable[[], None]):
+        super().__init__(path=str(unfinished), save_distributed=True)
+        self._folder = unfinished
+        self._finish = finish
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        for left in self._folder.parent.glob(".step-*"):  # by processes that were killed
+            for file in left.iterdir():
+                file.unlink()
+            if left != self._folder:
+                left.rmdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """The file that PyTorch writes, but by `save_file`: its `safetensors.save` keeps the interpreter, and so the
+        loop, for a second per GB or more."""
+        tensors, offsets, seen = {}, {}, set()
+        for item in plan.items:
+            name, value = item.index.fqn, cast(Tensor, planner.resolve_data(item))
+            storage = value.untyped_storage()
+            own = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
+            tensors[name] = value if own else value.clone()  # a file has no slices and no tied weights
+            offsets[name] = {"saved_offsets": cast(TensorWriteData, item.tensor_data).chunk.offsets}
+            seen.add(storage.data_ptr())
+        if tensors:
+            shard = self._folder / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            meta = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            write_atomic(shard, lambda p: save_file(tensors, p, meta))
+        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        written.set_result([])
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._finish()
+
+
+def _share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this process writes: its part of what is sharded and, of what all hold, about as much as the others."""
+    written = [0] * parallel.world()
+    mine: dict[str, Tensor] = {name: value for name, value in tensors.items() if isinstance(value, DTensor)}
+    whole = ((name, value) for name, value in tensors.items() if name not in mine)
+    for name, value in sorted(whole, key=lambda item: (-item[1].nbytes, item[0])):
+        writer = written.index(min(written))
+        written[writer] += value.nbytes
+        if writer == parallel.rank():
+            mine[name] = value
+    return mine
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -221,16 +336,13 @@ def _same_shapes(path: Path, there: Mapping[str, list[int]], here: Mapping[str, 
             )
 
 
-def _quietly(work: Callable[[], Any]) -> None:
-    """Without PyTorch's warnings that there is one process, or that its interface may change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        work()
-
-
-def _to_disk(file: Path) -> None:
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
+def _to_disk(folder: Path) -> None:
+    """Its entries; `write_atomic` has seen to what they contain."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _first_line(error: BaseException) -> str:

@@ -116,9 +116,9 @@ def train(
             write_atomic(out / "previews" / f"step-{done:08d}.png", lambda p: p.write_bytes(data.png(sheet, zoom=zoom)))
         log.image(done, "preview", sheet)
 
-    def save(done: int) -> None:
+    def save(done: int, best: float | None = None) -> None:
         flush(done)
-        checkpoints.save(done, {"seconds": seconds()})
+        checkpoints.save(done, {"seconds": seconds()}, best)
 
     def between_steps(done: int, stopping: bool) -> None:
         """Pictures, figures and checkpoints, where they are due. Their time counts as no step's."""
@@ -135,9 +135,7 @@ def train(
             score = next(iter(figures.values()))
         better = score is not None and parallel.told(checkpoints.improves(score))
         if keep or better:
-            save(done)
-        if score is not None and better:
-            checkpoints.mark_best(done, score)  # after the save: it never names a step that is not there
+            save(done, score if better else None)
         task.clock.read()
 
     def due(done: int, every: int) -> bool:
@@ -165,3 +163,4 @@ def train(
         task.export(out / "model")
     finally:
         log.close()
+        checkpoints.close()  # what is being written is finished, whatever ended the run
