@@ -17,7 +17,7 @@ from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
 from distmatch.ema import EMA, frozen_copy
 from distmatch.embeddings import embed
-from distmatch.engine import shard, spread
+from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.around import around
 from distmatch.models.codec import Decoded, Decoder
@@ -162,15 +162,24 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     if recipe.student.lora_rank:
         student = _adapted(student, recipe.student.lora_rank, rng.key(recipe.seed, "adapters"))
     fake = _trained_copy(first) if "match" in recipe.terms else None
+    average = frozen_copy(student)
+    if (recipe.gradient_checkpointing or recipe.compile) and not blocks(student):
+        raise ValueError(
+            f"gradient_checkpointing and compile are for networks of blocks, in nn.ModuleList; "
+            f"{type(student.net).__name__} has none: use false"
+        )
     if recipe.gradient_checkpointing:
         for network in filter(None, (student, fake)):
             checkpoint_gradients(network)
-    average = frozen_copy(student)
     if recipe.parallel == "fsdp" and parallel.world() > 1:
-        for network in (average, subject.denoiser):
-            shard(network)
-    forward = spread(student, recipe.parallel, recipe.precision)
-    score = None if fake is None else spread(fake, recipe.parallel, recipe.precision)
+        shard(average)
+        shard(subject.denoiser, recipe.precision)  # in the fake score's, or their difference would not start at zero
+    inputs = example(subject, dev)
+    forward = spread(student, recipe.parallel, recipe.precision, inputs)
+    score = None if fake is None else spread(fake, recipe.parallel, recipe.precision, inputs)
+    if recipe.compile:
+        for network in filter(None, (student, fake, subject.denoiser)):
+            compile_blocks(network)
     critic_steps = recipe.critic.steps
     return Distiller(
         student,
@@ -253,11 +262,10 @@ def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
     return Denoiser(net, denoiser.schedule, denoiser.prediction)
 
 
-def checkpoint_gradients(denoiser: Denoiser) -> None:
-    """Recompute a network's activations in the backward pass. Raises `ValueError` for one that cannot."""
-    if type(denoiser.net) is not StableUNet:
-        raise ValueError("gradient_checkpointing is for Stable Diffusion's networks; use false")
-    denoiser.net.checkpoint_gradients()
+def example(subject: Subject, dev: torch.device) -> tuple[Tensor, Tensor, Cond | None]:
+    """What student and fake score are called with, a batch of one: `(x, t, cond)`."""
+    cond = subject.conditions.at([0])
+    return torch.zeros(1, *subject.info.shape, device=dev), torch.ones(1, device=dev), cond and cond.to(dev)
 
 
 def _trained_copy(denoiser: Denoiser) -> Denoiser:

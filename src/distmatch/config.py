@@ -191,6 +191,7 @@ class Recipe(_Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     gradient_checkpointing: bool = False
+    compile: bool = False
     device: str = "auto"
     log: Logging = Logging()
     checkpoint: Checkpointing = Checkpointing()

@@ -1,12 +1,16 @@
-"""How a network is spread over the processes of a `torchrun`, by PyTorch's own means.
+"""How a network runs: compiled, frugal with memory, spread over the processes of a `torchrun`; by PyTorch's own means.
 
 `ddp` (DistributedDataParallel): every process has all of it. `fsdp` (FSDP2, `fully_shard`): every process has a slice
 of each block's weights, gradients and moments, and gathers a block when it is its turn.
+
+All of it happens in place, but for `ddp`, and leaves the names of the weights as they are. The order is
+`checkpoint_gradients`, `spread`, `compile_blocks`, which compiles what is called from then on.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,9 +20,49 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+RECOMPILATIONS = 256
+"""What `torch.compile` may make of one function: all blocks are one to it, in every width, batch and grad mode."""
 
 
-def spread(network: nn.Module, how: str, precision: str = "fp32") -> nn.Module:
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Keep only what goes into each part of each block, and compute the rest again in the backward pass.
+
+    In place, and in copies made afterwards too. Without dropout, as distillation is.
+    """
+    for block in blocks(network):
+        for part in _parts(block):
+            part.forward = MethodType(_recomputed, part)  # a method: deep copies have it as their own
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    """The smallest blocks within `block`, which is one itself if it lists bare layers, or nothing."""
+    within = blocks(block)
+    if not within or any(next(member.children(), None) is None for member in within):
+        return [block]
+    return [part for member in within for part in _parts(member)]
+
+
+def _recomputed(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+    forward = type(module).forward
+    return checkpoint(forward, module, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+
+
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
+    """`torch.compile` each block of `network`, in place; deep copies are not compiled.
+
+    Shapes are taken as they are, which in training are few. Block by block, since a block is compiled once for all of
+    its kind, and since what `fsdp` does happens between them.
+    """
+    from torch._dynamo import config  # takes a second
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    for block in blocks(network):
+        block.compile(backend=backend, dynamic=False)
+
+
+def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]) -> nn.Module:
     """What to call in place of `network`, whose gradients are then the mean over the processes.
 
     For `fsdp` that is the network itself, sharded in place. Where there is one process and no group, nothing is done.
@@ -27,24 +71,36 @@ def spread(network: nn.Module, how: str, precision: str = "fp32") -> nn.Module:
         how: "ddp" or "fsdp".
         precision: with "bf16", blocks are gathered in bf16 and their gradients reduced in fp32; what each process keeps
             is fp32.
+        inputs: an example of what it is called with, a batch of one; for `ddp`, which must know of idle weights.
     """
     if not dist.is_initialized():
         return network
-    if how == "ddp":
-        cuda = next(network.parameters()).device.type == "cuda"
-        devices = [torch.cuda.current_device()] if cuda else None
-        # EDM's networks carry weights for an augmentation that distillation leaves alone. Buffers never change.
-        unused = any("map_augment" in name for name, _ in network.named_parameters())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the name that torch 2.10 does not have yet
-            return DistributedDataParallel(
-                network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
-            )
-    return shard(network, precision)
+    if how == "fsdp":
+        return shard(network, precision)
+    cuda = next(network.parameters()).device.type == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the name that torch 2.10 does not have yet
+        return DistributedDataParallel(
+            network,
+            device_ids=[torch.cuda.current_device()] if cuda else None,
+            broadcast_buffers=False,  # they never change
+            find_unused_parameters=bool(idle(network, *inputs)),
+            gradient_as_bucket_view=True,
+        )
+
+
+def idle(network: nn.Module, *inputs: Any) -> list[str]:
+    """The trained weights that have no part in `network(*inputs)`, such as EDM's for augmentations: found by trying."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(network(*inputs).sum(), list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
 def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
-    """`fully_shard` each block of `network`, then what is left of it. In place; frozen networks too."""
+    """`fully_shard` each block of `network`, then what is left of it. In place; frozen networks too.
+
+    With "bf16" it runs under autocast from then on, whoever calls it: its weights arrive in bf16.
+    """
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     low = torch.bfloat16 if precision == "bf16" else None
     # Autocast casts inputs where it should; times and preconditioning must stay fp32.
@@ -53,6 +109,8 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
     for block in (*blocks(network), network):
         # The average changes between two uses: no gathered copy of it may be kept, not even the root's.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if low is not None:
+        network.forward = torch.autocast(mesh.device_type, low)(network.forward)
     return network
 
 

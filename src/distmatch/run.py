@@ -49,8 +49,11 @@ from distmatch.train import Plan, train
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
 
-FREE = {"log", "checkpoint", "evaluate", "device", "description", "expected", "accumulate", "parallel"}
-"""Entries of a recipe that may change when a run continues: they don't touch the result."""
+FREE = {
+    *("log", "checkpoint", "evaluate", "device", "description", "expected"),
+    *("accumulate", "parallel", "gradient_checkpointing", "compile"),
+}
+"""Entries of a recipe that may change when a run continues: they don't touch the result, but for roundings."""
 
 
 @parallel.joined()

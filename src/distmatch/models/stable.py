@@ -82,10 +82,6 @@ class StableUNet(nn.Module):
             net.lora = 0
         return net
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
-        self.unet.enable_gradient_checkpointing()
-
 
 def add_adapters(unet: Any, rank: int) -> None:
     """Adapters (LoRA, arXiv 2106.09685) beside the linear layers of the transformer blocks; the rest is frozen."""
