@@ -120,10 +120,11 @@ def plan(
     gpus: int = 1,
     gpu: Literal["a100", "h100", "h200", "l40s", "rtx4090"] = "a100",
     utilisation: float = 0.4,
+    network: float = 50.0,
 ) -> None:
-    """Say what a recipe takes before it starts: arithmetic, memory, disk, time, and whether it fits.
+    """Say what a recipe takes before it starts: arithmetic, memory, traffic, disk, time, and whether it fits.
 
-    Counted on networks without numbers: nothing is downloaded but settings, and no GPU is needed.
+    Counted in a step on tensors without numbers: nothing is downloaded but settings, and no GPU is needed.
 
     Parameters
     ----------
@@ -137,11 +138,13 @@ def plan(
         Their kind; its memory and its arithmetic are the maker's figures.
     utilisation
         Share of that arithmetic that is reached; 0.4 is common for these networks.
+    network
+        GB/s per GPU and direction between machines of eight; 50 is a card of 400 Gb/s for each.
     """
     from distmatch.config import load_recipe
     from distmatch.plan import show
 
-    show(load_recipe(recipe, overrides), gpus, gpu, utilisation)
+    show(load_recipe(recipe, overrides), gpus, gpu, utilisation, network)
 
 
 @app.command

@@ -1,306 +1,256 @@
-"""`distmatch plan`: what a recipe costs before anything starts: parameters, arithmetic, memory, disk, time.
+"""`distmatch plan`: what a recipe takes before anything starts: memory, disk, time, traffic, and whether it fits.
 
-Networks are put together on the meta device, where tensors have shapes and no numbers: arithmetic and activations are
-counted by running a step's passes there, not guessed.
+What a step costs is counted (`cost`); what follows from it on given GPUs is worked out here.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch.config import Recipe
-from distmatch.denoiser import Cond, Denoiser, Prediction
+from distmatch.cost import Cost, cost
+from distmatch.denoiser import Denoiser
+from distmatch.engine import blocks
 from distmatch.models.folder import Info
-from distmatch.models.hub import fetched, schedule_of, scheduler_config
-from distmatch.models.library import find_model
-from distmatch.models.published import PUBLISHED
-from distmatch.models.stable import StableUNet
-from distmatch.schedule import EDM
+from distmatch.progress import progress
+from distmatch.rehearsal import sampling_flops
 from distmatch.solvers import evaluations
+from distmatch.weightless import teacher_of
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
 
-GPUS = {
-    "a100": (80e9, 312e12, 156e12),
-    "h100": (80e9, 989e12, 494e12),
-    "h200": (141e9, 989e12, 494e12),
-    "l40s": (48e9, 362e12, 183e12),
-    "rtx4090": (24e9, 165e12, 83e12),
-}
-"""Memory in bytes, dense FLOP/s in bf16 and in TF32, as the makers publish them."""
+MACHINE = 8
+"""GPUs in one machine."""
 
-FP32 = 4
+SPARE = 0.1
+"""Share of a GPU's memory that is left to the allocator's gaps, libraries and the driver."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one step takes: FLOPs of all processes, by network; bytes of one process, by part."""
+class Gpu:
+    """`memory` in bytes, dense FLOP/s in bf16 and in TF32, `link` to its machine's others in bytes/s per direction."""
 
-    parameters: int
-    flops: dict[str, float]
-    memory: dict[str, float]
+    memory: float
+    bf16: float
+    tf32: float
+    link: float
+
+    def rate(self, precision: str) -> float:
+        return self.tf32 if precision == "fp32" else self.bf16
+
+
+GPUS = {
+    "a100": Gpu(80e9, 312e12, 156e12, 300e9),
+    "h100": Gpu(80e9, 989e12, 494e12, 450e9),
+    "h200": Gpu(141e9, 989e12, 494e12, 450e9),
+    "l40s": Gpu(48e9, 362e12, 183e12, 32e9),
+    "rtx4090": Gpu(24e9, 165e12, 83e12, 32e9),
+}
+"""As the makers' data sheets have them. Links: NVLink, 600 GB/s (A100) and 900 GB/s (H100, H200) in both directions
+together; the others have PCIe 4.0 x16, 64 GB/s in both directions together.
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`gpus` of one kind, eight to a machine; `network` in bytes/s per GPU and direction between machines.
+
+    `utilisation` is the share of the arithmetic that networks reach.
+    """
+
+    gpus: int
+    gpu: Gpu
+    network: float
+    utilisation: float
 
     @property
-    def peak(self) -> float:
-        return sum(self.memory.values())
+    def bandwidth(self) -> float:
+        """What a ring through all GPUs moves, in bytes/s per direction: a ring enters and leaves each machine once, so
+        that one GPU has the network cards of all eight at its disposal, or its own link, whichever is slower.
+        """
+        return self.gpu.link if self.gpus <= MACHINE else min(self.gpu.link, MACHINE * self.network)
+
+    def arithmetic(self, flops: float, precision: str) -> float:
+        """Seconds."""
+        return flops / (self.utilisation * self.gpu.rate(precision) * self.gpus)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one step that networks compute, and seconds that data are on their way between GPUs."""
+
+    arithmetic: float
+    traffic: float
 
     @property
-    def step_flops(self) -> float:
-        return sum(self.flops.values())
+    def in_turn(self) -> float:
+        """Seconds of a step if nothing of the traffic happens during arithmetic."""
+        return self.arithmetic + self.traffic
+
+    @property
+    def at_once(self) -> float:
+        """Seconds of a step if all of it does."""
+        return max(self.arithmetic, self.traffic)
 
 
-def plan(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int, losses: list[nn.Module]) -> Plan:
-    """The cost of a step of `recipe` in `processes`.
-
-    Args:
-        denoiser: the teacher, on the meta device.
-        losses: frozen networks that the regression passes images through, in order: decoder, LPIPS's VGG; on meta.
-    """
-    parts = processes * recipe.accumulate
-    regress = recipe.regress.batch // parts if "regress" in recipe.terms else 0
-    match = recipe.match.batch // parts if "match" in recipe.terms else 0
-    seen = match + (regress if recipe.match.pairs else 0)
-    guided = recipe.student.guidance is not None or recipe.match.guidance != 1
-
-    def batch(n: int) -> tuple[Tensor, Tensor, Cond]:
-        return example(denoiser, info, n)
-
-    trained = Passes(denoiser, recipe.gradient_checkpointing)
-    forward = trained.forward(batch(1))
-    student, student_kept = trained.both(batch(match + regress))
-    flops = {"student": student + match * forward * (recipe.critic.steps - 1)}
-    critic_kept = 0
-    if match:
-        critic, critic_kept = trained.both(batch(seen))
-        flops["fake score"] = seen * forward + recipe.critic.steps * critic
-        flops["teacher"] = seen * forward * (2 if guided else 1)
-    loss_kept = 0
-    if regress and losses:
-        shape = info.shape
-        flops["decoder and LPIPS"] = 0.0
-        for network in losses:
-            frozen = Passes(network, recipe.gradient_checkpointing and network is losses[0] and len(losses) > 1)
-            x = torch.empty(regress, *shape, device="meta")
-            shape = tuple(network(x[:1]).shape[1:])
-            cost, kept = frozen.both((x.requires_grad_(),))
-            flops["decoder and LPIPS"] += cost + regress * frozen.forward(
-                (torch.empty(1, *x.shape[1:], device="meta"),)
-            )
-            loss_kept += kept
-    size = sum(p.numel() for p in denoiser.parameters())
-    networks, moving = (4, 2) if match else (3, 1)
-    slices = processes if recipe.parallel == "fsdp" else 1
-    frozen_bytes = sum(FP32 * p.numel() for network in losses for p in network.parameters())
-    half = 0.5 if recipe.precision == "bf16" else 1.0
-    memory = {
-        "weights": networks * FP32 * size / slices + frozen_bytes,
-        "gradients": moving * FP32 * size / slices,
-        "optimizer": 2 * moving * FP32 * size / slices,
-        "activations": half * max(student_kept + loss_kept, critic_kept),
-    }
-    return Plan(size, {k: v * parts for k, v in flops.items()}, memory)
+def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
+    arithmetic = cluster.arithmetic(made.step_flops, recipe.precision)
+    return Pace(arithmetic, made.traffic.sent / cluster.bandwidth)
 
 
-class Passes:
-    """FLOPs of a network's passes, and the bytes that autograd keeps between them."""
-
-    def __init__(self, network: nn.Module, checkpointing: bool):
-        self.network, self.checkpointing = network, checkpointing
-
-    def forward(self, inputs: tuple[Any, ...]) -> float:
-        with torch.no_grad():
-            return _count(lambda: self.network(*inputs))
-
-    def both(self, inputs: tuple[Any, ...]) -> tuple[float, int]:
-        """Forward and backward. With gradient checkpointing, the forward pass counts twice."""
-        kept: dict[int, int] = {}
-        own = {p.untyped_storage()._cdata for p in self.network.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        alive = []
-
-        def run() -> None:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                alive.append(self.network(*inputs))
-            alive[0].backward(torch.empty_like(alive[0]))
-
-        total = _count(run)
-        for parameter in self.network.parameters():
-            parameter.grad = None
-        again = self.forward(inputs) if self.checkpointing else 0.0
-        return total + again, sum(kept.values())
-
-
-def example(denoiser: Denoiser, info: Info, n: int) -> tuple[Tensor, Tensor, Cond]:
-    """What the denoiser takes, `n` samples of it, on the meta device."""
-    meta = torch.device("meta")
-    label = torch.zeros(n, dtype=torch.long, device=meta) if info.classes else None
-    text, extra = None, {}
-    net: Any = denoiser.net
-    if info.source:
-        text = torch.empty(n, *net.null_text.shape[1:], device=meta)
-        if net.null_pooled.shape[1]:
-            extra = {
-                "pooled": torch.empty(n, net.null_pooled.shape[1], device=meta),
-                "size": torch.empty(n, 6, device=meta),
-            }
-    t = torch.full((n,), 1.0, device=meta)
-    return torch.empty(n, *info.shape, device=meta), t, Cond(label, text, extra)
-
-
-def _count(run: Callable[[], Any]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
-
-
-class Vgg(nn.Module):
-    """What LPIPS computes: VGG-16's convolutions on images of at least `size` x `size`."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        from torchvision.models import vgg16
-
-        features: Any = vgg16().features
-        self.size, self.features = size, features[:30]
-
-    def forward(self, x: Tensor) -> Tensor:
-        sides = [max(side, self.size) for side in x.shape[2:]]
-        return self.features(F.interpolate(x.expand(-1, 3, -1, -1), sides, mode="bilinear"))
-
-
-def abstract(recipe: Recipe) -> tuple[Denoiser, Info, list[nn.Module]]:
-    """The teacher and the networks of the regression's loss on the meta device; see `plan`.
-
-    Published checkpoints are known by name and models in diffusers' format by their settings; their weights are not
-    read. Raises `ValueError` where a model is not known.
-    """
-    scheme, _, rest = recipe.teacher.partition(":")
-    with torch.device("meta"):
-        if scheme == "edm":
-            if Path(rest).stem not in PUBLISHED:
-                raise ValueError(
-                    f"teacher {recipe.teacher!r} is no published checkpoint; import it and name its folder"
-                )
-            kind, arguments = PUBLISHED[Path(rest).stem]
-            net: Any = kind(**arguments)
-            info = Info((3, *[net.config["img_resolution"]] * 2), tuple(map(str, range(net.config["label_dim"]))))
-            denoiser = Denoiser(net, EDM(), Prediction("edm"))
-        elif scheme == "diffusers":
-            denoiser, info = _stable(rest)
-        else:
-            denoiser, info = find_model(recipe.teacher, "teacher")
-            denoiser = denoiser.to("meta")
-        return denoiser, info, _losses(recipe, info)
-
-
-def _stable(source: str) -> tuple[Denoiser, Info]:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    unet: Any = fetched(source, lambda: UNet2DConditionModel.load_config(source, subfolder="unet"))
-    time = unet.get("addition_time_embed_dim")
-    pooled = unet["projection_class_embeddings_input_dim"] - 6 * time if time else 0
-    net = StableUNet(unet, (77, unet["cross_attention_dim"]), pooled)
-    schedule = schedule_of(scheduler_config(source), source)
-    return Denoiser(net, schedule, Prediction("eps")), Info(
-        (unet["in_channels"], *[unet["sample_size"]] * 2), source=source
-    )
-
-
-def _losses(recipe: Recipe, info: Info) -> list[nn.Module]:
-    r = recipe.regress
-    networks: list[nn.Module] = []
-    if "regress" not in recipe.terms:
-        return []
-    if r.decoder != "none":
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
-        if r.decoder == "tiny":
-            settings: Any = fetched(r.tiny, lambda: AutoencoderTiny.load_config(r.tiny))
-            vae: Any = AutoencoderTiny.from_config(settings)
-        else:
-            settings = fetched(info.source, lambda: AutoencoderKL.load_config(info.source, subfolder="vae"))
-            vae = AutoencoderKL.from_config(settings)
-        networks.append(_Decode(vae))
-    networks += [Vgg(r.size)] if r.loss == "lpips" else []
-    return [network.requires_grad_(False) for network in networks]
-
-
-class _Decode(nn.Module):
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.vae = vae
-        del vae.encoder
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z, return_dict=False)[0]
-
-
-def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float) -> None:
-    """`distmatch plan`: the tables, and whether it fits."""
-    capacity, bf16, tf32 = GPUS[gpu]
-    denoiser, info, losses = abstract(recipe)
-    wanted = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
-    heaviest = max(wanted, key=lambda stage: stage.match.batch + stage.regress.batch)
-    made = plan(heaviest, denoiser, info, gpus, losses)
-    rate = utilisation * (bf16 if recipe.precision == "bf16" else tf32) * gpus
-
-    work = Table("network", "TFLOP per step", box=None)
-    for name, value in made.flops.items():
-        work.add_row(name, f"{value / 1e12:,.2f}")
-    work.add_row("together", f"{made.step_flops / 1e12:,.2f}")
-    memory = Table(f"one {gpu}, {capacity / 1e9:.0f} GB", "GB", box=None)
-    for name, value in made.memory.items():
-        memory.add_row(name, f"{value / 1e9:,.2f}")
-    memory.add_row("together", f"{made.peak / 1e9:,.2f}")
-    console.print(f"{recipe.name}: {made.parameters / 1e6:,.1f} M parameters, {gpus} x {gpu}")
-    console.print(work)
-    console.print(memory)
-    ends = [0, *(stage.until for stage in recipe.stages)] if recipe.stages else [0, recipe.steps]
-    flops = [plan(s, denoiser, info, gpus, losses).step_flops if recipe.stages else made.step_flops for s in wanted]
-    training = sum(f * (b - a) for f, a, b in zip(flops, ends[:-1], ends[1:], strict=True)) / rate
-    console.print(
-        f"training: {training / 3600:,.1f} hours at {utilisation:.0%} of {rate / utilisation / 1e12:,.0f} TFLOP/s"
-    )
+def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float) -> None:
+    """`distmatch plan`: the tables, and whether it fits. `network` is in GB/s."""
+    cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
+    denoiser, info = teacher_of(recipe)
+    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+    ends = [stage.until for stage in recipe.stages] or [recipe.steps]
+    kinds = list(dict.fromkeys(map(_kind, stages)))
+    both = bool(blocks(denoiser)) and recipe.student.network is None
+    with progress("steps rehearsed", len(kinds) + both, unit="step") as advance:
+        costs = {}
+        for stage in stages:
+            if _kind(stage) not in costs:
+                costs[_kind(stage)] = cost(stage, denoiser, info, gpus)
+                advance(1)
+        heaviest = max(stages, key=lambda stage: costs[_kind(stage)].peak)
+        made = costs[_kind(heaviest)]
+        other = None
+        if both:
+            other = cost(_changed(heaviest, checkpointing=not recipe.gradient_checkpointing), denoiser, info, gpus)
+            advance(1)
+    console.print(f"{recipe.name}: {made.parameters / 1e6:,.1f} M parameters, {gpus} x {gpu}, {recipe.parallel}")
+    if recipe.stages:
+        console.print(f"a step and its memory are those of stage {stages.index(heaviest) + 1}, which takes the most")
+    console.print(_work(made))
+    console.print(_memory(made, other, recipe.gradient_checkpointing, f"one {gpu}, {cluster.gpu.memory / 1e9:.0f} GB"))
+    speed = pace(made, recipe, cluster)
+    _tell_pace(made, speed, cluster)
+    _tell_training(recipe, [costs[_kind(stage)] for stage in stages], ends, cluster)
+    _tell_disk(recipe, made)
     if "regress" in recipe.terms:
-        p = recipe.pairs
-        with torch.no_grad():
-            one = Passes(denoiser, False).forward(example(denoiser, info, 1))
-        guided = 1 if p.guidance == 1 and recipe.student.guidance is None else 2
-        count = max(stage.pairs.count for stage in wanted)
-        size = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
-        hours = count * evaluations(p.sampler, p.steps) * guided * one / rate / 3600
-        console.print(f"pairs: {size / 1e9:,.1f} GB, {hours:,.1f} hours")
-    console.print(verdict(heaviest, made, gpus, capacity))
+        _tell_pairs(stages, denoiser, info, cluster)
+    console.print(verdict(heaviest, made, denoiser, info, cluster))
 
 
-def verdict(recipe: Recipe, made: Plan, gpus: int, capacity: float) -> str:
-    """Whether a step fits, with a tenth of the memory to spare, or the nearest setting that does."""
-    batches = [b for b, t in ((recipe.match.batch, "match"), (recipe.regress.batch, "regress")) if t in recipe.terms]
-    for how in [recipe.parallel] if recipe.parallel == "fsdp" or gpus == 1 else ["ddp", "fsdp"]:
-        slices = gpus if how != recipe.parallel else 1
-        held = sum(size for part, size in made.memory.items() if part != "activations") / slices
-        for accumulate in range(recipe.accumulate, min(batches) + 1):
-            if any(batch % (accumulate * gpus) for batch in batches):
+def _kind(recipe: Recipe) -> str:
+    """Equal for stages that cost the same."""
+    m, r = recipe.match, recipe.regress
+    return str((m.batch, m.guidance == 1, m.pairs, r.batch, r.loss, r.size, r.decoder, r.tiny))
+
+
+def _changed(recipe: Recipe, checkpointing: bool, parallel: str | None = None, accumulate: int | None = None) -> Recipe:
+    return recipe.model_copy(
+        update={
+            "gradient_checkpointing": checkpointing,
+            "parallel": parallel or recipe.parallel,
+            "accumulate": accumulate or recipe.accumulate,
+        }
+    )
+
+
+def _work(made: Cost) -> Table:
+    table = Table("network", "TFLOP per step", box=None)
+    for name, value in made.flops.items():
+        table.add_row(name, f"{value / 1e12:,.2f}")
+    table.add_row("together", f"{made.step_flops / 1e12:,.2f}")
+    return table
+
+
+def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> Table:
+    """By part, with and without gradient checkpointing; the recipe's own is marked."""
+    kept, recomputed = (other, made) if checkpointing else (made, other)
+    columns = {"activations kept, GB": kept, "recomputed, GB": recomputed}
+    shown = {name: one for name, one in columns.items() if one is not None}
+    table = Table(title, *(name + " (recipe)" * (one is made) for name, one in shown.items()), box=None)
+    for part in made.memory:
+        if any(one.memory[part] for one in shown.values()):
+            table.add_row(part, *(f"{one.memory[part] / 1e9:,.2f}" for one in shown.values()))
+    table.add_row("together", *(f"{one.peak / 1e9:,.2f}" for one in shown.values()))
+    return table
+
+
+def _tell_pace(made: Cost, speed: Pace, cluster: Cluster) -> None:
+    console.print(f"step: {speed.arithmetic:,.3f} s of arithmetic at {cluster.utilisation:.0%} of the maker's figure")
+    if cluster.gpus == 1:
+        return
+    sums = {"gathered": made.traffic.gathered, "scattered": made.traffic.scattered, "reduced": made.traffic.reduced}
+    parts = ", ".join(f"{value / 1e9:,.2f} GB {name}" for name, value in sums.items() if value)
+    console.print(
+        f"traffic: {made.traffic.sent / 1e9:,.2f} GB per GPU, step and direction ({parts}), "
+        f"{speed.traffic:,.3f} s at {cluster.bandwidth / 1e9:,.0f} GB/s"
+    )
+    low, high = (speed.arithmetic / seconds for seconds in (speed.in_turn, speed.at_once))
+    console.print(f"efficiency: {low:.1%} if nothing of it happens during arithmetic, {high:.1%} if all does")
+
+
+def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: Cluster) -> None:
+    paces = [pace(made, recipe, cluster) for made in costs]
+    steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    fast, slow = (
+        sum(n * seconds for n, seconds in zip(steps, each, strict=True)) / 3600
+        for each in ([p.at_once for p in paces], [p.in_turn for p in paces])
+    )
+    hours, all_of_them = (
+        f"{fast * n:,.1f}" if cluster.gpus == 1 else f"{fast * n:,.1f} to {slow * n:,.1f}" for n in (1, cluster.gpus)
+    )
+    console.print(f"training: {hours} hours, {all_of_them} GPU-hours")
+
+
+def _tell_disk(recipe: Recipe, made: Cost) -> None:
+    kept = recipe.checkpoint.keep + (recipe.evaluate.every > 0)
+    console.print(
+        f"checkpoints: {made.checkpoint / 1e9:,.1f} GB each, {(kept + 1) * made.checkpoint / 1e9:,.1f} GB at most "
+        f"({kept} kept, one being written)"
+    )
+
+
+def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> None:
+    p = stages[0].pairs
+    guided = 1 if p.guidance == 1 and stages[0].student.guidance is None else 2
+    count = max(stage.pairs.count for stage in stages)
+    size = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
+    flops = count * evaluations(p.sampler, p.steps) * guided * sampling_flops(denoiser, info)
+    hours = cluster.arithmetic(flops, p.precision) / 3600
+    console.print(f"pairs: {size / 1e9:,.1f} GB, {hours:,.1f} hours, {hours * cluster.gpus:,.0f} GPU-hours")
+
+
+def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster: Cluster) -> str:
+    """Whether a step fits with `SPARE` of the memory to spare, or the nearest setting that does.
+
+    A larger `accumulate` comes first, since it costs next to nothing, then recomputed activations, then slices.
+    """
+    room = (1 - SPARE) * cluster.gpu.memory
+    if made.peak < room:
+        return "it fits"
+    for checkpointing, parallel in _settings(recipe, cluster.gpus, bool(blocks(denoiser))):
+        own = (checkpointing, parallel) == (recipe.gradient_checkpointing, recipe.parallel)
+        base = made if own else cost(_changed(recipe, checkpointing, parallel), denoiser, info, cluster.gpus)
+        for accumulate in _divisors(recipe, cluster.gpus):
+            saved = base.memory["activations"] * (1 - recipe.accumulate / accumulate)
+            if base.peak - saved >= room:
                 continue
-            peak = held + made.memory["activations"] * recipe.accumulate / accumulate
-            if peak < 0.9 * capacity:
-                if (accumulate, how) == (recipe.accumulate, recipe.parallel):
-                    return "it fits"
-                return f"it does not fit; accumulate={accumulate} parallel={how} does, with {peak / 1e9:,.1f} GB"
-    return "it does not fit, whatever accumulate is; take more or larger GPUs, or gradient_checkpointing=true"
+            found = cost(_changed(recipe, checkpointing, parallel, accumulate), denoiser, info, cluster.gpus)
+            if found.peak < room:
+                entries = [f"accumulate={accumulate}"] * (accumulate != recipe.accumulate)
+                entries += ["gradient_checkpointing=true"] * (checkpointing != recipe.gradient_checkpointing)
+                entries += [f"parallel={parallel}"] * (parallel != recipe.parallel)
+                return f"it does not fit; {' '.join(entries)} does, with {found.peak / 1e9:,.1f} GB"
+    return "it does not fit, whatever accumulate, gradient_checkpointing and parallel are; take more or larger GPUs"
+
+
+def _settings(recipe: Recipe, gpus: int, has_blocks: bool) -> Iterator[tuple[bool, str]]:
+    """`(gradient_checkpointing, parallel)`: the recipe's own, then others with less memory."""
+    for parallel in [recipe.parallel, *["fsdp"] * (gpus > 1 and recipe.parallel == "ddp")]:
+        for checkpointing in dict.fromkeys(
+            (recipe.gradient_checkpointing, recipe.gradient_checkpointing or has_blocks)
+        ):
+            yield checkpointing, parallel
+
+
+def _divisors(recipe: Recipe, gpus: int) -> list[int]:
+    """What `accumulate` can be, from the recipe's own up."""
+    batches = [b for b, t in ((recipe.match.batch, "match"), (recipe.regress.batch, "regress")) if t in recipe.terms]
+    return [n for n in range(recipe.accumulate, min(batches) + 1) if not any(batch % (n * gpus) for batch in batches)]

@@ -1,0 +1,127 @@
+"""Networks without weights, for planning: known by name or by their settings, never read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.config import Recipe
+from distmatch.denoiser import Denoiser, Prediction
+from distmatch.losses import REGRESSIONS
+from distmatch.models.codec import Decoded, Decoder
+from distmatch.models.folder import Info
+from distmatch.models.hub import fetched, schedule_of, scheduler_config
+from distmatch.models.library import find_model
+from distmatch.models.published import PUBLISHED
+from distmatch.models.stable import StableUNet
+from distmatch.perceptual import CHANNELS, LAYERS, Lpips
+from distmatch.schedule import EDM
+
+
+def teacher_of(recipe: Recipe) -> tuple[Denoiser, Info]:
+    """The recipe's teacher on the meta device.
+
+    Published checkpoints are known by name and models in diffusers' format by their settings; their weights are not
+    read. Raises `ValueError` where a model is not known.
+    """
+    scheme, _, rest = recipe.teacher.partition(":")
+    if scheme not in ("edm", "diffusers"):
+        denoiser, info = find_model(recipe.teacher, "teacher")
+        return denoiser.to("meta"), info
+    with torch.device("meta"):
+        return _stable(rest) if scheme == "diffusers" else _published(recipe.teacher, Path(rest).stem)
+
+
+def _published(teacher: str, name: str) -> tuple[Denoiser, Info]:
+    if name not in PUBLISHED:
+        raise ValueError(f"teacher {teacher!r} is no published checkpoint; import it and name its folder")
+    kind, arguments = PUBLISHED[name]
+    net: Any = kind(**arguments)
+    info = Info((3, *[net.config["img_resolution"]] * 2), tuple(map(str, range(net.config["label_dim"]))))
+    return Denoiser(net, EDM(), Prediction("edm")), info
+
+
+def _stable(source: str) -> tuple[Denoiser, Info]:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    unet: Any = fetched(source, lambda: UNet2DConditionModel.load_config(source, subfolder="unet"))
+    time = unet.get("addition_time_embed_dim")
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * time if time else 0
+    net = StableUNet(unet, (77, unet["cross_attention_dim"]), pooled)
+    schedule = schedule_of(scheduler_config(source), source)
+    return Denoiser(net, schedule, Prediction("eps")), Info(
+        (unet["in_channels"], *[unet["sample_size"]] * 2), source=source
+    )
+
+
+def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+    """The distance of Eq. 9 by networks without weights, and these; see `build`."""
+    r = recipe.regress
+    loss: Any = _Lpips(r.size) if r.loss == "lpips" else REGRESSIONS[r.loss]
+    networks: list[nn.Module] = [loss.vgg] if r.loss == "lpips" else []
+    if r.decoder != "none":
+        decoder = _Decoder(vae_of(info.source, r.tiny if r.decoder == "tiny" else None), recipe.gradient_checkpointing)
+        return Decoded(loss, decoder), [*networks, decoder]
+    return loss, networks
+
+
+class _Lpips(Lpips):
+    """LPIPS without weights."""
+
+    def __init__(self, size: int):
+        try:
+            from piq.perceptual import VGG16_LAYERS, ContentLoss
+            from torchvision.models import vgg16
+        except ImportError as error:
+            raise ValueError(f"LPIPS needs more packages ({error}): pip install distmatch[metrics]") from error
+        self.size = size
+        linear: list[Any] = [torch.empty(1, channels, 1, 1) for channels in CHANNELS]
+        layers = [VGG16_LAYERS[name] for name in LAYERS]
+        self.vgg = ContentLoss(vgg16().features.eval(), layers, linear, replace_pooling=True)
+
+
+class _Decoder(Decoder):
+    """An autoencoder's decoder without weights."""
+
+    def __init__(self, vae: Any, checkpointing: bool):
+        nn.Module.__init__(self)
+        self.vae, self.checkpointing = vae, checkpointing
+
+
+def vae_of(source: str, tiny: str | None = None) -> Any:
+    """The decoder of the autoencoder that the model `source` comes with, or of the one called `tiny`, frozen."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    if tiny is not None:
+        settings: Any = fetched(tiny, lambda: AutoencoderTiny.load_config(tiny))
+        vae: Any = AutoencoderTiny.from_config(settings)
+    else:
+        settings = fetched(source, lambda: AutoencoderKL.load_config(source, subfolder="vae"))
+        vae = AutoencoderKL.from_config(settings)
+    del vae.encoder
+    return vae.eval().requires_grad_(False)
+
+
+def weights_around(info: Info) -> int:
+    """How many weights `models.around` keeps beside the network: text encoders, and a decoder for previews."""
+    if not info.source:
+        return 0
+    import transformers
+    from diffusers.configuration_utils import ConfigMixin
+
+    class Index(ConfigMixin):
+        config_name = "model_index.json"
+
+    index: Any = fetched(info.source, lambda: Index.load_config(info.source))
+    with torch.device("meta"):
+        total = sum(p.numel() for p in vae_of(info.source).parameters())
+        for name in (name for name in index if name.startswith("text_encoder") and index[name][0]):
+            kind = getattr(transformers, index[name][1])
+            settings = fetched(
+                info.source, lambda name=name, kind=kind: kind.config_class.from_pretrained(info.source, subfolder=name)
+            )
+            total += sum(p.numel() for p in kind(settings).parameters())
+    return total
