@@ -22,10 +22,10 @@ from step import step as stepping
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch import build
-from distmatch.checkpoint import write_json
 from distmatch.config import load_recipe
 from distmatch.cost import cost
 from distmatch.evaluation import hardware
+from distmatch.files import write_json
 from distmatch.models.folder import save_model
 from distmatch.smoke import make_networks, random_edm
 

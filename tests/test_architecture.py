@@ -43,7 +43,8 @@ FLOORS = [
     ["denoiser"],
     ["schedule", "log", "prompts", "storage"],
     ["checkpoint", "optim", "progress"],
-    ["config", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
+    ["shards"],
+    ["config", "files", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
     ["watch"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

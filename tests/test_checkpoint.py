@@ -12,8 +12,9 @@ import tiny
 import torch
 from test_parallel import together
 
-from distmatch import checkpoint, engine, parallel
-from distmatch.checkpoint import Checkpoints, write_atomic
+from distmatch import checkpoint, engine, parallel, shards
+from distmatch.checkpoint import Checkpoints
+from distmatch.files import write_atomic
 from distmatch.optim import Optimizer
 
 
@@ -145,13 +146,13 @@ def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
 @contextmanager
 def held(monkeypatch):
     """Whatever is saved within it is not written before its end."""
-    go, write = threading.Event(), checkpoint.save_file
+    go, write = threading.Event(), shards.save_file
 
     def waiting(*arguments):
         assert go.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", waiting)
+    monkeypatch.setattr(shards, "save_file", waiting)
     try:
         yield
     finally:
@@ -222,13 +223,13 @@ def test_slices_and_tied_weights_are_tensors_of_their_own(tmp_path):
 
 
 def _slowly(seconds: float) -> None:
-    write = checkpoint.save_file
+    write = shards.save_file
 
     def slow(*arguments):
         time.sleep(seconds)
         write(*arguments)
 
-    checkpoint.save_file = slow
+    shards.save_file = slow
 
 
 def _sharded(folder, how: str) -> None:
@@ -330,7 +331,7 @@ def _one_disk_is_full(folder) -> None:
         checkpoints.save(1)
         if parallel.rank() == 1:
             checkpoints.wait()
-            checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            shards.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         checkpoints.save(2)
         with pytest.raises(ValueError, match=r"step-00000002 could not be saved \(.*No space left"):
             checkpoints.save(3)

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
-from distmatch import checkpoint, run
+from distmatch import checkpoint, run, shards
 from distmatch.checkpoint import Checkpoints
 from distmatch.config import load_recipe
 
@@ -43,8 +43,8 @@ MOMENTS = ["plan", "shard", "half a shard", "state", "to be moved", "moved", "ha
 
 def announce(tell: Callable[[str, Path], None]) -> None:
     """Have `tell(moment, folder of the checkpoints)` called, in this process, whenever a save reaches a moment."""
-    write_file, write_json, to_disk = checkpoint.save_file, checkpoint.write_json, checkpoint._to_disk
-    plan, rmtree, prune = checkpoint._Writer.prepare_global_plan, shutil.rmtree, Checkpoints._prune
+    write_file, write_json, to_disk = shards.save_file, checkpoint.write_json, checkpoint._to_disk
+    plan, rmtree, prune = shards.Writer.prepare_global_plan, shutil.rmtree, Checkpoints._prune
 
     def planned(self, plans):
         tell("plan", self._folder.parent)
@@ -82,8 +82,8 @@ def announce(tell: Callable[[str, Path], None]) -> None:
         tell("done", self.folder)
         return gone
 
-    checkpoint.save_file, checkpoint.write_json, checkpoint._to_disk = filed, noted, synced
-    checkpoint._Writer.prepare_global_plan, shutil.rmtree, Checkpoints._prune = planned, removed, pruned
+    shards.save_file, checkpoint.write_json, checkpoint._to_disk = filed, noted, synced
+    shards.Writer.prepare_global_plan, shutil.rmtree, Checkpoints._prune = planned, removed, pruned
 
 
 def _train(folder: Path, name: str, tell: Callable[[str, Path], None] | None) -> None:
@@ -128,12 +128,17 @@ def alone(tmp_path_factory):
     return folder
 
 
+def saved(out: Path) -> int:
+    """The last checkpoint, 0 if there is none."""
+    return max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
+
+
 def found(out: Path) -> int:
-    """The last checkpoint, 0 if there is none; all that are there must be whole."""
+    """The same; all that are there must be whole."""
     checkpoints = Checkpoints(out / "checkpoints", {})
     for step in checkpoints.steps():
         checkpoints.verify(step)
-    return max(checkpoints.steps(), default=0)
+    return saved(out)
 
 
 def lines(out: Path) -> list[tuple[int, float, float]]:
@@ -182,16 +187,16 @@ def slowly(moment: str, folder: Path) -> None:
 
 
 def killed(folder: Path, name: str, seed: int, kills: int, world: int) -> None:
-    """Kill all processes of a run at once, `kills` times, every other time when a save has begun; then let it end."""
+    """Kill a run's processes at once, `kills` times, when a save has begun or some time after one; then let it end."""
     out, chance, last, inside = folder / name, random.Random(seed), 0, 0
     for turn in range(kills):
         (out / "saving").unlink(missing_ok=True)
         context, begun = launch(folder, name, slowly, world), time.monotonic()
-        while not (out / "saving").exists():
+        while not (out / "saving").exists() or (turn % 2 and saved(out) == last):
             assert time.monotonic() - begun < 60
             time.sleep(0.001)
         if turn % 2:
-            time.sleep(chance.uniform(0, 0.5))
+            time.sleep(chance.uniform(0, 0.3))
         for pid in context.pids():
             os.kill(pid, signal.SIGKILL)
         for process in context.processes:

@@ -9,28 +9,23 @@ import math
 import os
 import re
 import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch.futures
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 
 from distmatch import parallel
+from distmatch.files import write_json
+
+if TYPE_CHECKING:
+    from distmatch.shards import Saver  # which takes seconds to import
+
+
+DAMAGE = (SafetensorError, OSError, KeyError, json.JSONDecodeError)
+"""What reading a damaged checkpoint raises."""
 
 
 class Stateful(Protocol):
@@ -38,32 +33,12 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict, /) -> Any: ...
 
 
-def write_atomic(path: Path, write) -> None:
-    """Call `write(temporary_path)`, then move the finished file to `path`: readers see all of it or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """`data` as indented JSON, atomically."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2) + "\n"))
-
-
 class Checkpoints:
     """The checkpoints of one run: the folders `folder/step-00001000/`, ...
 
-    Each holds the tensors in safetensors shards, as many as processes wrote it, by `torch.distributed.checkpoint`, and
-    `state.json` with all else. It can be read by any number of processes, sharded in any way. All of them must take
-    part in `save` and `load`; the folder appears, whole, when all have written.
+    Each holds the tensors in safetensors files, as many as processes wrote it (see `shards`), and `state.json` with all
+    else. It can be read by any number of processes, sharded in any way. All of them must take part in `save` and
+    `load`; the folder appears, whole, when all have written.
 
     `save` copies and returns; a thread writes. There is one such thread at a time, and whatever must know how it went
     waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `ValueError` when it failed.
@@ -77,7 +52,7 @@ class Checkpoints:
         self.folder = folder
         self.parts = parts
         self.keep = keep
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # copies at once, to plain memory
+        self._saver: Saver | None = None
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
@@ -115,13 +90,12 @@ class Checkpoints:
         self.wait()
         tensors, tree = self._state()
         header = {"step": step, "meta": dict(meta or {}), "tree": tree, "shapes": _shapes(tensors)}
-        writer = _Writer(self._unfinished(step), lambda: self._finish(step, header, best))
-        alone = parallel.world() == 1
-        mine = tensors if alone else _share(tensors)
-        group = None if alone else parallel.aside()
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # says the thread when there is one process
-        saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=self._stager, no_dist=alone)
-        self._saving = step, cast(Future, saving)
+        if self._saver is None:
+            from distmatch.shards import Saver
+
+            self._saver = Saver()
+        saving = self._saver.save(tensors, self._unfinished(step), lambda: self._finish(step, header, best))
+        self._saving = step, saving
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is there. Raises `ValueError` when the disk refused it."""
@@ -132,7 +106,9 @@ class Checkpoints:
         self._saving = None
         if error is None:
             return
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        from distmatch.shards import failure
+
+        cause = failure(error)
         if not isinstance(cause, OSError | SafetensorError):  # the disk
             raise error
         if parallel.rank() == 0:
@@ -148,7 +124,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._stager.close()
+            if self._saver is not None:
+                self._saver.close()
 
     def _unfinished(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}"
@@ -193,7 +170,7 @@ class Checkpoints:
                         if value.is_floating_point() and not value.isfinite().all():
                             raise ValueError(f"{shard}: {name} is not finite")
                         found[name] = found.get(name, 0) + value.numel()
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
         for name, shape in expected.items():
             if found.get(name, 0) < math.prod(shape):
@@ -212,6 +189,8 @@ class Checkpoints:
             if not steps:
                 return None
             step = steps[-1]
+        from distmatch import shards
+
         path = self.path(step)
         try:
             header = json.loads((path / "state.json").read_text())
@@ -222,14 +201,11 @@ class Checkpoints:
                 )
             tensors, _ = self._state()
             _same_shapes(path, header["shapes"], _shapes(tensors))
-            reader = HuggingFaceStorageReader(path=str(path))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that there is one process, or that the interface may change
-                load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError, CheckpointException, IndexError) as error:
+            shards.read(tensors, path)
+        except (*DAMAGE, shards.CheckpointException, IndexError) as error:
             raise ValueError(
-                f"{path} is damaged ({_first_line(error)}). Delete it to continue from the checkpoint before it, "
-                f"or from the beginning if there is none"
+                f"{path} is damaged ({_first_line(shards.failure(error))}). Delete it to continue from the checkpoint "
+                f"before it, or from the beginning if there is none"
             ) from error
         for name, part in self.parts.items():
             part.load_state_dict(_unflatten(header["tree"][name], tensors))
@@ -240,62 +216,6 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         tree = {name: _flatten(part.state_dict(), name, tensors) for name, part in self.parts.items()}
         return tensors, tree
-
-
-class _Writer(HuggingFaceStorageWriter):
-    """Shards by all processes in the folder `unfinished`, then `finish` by the first.
-
-    PyTorch calls it in a thread: `prepare_global_plan` in the first process, `write_data` in all of them, `finish` in
-    the first when all have written. An error in one of them is an error of all processes.
-    """
-
-    def __init__(self, unfinished: Path, finish: Callable[[], None]):
-        super().__init__(path=str(unfinished), save_distributed=True)
-        self._folder = unfinished
-        self._finish = finish
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for left in self._folder.parent.glob(".step-*"):  # by processes that were killed
-            for file in left.iterdir():
-                file.unlink()
-            if left != self._folder:
-                left.rmdir()
-        return super().prepare_global_plan(plans)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """The file that PyTorch writes, but by `save_file`: its `safetensors.save` keeps the interpreter, and so the
-        loop, for a second per GB or more."""
-        tensors, offsets, seen = {}, {}, set()
-        for item in plan.items:
-            name, value = item.index.fqn, cast(Tensor, planner.resolve_data(item))
-            storage = value.untyped_storage()
-            own = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
-            tensors[name] = value if own else value.clone()  # a file has no slices and no tied weights
-            offsets[name] = {"saved_offsets": cast(TensorWriteData, item.tensor_data).chunk.offsets}
-            seen.add(storage.data_ptr())
-        if tensors:
-            shard = self._folder / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            meta = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-            write_atomic(shard, lambda p: save_file(tensors, p, meta))
-        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        written.set_result([])
-        return written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self._finish()
-
-
-def _share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What this process writes: its part of what is sharded and, of what all hold, about as much as the others."""
-    written = [0] * parallel.world()
-    mine: dict[str, Tensor] = {name: value for name, value in tensors.items() if isinstance(value, DTensor)}
-    whole = ((name, value) for name, value in tensors.items() if name not in mine)
-    for name, value in sorted(whole, key=lambda item: (-item[1].nbytes, item[0])):
-        writer = written.index(min(written))
-        written[writer] += value.nbytes
-        if writer == parallel.rank():
-            mine[name] = value
-    return mine
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

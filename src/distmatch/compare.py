@@ -24,10 +24,10 @@ from torch import Tensor
 
 from distmatch import build, data, parallel, rng
 from distmatch.baselines import Method, digest, load_lora, load_teacher, methods
-from distmatch.checkpoint import write_atomic, write_json
 from distmatch.clip import MODEL, ClipScore
 from distmatch.evaluation import hardware
 from distmatch.features import FeatureSpace, Reference, reference
+from distmatch.files import write_atomic, write_json
 from distmatch.metrics import Moments, frechet
 from distmatch.models.inception import load_inception
 from distmatch.pairs import fingerprint

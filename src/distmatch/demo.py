@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from distmatch import build, data
-from distmatch.checkpoint import write_json
 from distmatch.config import load_recipe
 from distmatch.evaluation import evaluate, hardware, score, speed
+from distmatch.files import write_json
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
 from distmatch.progress import progress
 from distmatch.report import report

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distmatch.checkpoint import write_atomic
 from distmatch.claims import make_together
 from distmatch.denoiser import Cond
+from distmatch.files import write_atomic
 from distmatch.storage import Folder
 
 SHARD = 1024

@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +99,8 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
 
     With "bf16" it runs under autocast from then on, whoever calls it: its weights arrive in bf16.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds
+
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     low = torch.bfloat16 if precision == "bf16" else None
     # Autocast casts inputs where it should; times and preconditioning must stay fp32.
@@ -126,9 +126,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def summed(network: nn.Module, last: bool) -> Iterator[None]:
+def summed(network: Any, last: bool) -> Iterator[None]:
     """Gradient accumulation: what is passed backward within it is summed over the processes only if `last`."""
-    if isinstance(network, FSDPModule):
+    if hasattr(network, "set_requires_gradient_sync"):  # FSDPModule, whose import takes seconds
         network.set_requires_gradient_sync(last)
         yield
     elif isinstance(network, DistributedDataParallel) and not last:
@@ -145,4 +145,5 @@ def unwrapped(network: nn.Module) -> Any:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor's full value, on every process; all of them must ask. Others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    sharded: Any = tensor  # a DTensor, whose import takes seconds
+    return sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor

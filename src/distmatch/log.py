@@ -10,7 +10,7 @@ from uuid import uuid4
 import numpy as np
 
 from distmatch import parallel
-from distmatch.checkpoint import write_atomic
+from distmatch.files import write_atomic
 
 
 class Tracker(Protocol):

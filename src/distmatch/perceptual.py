@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmatch.checkpoint import write_atomic
+from distmatch.files import write_atomic
 
 VARIABLE = "DISTMATCH_WEIGHTS"
 LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")

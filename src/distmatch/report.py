@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from distmatch import log
-from distmatch.checkpoint import write_atomic
 from distmatch.config import flat
 from distmatch.evaluation import COLUMNS
+from distmatch.files import write_atomic
 
 STRIP = 8  # so many sample grids stand side by side; all of them are behind the slider
 STEP = re.compile(r"step-(\d+)\.png")

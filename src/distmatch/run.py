@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distmatch import build, data, parallel
-from distmatch.checkpoint import Checkpoints, write_atomic, write_json
+from distmatch.checkpoint import Checkpoints
 from distmatch.config import Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.distill import Distiller
@@ -30,6 +30,7 @@ from distmatch.features import (
     load_statistics,
     reference,
 )
+from distmatch.files import write_atomic, write_json
 from distmatch.models import published
 from distmatch.models.around import around
 from distmatch.models.classifier import Classifier, train_classifier

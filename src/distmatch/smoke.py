@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from distmatch import rng
-from distmatch.checkpoint import write_atomic
 from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.files import write_atomic
 from distmatch.models.folder import Info, save_model
 from distmatch.models.published import PUBLISHED
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from distmatch.checkpoint import write_atomic
+from distmatch.files import write_atomic
 from distmatch.paths import CACHE
 
 Value = TypeVar("Value")

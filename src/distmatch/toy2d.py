@@ -16,10 +16,10 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from distmatch import build, rng
-from distmatch.checkpoint import write_atomic, write_json
 from distmatch.conditions import WHOLE, Share
 from distmatch.config import Recipe, load_recipe
 from distmatch.distill import Batch, Distiller, Images, Match, Term
+from distmatch.files import write_atomic, write_json
 from distmatch.losses import matching_loss
 from distmatch.models.mixture import MIXTURES, Mixture
 from distmatch.progress import progress

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distmatch import data, parallel
-from distmatch.checkpoint import Checkpoints, Stateful, write_atomic
+from distmatch.checkpoint import Checkpoints, Stateful
 from distmatch.clock import Clock
+from distmatch.files import write_atomic
 from distmatch.interrupt import Interrupt, Stopped
 from distmatch.log import Log
 from distmatch.progress import progress

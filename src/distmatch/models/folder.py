@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distmatch import parallel
-from distmatch.checkpoint import write_atomic, write_json
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.engine import whole
+from distmatch.files import write_atomic, write_json
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
