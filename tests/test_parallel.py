@@ -62,6 +62,23 @@ def test_jobs_are_shared_and_their_results_come_to_the_first_in_order(tmp_path, 
     assert all(f["chosen"][0] == 0 for f in found)
 
 
+def _meet(folder, own: bool) -> None:
+    with parallel.joined():
+        out = folder / (str(parallel.rank()) if own else "one") / "run"
+        if own:
+            with pytest.raises(ValueError, match=f"{out} is not the same folder for all 2 processes"):
+                parallel.same_folder(out)
+        else:
+            parallel.same_folder(out)
+            parallel.barrier()
+            assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_processes_notice_that_each_has_a_folder_of_its_own(tmp_path, own):
+    together(2, _meet, tmp_path, own)
+
+
 def test_one_process_does_it_all():
     assert list(parallel.shared(lambda job: job**2, range(4))) == [0, 1, 4, 9]
     assert parallel.first(lambda: 3) == 3

@@ -56,9 +56,9 @@ class Checkpoints:
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """Steps that have a checkpoint, oldest first, as the first process sees them: network disks list late."""
         self.wait()
-        return self._steps()
+        return parallel.first(self._steps)
 
     def _steps(self) -> list[int]:
         names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob("step-*/state.json"))

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -121,6 +123,28 @@ def first(make: Callable[[], Result]) -> Result:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def same_folder(folder: Path) -> None:
+    """Make `folder`; raises `ValueError`, in all processes, unless it is the same one for all of them.
+
+    On machines without a common file system each would write its own part of a checkpoint to a disk of its own.
+    """
+    if world() == 1:
+        return
+    name = told(f".seen-by-all-{uuid4().hex}")
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    barrier()
+    missing = any(not (folder / name).exists())
+    if rank() == 0:
+        (folder / name).unlink()
+    if missing:
+        raise ValueError(
+            f"{folder} is not the same folder for all {world()} processes. Put it on a file system that all machines "
+            "share, by the same path (--out)"
+        )
 
 
 def shared(task: Callable[[Job], Result], jobs: Sequence[Job], level: bool = False) -> Iterator[Result]:

@@ -65,6 +65,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         runs: the folder where pair stores are shared.
         teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
     """
+    parallel.same_folder(out)
     _same_recipe(recipe, out)
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     for stage in stages:
