@@ -97,6 +97,16 @@ def test_many_processes_of_which_some_are_killed_at_random(folder):
     assert len({folder.read(name).split()[1] for name in names}) >= 6, "many took part"
 
 
+def test_what_the_dead_left_is_removed_and_what_the_living_hold_stays(folder):
+    for name in ("x", "y"):
+        folder.write(name, lambda path: path.write_text("done"))
+    folder.create("y.claim-0", b"whoever 7")  # killed between its last two acts
+    with Claims(folder, EXPIRY).held("x"):  # it makes a larger version
+        make_together(folder, ["x", "y"], present, pytest.fail, expiry=EXPIRY)
+        assert sorted(folder.sizes()) == ["x", "x.claim-0", "y"]
+    assert sorted(folder.sizes()) == ["x", "y"]
+
+
 def test_an_error_frees_the_claim_at_once(folder):
     def fails(name):
         raise ValueError("no such teacher")

@@ -60,6 +60,7 @@ class Claims:
     @contextmanager
     def waited(self, name: str) -> Iterator[None]:
         """Within it, the claim on `name` is this process's; those of others are waited for."""
+        pause = 0.0
         while True:
             number = latest(self.folder.sizes()).get(name, -1)
             if number < 0 or self.expired(f"{name}.claim-{number}"):
@@ -67,7 +68,28 @@ class Claims:
                     if mine:
                         yield
                         return
-            time.sleep(0.05)
+            pause = min(2 * pause + 0.02, self.expiry / 20)
+            time.sleep(pause)
+
+    def tidy(self, names: Collection[str]) -> None:
+        """Remove what dead processes left of claims on `names`, which are done; waits until it is known who is dead."""
+        left = [file for file in self.folder.sizes() if file.rpartition(".claim-")[0] in names]
+        first: dict[str, bytes] = {}
+        pause = 0.0
+        while left:
+            for claim in list(left):
+                try:
+                    beat = self.folder.read(claim)
+                except FileNotFoundError:
+                    left.remove(claim)
+                    continue
+                if beat != first.setdefault(claim, beat):
+                    left.remove(claim)  # its owner lives and removes it, e.g. when the file has grown
+                elif self.expired(claim):
+                    self.folder.remove(claim)
+            if left:
+                pause = min(2 * pause + 0.02, self.expiry / 20)
+                time.sleep(pause)
 
     def _renew(self, claim: str, owner: str, done: threading.Event) -> None:
         beat = 0
@@ -132,8 +154,5 @@ def make_together(
                 make(name)
                 missing.remove(name)
         unopposed, pause = mine, 0.0
-    left = latest(folder.sizes())  # of owners that were taken for dead and came back
-    for name in left.keys() & set(names):
-        for number in range(left[name] + 1):
-            folder.remove(f"{name}.claim-{number}")
+    claims.tidy(set(names))
     folder.sweep(names, expiry)
