@@ -6,6 +6,7 @@ As in S3, a file appears whole and one of many creates it. Every fetch is noted 
 import os
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 class Bucket(LocalFileSystem):
     protocol = "bucket"
     home = ""
+    delay = 0.0
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -40,6 +42,7 @@ class Bucket(LocalFileSystem):
         with open(f"{self.home}/fetched.log", "a") as log:
             log.write(f"{Path(path1).name}\n")
         shutil.copyfile(self._strip_protocol(path1), path2)
+        time.sleep(self.delay)
 
 
 def make(folder: Path, monkeypatch) -> Path:

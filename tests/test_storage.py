@@ -2,11 +2,14 @@
 
 import multiprocessing
 import os
+import signal
 import time
+from contextlib import suppress
 
 import bucket
 import pytest
 
+from distmatch import storage
 from distmatch.storage import Folder, local
 
 fork = multiprocessing.get_context("fork")
@@ -147,3 +150,84 @@ def test_what_is_larger_than_the_bound_is_named(home, monkeypatch):
     monkeypatch.setenv("DISTMATCH_CACHE_GB", "much")
     with pytest.raises(ValueError, match="DISTMATCH_CACHE_GB is 'much'; expected a number"):
         local("bucket://a/x")
+
+
+def _fetch_slowly(name, started) -> None:
+    bucket.Bucket.delay = 0.5
+    started.set()
+    local(f"bucket://a/{name}")
+
+
+def test_what_is_being_fetched_counts_too(home, monkeypatch):
+    monkeypatch.setenv("DISTMATCH_CACHE_GB", "2.5e-6")
+    for name in "xyz":
+        Folder("bucket://a").write(name, lambda path: path.write_bytes(bytes(1000)))
+    processes = [fork.Process(target=_fetch_slowly, args=(name, fork.Event())) for name in "xyz"]
+    for process in processes:
+        process.start()
+    most = 0
+    while any(process.is_alive() for process in processes):
+        files = [file for file in storage.COPIES.glob("*") if file.suffix not in (".lock", ".reserved")]
+        with suppress(FileNotFoundError):
+            most = max(most, sum(file.stat().st_size for file in files))
+        time.sleep(0.01)
+    assert sorted(bucket.fetched(home)) == ["x", "y", "z"]
+    assert most == 2000
+
+
+def test_what_a_killed_fetch_left_goes_and_what_a_living_one_holds_stays(home):
+    for name in "xyz":
+        Folder("bucket://a").write(name, lambda path: path.write_bytes(bytes(1000)))
+    started = [fork.Event(), fork.Event()]
+    processes = [fork.Process(target=_fetch_slowly, args=each) for each in zip("xy", started, strict=True)]
+    for process, event in zip(processes, started, strict=True):
+        process.start()
+        event.wait(10)
+    while len(list(storage.COPIES.glob(".*.reserved"))) < 2:
+        time.sleep(0.01)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    processes[0].join()
+    for file in storage.COPIES.glob(".?*"):
+        os.utime(file, (0, 0))  # as after hours
+    local("bucket://a/z")
+    assert len(list(storage.COPIES.glob(".*.reserved"))) == 1
+    local("bucket://a/y")
+    processes[1].join(10)
+    assert sorted(bucket.fetched(home)) == ["x", "y", "z"]
+    local("bucket://a/x")
+    assert [file.name for file in storage.COPIES.glob(".*")] == [".lock"]
+
+
+def test_a_web_server_tells_versions_apart_by_their_tag(home, monkeypatch):
+    plain = bucket.Bucket.info
+    told = {"ETag": "1"}
+    monkeypatch.setattr(bucket.Bucket, "ukey", lambda self, path: path)  # as fsspec's for HTTP
+    monkeypatch.setattr(bucket.Bucket, "info", lambda self, path: plain(self, path) | told)
+    signed = "bucket://a/x.zip?signature=" + 200 * "a"
+    (home / "a").mkdir()
+    (home / "a" / signed.rpartition("/")[2]).write_bytes(b"one")
+    assert local(signed).read_bytes() == b"one"
+    assert local(signed).suffix == ".zip"
+    (home / "a" / signed.rpartition("/")[2]).write_bytes(b"two")
+    told["ETag"] = "2"
+    assert local(signed).read_bytes() == b"two"
+    told |= {"ETag": "3", "size": None}
+    with pytest.raises(ValueError, match=r"does not say its size, .* download it first"):
+        local(signed)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(ValueError, match="x is a file; expected a folder"):
+        Folder(tmp_path / "x")
+
+
+def test_what_killed_writers_left_is_swept_when_it_is_old_by_the_disks_clock(tmp_path, monkeypatch):
+    names = [".x.abc", ".x.def", ".other.abc"]
+    for name in names:
+        (tmp_path / name).touch()
+    old = (tmp_path / ".x.abc").stat().st_mtime - 60
+    os.utime(tmp_path / ".x.abc", (old, old))
+    monkeypatch.setattr(time, "time", lambda: 2e9)  # ours is wrong
+    Folder(tmp_path).sweep(["x"], 30)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.abc", ".x.def"]

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from distmatch.files import write_atomic
 from distmatch.paths import CACHE
@@ -32,7 +32,7 @@ def is_url(place: str | Path) -> bool:
 class Folder:
     """A folder by its path or URL. Files in it are written whole, by a rename on a disk, by the store itself elsewhere.
 
-    Raises `ValueError` for a URL that fsspec does not know or has no package for.
+    Raises `ValueError` for a file, and for a URL that fsspec does not know or has no package for.
     """
 
     def __init__(self, place: "str | Path | Folder"):
@@ -41,6 +41,8 @@ class Folder:
         self.fs: Any = None
         if self.path is None:
             self.fs, self.root = filesystem(self.place)
+        elif self.path.is_file():
+            raise ValueError(f"{self.place} is a file; expected a folder")
 
     def __str__(self) -> str:
         return self.place
@@ -138,10 +140,14 @@ class Folder:
                     self.fs.rm_file(f"{self.root}/{name}")
 
     def sweep(self, names: Collection[str], age: float) -> None:
-        """Delete what killed writers of the files `names` left on a disk, unchanged for `age` seconds."""
-        for path in self.path.glob(".*") if self.path is not None else ():
+        """Delete what killed writers of the files `names` left on a disk, unchanged for `age` seconds of its clock."""
+        if self.path is None:
+            return
+        with tempfile.NamedTemporaryFile(prefix=".now-", dir=self.path) as made:
+            now = os.stat(made.name).st_mtime
+        for path in self.path.glob(".*"):
             with suppress(FileNotFoundError):
-                if path.name[1:].rpartition(".")[0] in names and time.time() - path.stat().st_mtime > age:
+                if path.name[1:].rpartition(".")[0] in names and now - path.stat().st_mtime > age:
                     path.unlink()
 
 
@@ -205,20 +211,21 @@ def limit() -> float:
 def copied(fs: Any, path: str) -> Path:
     """The local copy of a remote file as it is now, fetched if it is not there.
 
-    Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be.
+    Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be or does not say its size.
     """
-    if fs.isdir(path):
+    info = fs.info(path)
+    if info["type"] == "directory":
         raise IsADirectoryError(path)
-    file = COPIES / (sha256(f"{fs.protocol}{path}{fs.ukey(path)}".encode()).hexdigest()[:32] + Path(path).suffix)
+    version = [fs.ukey(path), info["size"], info.get("ETag"), info.get("Last-Modified")]  # HTTP's ukey is the address
+    suffix = Path(path.partition("?")[0]).suffix
+    file = COPIES / (sha256(f"{fs.protocol}{path}{version}".encode()).hexdigest()[:32] + suffix)
     with suppress(FileNotFoundError):
         os.utime(file)  # used just now
         return file
     COPIES.mkdir(parents=True, exist_ok=True)
-    reserved = COPIES / f".{file.stem}.reserved"
     with FileLock(COPIES / f".{file.stem}.lock") as lock:  # the processes of a machine fetch it once
         if not file.exists():
-            with FileLock(COPIES / ".lock"):
-                _make_room(fs.info(path)["size"], path, reserved)
+            reserved = _reserve(file.stem, info["size"], path)
             try:
                 write_atomic(file, lambda p: fs.get_file(path, str(p)))
             finally:
@@ -227,31 +234,53 @@ def copied(fs: Any, path: str) -> Path:
     return file
 
 
-def _make_room(size: int, path: str, reserved: Path) -> None:
-    """Delete the copies that were unused for longest until `size` bytes more are within the limit, and reserve those.
-
-    A reservation is a file of that size and without content; what killed processes reserved or fetched half goes after
-    an hour.
-    """
+def _reserve(stem: str, size: int | None, path: str) -> Path:
+    """Wait until there is room for `size` bytes more, and take it: by a file of that size and without content."""
+    if size is None:
+        raise ValueError(f"{path} does not say its size, which decides whether there is room; download it first")
     if size > limit():
         raise ValueError(
             f"{path} has {size / 1e9:.3g} GB, copies of remote files may take {limit() / 1e9:.3g} GB in all; "
             "set DISTMATCH_CACHE_GB"
         )
-    copies, taken = [], size
+    reserved = COPIES / f".{stem}.reserved"
+    while True:
+        with FileLock(COPIES / ".lock"):
+            _sweep(stem)
+            reserved.unlink(missing_ok=True)  # of a process that was killed
+            if _make_room(size):
+                reserved.touch()
+                os.truncate(reserved, size)
+                return reserved
+        time.sleep(0.1)
+
+
+def _make_room(size: int) -> bool:
+    """Delete the copies that were unused for longest until `size` bytes more are within the limit.
+
+    False, and nothing is deleted, where those that are being fetched leave no room for them.
+    """
+    copies, fetching = [], 0
     for file in COPIES.iterdir():
         with suppress(FileNotFoundError):
-            used, bytes_ = file.stat().st_mtime, file.stat().st_size
-            if file.name.startswith(".") and time.time() - used > 3600:
-                file.unlink()
-            elif not file.name.startswith("."):
-                copies.append((used, bytes_, file))
-                taken += bytes_
+            found = file.stat()
+            if not file.name.startswith("."):
+                copies.append((found.st_mtime, found.st_size, file))
             elif file.suffix == ".reserved":
-                taken += bytes_
+                fetching += found.st_size
+    if size + fetching > limit():
+        return False
+    taken = size + fetching + sum(bytes_ for _, bytes_, _ in copies)
     for _, bytes_, file in sorted(copies):
         if taken > limit():
             file.unlink(missing_ok=True)
             taken -= bytes_
-    reserved.touch()
-    os.truncate(reserved, size)
+    return True
+
+
+def _sweep(own: str) -> None:
+    """Delete what killed processes reserved or fetched half. Who lives holds the lock of its file, here `own`."""
+    for stem in {file.name[1:].partition(".")[0] for file in COPIES.glob(".?*.*")} - {own}:
+        with suppress(Timeout), FileLock(COPIES / f".{stem}.lock", blocking=False):
+            for file in COPIES.glob(f".{stem}.*"):
+                file.unlink(missing_ok=True)
