@@ -148,6 +148,26 @@ def test_shards_of_the_next_window_are_fetched_ahead(remote):
     assert len(ahead) == 3
 
 
+def _draw_once() -> None:
+    store = PairStore.open("bucket://a")
+    needed, fetch = set((rng.shuffled(7, 96, 0, 1, 3, 4) // 4).tolist()), bucket.Bucket.get_file
+
+    def slow(self, path, *rest, **named):
+        if int(path.removesuffix(".safetensors").rpartition("-")[2]) not in needed:
+            time.sleep(60)
+        fetch(self, path, *rest, **named)
+
+    bucket.Bucket.get_file = slow
+    store.draw(7, 0, 1)
+
+
+def test_a_process_ends_without_what_it_fetches_ahead(remote):
+    process = fork.Process(target=_draw_once)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+
+
 def test_damage_at_a_url_is_found_where_it_is_read(remote):
     home, _ = remote
     file = home / "a" / "shard-00005.safetensors"

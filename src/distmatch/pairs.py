@@ -8,13 +8,14 @@ the noise that the teacher saw, which proves that what is regenerated is the sam
 
 import json
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -147,7 +148,6 @@ class PairStore:
     def __init__(self, folder: Folder, spec: PairSpec):
         self.folder, self.spec = folder, spec
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._fetcher = ThreadPoolExecutor(4, "pairs") if folder.path is None else None
         self._fetched: set[int] = set()
 
     @staticmethod
@@ -206,7 +206,7 @@ class PairStore:
         It is a function of position alone, whatever the number of processes. Of more than `WINDOW` shards, as many are
         in use at a time; at a URL, the next ones are fetched meanwhile.
         """
-        if self._fetcher is not None:
+        if self.folder.path is None:
             self._fetch(self._order(seed, position, WINDOW * self.spec.shard_size))
         return self.batch(self._order(seed, position, count).tolist())
 
@@ -238,11 +238,11 @@ class PairStore:
         return rng.shuffled(seed, len(self), position, count, WINDOW, self.spec.shard_size)
 
     def _fetch(self, order: np.ndarray) -> None:
-        """Have the shards of pairs `order` on the local disk soon."""
-        assert self._fetcher is not None
+        """Have the shards of pairs `order` on the local disk soon, by threads that no exit waits for."""
         needed = set(np.unique(order // self.spec.shard_size).tolist())
-        for shard in needed - self._fetched:
-            self._fetcher.submit(self.folder.opened, shard_name(shard), Path.stat)
+        names = deque(shard_name(shard) for shard in sorted(needed - self._fetched))
+        for _ in range(min(4, len(names))):
+            Thread(target=_fetch_all, args=(self.folder, names), daemon=True).start()
         self._fetched = needed
 
     def _shard(self, number: int) -> np.ndarray:
@@ -263,6 +263,14 @@ class PairStore:
         for k, i in enumerate(indices):
             y[k] = self._shard(i // self.spec.shard_size)[i % self.spec.shard_size]
         return torch.from_numpy(y)
+
+
+def _fetch_all(folder: Folder, names: deque[str]) -> None:
+    """Have the files `names` on the local disk, together with other threads that take from them."""
+    with suppress(IndexError):  # none is left
+        while True:
+            with suppress(ValueError, OSError):  # whoever needs it is told
+                folder.opened(names.popleft(), Path.stat)
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
