@@ -30,6 +30,16 @@ def test_a_shuffle_has_everything_once_per_pass_and_continues_by_position():
     assert np.array_equal(rng.shuffled(1, 10, 17, 8), passes.ravel()[17:25])
 
 
+def test_looking_into_the_next_pass_makes_no_permutation_twice(monkeypatch):
+    made, permute = [], rng._permute
+    monkeypatch.setattr(rng, "_cache", {})
+    monkeypatch.setattr(rng, "_permute", lambda *arguments: made.append(1) or permute(*arguments))
+    for start in range(0, 30, 2):
+        rng.shuffled(1, 10, start, 6)
+        rng.shuffled(1, 10, start, 2)
+    assert len(made) == 4  # passes 0, 1, 2 and, from 28 on, 3
+
+
 def test_streams_differ_by_every_part_and_repeat():
     def draw(*parts):
         return torch.randn(4, generator=rng.stream("cpu", *parts)).tolist()

@@ -50,16 +50,17 @@ def shuffled(seed: int, size: int, position: int, count: int, window: int = 1, b
     return out
 
 
-_cache: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
+_cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 
 
 def _permutation(seed: int, size: int, epoch: int, window: int, block: int) -> np.ndarray:
-    """The permutation of one pass; the latest of each (seed, size) is kept, for it is asked for batch after batch."""
-    kept = _cache.get((seed, size, window, block))
-    if kept is None or kept[0] != epoch:
-        kept = epoch, _permute(np.random.default_rng(key(seed, "epoch", epoch)), size, window, block)
-        _cache[seed, size, window, block] = kept
-    return kept[1]
+    """The permutation of one pass. Those of two passes are kept: towards the end of one, the next is looked at too."""
+    kept = _cache.setdefault((seed, size, window, block), {})
+    if epoch not in kept:
+        if len(kept) == 2:
+            del kept[next(iter(kept))]
+        kept[epoch] = _permute(np.random.default_rng(key(seed, "epoch", epoch)), size, window, block)
+    return kept[epoch]
 
 
 def _permute(generator: np.random.Generator, size: int, window: int, block: int) -> np.ndarray:
