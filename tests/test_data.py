@@ -52,6 +52,12 @@ def test_colour_images_become_three_channels(tmp_path):
     assert np.array_equal(images.pixels[0].permute(1, 2, 0).numpy(), pixels)
 
 
+def test_of_sixteen_bits_the_upper_eight_are_taken(tmp_path):
+    pixels = np.arange(0, 65536, 1000, dtype=np.uint16).reshape(6, 11)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(data.load_images(tmp_path).pixels[0, 0].numpy(), pixels // 256)
+
+
 def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         data.load_images(tmp_path)
@@ -61,6 +67,10 @@ def test_bad_input_is_named(tmp_path):
         data.load_images(tmp_path)
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"b.png is not an image"):
+        data.load_images(tmp_path)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"b.png is not an image that Pillow can read \(image file is truncated"):
         data.load_images(tmp_path)
     (tmp_path / "broken.tar").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="cannot be read as an archive"):

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from distmatch.storage import local
@@ -59,8 +59,8 @@ def load_images(place: str | Path, split: str = "train") -> Images:
     for name, content in entries:
         try:
             pixels.append(np.asarray(_plain(Image.open(io.BytesIO(content)))))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path}: {name} is not an image that Pillow can read") from error
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path}: {name} is not an image that Pillow can read ({error})") from error
         if pixels[-1].shape != pixels[0].shape:
             raise ValueError(
                 f"{path}: {name} is {pixels[-1].shape}, the first image is {pixels[0].shape}; "
@@ -125,8 +125,10 @@ def png(array: np.ndarray, zoom: int = 1) -> bytes:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Grey stays grey, everything else becomes RGB."""
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode in ("1", "I;16") else "RGB")
+    """Grey stays grey, everything else becomes RGB; of 16 bits the upper eight are taken."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _entries(path: Path) -> Iterator[tuple[str, bytes]]:
