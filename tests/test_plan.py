@@ -200,6 +200,8 @@ def test_a_ring_sends_what_the_closed_form_says():
     h100, slow = GPUS["h100"], Gpu(80e9, 1e15, 5e14, 450e9)
     assert Cluster(8, h100, 1e9, 0.4).bandwidth == 450e9  # within a machine
     assert Cluster(72, h100, 50e9, 0.4).bandwidth == 400e9  # eight cards of a machine for one ring
+    assert Cluster(12, h100, 50e9, 0.4).bandwidth == 200e9  # four cards of the last machine
+    assert Cluster(9, h100, 50e9, 0.4).bandwidth == 50e9
     made = Cost(1, {"student": 8e15}, {}, Traffic(8, reduced=450e9), 0)
     found = pace(made, load_recipe("cifar10-cond", ["precision=bf16"]), Cluster(8, slow, 1e9, 0.5))
     assert (found.arithmetic, found.traffic) == pytest.approx((2.0, 1.75))
@@ -259,3 +261,6 @@ def test_the_command_says_what_it_takes(folder, planner):
         assert part in text
     with pytest.raises(ValueError, match=r"match\.batch 24 is not a multiple of accumulate 1 times 7 GPUs"):
         said("plan", str(folder / "tiny.yaml"), "--gpus", "7")
+    for option, value in (("--gpus", "0"), ("--utilisation", "0"), ("--utilisation", "40"), ("--network", "0")):
+        with pytest.raises(ValueError, match=f"{option} {value}.*expected at least one GPU"):
+            said("plan", str(folder / "tiny.yaml"), option, value)

@@ -69,9 +69,12 @@ class Cluster:
     @property
     def bandwidth(self) -> float:
         """What a ring through all GPUs moves, in bytes/s per direction: a ring enters and leaves each machine once, so
-        that one GPU has the network cards of all eight at its disposal, or its own link, whichever is slower.
+        that one GPU has the network cards of all its machine's at its disposal, or its own link, whichever is slower.
         """
-        return self.gpu.link if self.gpus <= MACHINE else min(self.gpu.link, MACHINE * self.network)
+        if self.gpus <= MACHINE:
+            return self.gpu.link
+        fewest = (self.gpus - 1) % MACHINE + 1  # GPUs, and cards, of the last machine
+        return min(self.gpu.link, fewest * self.network)
 
     def arithmetic(self, flops: float, precision: str) -> float:
         """Seconds."""
@@ -103,6 +106,11 @@ def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
 
 def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float) -> None:
     """`distmatch plan`: the tables, and whether it fits. `network` is in GB/s."""
+    if gpus < 1 or not 0 < utilisation <= 1 or network <= 0:
+        raise ValueError(
+            f"--gpus {gpus} --utilisation {utilisation} --network {network}: expected at least one GPU, a share of its "
+            "arithmetic in 0..1, e.g. 0.4, and more than 0 GB/s"
+        )
     cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
     denoiser, info = teacher_of(recipe)
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
