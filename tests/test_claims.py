@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import bucket
 import pytest
@@ -95,6 +96,24 @@ def test_many_processes_of_which_some_are_killed_at_random(folder):
     assert sorted(folder.sizes()) == names
     assert all(folder.read(name).decode().split()[0] == name for name in names)
     assert len({folder.read(name).split()[1] for name in names}) >= 6, "many took part"
+
+
+def test_who_stood_still_while_writing_finds_it_done_by_others(tmp_path):
+    folder = Folder(tmp_path)
+
+    def make(name):
+        def write(path):
+            path.write_text("late")
+            os.utime(path, (0, 0))
+            Folder(tmp_path).write(name, lambda path: path.write_text("by others"))
+            Folder(tmp_path).sweep([name], EXPIRY)
+
+        folder.write(name, write)
+
+    make_together(folder, ["x"], present, make, expiry=EXPIRY)
+    assert folder.read("x") == b"by others"
+    with pytest.raises(FileNotFoundError, match="theirs"):
+        make_together(folder, ["y"], present, lambda _: Path("theirs").read_text(), expiry=EXPIRY)
 
 
 def test_what_the_dead_left_is_removed_and_what_the_living_hold_stays(folder):

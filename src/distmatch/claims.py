@@ -128,6 +128,10 @@ def make_together(
         found: called with those that are there at the beginning, and with those that others have made.
     """
     claims, missing, unopposed, pause = Claims(folder, expiry), list(names), True, 0.0
+
+    def is_there(name: str) -> bool:
+        return folder.exists(name) and present(name, folder.sizes())
+
     while True:
         files = folder.sizes()
         there = {name for name in missing if present(name, files)}
@@ -150,8 +154,12 @@ def make_together(
             number = claimed[name] + 1
         with claims.held(name, number) as mine:
             # Another may have finished it between the look and the claim.
-            if mine and not (folder.exists(name) and present(name, folder.sizes())):
-                make(name)
+            if mine and not is_there(name):
+                try:
+                    make(name)
+                except FileNotFoundError:  # this process stood still while it wrote: others made it, and swept
+                    if not is_there(name):
+                        raise
                 missing.remove(name)
         unopposed, pause = mine, 0.0
     claims.tidy(set(names))
