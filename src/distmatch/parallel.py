@@ -132,9 +132,9 @@ def same_folder(folder: Path) -> None:
     """
     if world() == 1:
         return
+    folder.mkdir(parents=True, exist_ok=True)  # by all: a network disk may remember that it was not there
     name = told(f".seen-by-all-{uuid4().hex}")
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     barrier()
     missing = any(not (folder / name).exists())
