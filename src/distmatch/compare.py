@@ -32,6 +32,7 @@ from distmatch.metrics import Moments, frechet
 from distmatch.models.inception import load_inception
 from distmatch.pairs import fingerprint
 from distmatch.pipeline import DistilledPipeline, Pipeline
+from distmatch.plain import read_json
 from distmatch.progress import progress
 from distmatch.prompts import coco_prompts, read_prompts
 from distmatch.run import console, features, print_rows, same_settings
@@ -315,7 +316,7 @@ def _folder(out: Path, method: str) -> Path:
 
 def _finished(folder: Path) -> dict[str, Any] | None:
     file = folder / "figures.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file, dict[str, Any], "Delete it to have the method made again") if file.exists() else None
 
 
 def _sheet(out: Path, rows: list[dict[str, Any]], prompts: list[str]) -> np.ndarray:

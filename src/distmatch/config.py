@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distmatch.plain import fitting, read_yaml, yaml_of
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Optimiser(_Strict):
@@ -239,8 +241,11 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         _apply(tree, override)
     keys = {override.partition("=")[0] for override in overrides}
     if "stages" not in keys:  # what is asked for holds in every stage
-        for stage in tree.get("stages") or []:
-            stage["change"] = {k: v for k, v in stage.get("change", {}).items() if k not in keys}
+        stages = fitting(tree.get("stages") or [], f"{path}: stages", list[dict[str, Any]])
+        for stage in stages:
+            change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
+            stage["change"] = {k: v for k, v in change.items() if k not in keys}
+        tree["stages"] = stages
     return parse_recipe(tree, str(path))
 
 
@@ -253,12 +258,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
         path = recipes()[name]
     elif not path.exists():
         raise ValueError(f"recipe file {name} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no recipe: expected `key: value` lines")
+    tree = read_yaml(path)
     if "base" in tree:
         base = str(tree.pop("base"))
         if base in (name, *above):
@@ -301,10 +301,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise ValueError(f"override {override!r} is not of the form key=value, e.g. match.weighting=eq8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+    value = yaml_of(text, f"override {override!r}: the value")
     if dotted == "terms" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
     set_entry(tree, dotted, value)
@@ -330,13 +327,13 @@ def _explain(error: Any, source: str) -> str:
         return f"{source}: unknown key {key!r}{_nearest(last, fields)}; {where} there are {', '.join(fields)}"
     if error["type"] == "missing":
         return f"{source}: {key!r} is missing"
-    return f"{source}: {key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{source}: {key} = {error['input']!r:.80}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _fields(parents: list[str]) -> list[str]:
     """The entries of the group at `parents`."""
     model: Any = Recipe
-    for parent in parents:
+    for parent in (p for p in parents if not p.isdigit()):  # a place in a list
         annotation = model.model_fields[parent].annotation
         model = next(m for m in (annotation, *get_args(annotation)) if isinstance(m, type) and issubclass(m, BaseModel))
     return list(model.model_fields)

@@ -9,8 +9,9 @@ from uuid import uuid4
 
 import numpy as np
 
-from distmatch import parallel
+from distmatch import limits, parallel
 from distmatch.files import write_atomic
+from distmatch.plain import json_of
 
 
 class Tracker(Protocol):
@@ -41,13 +42,22 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that was cut off; empty if there is none."""
+    """The lines of a log, without a last one that was cut off; empty if there is none.
+
+    Raises `ValueError` that names the first line which is none of a log.
+    """
+    if not path.exists():
+        return []
+    limits.check(path.stat().st_size, limits.LOG, str(path))
+    texts = path.read_bytes().split(b"\n")
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for number, text in enumerate(texts, 1):
+        if number == len(texts) and not text.endswith((b"}", b"]")):
+            break  # nothing, or what a killed process wrote of a line
+        line = json_of(text, f"{path}, line {number}", dict[str, int | float], "Delete the line")
+        if not isinstance(line.get("step"), int):
+            raise ValueError(f"{path}, line {number} has no step. Delete the line")
+        lines.append(line)
     return lines
 
 

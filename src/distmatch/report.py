@@ -22,6 +22,7 @@ from distmatch import log
 from distmatch.config import flat
 from distmatch.evaluation import COLUMNS
 from distmatch.files import write_atomic
+from distmatch.plain import fitting, read_json, read_yaml
 
 STRIP = 8  # so many sample grids stand side by side; all of them are behind the slider
 STEP = re.compile(r"step-(\d+)\.png")
@@ -97,18 +98,20 @@ def _load(folder: Path, name: str, colour: str) -> Run:
             f"{folder} is not a run: it has neither recipe.yaml nor settings.json. "
             "Name a folder that `distmatch train` or `distmatch teach` wrote"
         )
-    try:
-        tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{recipe} holds no recipe: expected `key: value` lines")
-    file = folder / "eval.json"
-    try:
-        figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}. Write it again with `distmatch eval`") from error
-    return Run(name, folder, tree, log.read(folder / "log.jsonl"), figures, colour)
+    tree = read_json(recipe, dict[str, Any]) if recipe.suffix == ".json" else read_yaml(recipe)
+    return Run(name, folder, tree, log.read(folder / "log.jsonl"), _evaluated(folder / "eval.json"), colour)
+
+
+def _evaluated(file: Path) -> dict[str, Any]:
+    """The figures of `distmatch eval`, if there are any."""
+    if not file.exists():
+        return {}
+    remedy = "Write it again with `distmatch eval`"
+    figures = read_json(file, dict[str, Any], remedy)
+    for number, row in enumerate(fitting(figures.get("rows", []), f"{file}, rows", list[dict[str, Any]], remedy)):
+        numbers = {key: row.get(key) for key in COLUMNS if key != "name"}
+        fitting(numbers, f"{file}, row {number}", dict[str, int | float | None], remedy)
+    return figures
 
 
 def _about(runs: list[Run]) -> str:

@@ -1,6 +1,5 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +39,7 @@ from distmatch.optim import Optimizer
 from distmatch.pairs import MANIFEST, PairStore
 from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
+from distmatch.plain import read_json, read_yaml
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.solvers import evaluations
@@ -157,7 +156,7 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     """Refuse to continue a run with another recipe."""
     file = out / "recipe.yaml"
     if file.exists():
-        before = flat(parse_recipe(yaml.safe_load(file.read_text()), str(file)).model_dump(mode="json"))
+        before = flat(parse_recipe(read_yaml(file), str(file)).model_dump(mode="json"))
         now = flat(recipe.model_dump(mode="json"))
         _same({k: v for k, v in now.items() if k.split(".")[0] not in FREE}, before, out)
 
@@ -165,7 +164,7 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
 def same_settings(settings: dict[str, Any], file: Path) -> None:
     """Refuse to continue a run with other `settings` than those in `file`, which is written if it is not there."""
     if file.exists():
-        _same(settings, json.loads(file.read_text()), file.parent)
+        _same(settings, read_json(file, dict[str, Any]), file.parent)
     write_json(file, settings)
 
 
