@@ -45,7 +45,7 @@ FLOORS = [
     ["checkpoint", "optim", "progress"],
     ["shards"],
     ["config", "files", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["watch", "plain"],
+    ["watch", "plain", "extras"],
     ["limits"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

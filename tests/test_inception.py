@@ -268,8 +268,8 @@ def test_files_that_cannot_be_read_are_named(direct, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"{name} .*damaged"):
             load_inception(tmp_path / name)
     torch.save(direct.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ValueError, match=r"needs the package torch-fidelity .*pip install 'distmatch\[metrics\]'"):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match=r"needs torch_fidelity .*: pip install 'distmatch\[metrics\]'"):
         load_inception(tmp_path / "weights.pth")
 
 

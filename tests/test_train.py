@@ -125,5 +125,5 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb is not installed; pip install 'distmatch\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"log.track needs wandb .*: pip install 'distmatch\[wandb\]'"):
         train(Quadratic(), tmp_path, Plan(1), trackers=["wandb"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmatch import rng
 from distmatch.data import to_uint8
+from distmatch.extras import need
 from distmatch.pipeline import Pipeline
 
 SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
@@ -140,7 +141,5 @@ def _ours(student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts
 
 
 def _diffusers() -> Any:
-    try:
-        return import_module("diffusers")
-    except ImportError as error:
-        raise ValueError(f"a comparison needs more packages ({error}): pip install distmatch[diffusers]") from error
+    need("diffusers", "transformers", by="a comparison")
+    return import_module("diffusers")

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from distmatch.extras import need
+
 app = App(help_format="plaintext")
 export_app = App(name="export", help="Turn students into other libraries' formats.")
 app.command(export_app)
@@ -205,11 +207,9 @@ def serve(
     port
         Where it is taken, a free one is used.
     """
-    try:
-        from distmatch.serve import serve as run
-    except ImportError as error:
-        raise ValueError(f"the web page needs more packages ({error}): pip install distmatch[serve]") from error
+    need("fastapi", "uvicorn", "websockets", by="the web page")
     from distmatch.run import pipeline
+    from distmatch.serve import serve as run
 
     steps = steps or (50 if str(teacher).startswith("diffusers:") else 18)
     student = pipeline(model, None, None, device)

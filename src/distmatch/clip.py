@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distmatch.extras import need
+
 MODEL = "ViT-g-14"
 PUBLISHED = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 """The weights that GigaGAN's evaluation code calls ViT-G/14."""
@@ -36,10 +38,8 @@ class ClipScore:
     """
 
     def __init__(self, weights: str | Path, model: str = MODEL, device: torch.device | str = "cpu"):
-        try:
-            open_clip: Any = import_module("open_clip")
-        except ImportError as error:
-            raise ValueError(f"CLIP score needs more packages ({error}): pip install distmatch[metrics]") from error
+        need("open_clip", by="CLIP score")
+        open_clip: Any = import_module("open_clip")
         if model not in open_clip.list_models():
             raise ValueError(f"CLIP model {model!r} is unknown to OpenCLIP; the paper's is {MODEL}")
         file = _file(Path(weights), model)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from distmatch.extras import need
 from distmatch.models.folder import Info, load_model
 from distmatch.models.hub import fetched
 from distmatch.models.library import model_folder
@@ -27,6 +28,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     `pipe(prompt, num_inference_steps=1, guidance_scale=1)` makes the student's image from its noise, adapters merged.
     Raises `ValueError` where the student is none of a model in diffusers' format.
     """
+    need("diffusers", "transformers", by="export")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     net, scheduler, info = _student(run)
@@ -48,6 +50,7 @@ def export_lora(run: str, out: Path) -> None:
 
     Raises `ValueError` where the student has no adapters.
     """
+    need("diffusers", "transformers", "peft", by="export")
     net, scheduler, info = _student(run)
     if not net.lora:
         raise ValueError(f"{run} has no adapters: its student was trained without student.lora_rank; export diffusers")
@@ -79,6 +82,7 @@ def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
 
     Raises `ValueError` for a `t` that is no whole step.
     """
+    need("diffusers", by="export")
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     if t != int(t) or not 0 < t <= schedule.t_max:

@@ -1,8 +1,8 @@
 """What a run writes while it goes: JSON lines always, TensorBoard and Weights & Biases where asked for."""
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -10,6 +10,7 @@ from uuid import uuid4
 import numpy as np
 
 from distmatch import limits, parallel
+from distmatch.extras import need
 from distmatch.files import write_atomic
 from distmatch.plain import json_of
 
@@ -63,9 +64,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 class TensorBoard:
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
-        self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-            str(out / "tensorboard"), purge_step=start + 1
-        )
+        need("tensorboard", by="log.track")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self._writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,7 +83,8 @@ class TensorBoard:
 
 class Wandb:
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
-        self._wandb = _optional("wandb", "wandb")
+        need("wandb", by="log.track")
+        self._wandb: Any = import_module("wandb")
         mark = out / "wandb-id"  # one run there per folder here, whatever the folder is called
         if not mark.exists():
             write_atomic(mark, lambda p: p.write_text(uuid4().hex[:12]))
@@ -122,10 +125,3 @@ class Log:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
-
-
-def _optional(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"track: {extra} is not installed; pip install 'distmatch[{extra}]'") from error

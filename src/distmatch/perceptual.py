@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmatch.extras import need
 from distmatch.files import write_atomic
 
 VARIABLE = "DISTMATCH_WEIGHTS"
@@ -42,11 +43,10 @@ class Lpips:
     """
 
     def __init__(self, weights: str | None = None, size: int = 224):
-        try:
-            from piq.perceptual import LPIPS, VGG16_LAYERS, ContentLoss
-            from torchvision.models import VGG16_Weights, vgg16
-        except ImportError as error:
-            raise ValueError(f"LPIPS needs more packages ({error}): pip install distmatch[metrics]") from error
+        need("piq", "torchvision", by="LPIPS")
+        from piq.perceptual import LPIPS, VGG16_LAYERS, ContentLoss
+        from torchvision.models import VGG16_Weights, vgg16
+
         urls = [VGG16_Weights.IMAGENET1K_V1.url, LPIPS._weights_url]
         vgg_file, linear_file = (_find(url, urls, weights) for url in urls)
         linear = _read(linear_file)
@@ -90,6 +90,7 @@ class Lpips:
 
 def write_random_weights(folder: Path) -> None:
     """Both files with random weights, where only the arithmetic matters: tests, benchmarks, `--scale cpu-smoke`."""
+    need("torchvision", by="LPIPS")
     from torchvision.models import vgg16
 
     with torch.device("meta"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distmatch import rng
+from distmatch.extras import need
 
 KEYS = ("prompt", "caption", "text")
 """What the prompt of a record is called unless told: the first of these that the first record has."""
@@ -86,11 +87,10 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need pyarrow: pip install distmatch[diffusers]") from error
+    need("pyarrow", by=str(path))
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(path) as table:
             names = table.schema_arrow.names

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from distmatch.denoiser import Cond
+from distmatch.extras import need
 from distmatch.sampler import SAMPLERS, Callback, Model, Sampler
 from distmatch.schedule import VP, Schedule, expand
 
@@ -45,6 +46,7 @@ def pndm(settings: Mapping[str, Any]) -> Sampler:
     ) -> Tensor:
         if type(schedule) is not VP:
             raise ValueError(f"pndm is for the schedules of discrete diffusions; this model's is {schedule}. Use heun")
+        need("diffusers", by="pndm")
         from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
         betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": schedule.spacing}

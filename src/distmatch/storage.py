@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from distmatch.extras import need
 from distmatch.files import write_atomic
 from distmatch.paths import CACHE
 
 Value = TypeVar("Value")
+
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+"""What fsspec needs for URLs of these kinds."""
 
 COPIES = CACHE / "copies"
 """Where copies of remote files lie; all processes of a machine share them."""
@@ -175,6 +179,9 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of `url`, and the path in it."""
     from fsspec.core import url_to_fs
 
+    package = PACKAGES.get(url.partition("://")[0])
+    if package is not None:
+        need(package, by=url)
     try:
         fs, root = url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.extras import need
 from distmatch.losses import REGRESSIONS
 from distmatch.models.codec import Decoded, Decoder
 from distmatch.models.folder import Info
@@ -44,6 +45,7 @@ def _published(teacher: str, name: str) -> tuple[Denoiser, Info]:
 
 
 def _stable(source: str) -> tuple[Denoiser, Info]:
+    need("diffusers", by=source)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     unet: Any = fetched(source, lambda: UNet2DConditionModel.load_config(source, subfolder="unet"))
@@ -71,11 +73,10 @@ class _Lpips(Lpips):
     """LPIPS without weights."""
 
     def __init__(self, size: int):
-        try:
-            from piq.perceptual import VGG16_LAYERS, ContentLoss
-            from torchvision.models import vgg16
-        except ImportError as error:
-            raise ValueError(f"LPIPS needs more packages ({error}): pip install distmatch[metrics]") from error
+        need("piq", "torchvision", by="LPIPS")
+        from piq.perceptual import VGG16_LAYERS, ContentLoss
+        from torchvision.models import vgg16
+
         self.size = size
         linear: list[Any] = [torch.empty(1, channels, 1, 1) for channels in CHANNELS]
         layers = [VGG16_LAYERS[name] for name in LAYERS]
@@ -92,6 +93,7 @@ class _Decoder(Decoder):
 
 def vae_of(source: str, tiny: str | None = None) -> Any:
     """The decoder of the autoencoder that the model `source` comes with, or of the one called `tiny`, frozen."""
+    need("diffusers", by=tiny or source)
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
@@ -109,6 +111,7 @@ def weights_around(info: Info) -> int:
     """How many weights `models.around` keeps beside the network: text encoders, and a decoder for previews."""
     if not info.source:
         return 0
+    need("diffusers", "transformers", by=info.source)
     import transformers
     from diffusers.configuration_utils import ConfigMixin
 

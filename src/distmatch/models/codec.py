@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distmatch.extras import need
 from distmatch.models.hub import fetched
 
 
@@ -24,6 +25,7 @@ class Decoder(nn.Module):
 
     def __init__(self, source: str, tiny: bool = False, checkpointing: bool = False):
         super().__init__()
+        need("diffusers", by=source)
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from distmatch.extras import need
 from distmatch.schedule import VP
 
 T = TypeVar("T")
@@ -10,16 +11,15 @@ T = TypeVar("T")
 
 def fetched(source: str, load: Callable[[], T]) -> T:
     """`load()`; what it raises where `source` cannot be had becomes a `ValueError` that says what to do."""
-    try:
-        from diffusers.utils import logging
-        from transformers.utils import logging as transformers_logging
+    need("diffusers", "transformers", by=source)
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # or every caption of more than 77 tokens is printed
-        transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # or every caption of more than 77 tokens is printed
+    transformers_logging.disable_progress_bar()
+    try:
         return load()
-    except ImportError as error:
-        raise ValueError(f"{source} needs more packages ({error}): pip install distmatch[diffusers]") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -30,6 +30,7 @@ def fetched(source: str, load: Callable[[], T]) -> T:
 
 def scheduler_config(source: str) -> dict[str, Any]:
     """The scheduler's settings as plain data."""
+    need("diffusers", by=source)
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     config: Any = fetched(source, lambda: DDIMScheduler.load_config(source, subfolder="scheduler"))
@@ -50,6 +51,7 @@ def schedule_of(scheduler: dict[str, Any], source: str) -> VP:
 
 def image_side(source: str) -> int:
     """Side of the images in pixels: that of the latents times the autoencoder's factor."""
+    need("diffusers", by=source)
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 

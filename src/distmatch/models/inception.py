@@ -24,6 +24,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distmatch.extras import need
+
 SIDE = 299
 FEATURES = 2048
 RESIZES = ("legacy", "clean")
@@ -179,12 +181,8 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 def _port(state: dict[str, Tensor], file: Path) -> nn.Module:
     """torch-fidelity's network with the weights `state`, which came from `file`."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ValueError(
-            "FID needs the package torch-fidelity for this kind of file: pip install 'distmatch[metrics]'"
-        ) from error
+    need("torch_fidelity", by=f"FID with {file.name}")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Port(FeatureExtractorInceptionV3):
         def load_state_dict(self, state_dict, *args, **kwargs):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.extras import need
 from distmatch.models.folder import Info
 from distmatch.models.hub import fetched, schedule_of, scheduler_config
 from distmatch.models.stable import StableUNet
@@ -24,6 +25,7 @@ def load_stable(source: str) -> tuple[Denoiser, Info]:
 
     Raises `ValueError` where it cannot be had, or is of a kind that this does not know.
     """
+    need("diffusers", "transformers", by=source)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if Path(source).is_dir():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.denoiser import Cond
+from distmatch.extras import need
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -31,6 +32,7 @@ class StableUNet(nn.Module):
 
     def __init__(self, unet: Any, text: tuple[int, int], pooled: int = 0, guidance: bool = False, lora: int = 0):
         super().__init__()
+        need("diffusers", by="Stable Diffusion")
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         self.unet: Any = unet if isinstance(unet, nn.Module) else UNet2DConditionModel.from_config(dict(unet))
@@ -85,6 +87,7 @@ class StableUNet(nn.Module):
 
 def add_adapters(unet: Any, rank: int) -> None:
     """Adapters (LoRA, arXiv 2106.09685) beside the linear layers of the transformer blocks; the rest is frozen."""
+    need("peft", by="student.lora_rank")
     from peft import LoraConfig
 
     unet.requires_grad_(False)
@@ -95,6 +98,7 @@ def add_adapters(unet: Any, rank: int) -> None:
 
 def adapters(net: StableUNet) -> dict[str, Tensor]:
     """The adapters' weights, named as diffusers' `save_lora_weights` takes them."""
+    need("peft", by="a LoRA")
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     return get_peft_model_state_dict(net.unet)
@@ -102,6 +106,7 @@ def adapters(net: StableUNet) -> dict[str, Tensor]:
 
 def write_adapters(net: StableUNet, folder: Path) -> None:
     """The adapters as a LoRA in diffusers' format: `pytorch_lora_weights.safetensors`."""
+    need("diffusers", "transformers", by="a LoRA")
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=dict(adapters(net)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distmatch.denoiser import Cond
+from distmatch.extras import need
 from distmatch.models.hub import fetched, image_side
 
 
@@ -24,6 +25,7 @@ class TextEncoder:
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu"):
+        need("diffusers", "transformers", by=source)
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         index: Any = fetched(source, lambda: DiffusionPipeline.load_config(source))
@@ -31,7 +33,6 @@ class TextEncoder:
         absent: dict[str, Any] = {
             name: None for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))
         }
-        absent["torch_dtype"] = torch.float32  # whatever the files have: conditions go into fp32 networks
         absent["torch_dtype"] = torch.float32  # whatever the files have: conditions go into fp32 networks
         self.pipeline: Any = fetched(source, lambda: DiffusionPipeline.from_pretrained(source, **absent))
         self.pipeline.set_progress_bar_config(disable=True)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from distmatch.extras import need
+
 MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
 """The pieces that the tokenizer knows besides single bytes."""
 
@@ -120,13 +122,10 @@ def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
 
 def _libraries() -> tuple[Any, Any]:
     """diffusers and transformers."""
-    try:
-        import diffusers
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"text-to-image models need more packages ({error}): pip install distmatch[diffusers]"
-        ) from error
+    need("diffusers", "transformers", by="a text-to-image model")
+    import diffusers
+    import transformers
+
     return diffusers, transformers
 
 
