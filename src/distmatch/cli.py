@@ -174,8 +174,9 @@ def teach(
     Parameters
     ----------
     images
-        A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size: [train/]CLASS/NAME.png, or flat.
-        An archive may be at a URL (s3://, gs://, hf://).
+        A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size, [train/]CLASS/NAME.png or flat;
+        labels may also stand in dataset.json, metadata.jsonl or .cls files. CIFAR's batches, MNIST's files and Parquet
+        are read too. An archive may be at a URL (s3://, gs://, hf://). All of it: docs/data.md.
     out
         The run's folder; runs/teach-NAME unless told. The model ends up in its model/.
     steps
@@ -195,15 +196,17 @@ def teach(
     patch
         Side of the space-to-depth stem; the image side must be a multiple of patch * 2 ** (levels - 1).
     split
-        Sub-folder to read where there is one of that name.
+        Which images to read where there are splits: train (also folders called training, train2017, ...), test, val,
+        the name of a folder, or all, for which no folder is a split.
     label_dropout
         Share of the images shown without their label; 0.1 makes the teacher fit for guidance.
     flip
         Mirror every other image.
     """
     from distmatch.run import teach as run
+    from distmatch.storage import name_of
 
-    name = Path(images).name.split(".")[0]
+    name = name_of(images).split(".")[0]
     run(
         images,
         out or Path("runs") / f"teach-{name}",
@@ -241,7 +244,8 @@ def classifier(
     Parameters
     ----------
     images
-        A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png.
+        A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png, or another of the layouts in
+        docs/data.md. Where there is no test, val is taken.
     out
         The classifier's folder; runs/classifier-NAME unless told.
     widths
@@ -250,8 +254,9 @@ def classifier(
         Mirror every other image.
     """
     from distmatch.run import classifier as run
+    from distmatch.storage import name_of
 
-    name = Path(images).name.split(".")[0]
+    name = name_of(images).split(".")[0]
     run(images, out or Path("runs") / f"classifier-{name}", steps, batch, lr, widths, flip, seed)
 
 

@@ -25,9 +25,11 @@ from torch import Tensor
 from distmatch import build, data, parallel, rng
 from distmatch.baselines import Method, digest, load_lora, load_teacher, methods
 from distmatch.clip import MODEL, ClipScore
+from distmatch.decode import SUFFIXES
 from distmatch.evaluation import hardware
 from distmatch.features import FeatureSpace, Reference, reference
 from distmatch.files import write_atomic, write_json
+from distmatch.images import Images, load_images
 from distmatch.metrics import Moments, frechet
 from distmatch.models.inception import load_inception
 from distmatch.pairs import fingerprint
@@ -253,31 +255,22 @@ def lanczos(pixels: Tensor, side: int = SIDE) -> Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
 
 
-def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | None = None) -> data.Images:
+def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | None = None) -> Images:
     """The images in `folder`, of any sizes: the squares in their middle, by Pillow's Lanczos filter.
 
-    Raises `ValueError` where there are none, or one that Pillow can't read.
+    Raises `ValueError` as `load_images` does.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in data.SUFFIXES)
-    if not files:
-        raise ValueError(
-            f"{folder} holds no images ({', '.join(sorted(data.SUFFIXES))}); for MS-COCO unpack val2014.zip "
-            "(images.cocodataset.org/zips, 6 GB) there"
-        )
-    pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-    for row, file in zip(pixels, files, strict=True):
-        try:
-            with Image.open(file) as image:
-                edge = min(image.size)
-                left, top = (image.width - edge) // 2, (image.height - edge) // 2
-                square = image.convert("RGB").crop((left, top, left + edge, top + edge))
-                small = square.resize((side, side), Image.Resampling.LANCZOS)
-        except OSError as error:
-            raise ValueError(f"{file} is not an image that Pillow can read: {error}") from error
-        row.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+
+    def square(image: Image.Image) -> Image.Image:
+        if image.mode not in ("L", "RGB"):
+            raise ValueError("it has 16 bits per pixel; expected photographs of 8")
+        edge = min(image.size)
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
         if advance is not None:
             advance(1)
-    return data.Images(pixels, None, ())
+        return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS, (left, top, left + edge, top + edge))
+
+    return load_images(folder, "all", fit=square)
 
 
 def _space(name: str, real: Path | None, device: torch.device) -> tuple[FeatureSpace, Reference]:
@@ -289,7 +282,7 @@ def _space(name: str, real: Path | None, device: torch.device) -> tuple[FeatureS
     space = load_inception(Path(name.removeprefix("inception:")), "clean").to(device)
 
     def make() -> Reference:
-        total = sum(file.suffix.lower() in data.SUFFIXES for file in real.rglob("*"))
+        total = sum(file.suffix.lower() in SUFFIXES for file in real.rglob("*"))
         with progress("real images", total, unit="image") as advance:
             images = squares(real, advance=advance)
         with progress("reference", total, unit="image") as advance:

@@ -1,80 +1,14 @@
-"""Images in and out: class folders or archives of them become one uint8 tensor; tensors become PNGs and grids."""
+"""Pixels as numbers and as pictures: to floats and back, grids, PNGs. Data sets are read by `distmatch.images`."""
 
 import io
-import tarfile
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from distmatch.storage import local
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-
-
-@dataclass(frozen=True)
-class Images:
-    """`pixels u8[N,C,H,W]`; `labels i64[N]` and their `classes`, or `None` and `()` for a flat folder."""
-
-    pixels: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-def load_images(place: str | Path, split: str = "train") -> Images:
-    """Read `place`, a folder or a .tar/.tar.gz/.tar.xz/.zip archive, laid out `[split/]class/name.png` or flat.
-
-    An archive may be at a URL.
-
-    Where there is a folder named `split`, only that one is read; without splits all of it is "train". Classes are
-    numbered in sorted order. Raises `ValueError` for a missing path or split, for a path without images, and for images
-    of different sizes.
-    """
-    path = local(place)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; expected a folder or an archive of images")
-    try:
-        entries = sorted(_entries(path), key=lambda e: e[0])
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as an archive: {error}") from error
-    names = [PurePosixPath(name).parts for name, _ in entries]
-    folders = {part for parts in names for part in parts[:-1]}
-    if split not in folders and (split != "train" or "test" in folders):
-        raise ValueError(f"{path} has no folder {split!r}; it has {', '.join(sorted(folders)[:12]) or 'none'}")
-    if split in folders:
-        keep = [i for i, parts in enumerate(names) if split in parts[:-1]]
-        entries, names = [entries[i] for i in keep], [names[i] for i in keep]
-    if not entries:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-
-    pixels = []
-    for name, content in entries:
-        try:
-            pixels.append(np.asarray(_plain(Image.open(io.BytesIO(content)))))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: {name} is not an image that Pillow can read ({error})") from error
-        if pixels[-1].shape != pixels[0].shape:
-            raise ValueError(
-                f"{path}: {name} is {pixels[-1].shape}, the first image is {pixels[0].shape}; "
-                "bring all images to one size and mode first"
-            )
-    array = torch.from_numpy(np.stack(pixels))
-    array = array[:, None] if array.ndim == 3 else array.permute(0, 3, 1, 2).contiguous()
-
-    parents = [parts[-2] if len(parts) > 1 and parts[-2] != split else None for parts in names]
-    if None in parents or len(set(parents)) < 2:
-        return Images(array, None, ())
-    classes = tuple(sorted({p for p in parents if p is not None}))
-    number = {name: i for i, name in enumerate(classes)}
-    return Images(array, torch.tensor([number[p] for p in parents if p is not None]), classes)
+from distmatch.images import Images as Images
+from distmatch.images import load_images as load_images
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -122,32 +56,3 @@ def png(array: np.ndarray, zoom: int = 1) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """Grey stays grey, everything else becomes RGB; of 16 bits the upper eight are taken."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _entries(path: Path) -> Iterator[tuple[str, bytes]]:
-    """`(name, content)` of every image file."""
-
-    def wanted(name: str) -> bool:
-        return PurePosixPath(name).suffix.lower() in SUFFIXES and not PurePosixPath(name).name.startswith(".")
-
-    if path.is_dir():
-        for file in path.rglob("*"):
-            if wanted(file.name) and file.is_file():
-                yield file.relative_to(path).as_posix(), file.read_bytes()
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if wanted(name):
-                    yield name, archive.read(name)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and wanted(member.name) and (file := archive.extractfile(member)) is not None:
-                    yield member.name, file.read()

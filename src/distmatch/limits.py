@@ -32,6 +32,9 @@ FILE = 256 * MB
 UNPACKED = 1024 * MB
 """Bytes that an archive may unpack to besides a hundred times its own size."""
 
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 64_000 * MB
+"""Bytes of all pictures of a data set, decoded: what the machine has."""
+
 PIXELS = 100 * MB
 """Pixels of one picture."""
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from distmatch.features import (
     reference,
 )
 from distmatch.files import write_atomic, write_json
+from distmatch.images import Images, load_images
 from distmatch.models import published
 from distmatch.models.around import around
 from distmatch.models.classifier import Classifier, train_classifier
@@ -43,7 +45,7 @@ from distmatch.plain import read_json, read_yaml
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.solvers import evaluations
-from distmatch.storage import Folder, local
+from distmatch.storage import Folder, local, name_of
 from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
@@ -178,28 +180,37 @@ def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
 
 
 def teach(
-    images: str,
+    images: str | Path | Images,
     out: Path,
     *,
-    network: dict[str, Any],
-    steps: int,
-    batch: int,
-    lr: float,
-    split: str,
-    label_dropout: float,
-    flip: bool,
-    ema: float,
-    precision: str,
-    seed: int,
-    save_every: int,
-    preview_every: int,
-    device: str,
+    network: dict[str, Any] | None = None,
+    steps: int = 10_000,
+    batch: int = 128,
+    lr: float = 1e-3,
+    split: str = "train",
+    label_dropout: float = 0.0,
+    flip: bool = False,
+    ema: float = 0.999,
+    precision: str = "fp32",
+    seed: int = 0,
+    save_every: int = 500,
+    preview_every: int = 500,
+    device: str = "auto",
 ) -> None:
-    """`distmatch teach`: a teacher trained on `images`, into `out`."""
+    """`distmatch teach`: a teacher trained on `images`, into `out`.
+
+    Args:
+        images: a place to read (see `images.load_images`), or images at hand, e.g. `Images.of(tensor, labels)`.
+        network: `widths`, `blocks` and `patch` of `models.unet.UNet`.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("distmatch teach runs in one process; start it without torchrun")
-    with console.status(f"reading {images}"):
-        real = data.load_images(images, split)
+    network = {"widths": [32, 64], "blocks": 1, "patch": 2, **(network or {})}
+    name, real = "given in Python", images
+    if not isinstance(real, Images):
+        name = name_of(real)
+        with console.status(f"reading {images}"):
+            real = load_images(real, split, without=out)
     shape = tuple(real.pixels.shape[1:])
     multiple = network["patch"] * 2 ** (len(network["widths"]) - 1)
     if shape[1] % multiple or shape[2] % multiple:
@@ -207,16 +218,18 @@ def teach(
             f"images of {shape[1]}x{shape[2]} don't fit this network: the sides must be multiples of {multiple} "
             "(patch * 2 ** (levels - 1)); change --patch or --widths"
         )
-    console.print(f"{len(real):,} images {shape[1]}x{shape[2]}, {len(real.classes) or 'no'} classes")
+    console.print(real)
     torch.manual_seed(seed)  # the initial weights
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
     denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(device)).train()
     settings = {
-        "images": Path(images).name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr,
+        "images": name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr,
         "ema": ema, "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed,
         "objective": "EDM",
     }  # fmt: skip
-    same_settings({**settings, "network": network, "pixels": image_fingerprint(real.pixels)}, out / "settings.json")
+    labels = None if real.labels is None else sha256(real.labels.numpy().data).hexdigest()
+    content = {"pixels": image_fingerprint(real.pixels), "labels": labels, "classes": list(real.classes)}
+    same_settings({**settings, "network": network, **content}, out / "settings.json")
     task = Teaching(
         denoiser,
         real,
@@ -433,14 +446,20 @@ def classifier(
 ) -> None:
     """`distmatch classifier`: an evaluation classifier and the reference statistics of its training images."""
     with console.status(f"reading {images}"):
-        real, test = data.load_images(images, "train"), data.load_images(images, "test")
+        real, test = (load_images(images, split, without=out) for split in ("train", "test"))
+    console.print(f"trained on {real}\ntested on {test}")
+    if real.account.bits != test.account.bits:
+        raise ValueError(
+            f"training images use {real.account.bits} bits per pixel and test images {test.account.bits}, of which the "
+            "upper 8 would be taken; bring them to one scale first"
+        )
     began = time.perf_counter()
     with progress("classifier", steps, unit="step") as advance:
         net = train_classifier(
             real, test, steps=steps, batch=batch, lr=lr, widths=widths, flip=flip, seed=seed, progress=advance
         )
     net.save(out / "classifier")
-    reference(real, net, cache=None, source=f"{Path(images).name}, train").save(out / "reference.safetensors")
+    reference(real, net, cache=None, source=f"{name_of(images)}, train").save(out / "reference.safetensors")
     console.print(
         f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in {out}. "
         f"Next: distmatch eval MODEL --features {out}"

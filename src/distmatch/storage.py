@@ -33,6 +33,11 @@ def is_url(place: str | Path) -> bool:
     return bool(separator) and scheme not in ("file", "local")
 
 
+def name_of(place: str | Path) -> str:
+    """The last part of a path, also of one such as `.`, or of a URL."""
+    return Path(place if is_url(place) else os.path.abspath(str(place).removeprefix("file://"))).name
+
+
 class Folder:
     """A folder by its path or URL. Files in it are written whole, by a rename on a disk, by the store itself elsewhere.
 

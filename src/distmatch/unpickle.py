@@ -1,7 +1,7 @@
 """Foreign pickles as data: tensors, numbers, text and containers come out, and nothing in the file is executed.
 
-Made for the networks that NVIDIA publishes (`edm-*.pkl`), whose modules are stored as class name, source text and
-attributes. The class name and the attributes are what is needed; the source stays text.
+Made for the networks that NVIDIA publishes (`edm-*.pkl`), whose modules are stored as class name, source text (which
+stays text) and attributes, and for CIFAR's batches.
 
 A pickle is a program that may import and call anything. Here `pickletools` cuts it into instructions, and the machine
 below carries out those that build data. A name in the file is never imported: it is looked up in a table of functions
@@ -29,10 +29,12 @@ DIMENSIONS = 32
 KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NUMBERS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES = {name: getattr(torch, name) for name in NUMBERS}
-STORAGES = {f"{kind}Storage": dtype for kind, dtype in zip(KINDS, DTYPES.values(), strict=True)}
+STORAGES = {f"{kind}Storage": DTYPES[name] for kind, name in zip(KINDS, NUMBERS, strict=True)}
 MAGIC = (0x1950A86A20F9469CFC6C, 1001)
 """What `torch.save` begins its older format with, in which a storage is kept inside of a pickle."""
 SCALARS = (str, int, float, bool, type(None))
+BYTES = {f"{size}BIN{kind}" for size in ("", "SHORT_") for kind in ("UNICODE", "BYTES", "STRING")}
+PLAIN = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BYTEARRAY8", "BINUNICODE8", "BINBYTES8", *BYTES}
 VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 COUNTS = {"POP": 1, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
@@ -285,9 +287,7 @@ class _Machine:
                     memo[len(memo) if arg is None else arg] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[arg])
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT" | "BYTEARRAY8":
-                    stack.append(arg)
-                case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
+                case kind if kind in PLAIN:  # Python 2's strings, text or bytes, come as Latin-1
                     stack.append(arg)
                 case kind if kind in VALUES:
                     stack.append(VALUES[kind])
@@ -447,6 +447,7 @@ class _Names:
 
     def array(self, data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
         kind, shape = _expect(dtype, _Dtype).dtype, _sizes(shape)
+        data = self.encode(data, "latin1") if type(data) is str else data  # Python 2's
         if type(data) not in (bytes, bytearray) or math.prod(shape) * kind.itemsize != len(data):
             raise _Refused("a NumPy array of other numbers than are there")
         self.budget.spend(len(data))
@@ -486,15 +487,14 @@ def _expect(value: Any, kind: type) -> Any:
 
 def _key(key: Any) -> Any:
     """A key, if it is text or a small number: others can be made to collide, or to nest until hashing overflows."""
-    if type(key) is str or (type(key) is int and abs(key) < 2**31):
+    if type(key) in (str, bytes) or (type(key) is int and abs(key) < 2**31):
         return key
     raise _Refused(f"a key of type {type(key).__name__}")
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     """A size, a stride or an offset."""
-    if type(values) not in (tuple, torch.Size) or len(values) > DIMENSIONS:
-        raise _Refused("a size that is none")
-    if not all(type(n) is int and 0 <= n < 2**40 for n in values):
+    known = type(values) in (tuple, torch.Size) and len(values) <= DIMENSIONS
+    if not known or not all(type(n) is int and 0 <= n < 2**40 for n in values):
         raise _Refused("a size that no tensor has")
     return tuple(values)
