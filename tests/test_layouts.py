@@ -160,7 +160,7 @@ REFUSED = {
         {"cat/train/0.png": png(0), "cat/test/1.png": png(1), "dog/train/0.png": png(2)},
         "cat/test/1.png stands in test inside of other folders",
     ),
-    "splits in one of several folders": ({"0.png": png(0), "cat/val/1.png": png(1)}, "cat/val/1.png stands in val inside"),
+    "splits in one of several folders": ({"0.png": png(0), "cat/val/1.png": png(1)}, "cat/val/1.png stands in val"),
     "no training images": (below("test", CATS), "has no split 'train'; it has test"),
     "no pictures": ({"a.txt": b"", "b.mat": b"", "c.mat": b""}, "holds no images; it has 1 .txt, 2 .mat, exp"),
     "a run": ({"log.jsonl": b"", "settings.json": b"", "previews/step-0.png": png(9)}, "it has 3 of runs of distmatch"),

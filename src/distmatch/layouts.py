@@ -211,8 +211,8 @@ def _check_deeper(place: str, names: Iterable[str]) -> None:
     for name in names:
         if inner := next((folder for folder in name.split("/")[:-1] if kind(folder)), None):
             raise ValueError(
-                f"{place}: {printable(name)} stands in {printable(inner)} inside of other folders; splits are read above "
-                "the classes. Move them there (train/CLASS/...), or give --split all, which reads them all"
+                f"{place}: {printable(name)} stands in {printable(inner)} inside of other folders; splits are read "
+                "above the classes. Move them there (train/CLASS/...), or give --split all, which reads them all"
             )
 
 
