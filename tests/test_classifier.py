@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distmatch.data import Images
+from distmatch.images import Images
 from distmatch.models.classifier import Classifier, _shifted, accuracy, train_classifier
 from distmatch.models.library import ASSETS
 

@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from distmatch import run
-from distmatch.data import load_images
 from distmatch.evaluation import evaluate, score
 from distmatch.features import load_reference, reference
+from distmatch.images import load_images
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
 from distmatch.pipeline import DistilledPipeline

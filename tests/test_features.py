@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from distmatch.data import Images
 from distmatch.features import Reference, fingerprint, load_real, load_reference, load_statistics, reference
+from distmatch.images import Images
 from distmatch.metrics import frechet, kernel_distance, precision_recall
 from distmatch.models.classifier import Classifier
 from distmatch.models.library import ASSETS

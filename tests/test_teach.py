@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from distmatch import log, rng
-from distmatch.data import load_images
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.images import load_images
 from distmatch.losses import denoising_loss
 from distmatch.models.folder import Info, load_model
 from distmatch.models.unet import UNet

@@ -11,6 +11,7 @@ import itertools
 import lzma
 import os
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -26,6 +27,7 @@ LINKS = 3
 """Symbolic links to folders that may follow one another; without a bound, a few of them make millions of paths."""
 EXPANSION = 100
 """An archive may unpack to this many times its own size, plus `limits.UNPACKED`: pictures don't compress twice."""
+REPLACED = "replaced by later ones of the same name"
 MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x5d\x00\x00": lzma.open}
 DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
@@ -125,9 +127,10 @@ class TarFiles(Files):
         sizes: dict[str, int] = {}
         with _named(self.path), self._opened() as (archive, file):
             for number, member in enumerate(iter(archive.next, None)):
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep a kilobyte of each
                 name = _clean(member.name)
                 if member.isfile():
-                    self.left_out["replaced by later ones of the same name"] += name in sizes
+                    self.left_out[REPLACED] += name in sizes
                     sizes[name], self.position[name] = member.size, number
                 elif not member.isdir():
                     self.left_out["links in the archive"] += 1
@@ -143,7 +146,7 @@ class TarFiles(Files):
                     return
                 with _named(self.path):
                     member = archive.next()
-                    archive.members = []  # type: ignore[attr-defined]  # tarfile would keep a kilobyte of each
+                    archive.members = []  # type: ignore[attr-defined]
                 if member is None:
                     raise ValueError(f"{self.path} has changed while it was read; start again")
                 if (name := wanted.pop(number, None)) is not None:
@@ -158,9 +161,9 @@ class TarFiles(Files):
         with self.path.open("rb") as raw:
             head = raw.read(6)
         opened: Any = next((function for magic, function in MAGIC.items() if head.startswith(magic)), open)
-        most = EXPANSION * self.path.stat().st_size + limit(UNPACKED)
+        most = sys.maxsize if opened is open else EXPANSION * self.path.stat().st_size + limit(UNPACKED)
         with opened(self.path, "rb") as content:
-            file = _Bounded(content, self.path.stat().st_size if opened is open else most)
+            file = _Bounded(content, most)
             with tarfile.open(fileobj=file, mode="r:") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
                 yield archive, file
 
@@ -170,7 +173,10 @@ class ZipFiles(Files):
 
     def _list(self, without: Path | None) -> Iterator[tuple[str, int]]:
         with _named(self.path), zipfile.ZipFile(self.path) as archive:
-            self.infos = {_clean(info.filename): info for info in archive.infolist() if not info.is_dir()}
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+        self.infos = {_clean(info.filename): info for info in infos}
+        if len(self.infos) < len(infos):
+            self.left_out[REPLACED] = len(infos) - len(self.infos)
         for name, info in self.infos.items():
             yield name, info.file_size
 
@@ -223,8 +229,7 @@ class _Bounded:
     def _check(self, position: int) -> None:
         if position > self.most:
             raise ValueError(
-                f"it unpacks to more than {self.most:,} bytes, or was cut; if it is meant to be so large, unpack it "
-                "and give the folder"
+                f"it unpacks to more than {self.most:,} bytes; if that is meant, unpack it and give the folder"
             )
 
 
@@ -233,7 +238,7 @@ def _check_end(archive: tarfile.TarFile, file: _Bounded) -> None:
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise ValueError(f"it breaks off after {archive.offset:,} bytes: it was cut, or is damaged there; get it again")
-    rest = file.read(2**20)
+    rest = file.read(2**16)
     if rest.strip(b"\0"):
         raise ValueError("more follows after its end, as in archives put together; unpack it with `tar -i`")
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distmatch import rng
-from distmatch.data import Images, load_images
 from distmatch.files import write_atomic
+from distmatch.images import Images, load_images
 from distmatch.metrics import Moments
 
 FORMAT = "distmatch-reference-1"

@@ -218,7 +218,7 @@ def teach(
             f"images of {shape[1]}x{shape[2]} don't fit this network: the sides must be multiples of {multiple} "
             "(patch * 2 ** (levels - 1)); change --patch or --widths"
         )
-    console.print(real)
+    console.print(str(real))
     torch.manual_seed(seed)  # the initial weights
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
     denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(device)).train()

@@ -51,7 +51,7 @@ def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels
     used, said = set(), False
     for name, content in files.read([n for n in names if PurePosixPath(n).name == "dataset.json"]):
         where = f"{files.path}: {printable(name)}"
-        data = json_of(content, where, Any)
+        data: Any = json_of(content, where, object)
         if not isinstance(data, dict) or "labels" not in data:
             continue  # of another tool
         used.add(name)
@@ -121,7 +121,7 @@ def _rows(name: str, content: bytes, where: str) -> Iterator[Any]:
     if name.endswith(".jsonl"):
         for number, line in enumerate(content.splitlines(), 1):
             if line.strip():
-                yield json_of(line, f"{where}, line {number}", Any)
+                yield json_of(line, f"{where}, line {number}", object)
     elif name.endswith(".csv"):
         try:
             yield from csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))

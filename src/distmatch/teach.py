@@ -10,9 +10,9 @@ from torch import Tensor
 from distmatch import data, rng
 from distmatch.checkpoint import Stateful
 from distmatch.clock import Clock
-from distmatch.data import Images
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.ema import EMA
+from distmatch.images import Images
 from distmatch.losses import denoising_loss
 from distmatch.models.folder import Info, save_model
 from distmatch.optim import Optimizer

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch import data, rng
-from distmatch.data import Images
 from distmatch.files import write_atomic, write_json
+from distmatch.images import Images
 from distmatch.optim import Optimizer
 
 FORMAT = "distmatch-classifier-1"
