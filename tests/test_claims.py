@@ -115,7 +115,7 @@ def test_who_stood_still_while_writing_finds_it_done_by_others(tmp_path):
             path.write_text("late")
             os.utime(path, (0, 0))
             Folder(tmp_path).write(name, lambda path: path.write_text("by others"))
-            Folder(tmp_path).sweep([name], EXPIRY)
+            Folder(tmp_path).sweep(EXPIRY)
 
         folder.write(name, write)
 

@@ -22,6 +22,7 @@ from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.models.unet import UNet
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint
+from distmatch.process import identity
 from distmatch.sampler import euler, heun
 from distmatch.schedule import EDM, Flow
 
@@ -300,9 +301,8 @@ def test_a_killed_build_continues(teacher, settings, undisturbed, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    remnant = store / ".shard-00009.safetensors.k1ll3d"  # had it been writing that one
-    remnant.write_bytes(b"half a sh")
-    os.utime(remnant, (time.time() - 10, time.time() - 10))
+    writer = f"{identity().partition('-')[0]}-{process.pid}-0"  # had it been writing this one
+    (store / f".shard-00009.safetensors.{writer}-k1ll3d00").write_bytes(b"half")
     finished = identities(store)
     assert 3 <= len(finished) < 16
     with pytest.raises(ValueError, match=rf"incomplete: {len(finished)} of 16 shards .* run the same build command"):

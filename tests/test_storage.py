@@ -10,6 +10,8 @@ import bucket
 import pytest
 
 from distmatch import storage
+from distmatch.files import write_atomic
+from distmatch.process import identity
 from distmatch.storage import Folder, local
 
 fork = multiprocessing.get_context("fork")
@@ -222,12 +224,40 @@ def test_a_file_is_no_folder(tmp_path):
         Folder(tmp_path / "x")
 
 
+def left_by(writer: str, name: str = "x") -> str:
+    return f".{name}.{writer}-abcd1234"
+
+
 def test_what_killed_writers_left_is_swept_when_it_is_old_by_the_disks_clock(tmp_path, monkeypatch):
-    names = [".x.abc", ".x.def", ".other.abc"]
-    for name in names:
+    elsewhere = "01234567-42-4711"
+    old, young, foreign = left_by(elsewhere), left_by(elsewhere, "y"), ".x.abcd1234"
+    for name in (old, young, foreign):
         (tmp_path / name).touch()
-    old = (tmp_path / ".x.abc").stat().st_mtime - 60
-    os.utime(tmp_path / ".x.abc", (old, old))
+    past = (tmp_path / old).stat().st_mtime - 60
+    for name in (old, foreign):
+        os.utime(tmp_path / name, (past, past))
     monkeypatch.setattr(time, "time", lambda: 2e9)  # ours is wrong
-    Folder(tmp_path).sweep(["x"], 30)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.abc", ".x.def"]
+    Folder(tmp_path).sweep(30)
+    assert {file.name for file in tmp_path.iterdir()} == {foreign, young}
+
+
+def _killed_while_it_writes(file) -> None:
+    def write(path):
+        path.write_bytes(b"ha")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_atomic(file, write)
+
+
+def test_the_next_to_write_into_a_folder_sweeps_what_a_killed_one_left(tmp_path):
+    process = fork.Process(target=_killed_while_it_writes, args=(tmp_path / "x",))
+    process.start()
+    process.join()
+    (half,) = tmp_path.iterdir()
+    mine = tmp_path / left_by(identity())
+    mine.touch()
+    write_atomic(tmp_path / "y", lambda path: path.write_bytes(b"whole"))
+    assert set(tmp_path.iterdir()) == {tmp_path / "y", mine}, "who lives keeps its own"
+    half.touch()
+    write_atomic(tmp_path / "y", lambda path: path.write_bytes(b"again"))
+    assert half.exists(), "a process looks once"

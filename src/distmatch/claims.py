@@ -1,17 +1,20 @@
 """Work shared by processes and machines that come and go, without a coordinator: files in a folder, each made once.
 
 A claim on `name` is the file `name.claim-0`, which only one process can create. Its owner changes it all the time until
-the work is done. One that no longer changes, by the clock of whoever looks, is a dead process's: `name.claim-1` may
-then be created, again by one process alone. No clocks are compared, and a live claim is never deleted.
+the work is done. One that no longer changes, by the clock of whoever looks, is a dead process's, and so is one whose
+process ran on this host and has ended: `name.claim-1` may then be created, again by one process alone. No clocks are
+compared, and a live claim is never deleted.
 """
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from uuid import uuid4
 
+from distmatch.process import FORM, identity, is_dead
 from distmatch.storage import Folder
 
 EXPIRY = 60.0
@@ -26,11 +29,16 @@ class Claims:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def expired(self, claim: str) -> bool:
-        """Whether the file `claim` has not changed for `expiry` seconds, as far as this process has seen."""
+        """Whether the owner of the file `claim` is dead: known to have ended, or silent for `expiry` seconds.
+
+        Silent is a file that has not changed, as far as this process has seen.
+        """
         try:
             beat = self.folder.read(claim)
         except FileNotFoundError:
             return False  # done just now
+        if is_dead(owner(beat)):
+            return True
         now = time.monotonic()
         before, since = self._seen.get(claim, (b"", now))
         if beat != before or claim not in self._seen:
@@ -39,15 +47,46 @@ class Claims:
         return now - since > self.expiry
 
     @contextmanager
-    def held(self, name: str, number: int = 0) -> Iterator[bool]:
-        """Whether `name.claim-<number>` is this process's; it is renewed within, and removed with all before it."""
-        claim = f"{name}.claim-{number}"
-        owner = uuid4().hex
-        if not self.folder.create(claim, f"{owner} 0".encode()):
+    def held(
+        self,
+        name: str,
+        number: int = 0,
+        *,
+        dead: bytes | None = None,
+        about: str = "",
+        lost: Callable[[], None] | None = None,
+    ) -> Iterator[bool]:
+        """Whether `name.claim-<number>` is this process's; it is renewed within, and removed with all before it.
+
+        Args:
+            dead: the content of the claim before it, for one process alone even where that death is an old story:
+                another has taken over since, finished, and made room for a third. Empty for a first claim.
+            about: what others may read of the owner.
+            lost: called, in a thread, when this process was taken for dead and the claim is no longer its own.
+        """
+        claim, mark, done = f"{name}.claim-{number}", f"{identity()}-{uuid4().hex}", threading.Event()
+
+        def content(beat: int) -> bytes:
+            return f"{mark} {beat:08d} {about}".encode()  # always as long, so that a full disk does not refuse it
+
+        def renew() -> None:
+            beat = 0
+            while not done.wait(self.expiry / 4):
+                beat += 1
+                with suppress(OSError, ValueError):  # a network that is down for a moment
+                    if lost is not None and latest(self.folder.sizes()).get(name) != number:
+                        lost()
+                    if self.folder.exists(claim):  # else this process stood still, was taken for dead, others did it
+                        self.folder.change(claim, content(beat))
+
+        if not self.folder.create(claim, content(0)):
             yield False
             return
-        done = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(claim, owner, done), daemon=True)
+        if dead is not None and not self._follows(name, number, dead):
+            self.folder.remove(claim)
+            yield False
+            return
+        thread = threading.Thread(target=renew, daemon=True)
         thread.start()
         try:
             yield True
@@ -56,6 +95,14 @@ class Claims:
             thread.join()
             for old in range(number + 1):
                 self.folder.remove(f"{name}.claim-{old}")
+
+    def _follows(self, name: str, number: int, dead: bytes) -> bool:
+        """Whether claim `number` is the last, and the one before it is still the `dead` one."""
+        if latest(self.folder.sizes()).get(name) != number:
+            return False
+        with suppress(FileNotFoundError):
+            return number == 0 or self.folder.read(f"{name}.claim-{number - 1}") == dead
+        return False
 
     @contextmanager
     def waited(self, name: str) -> Iterator[None]:
@@ -72,8 +119,13 @@ class Claims:
             time.sleep(pause)
 
     def tidy(self, names: Collection[str]) -> None:
-        """Remove what dead processes left of claims on `names`, which are done; waits until it is known who is dead."""
-        left = [file for file in self.folder.sizes() if file.rpartition(".claim-")[0] in names]
+        """Remove what dead processes left of claims on `names`, which are done; waits until it is known who is dead.
+
+        In a folder that is not to be written they stay.
+        """
+        left = [file for file in self.folder.sizes() if _parts(file)[0] in names]
+        if left and not self.folder.is_writable():
+            return
         first: dict[str, bytes] = {}
         pause = 0.0
         while left:
@@ -86,27 +138,32 @@ class Claims:
                 if beat != first.setdefault(claim, beat):
                     left.remove(claim)  # its owner lives and removes it, e.g. when the file has grown
                 elif self.expired(claim):
-                    self.folder.remove(claim)
+                    left.remove(claim)
+                    with suppress(OSError):  # it may stay where it cannot be removed: what it was for is done
+                        self.folder.remove(claim)
             if left:
                 pause = min(2 * pause + 0.02, self.expiry / 20)
                 time.sleep(pause)
 
-    def _renew(self, claim: str, owner: str, done: threading.Event) -> None:
-        beat = 0
-        while not done.wait(self.expiry / 4):
-            beat += 1
-            with suppress(OSError, ValueError):  # a network that is down for a moment
-                if self.folder.exists(claim):  # else this process stood still, was taken for dead, and others did it
-                    self.folder.change(claim, f"{owner} {beat}".encode())
+
+def owner(content: bytes) -> str:
+    """The `process.identity` in a claim's content; empty where it has none."""
+    found = re.match(FORM, content.decode(errors="replace"))
+    return found[0] if found else ""
+
+
+def _parts(file: str) -> tuple[str, int]:
+    """Name and number of a claim; an empty name for any other file, such as an editor's copy of one."""
+    found = re.fullmatch(r"(.+)\.claim-(\d{1,9})", file)
+    return (found[1], int(found[2])) if found else ("", -1)
 
 
 def latest(names: Collection[str]) -> dict[str, int]:
     """The number of the latest claim on each name, among the files `names`."""
     found: dict[str, int] = {}
-    for file in names:
-        name, separator, number = file.rpartition(".claim-")
-        if separator:
-            found[name] = max(found.get(name, 0), int(number))
+    for name, number in map(_parts, names):
+        if name:
+            found[name] = max(found.get(name, 0), number)
     return found
 
 
@@ -163,4 +220,4 @@ def make_together(
                 missing.remove(name)
         unopposed, pause = mine, 0.0
     claims.tidy(set(names))
-    folder.sweep(names, expiry)
+    folder.sweep(expiry)

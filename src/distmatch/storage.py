@@ -6,7 +6,7 @@ Files at a URL are read from copies on the local disk, of which those unused for
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from distmatch.extras import need
-from distmatch.files import write_atomic
+from distmatch.files import sweep, write_atomic
 from distmatch.paths import CACHE
 
 Value = TypeVar("Value")
@@ -125,16 +125,23 @@ class Folder:
             return True
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with (self.path / name).open("xb") as file:
-                file.write(content)
+            file = (self.path / name).open("xb")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(content)
+        except OSError:  # a full disk
+            self.remove(name)
+            raise
         return True
 
     def change(self, name: str, content: bytes) -> None:
         """Other content for a small file that one process alone writes."""
         if self.path is not None:
-            (self.path / name).write_bytes(content)
+            with (self.path / name).open("rb+") as file:  # in place: a reader never sees an empty one
+                file.write(content)
+                file.truncate()
         else:
             with _written(self.place):
                 self.fs.pipe_file(f"{self.root}/{name}", content)
@@ -148,16 +155,14 @@ class Folder:
                 with _reached(self.place):
                     self.fs.rm_file(f"{self.root}/{name}")
 
-    def sweep(self, names: Collection[str], age: float) -> None:
-        """Delete what killed writers of the files `names` left on a disk, unchanged for `age` seconds of its clock."""
-        if self.path is None:
-            return
-        with tempfile.NamedTemporaryFile(prefix=".now-", dir=self.path) as made:
-            now = os.stat(made.name).st_mtime
-        for path in self.path.glob(".*"):
-            with suppress(FileNotFoundError):
-                if path.name[1:].rpartition(".")[0] in names and now - path.stat().st_mtime > age:
-                    path.unlink()
+    def is_writable(self) -> bool:
+        """Whether files may be made on this disk; of a store at a URL only the attempt tells."""
+        return self.path is None or os.access(self.path, os.W_OK)
+
+    def sweep(self, age: float) -> None:
+        """Delete what killed writers left on a disk, see `files.sweep`."""
+        if self.path is not None:
+            sweep(self.path, age)
 
 
 @contextmanager
