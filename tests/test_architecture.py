@@ -21,7 +21,8 @@ FLOORS = [
     ["train", "evaluation", "baselines"],
     ["distill", "teach", "pipeline"],
     ["pair_builder", "features", "embeddings"],
-    ["pairs", "claims"],
+    ["pairs", "ownership"],
+    ["claims"],
     ["models.library"],
     ["models.published", "models.pretrained", "models.around"],
     ["models.folder"],
@@ -51,7 +52,7 @@ FLOORS = [
     ["checkpoint", "optim", "progress"],
     ["shards"],
     ["config", "files", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["watch", "plain", "extras"],
+    ["watch", "plain", "extras", "process"],
     ["limits"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -85,7 +85,7 @@ def train(
     overrides
         Entries to change, e.g. terms=match match.weighting=dreamfusion generator.lr=1e-4.
     out
-        The run's folder; RUNS/RECIPE unless told.
+        The run's folder; unless told RUNS/RECIPE with what was overridden, e.g. runs/mnist-terms=match.
     runs
         The folder that runs and pair stores share.
     scale
@@ -94,13 +94,14 @@ def train(
     dry_run
         Print the resolved recipe and stop.
     """
-    from distmatch.config import dump, load_recipe
+    from distmatch.config import dump, load_recipe, run_name
 
     resolved = load_recipe(recipe, overrides)
+    name = run_name(load_recipe(recipe), resolved)
     if scale == "cpu-smoke":
         from distmatch.smoke import cpu_smoke, make_networks
 
-        runs = runs / "cpu-smoke" / resolved.name
+        runs = runs / "cpu-smoke" / name
         full, resolved = resolved, load_recipe(recipe, [*cpu_smoke(resolved, runs), *overrides])
         if not dry_run:
             make_networks(full, runs)
@@ -109,7 +110,7 @@ def train(
         return
     from distmatch.run import distil
 
-    distil(resolved, out or runs / resolved.name, runs)
+    distil(resolved, out or runs / name, runs)
 
 
 @app.command

@@ -32,6 +32,7 @@ from distmatch.files import write_atomic, write_json
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments, frechet
 from distmatch.models.inception import load_inception
+from distmatch.ownership import owns_out
 from distmatch.pairs import fingerprint
 from distmatch.pipeline import DistilledPipeline, Pipeline
 from distmatch.plain import read_json
@@ -101,6 +102,7 @@ def command(
     )
 
 
+@owns_out
 def compare(
     teacher: str,
     student: Pipeline | None,

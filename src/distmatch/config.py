@@ -1,6 +1,9 @@
 """Recipes: every number of an experiment in one YAML file, strict, with dotted overrides."""
 
 import difflib
+import json
+import re
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -294,6 +297,36 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return rows
+
+
+FREE = (
+    *("log", "checkpoint", "evaluate", "device", "description", "expected"),
+    *("accumulate", "parallel", "gradient_checkpointing", "compile"),
+)
+"""Entries of a recipe that may change when a run continues: they don't touch the result, but for roundings."""
+
+PLACES = ("prompts.path", "prompts.column", "prompts.cache", "pairs.path", "regress.weights")
+"""Entries that say where something lies on this machine."""
+
+
+def run_name(base: Recipe, recipe: Recipe) -> str:
+    """Return the default name of a run's folder: the recipe's, and what was overridden in `base`.
+
+    For example `mnist-terms=match`. `FREE` and `PLACES` are left out, and paths are cut to their last part. Runs that
+    differ all the same in one of these share a folder's name, and there the second is refused.
+    """
+    before, now = (flat(r.model_dump(mode="json")) for r in (base, recipe))
+    changed = [k for k, v in now.items() if before.get(k) != v and k.split(".")[0] not in (*FREE, "name", "stages")]
+    name = recipe.name + "".join(f"-{key}={_in_a_name(now[key])}" for key in changed if key not in PLACES)
+    return name if len(name) <= 120 else f"{name[:111]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _in_a_name(value: Any) -> str:
+    """An entry's value as part of a file's name."""
+    if isinstance(value, list):
+        return ",".join(map(_in_a_name, value))
+    text = value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.,+-]", "_", text)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

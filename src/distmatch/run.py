@@ -1,6 +1,7 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from distmatch import build, data, parallel
 from distmatch.checkpoint import Checkpoints
-from distmatch.config import Recipe, dump, flat, parse_recipe
+from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.distill import Distiller
 from distmatch.evaluation import COLUMNS, hardware, speed
@@ -38,7 +39,8 @@ from distmatch.models.folder import Info
 from distmatch.models.inception import load_inception
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
-from distmatch.pairs import MANIFEST, PairStore
+from distmatch.ownership import owns_out
+from distmatch.pairs import MANIFEST, PairStore, prompts_digest
 from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.plain import read_json, read_yaml
@@ -51,14 +53,9 @@ from distmatch.train import Plan, train
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
 
-FREE = {
-    *("log", "checkpoint", "evaluate", "device", "description", "expected"),
-    *("accumulate", "parallel", "gradient_checkpointing", "compile"),
-}
-"""Entries of a recipe that may change when a run continues: they don't touch the result, but for roundings."""
-
 
 @parallel.joined()
+@owns_out
 def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`.
 
@@ -66,13 +63,12 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         runs: the folder where pair stores are shared.
         teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
     """
-    parallel.same_folder(out)
-    _same_recipe(recipe, out)
+    parallel.first(lambda: _same_recipe(recipe, out))
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     for stage in stages:
         build.check_batches(stage)
     subject = build.subject(recipe, teacher)
-    same_settings({"teacher": recipe.teacher, "fingerprint": subject.fingerprint}, out / "teacher.json")
+    parallel.first(lambda: _bind(recipe, subject, out))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
         for stage in (stage for stage in stages if "regress" in stage.terms):
@@ -86,7 +82,6 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
             distiller = build.distiller(stage, subject, pairs)
         else:
             distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
-        write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
         _train(recipe, subject, distiller, out, end, title)
     assert distiller is not None
@@ -157,17 +152,44 @@ def _size(nbytes: int) -> str:
 def _same_recipe(recipe: Recipe, out: Path) -> None:
     """Refuse to continue a run with another recipe."""
     file = out / "recipe.yaml"
-    if file.exists():
+    if _has_begun(file):
         before = flat(parse_recipe(read_yaml(file), str(file)).model_dump(mode="json"))
         now = flat(recipe.model_dump(mode="json"))
         _same({k: v for k, v in now.items() if k.split(".")[0] not in FREE}, before, out)
 
 
+def _bind(recipe: Recipe, subject: build.Subject, out: Path) -> None:
+    """Write down what the run in `out` is of, before anything else is made. Refuse to continue one of another teacher,
+    or of prompts that were edited."""
+    file, now = out / "teacher.json", {"teacher": recipe.teacher, "fingerprint": subject.fingerprint}
+    if subject.prompts and not (_has_begun(file) and "prompts" not in read_json(file, dict[str, Any])):  # as before 0.2
+        now["prompts"] = prompts_digest(subject.prompts)
+    same_settings(now, file)
+    write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
+
+
 def same_settings(settings: dict[str, Any], file: Path) -> None:
-    """Refuse to continue a run with other `settings` than those in `file`, which is written if it is not there."""
-    if file.exists():
+    """Refuse to continue a run with other `settings` than those in `file`; a run that has saved nothing is replaced."""
+    if _has_begun(file):
         _same(settings, read_json(file, dict[str, Any]), file.parent)
+    else:
+        shutil.rmtree(file.parent / "previews", ignore_errors=True)
+        (file.parent / "wandb-id").unlink(missing_ok=True)
     write_json(file, settings)
+
+
+def _has_begun(file: Path) -> bool:
+    """Whether the run that `file` describes has saved anything that another one would not make again.
+
+    Raises `ValueError` where something is saved that was not made by such a run.
+    """
+    out = file.parent
+    found = next((name for name in ("model", "methods", "checkpoints/step-*") if any(out.glob(name))), None)
+    if found and not file.exists():
+        raise ValueError(
+            f"{out} holds {out / found} of something else: it has no {file.name}. Choose another folder with --out"
+        )
+    return bool(found)
 
 
 def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
@@ -179,6 +201,7 @@ def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
         )
 
 
+@owns_out
 def teach(
     images: str | Path | Images,
     out: Path,
@@ -250,6 +273,7 @@ def teach(
     )
 
 
+@owns_out
 def import_edm(source: str, out: Path) -> None:
     """`distmatch import edm`."""
     denoiser, info = published.import_edm(source, out)
@@ -441,6 +465,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+@owns_out
 def classifier(
     images: str, out: Path, steps: int, batch: int, lr: float, widths: tuple[int, ...], flip: bool, seed: int
 ) -> None:

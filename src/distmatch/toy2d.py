@@ -22,6 +22,7 @@ from distmatch.distill import Batch, Distiller, Images, Match, Term
 from distmatch.files import write_atomic, write_json
 from distmatch.losses import matching_loss
 from distmatch.models.mixture import MIXTURES, Mixture
+from distmatch.ownership import owns_out
 from distmatch.progress import progress
 from distmatch.sampler import one_step
 
@@ -151,6 +152,7 @@ def figure3(recipe: Recipe, runs: Path, n: int = 4000) -> list[Panel]:
     return panels
 
 
+@owns_out
 def demo(out: Path, runs: Path) -> None:
     """Draw Figure 3: `out/figure3.png` and, with the numbers behind it, `out/figure3.json`. Pairs go below `runs`."""
     recipe = load_recipe("toy2d")
