@@ -17,7 +17,7 @@ FLOORS = [
     ["run", "toy2d", "plan"],
     ["cost"],
     ["rehearsal"],
-    ["build", "report", "smoke", "export", "serve", "weightless"],
+    ["build", "report", "smoke", "export", "serve", "weightless", "samples"],
     ["train", "evaluation", "baselines"],
     ["distill", "teach", "pipeline"],
     ["pair_builder", "features", "embeddings"],

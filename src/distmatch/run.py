@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distmatch import build, data, parallel
+from distmatch import build, data, parallel, samples
 from distmatch.checkpoint import Checkpoints
 from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
@@ -385,6 +385,7 @@ def pipeline(model: str, steps: int | None, guidance: float | None, device: str)
     return student
 
 
+@owns_out
 def sample(
     model: str,
     out: Path,
@@ -397,7 +398,11 @@ def sample(
     batch: int | None,
     device: str,
 ) -> None:
-    """`distmatch sample`: `grid.png` and `000000.png` ... in `out`; the prompts in turn."""
+    """`distmatch sample`: `grid.png` and `000000.png` ... in `out`, the prompts in turn.
+
+    An earlier call's pictures go. Raises `ValueError` where `out` has others of such names.
+    """
+    replaced = samples.earlier(out)
     pipe = pipeline(model, steps, guidance, device)
     labels = (
         int(label) if label is not None and label not in pipe.info.classes and label.lstrip("-").isdigit() else label
@@ -408,11 +413,13 @@ def sample(
         pixels = pipe(
             n, labels=labels, prompts=texts, guidance_scale=scale, seed=seed, batch=batch, progress=advance
         ).pixels
-    sheet = data.grid(pixels, columns=max(1, min(len(pipe.info.classes) or 8, n)))
-    write_atomic(out / "grid.png", lambda p: p.write_bytes(data.png(sheet, zoom=1 if pipe.info.source else 2)))
-    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        write_atomic(out / f"{i:06d}.png", lambda p, image=image: p.write_bytes(data.png(image)))
-    console.print(f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in {out}; see {out / 'grid.png'}")
+    columns, zoom = max(1, min(len(pipe.info.classes) or 8, n)), 1 if pipe.info.source else 2
+    made = {"model": model, "seed": seed, "label": label, "prompts": prompts, "steps": steps, "guidance": guidance}
+    samples.write(out, pixels, columns, zoom, made)
+    instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
+    console.print(
+        f"{n} images, {pipe.nfe} evaluation{'s' * (pipe.nfe > 1)} each, in {out}{instead}; see {out / samples.GRID}"
+    )
 
 
 @parallel.joined()
