@@ -8,7 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
-from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline, rng
+from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline, rng, run
 from distmatch.conditions import Classes
 from distmatch.data import grid, to_uint8
 from distmatch.denoiser import Cond
@@ -107,6 +107,34 @@ def test_sample_command_writes_the_pipelines_images(tmp_path, student):
     assert wrong.returncode == 2
     assert "the package has mnist" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def pictures(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def test_a_sample_call_replaces_the_pictures_of_an_earlier_one_and_no_others(tmp_path, student):
+    def sample(n: int, out=tmp_path / "out", seed: int = 0) -> None:
+        run.sample(str(student), out, n, seed, None, None, None, None, None, "cpu")
+
+    sample(5, seed=1)
+    sample(2)
+    assert pictures(tmp_path / "out") == ["000000.png", "000001.png", "grid.png"]
+    pixels = DistilledPipeline.from_pretrained(student)(2, seed=0).pixels
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "000001.png")), pixels[1, 0].numpy())
+    made = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert (made["n"], made["seed"], made["model"]) == (2, 0, str(student))
+    (tmp_path / "out" / "holiday.png").touch()
+    sample(1)
+    assert pictures(tmp_path / "out") == ["000000.png", "grid.png", "holiday.png"], "what is ours alone goes"
+    (tmp_path / "out" / "000007.png").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "grid.png").touch()
+    for out, name in ((tmp_path / "out", "000007.png"), (tmp_path / "old", "grid.png")):
+        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        with pytest.raises(ValueError, match=f"{out} holds {name}, which is not of the call that sample.json"):
+            sample(8, out)
+        assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 class Own(torch.nn.Module):

@@ -1,5 +1,6 @@
 """Training on prompts by a recipe: adapters alone, recomputed activations, cached text, what is refused."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
 from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.run import distil
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,28 @@ def test_a_run_matches_the_guided_teacher_of_its_prompts(folder):
         w = (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
         expected = 0.5 * (((plain - real) / w) ** 2).mean().item()
     assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_whose_prompts_were_edited_is_refused(folder, tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat\na dog\n")
+    recipe = load_recipe(
+        str(folder / "text.yaml"),
+        [f"prompts.path={captions}", "terms=match", "match.pairs=false", "steps=1", "evaluate.every=0"],
+    )
+    distil(recipe, tmp_path / "run")
+    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    captions.write_text("a cat\na log\n")
+    with pytest.raises(ValueError, match=r"run with other settings:\n  prompts: \w{64} there, \w{64} here\n"):
+        distil(recipe, tmp_path / "run")
+    captions.write_text("a cat\na dog\n")
+    distil(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == weights
+    told = json.loads((tmp_path / "run" / "teacher.json").read_text())
+    del told["prompts"]  # a run of an earlier version goes on, and is bound from now on
+    (tmp_path / "run" / "teacher.json").write_text(json.dumps(told))
+    distil(recipe, tmp_path / "run")
+    assert "prompts" in json.loads((tmp_path / "run" / "teacher.json").read_text())
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from datetime import datetime
 from hashlib import sha256
@@ -162,16 +162,21 @@ def _bind(recipe: Recipe, subject: build.Subject, out: Path) -> None:
     """Write down what the run in `out` is of, before anything else is made. Refuse to continue one of another teacher,
     or of prompts that were edited."""
     file, now = out / "teacher.json", {"teacher": recipe.teacher, "fingerprint": subject.fingerprint}
-    if subject.prompts and not (_has_begun(file) and "prompts" not in read_json(file, dict[str, Any])):  # as before 0.2
+    if subject.prompts:
         now["prompts"] = prompts_digest(subject.prompts)
-    same_settings(now, file)
+    same_settings(now, file, new={"prompts"})
     write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
 
 
-def same_settings(settings: dict[str, Any], file: Path) -> None:
-    """Refuse to continue a run with other `settings` than those in `file`; a run that has saved nothing is replaced."""
+def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = ()) -> None:
+    """Refuse to continue a run with other `settings` than those in `file`; a run that has saved nothing is replaced.
+
+    Args:
+        new: settings that runs of earlier versions have not written down.
+    """
     if _has_begun(file):
-        _same(settings, read_json(file, dict[str, Any]), file.parent)
+        before = read_json(file, dict[str, Any])
+        _same({k: v for k, v in settings.items() if k in before or k not in new}, before, file.parent)
     else:
         shutil.rmtree(file.parent / "previews", ignore_errors=True)
         (file.parent / "wandb-id").unlink(missing_ok=True)
