@@ -40,7 +40,7 @@ def sample(
     prompt
         For a text-to-image model, what to draw; several take turns.
     out
-        Where the images go; samples/MODEL unless told.
+        Where the images go, in place of an earlier call's; samples/MODEL unless told.
     steps
         Sample the teacher called MODEL with so many steps of Heun (PNDM for Stable Diffusion) instead of the student.
     guidance
