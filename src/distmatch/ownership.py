@@ -119,8 +119,9 @@ def _without_owner(folder: Path, claims: Claims) -> tuple[int, bytes]:
 
 def _about() -> dict[str, Any]:
     """What the next one is told of this job."""
+    name = Path(sys.argv[0]).name
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:1000],
+        "command": shlex.join(["distmatch" if name == "__main__.py" else name, *sys.argv[1:]])[:1000],
         "host": socket.gethostname(),
         "process": os.getpid(),
         "since": datetime.now().astimezone().isoformat(" ", "seconds"),
