@@ -53,7 +53,7 @@ FLOORS = [
     ["shards"],
     ["config", "files", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
     ["watch", "plain", "extras", "process"],
-    ["limits"],
+    ["limits", "disk", "screen"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -42,7 +42,7 @@ def test_json_of_the_wrong_form_is_named(content, message, tmp_path):
 WRONG_YAML = {
     LAUGHS: "aliases (*a) are not read; write out what it stands for",
     "a: 1\nb: 2\na: 3": "the key 'a' is given twice",
-    "[" * 1_500: "is nested too deeply",
+    "[" * 1_000: "is nested too deeply",
     "a: " + "9" * 10_000: "Exceeds the limit",
     "a: !!python/object/apply:os.system [id]": "could not determine a constructor",
     "- 1": "holds no recipe: expected `key: value` lines, not [1]",

@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
 import os
+import select
 import shlex
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ app.command(import_app)
 
 Runs = Annotated[Path, Parameter(name="--runs")]
 
+LONGEST = 4000
+"""Characters of an error's message that are shown."""
+
 app.update(models)
 
 
@@ -54,16 +58,16 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
 @app.command
 def recipes() -> None:
     """List the recipes of the package."""
-    from rich.console import Console
     from rich.table import Table
 
     from distmatch.config import load_recipe
     from distmatch.config import recipes as known
+    from distmatch.screen import console
 
     table = Table("recipe", "what it is", box=None)
     for name in known():
         table.add_row(name, load_recipe(name).description)
-    Console().print(table)
+    console.print(table)
 
 
 @app.command
@@ -349,7 +353,15 @@ def main() -> None:
         app()
         return
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # what a full disk refuses of it is an error now, rather than after the end
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains, as it exits
+        raise SystemExit(141) from None  # as of programs that SIGPIPE ends, such as with `| head`
     except ValueError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -359,7 +371,11 @@ def main() -> None:
             _fail(f"{error}; to go on: {_command()}", 130)
         if type(error).__name__ in ("Diverged", "Lost"):
             _fail(str(error), 1)
-        raise
+        from distmatch.disk import explained
+
+        if (message := explained(error)) is None:
+            raise
+        _fail(message, 2)
 
 
 def _command() -> str:
@@ -368,6 +384,15 @@ def _command() -> str:
     return shlex.join([*(["python", "-m", "distmatch"] if name == "__main__.py" else [name]), *sys.argv[1:]])
 
 
+def _unread() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _fail(message: str, code: int) -> None:
-    print(f"distmatch: {message}", file=sys.stderr)
+    from distmatch.screen import escaped
+
+    print(f"distmatch: {escaped(message)[:LONGEST]}", file=sys.stderr)
     raise SystemExit(code)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from distmatch.extras import need
 from distmatch.models.folder import Info, load_model
@@ -18,8 +17,7 @@ from distmatch.models.library import model_folder
 from distmatch.models.pretrained import PREDICTIONS
 from distmatch.models.stable import StableUNet, write_adapters
 from distmatch.schedule import VP
-
-console = Console(markup=False, highlight=False, soft_wrap=True)
+from distmatch.screen import console
 
 
 def export_diffusers(run: str, out: Path, source: str | None = None, half: bool = False) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distmatch.disk import naming
 from distmatch.process import FORM, identity, is_dead, is_here
 
 ABANDONED = 3600.0
@@ -23,7 +24,15 @@ _swept: set[Path] = set()
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write(temporary_path)`, then move the finished file to `path`: readers see all of it or none of it."""
+    """Call `write(temporary_path)`, then move the finished file to `path`: readers see all of it or none of it.
+
+    What the system refuses is an `OSError` on `path`, whichever library `write` calls; nothing is left beside it.
+    """
+    with naming(path):
+        _write_atomic(path, write)
+
+
+def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     folder = path.parent.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if folder not in _swept:

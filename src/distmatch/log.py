@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from uuid import uuid4
 import numpy as np
 
 from distmatch import limits, parallel
+from distmatch.disk import naming
 from distmatch.extras import need
 from distmatch.files import write_atomic
 from distmatch.plain import json_of
@@ -30,16 +32,18 @@ class JsonLines:
     def __init__(self, path: Path, start: int = 0):
         kept = [line for line in read(path) if line["step"] <= start]
         write_atomic(path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in kept)))
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("a", buffering=1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         pass  # the loop keeps pictures as files beside the log
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +82,7 @@ class TensorBoard:
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
+        self._writer.flush()  # raises what its thread met
         self._writer.close()
 
 
@@ -123,5 +128,6 @@ class Log:
             tracker.image(step, name, image)
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        with ExitStack() as stack:  # all are closed, whichever fails
+            for tracker in self._trackers:
+                stack.callback(tracker.close)

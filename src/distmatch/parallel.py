@@ -110,14 +110,14 @@ def told(value: Result) -> Result:
 
 
 def first(make: Callable[[], Result]) -> Result:
-    """`make()` of the first process, on all of them; a `ValueError` that it raises, all of them raise."""
+    """`make()` of the first process, on all of them; a `ValueError` or `OSError` that it raises, all of them raise."""
     if world() == 1:
         return make()
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = make()
-        except ValueError as error:  # a user's mistake; the others would wait for the result and then lose the first
+        except (OSError, ValueError) as error:  # else the others would wait for the result and then lose the first
             box[1] = error
     dist.broadcast_object_list(box)
     if box[1] is not None:

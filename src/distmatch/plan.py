@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from distmatch.config import Recipe
@@ -17,10 +16,9 @@ from distmatch.engine import blocks
 from distmatch.models.folder import Info
 from distmatch.progress import progress
 from distmatch.rehearsal import sampling_flops
+from distmatch.screen import console
 from distmatch.solvers import evaluations
 from distmatch.weightless import teacher_of
-
-console = Console(markup=False, highlight=False, soft_wrap=True)
 
 MACHINE = 8
 """GPUs in one machine."""

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from distmatch import parallel
+from distmatch.screen import Screen, printable
 
-console = Console(stderr=True, markup=False)
+console = Screen(stderr=True)
 
 
 class _Rate(ProgressColumn):
@@ -33,13 +33,15 @@ def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterato
     Where standard error is no terminal, a line with the rate and the time left is printed at each tenth instead. Of
     several processes, the first shows it.
     """
+    title = printable(title)
     if parallel.rank() > 0:
         yield lambda n: None
         return
     if not console.is_terminal:
         yield _lines(title, total, done, unit)
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
+    name = TextColumn("{task.description}", markup=False)
+    columns = name, BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
     with Progress(*columns, console=console, speed_estimate_period=60) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda n: bar.advance(task, n)
@@ -56,8 +58,6 @@ def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None
             state["tenth"] = tenth
             rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
             left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
-            console.print(
-                f"{title}: {state['done']} of {total} {unit}, {rate:,.1f} {unit}/s, {left} left", highlight=False
-            )
+            console.print(f"{title}: {state['done']} of {total} {unit}, {rate:,.1f} {unit}/s, {left} left")
 
     return advance

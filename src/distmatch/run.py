@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from distmatch import build, data, parallel, samples
@@ -46,12 +45,12 @@ from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, sid
 from distmatch.plain import read_json, read_yaml
 from distmatch.progress import progress
 from distmatch.schedule import EDM
+from distmatch.screen import console
 from distmatch.solvers import evaluations
 from distmatch.storage import Folder, local, name_of
 from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
-console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 @parallel.joined()

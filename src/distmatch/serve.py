@@ -27,7 +27,6 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
@@ -35,8 +34,8 @@ from torch import Tensor
 from distmatch import rng
 from distmatch.paths import ASSETS
 from distmatch.pipeline import Output, Pipeline
+from distmatch.screen import console
 
-console = Console(markup=False, highlight=False, soft_wrap=True)
 log = logging.getLogger("uvicorn.error")
 Result = TypeVar("Result")
 Asked = TypeVar("Asked", bound=BaseModel)

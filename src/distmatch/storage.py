@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from distmatch.disk import naming
 from distmatch.extras import need
 from distmatch.files import sweep, write_atomic
 from distmatch.paths import CACHE
@@ -129,7 +130,7 @@ class Folder:
         except FileExistsError:
             return False
         try:
-            with file:
+            with naming(self.path / name), file:
                 file.write(content)
         except OSError:  # a full disk
             self.remove(name)

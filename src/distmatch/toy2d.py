@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from distmatch.models.mixture import MIXTURES, Mixture
 from distmatch.ownership import owns_out
 from distmatch.progress import progress
 from distmatch.sampler import one_step
+from distmatch.screen import console
 
 SIGMA = 0.25
 """Noise level at which `kl` compares the student's samples with the real distribution."""
@@ -174,7 +174,6 @@ def demo(out: Path, runs: Path) -> None:
         },
     )
 
-    console = Console()
     table = Table(Column("objective", no_wrap=True), box=None)
     for title in ("modes", "near mode", "far mode", f"KL at sigma {SIGMA}", "seconds"):
         table.add_column(title, justify="right")
@@ -185,7 +184,7 @@ def demo(out: Path, runs: Path) -> None:
     console.print(table)
     heavy = real.log_weights[0]
     console.print(f"One mode without the other, made perfectly, has KL {-heavy:.3f} = -ln {heavy.exp():.2f}.")
-    console.print(f"Look at [bold]{file.resolve()}[/]", soft_wrap=True)
+    console.print(f"Look at {file.resolve()}")
 
 
 def draw(panels: Sequence[Panel], real: Mixture, dots: int = 1000) -> Figure:

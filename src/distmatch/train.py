@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,5 +164,6 @@ def train(
             save(plan.steps)
         task.export(out / "model")
     finally:
-        log.close()
-        checkpoints.close()  # what is being written is finished, whatever ended the run
+        with ExitStack() as stack:  # each is closed even where the other cannot be
+            stack.callback(checkpoints.close)  # what is being written is finished, whatever ended the run
+            stack.callback(log.close)

@@ -1,0 +1,88 @@
+"""What the machine refuses, in words: the disk, rights, memory. One message that says what to do next."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+MEMORY = re.compile(r"can't allocate memory|not enough memory|[Oo]ut of memory|Unable to allocate")
+"""What PyTorch and NumPy say of memory that they cannot get."""
+
+RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers, which are written in Rust, say what the system refused."""
+
+ADVICE = {
+    errno.EROFS: "choose another place, e.g. with --out",
+    errno.EACCES: "give yourself the right to it, or choose another place, e.g. with --out",
+    errno.EPERM: "give yourself the right to it, or choose another place, e.g. with --out",
+    errno.ENOENT: "check its name",
+    errno.ENOTDIR: "a file is where a folder is wanted; move it, or choose another place, e.g. with --out",
+    errno.EEXIST: "a file is where a folder is wanted; move it, or choose another place, e.g. with --out",
+    errno.EISDIR: "a folder is where a file is wanted; move it, or choose another name",
+    errno.EMFILE: "allow more open files: ulimit -n 65536",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.EFBIG: "the file system, or `ulimit -f`, does not allow a file of this size",
+    errno.EIO: "the disk or the network to it may be failing",
+    errno.ESTALE: "the network disk was mounted anew; run the same again",
+}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system refuses within it is an `OSError` on `path`, whichever library met it and whatever it names."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def explained(error: BaseException) -> str | None:
+    """One message on an error that the machine is the reason of; `None` where it is another's."""
+    if isinstance(error, MemoryError) or MEMORY.search(str(error)) or _number(error) == errno.ENOMEM:
+        first = (str(error).strip().splitlines() or ["no more can be had"])[0]
+        return (
+            f"the memory does not suffice ({first:.300}). In training, take accumulate=N, gradient_checkpointing=true "
+            "or smaller batches (match.batch, regress.batch, pairs.batch); otherwise a smaller --batch"
+        )
+    number = _number(error)
+    if number is not None:
+        place = _place(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"{place}{os.strerror(number)}{_free(error)}. Make room, or choose another place, e.g. with --out, and "
+                "run the same again: what is complete is kept"
+            )
+        return f"{place}{os.strerror(number)}" + (f"; {ADVICE[number]}" if number in ADVICE else "")
+    if isinstance(error, OSError):  # such as of the network, by libraries with errors of their own
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error, as the system, Rust or PyTorch's writer of archives tell it."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := RUST.search(str(error)):
+        return int(found[1])
+    return errno.EIO if "PytorchStreamWriter failed" in str(error) else None
+
+
+def _place(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+
+
+def _free(error: BaseException) -> str:
+    """What is left on the disk that the error is of."""
+    name = getattr(error, "filename", None)
+    if isinstance(name, str):
+        for folder in (Path(name), *Path(name).parents):
+            with suppress(OSError):
+                return f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free)"
+    return ""

@@ -1,0 +1,34 @@
+"""What people read on a terminal. Nothing that comes from a file or a command line can take hold of it."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+
+def escaped(text: object, kept: str = "\n\t") -> str:
+    """`text` with escapes for what would move the cursor, colour or turn around what follows, but for those `kept`."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def printable(name: object, most: int = 120) -> str:
+    """A name from anywhere, on one line and cut to `most` characters."""
+    text = escaped(str(name)[: most + 1], kept="")
+    return text if len(text) <= most else text[:most] + "..."
+
+
+class Screen(Console):
+    """Rich's console for text from anywhere: neither markup nor control characters have an effect."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escaped(text), **options)
+
+    def status(self, status: Any, **options: Any) -> Status:
+        return super().status(Text(escaped(status)), **options)
+
+
+console = Screen(soft_wrap=True)
