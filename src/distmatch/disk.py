@@ -14,6 +14,9 @@ MEMORY = re.compile(r"can't allocate memory|not enough memory|[Oo]ut of memory|U
 RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers, which are written in Rust, say what the system refused."""
 
+ZIP = re.compile(r"inline_container|PytorchStreamWriter failed")
+"""What PyTorch says where it cannot write an archive, for whatever reason."""
+
 ADVICE = {
     errno.EROFS: "choose another place, e.g. with --out",
     errno.EACCES: "give yourself the right to it, or choose another place, e.g. with --out",
@@ -25,7 +28,7 @@ ADVICE = {
     errno.EMFILE: "allow more open files: ulimit -n 65536",
     errno.ENFILE: "close other programs, which have too many files open",
     errno.EFBIG: "the file system, or `ulimit -f`, does not allow a file of this size",
-    errno.EIO: "the disk or the network to it may be failing",
+    errno.EIO: "the disk may be full, or it or the network to it fails",
     errno.ESTALE: "the network disk was mounted anew; run the same again",
 }
 
@@ -70,7 +73,7 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     if found := RUST.search(str(error)):
         return int(found[1])
-    return errno.EIO if "PytorchStreamWriter failed" in str(error) else None
+    return errno.EIO if ZIP.search(str(error)) else None
 
 
 def _place(error: BaseException) -> str:

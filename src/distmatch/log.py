@@ -71,19 +71,26 @@ class TensorBoard:
         need("tensorboard", by="log.track")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
-        self._writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
+        self._folder = out / "tensorboard"
+        with naming(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=start + 1)
+            self._writer.add_text("recipe", f"```
+{json.dumps(config, indent=2)}
+```")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with naming(self._folder):  # its thread writes, and what that met is raised at a later call
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        with naming(self._folder):
+            self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.flush()  # raises what its thread met
-        self._writer.close()
+        with naming(self._folder):
+            self._writer.flush()
+            self._writer.close()
 
 
 class Wandb:

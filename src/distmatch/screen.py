@@ -30,5 +30,8 @@ class Screen(Console):
     def status(self, status: Any, **options: Any) -> Status:
         return super().status(Text(escaped(status)), **options)
 
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the program with status 1
+
 
 console = Screen(soft_wrap=True)
