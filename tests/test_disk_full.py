@@ -202,7 +202,7 @@ ROOMS = [8_192, 400_000]
 
 
 def test_a_run_whose_disk_fills_at_any_moment_goes_on_when_there_is_room(disk, tmp_path, monkeypatch, capsys):
-    """By the command line: status 2 and one line; every file that is there is whole; the end is an undisturbed run's."""
+    """By the command line: status 2 and one line; every file there is whole; the end is an undisturbed run's."""
     recipe = tiny.recipe_file(tmp_path, steps=3, log={"every": 1, "preview": 2}, checkpoint={"every": 2, "keep": 1})
     run.distil(load_recipe(str(recipe)), tmp_path / "whole", tmp_path / "runs")
     expected = load_file(tmp_path / "whole" / "model" / "model.safetensors")

@@ -74,9 +74,7 @@ class TensorBoard:
         self._folder = out / "tensorboard"
         with naming(self._folder):
             self._writer = SummaryWriter(str(self._folder), purge_step=start + 1)
-            self._writer.add_text("recipe", f"```
-{json.dumps(config, indent=2)}
-```")
+            self._writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with naming(self._folder):  # its thread writes, and what that met is raised at a later call

@@ -52,7 +52,6 @@ from distmatch.teach import Teaching
 from distmatch.train import Plan, train
 
 
-
 @parallel.joined()
 @owns_out
 def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
