@@ -12,7 +12,7 @@ ROOT = Path(distmatch.__file__).parent
 # Floors from the top down; a module may import only from floors below its own.
 FLOORS = [
     ["cli"],
-    ["cli_models"],
+    ["cli_models", "cli_mistakes"],
     ["demo", "compare"],
     ["run", "toy2d", "plan"],
     ["cost"],
@@ -50,9 +50,9 @@ FLOORS = [
     ["denoiser"],
     ["schedule", "log", "prompts", "storage"],
     ["checkpoint", "optim", "progress"],
-    ["shards"],
-    ["config", "files", "rng", "ema", "clock", "paths", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["watch", "plain", "extras", "process"],
+    ["shards", "terminal"],
+    ["config", "files", "rng", "ema", "clock", "unpickle", "parallel", "engine", "curves", "interrupt"],
+    ["watch", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

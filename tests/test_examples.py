@@ -37,7 +37,8 @@ def run(*arguments: object, cwd: Path) -> str:
 def test_own_teacher(tmp_path):
     script = ROOT / "examples" / "own_teacher.py"
     assert len(script.read_text().splitlines()) < 25
-    run(script, cwd=tmp_path)
+    said = run(script, cwd=tmp_path)
+    assert "Next: DistilledPipeline.from_pretrained('runs/own', net=MyNetwork(...))(n=16) in Python" in said
     assert Image.open(tmp_path / "runs" / "own" / "first.png").size == (16, 16)
     log = [json.loads(line) for line in (tmp_path / "runs" / "own" / "log.jsonl").read_text().splitlines()]
     assert {"match", "regress", "fake"} <= log[-1].keys()

@@ -141,7 +141,7 @@ def test_a_url_is_fetched_once(tmp_path, cache, monkeypatch):
 
 
 def test_files_that_are_no_such_checkpoint_are_explained(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing.pkl does not exist; give an EDM checkpoint"):
+    with pytest.raises(ValueError, match=r"nothing.pkl is no file here; give an EDM checkpoint"):
         import_edm(str(tmp_path / "nothing.pkl"), tmp_path / "out")
     net = random_edm("edm-cifar10-32x32-uncond-vp")[0].net
     write(tmp_path / "p.pkl", net, "OtherPrecond")

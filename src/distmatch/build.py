@@ -38,9 +38,11 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+        torch.empty(1, device=found).cpu()  # `meta` is a device too, on which nothing can be computed
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here = ["auto", "cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise ValueError(f"device {name!r} is not available here; use {' or '.join(here)}") from error
     return found
 
 

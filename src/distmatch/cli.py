@@ -4,12 +4,14 @@ import os
 import select
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
-from distmatch.cli_models import Out
+from distmatch.cli_mistakes import explain
+from distmatch.cli_models import File, Name, Out
 from distmatch.cli_models import app as models
 
 app = App(
@@ -22,13 +24,14 @@ Own model:   distmatch teach IMAGES    a small teacher from a folder of images
              distmatch train RECIPE    distil a teacher
 """,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # it would end in silence; see `main`
 )
 pairs_app = App(name="pairs", help="Build and check stores of noise-image pairs.")
 app.command(pairs_app)
 import_app = App(name="import", help="Turn foreign checkpoints into model folders. Nothing in them is executed.")
 app.command(import_app)
 
-Runs = Annotated[Path, Parameter(name="--runs")]
+Runs = Annotated[File, Parameter(name="--runs")]
 
 LONGEST = 4000
 """Characters of an error's message that are shown."""
@@ -72,7 +75,7 @@ def recipes() -> None:
 
 @app.command
 def train(
-    recipe: str,
+    recipe: Name,
     /,
     *overrides: str,
     out: Out = None,
@@ -119,7 +122,7 @@ def train(
 
 @app.command
 def plan(
-    recipe: str,
+    recipe: Name,
     /,
     *overrides: str,
     gpus: int = 1,
@@ -154,7 +157,7 @@ def plan(
 
 @app.command
 def teach(
-    images: str,
+    images: Name,
     /,
     *,
     out: Out = None,
@@ -233,7 +236,7 @@ def teach(
 
 @app.command
 def classifier(
-    images: str,
+    images: Name,
     /,
     *,
     out: Out = None,
@@ -266,7 +269,7 @@ def classifier(
 
 
 @pairs_app.command(name="build")
-def build_pairs(recipe: str, /, *overrides: str, out: Out = None, runs: Runs = Path("runs")) -> None:
+def build_pairs(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("runs")) -> None:
     """Build the pairs of a recipe ahead of its training. Run again to continue; several processes may share the work.
 
     Parameters
@@ -285,7 +288,7 @@ def build_pairs(recipe: str, /, *overrides: str, out: Out = None, runs: Runs = P
 
 
 @pairs_app.command(name="verify")
-def verify_pairs(store: str, /) -> None:
+def verify_pairs(store: Name, /) -> None:
     """Check every byte of a store, a folder or a URL: images, and that the noise still comes out the same."""
     from distmatch.run import verify
 
@@ -293,7 +296,7 @@ def verify_pairs(store: str, /) -> None:
 
 
 @app.command
-def checkpoints(run: Path, /, *, verify: bool = False, keep: int | None = None) -> None:
+def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) -> None:
     """List the checkpoints of a run, check them, or delete old ones.
 
     Parameters
@@ -311,7 +314,7 @@ def checkpoints(run: Path, /, *, verify: bool = False, keep: int | None = None) 
 
 
 @import_app.command(name="edm")
-def import_edm(source: str, /, *, out: Out = None) -> None:
+def import_edm(source: Name, /, *, out: Out = None) -> None:
     """Import a checkpoint of Karras et al. 2022. Recipes take it directly, too: teacher=edm:FILE.
 
     Parameters
@@ -327,7 +330,7 @@ def import_edm(source: str, /, *, out: Out = None) -> None:
 
 
 @app.command
-def report(*runs: Path, out: Out = None) -> None:
+def report(*runs: File, out: Out = None) -> None:
     """Write one HTML page on one or several runs: curves, pictures over time, recipes side by side.
 
     Parameters
@@ -354,9 +357,13 @@ def main() -> None:
         return
     try:
         try:
-            app()
+            with warnings.catch_warnings():
+                warnings.showwarning = _show
+                app(sys.argv[1:], exit_on_error=False, print_error=False)
         finally:
             sys.stdout.flush()  # what a full disk refuses of it is an error now, rather than after the end
+    except CycloptsError as error:
+        _fail(explain(error), 2)
     except BrokenPipeError:
         if not _unread():
             raise
@@ -364,7 +371,7 @@ def main() -> None:
         raise SystemExit(141) from None  # as of programs that SIGPIPE ends, such as with `| head`
     except ValueError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # wherever it comes: in imports, while pairs are built, in an evaluation
         _fail(f"stopped; to go on: {_command()}", 130)
     except Exception as error:
         if type(error).__name__ == "Stopped":
@@ -376,6 +383,14 @@ def main() -> None:
         if (message := explained(error)) is None:
             raise
         _fail(message, 2)
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """Show our own notices as a line, and other packages' warnings as Python does."""
+    if category.__name__ == "Notice":
+        print(f"distmatch: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 
 
 def _command() -> str:

@@ -1,22 +1,36 @@
 """The commands for finished models: sample, measure, compare, serve, export."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token
 
 from distmatch.extras import need
+from distmatch.paths import expand
 
 app = App(help_format="plaintext")
 export_app = App(name="export", help="Turn students into other libraries' formats.")
 app.command(export_app)
 
-Out = Annotated[Path | None, Parameter(name=["--out", "-o"])]
+
+def _place(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The one place where the home folder takes the place of `~` in what a command is given."""
+    (token,) = tokens
+    return Path(expand(token.value)) if Path in (kind, *get_args(kind)) else expand(token.value)
+
+
+PLACE = Parameter(converter=_place)
+Name = Annotated[str, PLACE]
+"""A model, by name, path or URL, or data by path or URL."""
+
+File = Annotated[Path, PLACE]
+Out = Annotated[Path | None, Parameter(name=["--out", "-o"], converter=_place)]
 
 
 @app.command
 def sample(
-    model: str,
+    model: Name,
     /,
     *,
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
@@ -54,16 +68,16 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    model: str,
+    model: Name,
     /,
     *,
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 50_000,
     seed: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
-    features: str = "mnist",
+    features: Name = "mnist",
     resize: Literal["legacy", "clean"] = "legacy",
-    reference: str | None = None,
+    reference: Name | None = None,
     batch: int = 256,
     out: Out = None,
     device: str = "auto",
@@ -105,20 +119,20 @@ def evaluate(
 
 @app.command
 def compare(
-    teacher: str,
-    student: str | None = None,
+    teacher: Name,
+    student: Name | None = None,
     /,
     *,
-    prompts: str = "coco",
-    coco: Path | None = None,
+    prompts: Name = "coco",
+    coco: File | None = None,
     column: str | None = None,
     n: Annotated[int | None, Parameter(name=["-n", "--n"])] = None,
     seed: int = 1,
     guidance: float = 8.0,
-    lora: str | None = None,
-    features: str | None = None,
-    reference: Path | None = None,
-    clip: Path | None = None,
+    lora: Name | None = None,
+    features: Name | None = None,
+    reference: File | None = None,
+    clip: File | None = None,
     clip_model: str = "ViT-g-14",
     picture: int = 7,
     batch: int = 16,
@@ -179,10 +193,10 @@ def compare(
 
 @app.command
 def serve(
-    model: str,
+    model: Name,
     /,
     *,
-    teacher: str | None = None,
+    teacher: Name | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     host: str = "127.0.0.1",
@@ -220,7 +234,7 @@ def serve(
 
 
 @export_app.command(name="diffusers")
-def export_diffusers(run: str, /, *, out: Out = None, source: str | None = None, half: bool = False) -> None:
+def export_diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half: bool = False) -> None:
     """Write a text-to-image student as a folder that DiffusionPipeline.from_pretrained opens.
 
     It makes the student's image with num_inference_steps=1, guidance_scale=1: the student's time and prediction are
@@ -243,7 +257,7 @@ def export_diffusers(run: str, /, *, out: Out = None, source: str | None = None,
 
 
 @export_app.command(name="lora")
-def export_lora(run: str, /, *, out: Out = None) -> None:
+def export_lora(run: Name, /, *, out: Out = None) -> None:
     """Write the adapters of a student trained with student.lora_rank as a LoRA in diffusers' format, and its scheduler.
 
     Parameters

@@ -38,7 +38,8 @@ from distmatch.pipeline import DistilledPipeline, Pipeline
 from distmatch.plain import read_json
 from distmatch.progress import progress
 from distmatch.prompts import coco_prompts, read_prompts
-from distmatch.run import console, features, print_rows, same_settings
+from distmatch.run import features, print_rows, same_settings
+from distmatch.screen import console
 
 SIDE = 256
 """Of the images that are measured, in pixels."""

@@ -3,15 +3,21 @@
 import difflib
 import json
 import re
+from collections.abc import Sequence
+from copy import deepcopy
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distmatch.paths import expand
 from distmatch.plain import fitting, read_yaml, yaml_of
+
+Place = Annotated[str, AfterValidator(expand)]
+"""A path, a URL, or a model's name."""
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -59,7 +65,7 @@ class Student(_Strict):
     """
 
     t: float | None = None
-    init: str | None = None
+    init: Place | None = None
     network: Network | None = None
     guidance: Scales | None = None
     lora_rank: Annotated[int, Field(ge=0)] = 0
@@ -96,7 +102,7 @@ class MatchTerm(_Strict):
 class Pairs(_Strict):
     """The noise-image pairs; `path: null` builds them once per teacher and settings, beside the runs."""
 
-    path: str | None = None
+    path: Place | None = None
     count: Positive = 100_000
     sampler: Literal["heun", "euler", "pndm"] = "heun"
     steps: Positive = 18
@@ -118,9 +124,9 @@ class RegressTerm(_Strict):
     batch: Positive = 64
     loss: Literal["mse", "huber", "lpips"] = "mse"
     size: Positive = 224
-    weights: str | None = None
+    weights: Place | None = None
     decoder: Literal["none", "tiny", "full"] = "none"
-    tiny: str = "madebyollin/taesd"
+    tiny: Place = "madebyollin/taesd"
 
 
 class Prompts(_Strict):
@@ -128,9 +134,9 @@ class Prompts(_Strict):
     `cache` is a folder for their embeddings, computed once; `null` encodes them again for every batch.
     """
 
-    path: str | None = None
+    path: Place | None = None
     column: str | None = None
-    cache: str | None = None
+    cache: Place | None = None
 
 
 class Stage(_Strict):
@@ -158,8 +164,8 @@ class Evaluation(_Strict):
 
     every: Annotated[int, Field(ge=0)] = 0
     images: Positive = 2000
-    features: str | None = None
-    reference: str | None = None
+    features: Place | None = None
+    reference: Place | None = None
 
 
 def _unique(terms: list[str]) -> list[str]:
@@ -177,7 +183,7 @@ class Recipe(_Strict):
     name: str
     description: str = ""
     expected: str = ""
-    teacher: str
+    teacher: Place
     seed: int = 0
     steps: Positive
     terms: Annotated[list[Literal["match", "regress"]], Field(min_length=1), AfterValidator(_unique)] = [
@@ -236,10 +242,13 @@ def recipes() -> dict[str, Path]:
 def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """The recipe called `name`, or in the file `name`, with `key=value` overrides such as `match.weighting=eq8`.
 
-    Raises `ValueError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value.
+    Raises `ValueError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value; it names
+    the override where that is to blame.
     """
     path, tree = _read(name)
     tree.setdefault("name", path.stem)
+    file = deepcopy(tree)
+    overrides = [_trimmed(override) for override in overrides]
     for override in overrides:
         _apply(tree, override)
     keys = {override.partition("=")[0] for override in overrides}
@@ -249,13 +258,19 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
             change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
             stage["change"] = {k: v for k, v in change.items() if k not in keys}
         tree["stages"] = stages
-    return parse_recipe(tree, str(path))
+    source = f"recipe {name}" if name in recipes() else str(path)
+    found, own = _errors(tree), {error["loc"] for error in _errors(file)}
+    if found:
+        raise ValueError("\n".join(_explain(e, source, () if e["loc"] in own else overrides) for e in found))
+    return Recipe.model_validate(tree)
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
     """The file of a recipe, and what it says together with its base."""
-    path = Path(name)
+    path = Path(expand(name))
     if path.suffix not in (".yaml", ".yml"):
+        if "=" in name:
+            raise ValueError(f"{name!r} is no recipe; the recipe comes first, what it changes after it: RECIPE {name}")
         if name not in recipes():
             raise ValueError(f"recipe {name!r} is unknown{_nearest(name, recipes())}; see `distmatch recipes`")
         path = recipes()[name]
@@ -284,6 +299,15 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(e, source) for e in error.errors())) from error
+
+
+def _errors(tree: dict[str, Any]) -> list[Any]:
+    """What pydantic has to say against `tree`."""
+    try:
+        Recipe.model_validate(tree)
+    except ValidationError as error:
+        return error.errors()
+    return []
 
 
 def dump(recipe: Recipe) -> str:
@@ -329,6 +353,28 @@ def _in_a_name(value: Any) -> str:
     return re.sub(r"[^\w.,+-]", "_", text)
 
 
+def entries(group: type[BaseModel] = Recipe) -> list[str]:
+    """The dotted names of all entries that an override can set."""
+    names = []
+    for name, field in group.model_fields.items():
+        inner = _group(field.annotation)
+        names += [name] if inner is None else [f"{name}.{entry}" for entry in entries(inner)]
+    return names
+
+
+def meant(name: str) -> list[str]:
+    """The entries that `name` may stand for: itself, those of this last name, or else the nearest one."""
+    known = entries()
+    same = [entry for entry in known if name in (entry, entry.rpartition(".")[2])]
+    return [name] if name in same else same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+
+
+def _trimmed(override: str) -> str:
+    """An override without the spaces that quotes let in."""
+    key, equals, value = override.partition("=")
+    return f"{key.strip()}{equals}{value.strip()}"
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set `a.b=value` in the nested `tree`."""
     dotted, separator, text = override.partition("=")
@@ -350,26 +396,52 @@ def set_entry(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: Any, source: str) -> str:
-    """One pydantic error in the words of the recipe."""
-    *parents, last = [str(part) for part in error["loc"]] or ["?"]
-    key = ".".join([*parents, last])
-    if error["type"] == "extra_forbidden":
+def _explain(error: Any, source: str, overrides: Sequence[str] = ()) -> str:
+    """One pydantic error in the words of the recipe, with the `overrides` that can have caused it."""
+    *parents, last = [str(part) for part in error["loc"]] or [""]
+    key, kind = ".".join([*parents, last]), error["type"]
+    if guilty := [o for o in overrides if _touches(o.partition("=")[0], key)]:
+        source = f"{' '.join(guilty)} on the command line"
+    if kind == "extra_forbidden":
         fields = _fields(parents)
         where = f"in {'.'.join(parents)}" if parents else "at the top level"
         return f"{source}: unknown key {key!r}{_nearest(last, fields)}; {where} there are {', '.join(fields)}"
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{source}: {key!r} is missing"
-    return f"{source}: {key} = {error['input']!r:.80}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if kind == "value_error":  # ours, and says what it is about
+        return f"{source}: {error['msg'].removeprefix('Value error, ')}"
+    expected = KINDS.get(kind) or f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{source}: {key} = {error['input']!r:.80}: {expected}"
+
+
+KINDS = {
+    "tuple_type": "expected a list of values, e.g. [1, 2]",
+    "list_type": "expected a list of values, e.g. [a, b]",
+    "model_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
+    "model_attributes_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
+}
+"""What pydantic's errors of a value's kind mean in a recipe."""
+
+
+def _touches(entry: str, key: str) -> bool:
+    """Whether an override of `entry` can be what is wrong at `key`: the same, around it, or within it."""
+    return f"{key}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{key}.") or not key
 
 
 def _fields(parents: list[str]) -> list[str]:
     """The entries of the group at `parents`."""
     model: Any = Recipe
-    for parent in (p for p in parents if not p.isdigit()):  # a place in a list
-        annotation = model.model_fields[parent].annotation
-        model = next(m for m in (annotation, *get_args(annotation)) if isinstance(m, type) and issubclass(m, BaseModel))
+    for parent in parents:
+        if not parent.isdigit():  # a place in a list
+            annotation = model.model_fields[parent].annotation
+            model = _group(annotation) or _group(get_args(annotation)[0])
     return list(model.model_fields)
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    """The group of entries that a field is, if it is one, optional or not."""
+    kinds = (annotation, *(() if get_origin(annotation) is list else get_args(annotation)))
+    return next((m for m in kinds if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -12,7 +12,9 @@ from distmatch.files import write_json
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
 from distmatch.progress import progress
 from distmatch.report import report
-from distmatch.run import console, distil, features, print_rows
+from distmatch.run import distil, features, print_rows
+from distmatch.screen import console
+from distmatch.terminal import command
 from distmatch.toy2d import demo as toy2d
 
 
@@ -55,11 +57,12 @@ def mnist(out: Path, runs: Path) -> None:
     print_rows(rows)
     minutes = (time.perf_counter() - began) / 60
     console.print(f"{minutes:.1f} minutes. Look at {page.resolve()}")
+    ablation = command("train", "mnist", "terms=match", "-o", runs / "match")
     console.print(
         "\nNext (in a clone, each after `uv run`):\n"
         "  distmatch sample mnist      images from the student that ships, distilled for longer\n"
         "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
-        f"  distmatch train mnist terms=match -o {runs / 'match'}      an ablation; compare with distmatch report"
+        f"  {ablation}      an ablation; compare with distmatch report"
     )
 
 

@@ -1,7 +1,6 @@
 """Reference statistics: what real images look like to a network, computed once and kept by fingerprint."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,10 +19,9 @@ from distmatch import rng
 from distmatch.files import write_atomic
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments
+from distmatch.paths import CACHE
 
 FORMAT = "distmatch-reference-1"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distmatch"
-"""Where references are kept unless told: the platform's cache folder for one user."""
 
 
 class FeatureSpace(Protocol):
@@ -128,7 +126,7 @@ def reference(
     file = None
     if cache is not None:
         key = sha256(f"{FORMAT}/{pixels}/{network}/{keep}".encode()).hexdigest()
-        file = cache.expanduser() / f"reference-{key[:32]}.safetensors"
+        file = cache / f"reference-{key[:32]}.safetensors"
         with suppress(ValueError):
             return replace(load_reference(file, space), source=source)
 

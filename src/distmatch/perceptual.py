@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distmatch.extras import need
 from distmatch.files import write_atomic
+from distmatch.paths import expand
 
 VARIABLE = "DISTMATCH_WEIGHTS"
 LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
@@ -109,7 +110,7 @@ def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
     """The file of `url` in the first folder that has it; downloaded if none has."""
     name = url.rsplit("/", 1)[-1]
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    folders = [*(Path(folder).expanduser() for folder in (weights, os.environ.get(VARIABLE)) if folder), cache]
+    folders = [*(Path(expand(folder)) for folder in (weights, os.environ.get(VARIABLE)) if folder), cache]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name

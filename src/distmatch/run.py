@@ -34,7 +34,7 @@ from distmatch.images import Images, load_images
 from distmatch.models import published
 from distmatch.models.around import around
 from distmatch.models.classifier import Classifier, train_classifier
-from distmatch.models.folder import Info
+from distmatch.models.folder import NETWORKS, Info
 from distmatch.models.inception import load_inception
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
@@ -49,6 +49,7 @@ from distmatch.screen import console
 from distmatch.solvers import evaluations
 from distmatch.storage import Folder, local, name_of
 from distmatch.teach import Teaching
+from distmatch.terminal import command
 from distmatch.train import Plan, train
 
 
@@ -85,7 +86,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
-    _say(f"The student is in {out / 'model'}. Next: distmatch sample {out}, distmatch report {out}")
+    _say(f"The student is in {out / 'model'}. Next: {_first_images(distiller, out)}, {command('report', out)}")
 
 
 def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path, steps: int, title: str) -> None:
@@ -125,6 +126,16 @@ def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distille
     picture = side_by_side(slow, fast, subject.conditions, columns, rows)
     if parallel.rank() == 0:
         write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(data.png(picture, zoom=zoom)))
+
+
+def _first_images(distiller: Distiller, out: Path) -> str:
+    """How to see what the student makes: a command, or Python where no command can know its network."""
+    net = distiller.student.net
+    if not isinstance(net, tuple(NETWORKS.values())):
+        return f"DistilledPipeline.from_pretrained({str(out)!r}, net={type(net).__name__}(...))(n=16) in Python"
+    if len(distiller.info.shape) != 3:
+        return f"DistilledPipeline.from_pretrained({str(out)!r}).sample(z) in Python"
+    return command("sample", out, *(["-p", "PROMPT"] if distiller.info.source else []))
 
 
 def _say(text: str) -> None:
@@ -271,8 +282,8 @@ def teach(
     plan = Plan(steps, log_every=50, save_every=save_every, preview_every=preview_every)
     train(task, out, plan, config=settings, title="teach")
     console.print(
-        f"The teacher is in {out / 'model'}. Next: distmatch sample {out} --steps 18, "
-        f"distmatch train mnist teacher={out} evaluate.every=0"
+        f"The teacher is in {out / 'model'}. Next: {command('sample', out, '--steps', 18)}, "
+        f"{command('train', 'mnist', f'teacher={out}', 'evaluate.every=0')}"
     )
 
 
@@ -283,7 +294,8 @@ def import_edm(source: str, out: Path) -> None:
     parameters = sum(p.numel() for p in denoiser.parameters())
     console.print(
         f"{parameters:,} parameters, images {info.shape}, {len(info.classes) or 'no'} classes, "
-        f"prediction {denoiser.prediction.name}; in {out}. Next: distmatch sample {out} --steps 18 -n 16"
+        f"prediction {denoiser.prediction.name}; in {out}. Next: "
+        f"{command('sample', out, '--steps', 18, '-n', 16)}"
     )
 
 
@@ -497,5 +509,5 @@ def classifier(
     reference(real, net, cache=None, source=f"{name_of(images)}, train").save(out / "reference.safetensors")
     console.print(
         f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in {out}. "
-        f"Next: distmatch eval MODEL --features {out}"
+        f"Next: {command('eval', 'MODEL', '--features', out)}"
     )

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from distmatch.disk import naming
 from distmatch.extras import need
 from distmatch.files import sweep, write_atomic
-from distmatch.paths import CACHE
+from distmatch.paths import CACHE, expand
 
 Value = TypeVar("Value")
 
@@ -46,7 +46,7 @@ class Folder:
     """
 
     def __init__(self, place: "str | Path | Folder"):
-        self.place = str(place).removeprefix("file://").rstrip("/")
+        self.place = expand(str(place)).removeprefix("file://").rstrip("/")
         self.path = None if is_url(self.place) else Path(self.place)
         self.fs: Any = None
         if self.path is None:
@@ -206,7 +206,7 @@ def local(place: str | Path) -> Path:
     Raises `ValueError` for a URL where there is no file.
     """
     if not is_url(place):
-        return Path(str(place).removeprefix("file://"))
+        return Path(expand(str(place)).removeprefix("file://"))
     fs, path = filesystem(str(place))
     try:
         with _reached(str(place)):

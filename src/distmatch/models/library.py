@@ -2,15 +2,18 @@
 `diffusers:FOLDER_OR_ID`, `mixture:NAME`.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
+from distmatch.config import recipes
 from distmatch.denoiser import Denoiser
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES
-from distmatch.paths import ASSETS
+from distmatch.paths import ASSETS, expand
+from distmatch.terminal import command
 
 
 def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | None = None) -> tuple[Denoiser, Info]:
@@ -25,6 +28,7 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
 
     Raises `ValueError` when nothing of that name exists, or when it is of the other kind.
     """
+    name = expand(name)
     scheme, _, rest = name.partition(":")
     if scheme == "mixture":
         if rest not in MIXTURES:
@@ -38,6 +42,8 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
     elif scheme == "diffusers":
         from distmatch.models.pretrained import load_stable
 
+        if not Path(rest).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", rest):  # or a hub would be asked for it
+            raise ValueError(f"{name}: {rest!r} is neither a folder here nor a model id, OWNER/NAME")
         denoiser, info = load_stable(rest)
     else:
         denoiser, info = load_model(model_folder(name, kind), net)
@@ -49,7 +55,7 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
 
 def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
     """Where the model called `name` lies; see `find_model`."""
-    folder = Path(name)
+    folder = Path(expand(name))
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists():
             return candidate
@@ -57,5 +63,7 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
         raise ValueError(f"{name} is an unfinished run: it has no model/ yet; run its command again to continue it")
     if (ASSETS / name / kind / "config.json").exists():
         return ASSETS / name / kind
+    if name in recipes():
+        raise ValueError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
     known = ", ".join(sorted(p.parent.parent.name for p in ASSETS.glob(f"*/{kind}/config.json")))
     raise ValueError(f"{kind} {name!r} is neither a model folder nor a run; the package has {known or 'none'}")

@@ -12,7 +12,7 @@ from distmatch import unpickle
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
-from distmatch.paths import CACHE
+from distmatch.paths import CACHE, expand
 from distmatch.schedule import EDM
 
 _CIFAR = {"channel_mult": [2, 2, 2], "dropout": 0.13, "augment_dim": 9}
@@ -114,9 +114,9 @@ def _network(
 def _local(source: str) -> Path:
     """The file `source`, downloaded to the cache if it is a URL."""
     if not source.startswith(("http://", "https://")):
-        file = Path(source).expanduser()
+        file = Path(expand(source))
         if not file.is_file():
-            raise ValueError(f"{source} does not exist; give an EDM checkpoint, a .pkl file or a URL of one")
+            raise ValueError(f"edm:{source} is no file here; give an EDM checkpoint, a .pkl file or a URL of one")
         return file
     file = CACHE / "downloads" / f"{sha256(source.encode()).hexdigest()[:16]}-{Path(source).name}"
     if not file.exists():

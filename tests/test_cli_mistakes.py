@@ -1,0 +1,259 @@
+"""Wrong calls end with one message that helps and code 2. `~` is the home folder wherever a path is given."""
+
+import inspect
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import tiny
+from cyclopts import App
+
+from distmatch import build, cli, cli_models
+from distmatch.config import entries, load_recipe, meant
+from distmatch.features import load_real
+from distmatch.models.library import find_model
+from distmatch.paths import expand
+from distmatch.storage import Folder
+from distmatch.terminal import command
+
+
+def run(monkeypatch, capsys, *argv: object) -> tuple[int, str]:
+    """`distmatch ARGV` in this process: its exit code and what it said on standard error."""
+    monkeypatch.setattr(sys, "argv", ["distmatch", *map(str, argv)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0), capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+WRONG = {
+    # What is meant is an entry of the recipe.
+    "train mnist --steps 100": "Unknown option: --steps. Entries of a recipe have no dashes: steps=100",
+    "train mnist --match.weighting=eq8": "no dashes: match.weighting=eq8",
+    "train mnist --match-weighting eq8": "no dashes: match.weighting=eq8",
+    "train mnist --lr 3e-4": "no dashes: generator.lr=3e-4 or critic.lr=3e-4",
+    "plan mnist --steps 5": "no dashes: steps=5",
+    "pairs build mnist --count 5": "no dashes: pairs.count=5",
+    "train mnist --frobnicate 3": "Unknown option: --frobnicate; see `distmatch train --help`",
+    "sample mnist steps=5": "Unexpected 'steps=5': write --steps 5",
+    "sample mnist 5": "Unexpected '5': options have names",
+    "eval mnist n=5": "Unexpected 'n=5'",
+    # The command line is to blame, not the packaged file.
+    "train mnist terms=mtach": "terms=mtach on the command line: terms.0 = 'mtach': input should be 'match' or",
+    "train mnist match.wieghting=eq8": "match.wieghting=eq8 on the command line: unknown key 'match.wieghting'; did",
+    "train mnist mtach.weighting=eq8": "mtach.weighting=eq8 on the command line: unknown key 'mtach'; did you mean",
+    "train mnist steps=": "steps= on the command line: steps = None: input should be a valid integer",
+    "train mnist steps.x=8": "steps.x: steps is a value, not a group of entries",
+    "train mnist match=5": "match=5 on the command line: match = 5: expected a group of entries",
+    "train mnist generator.betas=0.9": "generator.betas = 0.9: expected a list of values",
+    "train mnist match.max_step=2000": "match.max_step=2000 on the command line: expected min_step < max_step <= bins",
+    "train mnist stages=[{until:_500}]": "stages=[{until: 500}] on the command line: stages end at [500]",
+    "train mnist stages=[{until:_600,_chnage:_{}}]": "unknown key 'stages.0.chnage'; did you mean 'change'?",
+    # Words in another's place.
+    "train steps=5 mnist": "'steps=5' is no recipe; the recipe comes first",
+    "train mnits": "recipe 'mnits' is unknown; did you mean 'mnist'?",
+    "train": 'Command "train" parameter RECIPE requires an argument; see `distmatch train --help`',
+    "train mnist -o": "parameter -o requires an argument",
+    "train mnist --scale cpu": 'Invalid value "cpu" for --scale. Choose from: "full", "cpu-smoke"',
+    "frobnicate": 'Unknown command "frobnicate"',
+    "demo toy3d": 'Did you mean "toy2d"?',
+    "sample mnist -n x": 'Invalid value for -n: unable to convert "x" into int',
+    "sample cifar10-cond": "cifar10-cond is a recipe",
+    "train mnist.yaml": "recipe file mnist.yaml does not exist",
+    "sample nobody": "neither a model folder nor a run; the package has mnist",
+    # What is not there.
+    "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",
+    "sample mnist --device meta": "device 'meta' is not available here; use auto or cpu",
+    "sample edm: --steps 3": "edm: is no file here",
+    "sample diffusers:/no/such/model --steps 3": "'/no/such/model' is neither a folder here nor a model id",
+    "teach nothing.zip": "nothing.zip does not exist",
+    "train ~nobody-of-this-name/x.yaml": "~nobody-of-this-name is no user's home here",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_call_is_told_what_is_wrong_with_it(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(monkeypatch, capsys, *(word.replace("_", " ") if "{" in word else word for word in line.split()))
+    assert code == 2, said
+    assert WRONG[line] in " ".join(said.split())
+    assert said.startswith("distmatch: ")
+    assert "Traceback" not in said
+    assert "site-packages" not in said
+    assert len(said) < 600
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_the_command_line(tmp_path):
+    file = tiny.recipe_file(tmp_path, match={"batch": 4, "min_step": 900, "max_step": 100})
+    with pytest.raises(ValueError, match=r"tiny\.yaml: expected min_step < max_step") as error:
+        load_recipe(str(file), ["match.weight=2", "steps=5"])
+    assert "command line" not in str(error.value)
+
+
+def test_entries_are_the_recipes_own():
+    resolved = load_recipe("mnist")
+    for entry in entries():
+        value = resolved
+        for name in entry.split("."):
+            value = value and getattr(value, name)
+    assert {"steps", "match.weighting", "student.network.width", "stages"} <= set(entries())
+    assert meant("lr") == ["generator.lr", "critic.lr"]
+    assert meant("critic.steps") == ["critic.steps"]
+    assert meant("steps") == ["steps"]
+    assert meant("zzz") == []
+
+
+# `~`
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def test_a_tilde_is_the_home_folder_behind_any_scheme_and_nowhere_else(home):
+    assert expand("~") == str(home)
+    assert expand("~/a b/c") == f"{home}/a b/c"
+    assert expand("edm:~/net.pkl") == f"edm:{home}/net.pkl"
+    assert expand("diffusers:~/sd") == f"diffusers:{home}/sd"
+    assert expand("inception:~/i.pt") == f"inception:{home}/i.pt"
+    assert expand("file://~/x") == f"file://{home}/x"
+    for other in ("s3://bucket/~/x", "a/~/b", "mnist", "./~/x", "edm:a~b", "org/model", ""):
+        assert expand(other) == other
+
+
+def test_every_recipe_entry_that_is_a_path_knows_the_home_folder(home):
+    overrides = {
+        "teacher": "edm:~/t.pkl",
+        "student.init": "~/init",
+        "pairs.path": "~/pairs",
+        "prompts.path": "~/p.txt",
+        "prompts.cache": "~/cache",
+        "regress.weights": "~/w",
+        "regress.tiny": "~/tiny",
+        "evaluate.features": "inception:~/i.pt",
+        "evaluate.reference": "~/r.npz",
+    }
+    recipe = load_recipe("mnist", [f"{key}={value}" for key, value in overrides.items()])
+    for key, value in overrides.items():
+        found = recipe
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert found == value.replace("~", str(home))
+
+
+def test_a_recipe_in_the_home_folder_and_its_base_there_are_found(home):
+    tiny.recipe_file(home)
+    (home / "own.yaml").write_text("base: ~/tiny.yaml\nsteps: 7\n")
+    assert load_recipe("~/own.yaml").steps == 7
+
+
+def test_python_knows_the_home_folder_too(home):
+    tiny.teacher_folder(home / "teacher")
+    assert find_model("~/teacher", kind="teacher")[1].shape == (1, 8, 8)
+    tiny.image_folder(home / "images")
+    assert len(load_real(Path(expand("~/images")))) == 16
+    Folder("~/store").write("a", lambda p: p.write_bytes(b"1"))
+    assert (home / "store" / "a").read_bytes() == b"1"
+    assert not Path("~").exists()
+
+
+def test_what_commands_are_given_is_expanded_but_for_words_that_are_no_paths(home):
+    def arguments(*argv: str) -> dict:
+        return cli.app.parse_args(list(argv), exit_on_error=False, print_error=False)[1].arguments
+
+    assert arguments("report", "~/a", "b", "--out=~/c") == {"runs": (home / "a", Path("b")), "out": home / "c"}
+    assert arguments("sample", "edm:~/a", "-p", "~/said", "-o", "~/o") == {
+        "model": f"edm:{home}/a",
+        "prompt": ["~/said"],
+        "out": home / "o",
+    }
+    given = [
+        "diffusers:~/sd",
+        "~/student",
+        "--prompts=~/p",
+        "--coco=~/c",
+        "--clip=~/k",
+        "--lora=~/l",
+        "--reference=~/r",
+    ]
+    found = arguments("compare", *given, "--features=inception:~/i")
+    assert "~" not in str(found.values())
+    assert (found["teacher"], found["coco"], found["lora"]) == (f"diffusers:{home}/sd", home / "c", f"{home}/l")
+
+
+NO_PATHS = {"overrides", "label", "prompt", "column", "clip_model", "split", "device", "host", "gpu"}
+
+
+def test_every_word_that_a_command_takes_is_a_path_or_known_to_be_none():
+    """A new command's paths are expanded as well: a bare `str` or `Path` has to be named above."""
+    for name, function in _commands(cli.app):
+        for parameter in inspect.signature(function).parameters.values():
+            kinds = [parameter.annotation, *get_args(parameter.annotation)]
+            bare = {str, Path, str | None, Path | None, list[str] | None} & {k for k in kinds if _hashable(k)}
+            marks = [mark for kind in kinds for mark in _marks(kind)]
+            marked = any(getattr(mark, "converter", None) is cli_models._place for mark in marks)
+            assert marked or not bare or parameter.name in NO_PATHS, f"{name} {parameter.name}"
+
+
+def _commands(app: App, above: str = ""):
+    for name in app:
+        if not name.startswith("-"):
+            yield from _commands(app[name], f"{above} {name}")
+    if app.default_command is not None:
+        yield above, app.default_command
+
+
+def _marks(kind) -> list:
+    return [mark for part in (kind, *get_args(kind)) for mark in (part, *get_args(part))]
+
+
+def _hashable(kind) -> bool:
+    try:
+        hash(kind)
+    except TypeError:
+        return False
+    return True
+
+
+# What is said at the end, and when it is stopped.
+
+
+def test_a_next_step_can_be_pasted(tmp_path):
+    assert command("sample", Path("my runs/a"), "-n", 3) == "distmatch sample 'my runs/a' -n 3"
+
+
+def test_no_message_builds_a_command_line_with_bare_paths():
+    """`Next: distmatch sample {out}` breaks at the first space: `terminal.command` quotes."""
+    for file in Path(cli.__file__).parent.glob("*.py"):
+        assert not re.findall(r'distmatch [a-z]+ [^"`\n]*\{', file.read_text()), file
+
+
+@pytest.mark.parametrize("line", ["sample mnist", "teach somewhere", "pairs build mnist", "serve mnist", "demo"])
+def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*_: object, **__: object):
+        signal.raise_signal(signal.SIGINT)
+
+    for module, name in (("run", "sample"), ("run", "teach"), ("run", "pairs"), ("run", "pipeline")):
+        monkeypatch.setattr(f"distmatch.{module}.{name}", interrupted)
+    monkeypatch.setitem(__import__("distmatch.demo", fromlist=["DEMOS"]).DEMOS, "mnist", interrupted)
+    code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
+    assert code == 130
+    assert said == f"distmatch: stopped; to go on: distmatch {line}" + (
+        " -o 'my images'\n" if line.startswith("sample") else "\n"
+    )
+
+
+def test_a_device_that_is_there_is_taken():
+    assert build.device("cpu").type == "cpu"
+    assert build.device("auto").type in ("cpu", "cuda")
