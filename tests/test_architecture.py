@@ -49,9 +49,9 @@ FLOORS = [
     ["archives"],
     ["denoiser"],
     ["schedule", "log", "prompts", "storage"],
-    ["checkpoint", "optim", "progress"],
+    ["checkpoint", "optim", "progress", "clipping"],
     ["shards", "terminal"],
-    ["config", "files", "rng", "ema", "clock", "unpickle", "parallel", "engine", "curves", "interrupt"],
+    ["config", "files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
     ["watch", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
 ]

@@ -16,6 +16,7 @@ from distmatch.models.library import find_model
 from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.run import distil
+from distmatch.terminal import Notice
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,25 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         subject = build.subject(recipe)
         with pytest.raises(ValueError, match=message):
             build.distiller(recipe, subject, build.pair_store(recipe, subject, tmp_path))
+
+
+def test_prompts_that_the_encoder_cuts_are_counted_once_and_written_down(folder):
+    """A prompt is cut where more words change nothing: found here by encoding them, there by counting tokens."""
+    encoder = TextEncoder(str(folder / "sd"))
+    limit = encoder.pipeline.tokenizer.model_max_length
+    words = next(
+        n
+        for n in range(1, limit)
+        if len(encoder.pipeline.tokenizer("a" + " cat" * (n + 1), truncation=False)["input_ids"]) > limit
+    )
+    longest, cut = "a" + " cat" * words, "a" + " cat" * (words + 1)
+    states = [encoder([text]).text for text in (longest, cut, cut + " dog", longest.removesuffix(" cat"))]
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[3])
+    assert encoder.cut([longest, "a cat", "ä" * 20]) == 0
+    (folder / "long.txt").write_text(f"a cat\n{longest}\n{cut}\n{cut} dog\n")
+    with pytest.warns(Notice, match=rf"^2 of 4 prompts are longer than the {limit} tokens .* number 3, 'a cat cat"):
+        subject = build.subject(load_recipe(str(folder / "text.yaml"), [f"prompts.path={folder / 'long.txt'}"]))
+    assert subject.cut == 2
+    recipe = load_recipe(str(folder / "text.yaml"))
+    assert build.student_info(recipe, subject).card["prompts"] == {"count": 4, "cut": 2}

@@ -16,6 +16,7 @@ from torch import Tensor
 from distmatch import rng
 from distmatch.data import to_uint8
 from distmatch.extras import need
+from distmatch.finite import check_images
 from distmatch.pipeline import Pipeline
 
 SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
@@ -112,6 +113,7 @@ def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Meth
             generator=generators(z),
             output_type="pt",
         ).images
+        check_images(images)
         return (images.float() * 255).round().to(torch.uint8).cpu()
 
     return Method(name, calls * (1 if guidance == 1 else 2), make)
@@ -137,7 +139,9 @@ def _ours(student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts
     with torch.inference_mode():
         with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
             x = student.make(z.to(student.device), cond)
-        return to_uint8(student.decoded(x.float())).cpu()  # some decoders overflow in fp16
+        images = student.decoded(x.float())  # some decoders overflow in fp16
+        check_images(images)
+        return to_uint8(images).cpu()
 
 
 def _diffusers() -> Any:

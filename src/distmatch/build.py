@@ -25,6 +25,7 @@ from distmatch.models.folder import NETWORKS, Info
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
 from distmatch.models.stable import StableUNet
+from distmatch.models.text import TextEncoder
 from distmatch.optim import Optimizer
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
@@ -55,30 +56,32 @@ class Subject:
     conditions: Conditions
     fingerprint: str
     prompts: Sequence[str] = ()
+    cut: int = 0
+    """How many of the prompts are longer than the text encoder takes."""
 
 
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """The recipe's subject; `own` is a teacher of the user's in place of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
     dev = device(recipe.device)
-    conditions, prompts = Classes(len(info.classes)), []
+    conditions, prompts, cut = Classes(len(info.classes)), [], 0
     if info.source:
         if recipe.prompts.path is None:
             raise ValueError(
                 f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
             )
         prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
-        conditions = Prompts(len(prompts), _encode(recipe, info, prompts, dev))
+        known = around(info, dev)
+        assert known is not None
+        cut = known.encode.cut(prompts)
+        conditions = Prompts(len(prompts), _encode(recipe, known.encode, prompts))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
-    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), prompts)
+    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), prompts, cut)
 
 
-def _encode(recipe: Recipe, info: Info, prompts: Sequence[str], dev: torch.device) -> Callable[[Sequence[int]], Cond]:
+def _encode(recipe: Recipe, encoder: TextEncoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
     """Prompts by number to conditions: batch by batch, or from the cache, which is filled where it is not."""
-    known = around(info, dev)
-    assert known is not None
-    encoder = known.encode
     if recipe.prompts.cache is None:
         return lambda numbers: encoder([prompts[i] for i in numbers])
     folder = Path(recipe.prompts.cache) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
@@ -238,7 +241,9 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
     t = schedule.t_max if recipe.student.t is None else recipe.student.t
     if not schedule.t_min < t <= schedule.t_max:
         raise ValueError(f"student.t is {t:g}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}")
-    card = {"recipe": recipe.model_dump(mode="json")}
+    card: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    if subject.prompts:
+        card["prompts"] = {"count": len(subject.prompts), "cut": subject.cut}
     return replace(subject.info, t=t, guidance=recipe.student.guidance, card=card)
 
 

@@ -32,6 +32,7 @@ from distmatch.files import write_atomic, write_json
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments, frechet
 from distmatch.models.inception import load_inception
+from distmatch.models.text import notice_cut
 from distmatch.ownership import owns_out
 from distmatch.pairs import fingerprint
 from distmatch.pipeline import DistilledPipeline, Pipeline
@@ -153,6 +154,7 @@ def compare(
         )
     device = torch.device(device)
     pipe = load_teacher(teacher, device, dtype)
+    notice_cut(pipe, prompts[:n])
     merged = None if lora is None else load_lora(teacher, lora, device, dtype)
     shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
     if student is not None and tuple(student.info.shape) != shape:

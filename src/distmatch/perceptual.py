@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distmatch.extras import need
 from distmatch.files import write_atomic
+from distmatch.finite import check_weights
 from distmatch.paths import expand
 
 VARIABLE = "DISTMATCH_WEIGHTS"
@@ -63,6 +64,8 @@ class Lpips:
             features.load_state_dict(state, assign=True)
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"{vgg_file} holds no VGG-16 of torchvision: {error}") from error
+        check_weights(state, vgg_file)
+        check_weights({str(i): w for i, w in enumerate(linear)}, linear_file)
         self.size = size
         layers = [VGG16_LAYERS[name] for name in LAYERS]
         self.vgg = ContentLoss(features.eval(), layers, linear, replace_pooling=True)

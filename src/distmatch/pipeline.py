@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distmatch import data, rng
 from distmatch.conditions import Conditions, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
+from distmatch.finite import check_images
 from distmatch.models.around import Around, around
 from distmatch.models.folder import Info
 from distmatch.models.library import find_model
@@ -90,6 +91,8 @@ class Pipeline:
             raise ValueError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
         numbers = self._labels(n, labels)
         texts = self._prompts(n, texts)
+        if texts and self.around is not None:
+            self.around.encode.cut(list(dict.fromkeys(texts)))
         chunks = []
         for start in range(0, n, batch):
             rows = slice(start, min(start + batch, n))
@@ -137,8 +140,10 @@ class Pipeline:
         return self.render(rng.noise(seed, rows, self.info.shape), cond)
 
     def render(self, z: Tensor, cond: Cond | None = None) -> Tensor:
-        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU."""
-        return data.to_uint8(self.sample(z.to(self.device), None if cond is None else cond.to(self.device))).cpu()
+        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `ValueError` where one is not finite."""
+        x = self.sample(z.to(self.device), None if cond is None else cond.to(self.device))
+        check_images(x)
+        return data.to_uint8(x).cpu()
 
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None) -> Tensor:

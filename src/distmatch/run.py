@@ -15,6 +15,7 @@ from rich.table import Table
 
 from distmatch import build, data, parallel, samples
 from distmatch.checkpoint import Checkpoints
+from distmatch.clipping import Clipped, Clipping
 from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.distill import Distiller
@@ -72,6 +73,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
         for stage in (stage for stage in stages if "regress" in stage.terms):
             _pairs(stage, subject, runs)
+    watch = _clipping(recipe)
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
@@ -82,14 +84,16 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         else:
             distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
-        _train(recipe, subject, distiller, out, end, title)
+        _train(recipe, subject, distiller, out, end, title, watch)
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
     _say(f"The student is in {out / 'model'}. Next: {_first_images(distiller, out)}, {command('report', out)}")
 
 
-def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path, steps: int, title: str) -> None:
+def _train(
+    recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path, steps: int, title: str, watch: Clipping
+) -> None:
     """The run in `out` as far as `steps`."""
     figures: Callable[[], dict[str, float]] | None = None
     surroundings = around(subject.info, distiller.device) if recipe.evaluate.every else None
@@ -112,7 +116,16 @@ def _train(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Pa
         keep=recipe.checkpoint.keep,
     )
     config = recipe.model_dump(mode="json")
-    train(distiller, out, plan, evaluate=figures, trackers=recipe.log.track, config=config, title=title)
+    train(distiller, out, plan, evaluate=figures, watch=watch, trackers=recipe.log.track, config=config, title=title)
+
+
+def _clipping(recipe: Recipe) -> Clipping:
+    """The watch over the clipping of both networks, with the entries that change it."""
+    turn = "Lower {0}.lr or raise {0}.clip; see 'Clipped gradients' in docs/results.md"
+    return Clipping(
+        Clipped("gradient_norm", recipe.generator.clip, turn.format("generator")),
+        Clipped("fake_gradient_norm", recipe.critic.clip, turn.format("critic")),
+    )
 
 
 def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path) -> None:
@@ -280,7 +293,8 @@ def teach(
         precision=precision,
     )
     plan = Plan(steps, log_every=50, save_every=save_every, preview_every=preview_every)
-    train(task, out, plan, config=settings, title="teach")
+    watch = Clipping(Clipped("gradient_norm", task.optimizer.clip, "Lower --lr"))
+    train(task, out, plan, watch=watch, config=settings, title="teach")
     console.print(
         f"The teacher is in {out / 'model'}. Next: {command('sample', out, '--steps', 18)}, "
         f"{command('train', 'mnist', f'teacher={out}', 'evaluate.every=0')}"

@@ -95,6 +95,7 @@ class Studio:
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
     rounds: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
     waiting: int = 0
+    cut: bool = False
     dealing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, work: Callable[[], Result]) -> Result:
@@ -106,6 +107,8 @@ class Studio:
         began = time.perf_counter()
         prompts = [wish.prompt or ""] if pipe.info.source else None if wish.prompt is None else [wish.prompt]
         scale = wish.guidance if pipe.info.guidance is not None else None
+        if wish.prompt and pipe.around is not None and not self.cut:
+            self.cut = bool(pipe.around.encode.cut([wish.prompt]))  # said once, not at every key
         cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
         pixels = pipe.render(noise(pipe.info.shape, wish.seed, wish.other, wish.mix), cond)
         return pixels, 1000 * (time.perf_counter() - began)

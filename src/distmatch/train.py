@@ -68,6 +68,7 @@ def train(
     plan: Plan,
     *,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    watch: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None,
     trackers: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     title: str = "training",
@@ -75,7 +76,8 @@ def train(
     """Run `task` to `plan.steps`, continuing from the latest checkpoint in `out` if there is one.
 
     Writes `log.jsonl`, `previews/step-*.png`, `checkpoints/` and, at the end, `model/`. `evaluate` returns figures, the
-    first of which (lower is better) decides which checkpoint is the best.
+    first of which (lower is better) decides which checkpoint is the best. `watch` is called with the losses f[steps] by
+    name whenever they have been read, and returns further figures for the log.
 
     Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM, `ValueError` when the checkpoint is
     damaged.
@@ -108,6 +110,8 @@ def train(
         network, total = task.clock.read()
         rate = task.images_per_step * len(pending) / total
         values = dict(zip(names, table.mean(0).tolist(), strict=True))
+        if watch is not None:
+            values |= watch(dict(zip(names, table.unbind(1), strict=True)))
         log.scalars(done, {**values, "images_per_second": rate, "outside": 1 - network / total, "seconds": seconds()})
         pending.clear()
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distmatch import data, rng
 from distmatch.files import write_atomic, write_json
+from distmatch.finite import check_weights
 from distmatch.images import Images
 from distmatch.optim import Optimizer
 
@@ -103,9 +104,11 @@ class Classifier(nn.Module):
             if config.pop("format", None) != FORMAT:
                 raise ValueError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
             net = cls(*(config[key] for key in NETWORK))
-            net.load_state_dict(load_file(folder / "model.safetensors"))
+            weights = load_file(folder / "model.safetensors")
+            net.load_state_dict(weights)
         except (AttributeError, KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as e:
             raise ValueError(f"{folder} is damaged: {type(e).__name__}: {e}; train the classifier again") from e
+        check_weights(weights, folder / "model.safetensors")
         net.config = config
         return net.eval().requires_grad_(False)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distmatch.extras import need
+from distmatch.finite import check_weights
 from distmatch.models.hub import fetched
 
 
@@ -36,6 +37,7 @@ class Decoder(nn.Module):
 
         vae: Any = fetched(source, load)
         del vae.encoder
+        check_weights(vae.state_dict(), f"{source}, autoencoder")
         self.vae: Any = vae.eval().requires_grad_(False)
         self.checkpointing = checkpointing
 

@@ -18,6 +18,7 @@ from distmatch import parallel
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.engine import whole
 from distmatch.files import write_atomic, write_json
+from distmatch.finite import check_weights
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
@@ -112,9 +113,11 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
         net = NETWORKS[str(kind)](**network) if net is None else net
         denoiser = Denoiser(net, schedule_of(config["schedule"]), Prediction(**config["prediction"]))
         info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config})
-        net.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / "model.safetensors")
+        net.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+    check_weights(weights, folder / "model.safetensors")
     return denoiser.eval(), info
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distmatch.extras import need
+from distmatch.finite import check_weights
 
 SIDE = 299
 FEATURES = 2048
@@ -176,6 +177,7 @@ def _state(file: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds something other than tensors by name; expected a state dict")
+    check_weights(state, file)
     return dict(state)
 
 

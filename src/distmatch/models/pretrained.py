@@ -11,6 +11,7 @@ import torch
 
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.extras import need
+from distmatch.finite import check_weights
 from distmatch.models.folder import Info
 from distmatch.models.hub import fetched, schedule_of, scheduler_config
 from distmatch.models.stable import StableUNet
@@ -34,6 +35,7 @@ def load_stable(source: str) -> tuple[Denoiser, Info]:
     unet: Any = fetched(
         source, lambda: UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=torch.float32)
     )
+    check_weights(unet.state_dict(), f"{source}, unet")
     encoder = TextEncoder(source)
     null = encoder.null()
     assert null.text is not None

@@ -10,6 +10,7 @@ import torch
 
 from distmatch import unpickle
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.finite import check_weights
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.paths import CACHE, expand
@@ -83,6 +84,7 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     arguments = {"in_channels": channels, "out_channels": channels * (2 if iddpm else 1)}
     arguments |= {k: v for k, v in top.kwargs.items() if k not in UNUSED}
     state = {k.removeprefix("model."): v.float() for k, v in found.state.items() if k.startswith("model.")}
+    check_weights(state, file)
     net = _network(inner.class_name, arguments, state, file)
 
     low, high = (float(top.attributes.get(name, bound)) for name, bound in (("sigma_min", 0), ("sigma_max", 80)))

@@ -8,7 +8,9 @@ import torch
 
 from distmatch.denoiser import Cond
 from distmatch.extras import need
+from distmatch.finite import check_weights
 from distmatch.models.hub import fetched, image_side
+from distmatch.terminal import notice
 
 
 class TextEncoder:
@@ -36,6 +38,9 @@ class TextEncoder:
         absent["torch_dtype"] = torch.float32  # whatever the files have: conditions go into fp32 networks
         self.pipeline: Any = fetched(source, lambda: DiffusionPipeline.from_pretrained(source, **absent))
         self.pipeline.set_progress_bar_config(disable=True)
+        for name, part in self.pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                check_weights(part.state_dict(), f"{source}, {name}")
         self.device = torch.device(device)
         self.pipeline.to(self.device)
         self.side = image_side(source)
@@ -59,6 +64,10 @@ class TextEncoder:
                 h.update(value.detach().float().cpu().contiguous().numpy().data)
         return h.hexdigest()
 
+    def cut(self, prompts: Sequence[str]) -> int:
+        """How many of `prompts` are cut, of which `notice_cut` warns."""
+        return notice_cut(self.pipeline, prompts)
+
     def _encode(self, prompts: list[str], guided: bool) -> Sequence[Any]:
         return self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
@@ -70,3 +79,22 @@ class TextEncoder:
             return Cond(text=encoded[negative])
         size = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=self.device, dtype=torch.float32)
         return Cond(text=encoded[negative], extra={"pooled": encoded[2 + negative], "size": size.expand(n, -1)})
+
+
+def notice_cut(pipeline: Any, prompts: Sequence[str]) -> int:
+    """Warn of prompts that are longer than a tokenizer of diffusers' `pipeline` takes; return how many there are."""
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    limit = min((tokenizer.model_max_length for tokenizer in tokenizers), default=0)
+    # A token is a byte or more, and two stand around each text: few prompts have to be looked at.
+    long = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > limit - 2]
+    cut: set[int] = set()
+    for tokenizer in tokenizers if long else ():
+        lengths = map(len, tokenizer([prompts[i] for i in long], truncation=False, verbose=False)["input_ids"])
+        cut |= {i for i, length in zip(long, lengths, strict=True) if length > tokenizer.model_max_length}
+    if cut:
+        first = min(cut)
+        notice(
+            f"{len(cut):,} of {len(prompts):,} prompts are longer than the {limit} tokens that the text encoder takes; "
+            f"what is behind them is left out. The first: number {first + 1}, {prompts[first]!r:.80}"
+        )
+    return len(cut)
