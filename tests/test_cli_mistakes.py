@@ -63,6 +63,7 @@ WRONG = {
     "demo toy3d": 'Did you mean "toy2d"?',
     "sample mnist -n x": 'Invalid value for -n: unable to convert "x" into int',
     "sample cifar10-cond": "cifar10-cond is a recipe",
+    "train runs/mnist": "runs/mnist is neither a recipe of the package nor a file called .yaml",
     "train mnist.yaml": "recipe file mnist.yaml does not exist",
     "sample nobody": "neither a model folder nor a run; the package has mnist",
     # What is not there.

@@ -271,6 +271,8 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
     if path.suffix not in (".yaml", ".yml"):
         if "=" in name:
             raise ValueError(f"{name!r} is no recipe; the recipe comes first, what it changes after it: RECIPE {name}")
+        if path.exists() or len(path.parts) > 1:
+            raise ValueError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
         if name not in recipes():
             raise ValueError(f"recipe {name!r} is unknown{_nearest(name, recipes())}; see `distmatch recipes`")
         path = recipes()[name]

@@ -53,6 +53,9 @@ from distmatch.teach import Teaching
 from distmatch.terminal import command
 from distmatch.train import Plan, train
 
+LOUD = 5.0
+"""The factor behind a student's network from which on it is named as the cause of long gradients."""
+
 
 @parallel.joined()
 @owns_out
@@ -73,7 +76,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
         for stage in (stage for stage in stages if "regress" in stage.terms):
             _pairs(stage, subject, runs)
-    watch = _clipping(recipe)
+    watch = Clipping()
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
@@ -81,6 +84,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         pairs = _pairs(stage, subject, runs) if "regress" in stage.terms else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
+            watch = _clipping(recipe, distiller)
         else:
             distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
@@ -119,12 +123,21 @@ def _train(
     train(distiller, out, plan, evaluate=figures, watch=watch, trackers=recipe.log.track, config=config, title=title)
 
 
-def _clipping(recipe: Recipe) -> Clipping:
-    """The watch over the clipping of both networks, with the entries that change it."""
-    turn = "Lower {0}.lr or raise {0}.clip; see 'Clipped gradients' in docs/results.md"
+def _clipping(recipe: Recipe, distiller: Distiller) -> Clipping:
+    """The watch over the clipping of both networks, with what to turn."""
+    info, schedule, t = distiller.info, distiller.student.schedule, torch.tensor([distiller.info.t], dtype=torch.double)
+    assert info.t is not None
+    gain = distiller.student.prediction.coefficients(schedule.alpha(t), schedule.sigma(t))[1].abs().item()
+    turn = "Lower generator.lr, or raise generator.clip"
+    if gain > LOUD:
+        turn = (
+            f"At the student's time {info.t:g} its network's output is multiplied by {gain:.3g} (prediction "
+            f"{distiller.student.prediction.name}), and so are gradients and the network's own errors, such as a grid: "
+            "let the teacher's schedule end at the least noise that drowns the data, and train longer"
+        )
     return Clipping(
-        Clipped("gradient_norm", recipe.generator.clip, turn.format("generator")),
-        Clipped("fake_gradient_norm", recipe.critic.clip, turn.format("critic")),
+        Clipped("gradient_norm", recipe.generator.clip, f"{turn}; see 'Sparse pictures' in docs/results.md"),
+        Clipped("fake_gradient_norm", recipe.critic.clip, "Lower critic.lr, or raise critic.clip"),
     )
 
 
