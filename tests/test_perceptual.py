@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
+from distmatch.files import write_atomic
 from distmatch.perceptual import FILES, Lpips, write_random_weights
 
 
@@ -53,9 +54,9 @@ def offline(monkeypatch, tmp_path):
     """No network and an empty cache, whatever the machine has."""
 
     def fail(*_, **__):
-        raise OSError("no route to host")
+        raise ValueError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr("distmatch.perceptual.download", fail)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.delenv("DISTMATCH_WEIGHTS", raising=False)
 
@@ -153,13 +154,12 @@ def test_weights_come_from_the_argument_the_variable_or_the_cache_in_this_order(
 def test_what_no_folder_has_is_downloaded_to_the_cache(monkeypatch, tmp_path, folder, lpips):
     asked = []
 
-    def download(url, target, *_, **__):
+    def download(url, target):
         asked.append(url)
         name = url.rsplit("/", 1)[-1]
-        with open(target, "wb") as file:
-            file.write((folder / name).read_bytes())
+        write_atomic(target, lambda path: path.write_bytes((folder / name).read_bytes()))
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr("distmatch.perceptual.download", download)
     x, y = (v.detach() for v in images(1, 3, 8, 8))
     assert Lpips(size=48)(x, y) == lpips(x, y)
     assert [url.rsplit("/", 1)[-1] for url in asked] == list(FILES)

@@ -1,7 +1,5 @@
 """Making images: seeds, labels, the package's own models, the folder format."""
 
-import json
-
 import numpy as np
 import pytest
 import tiny
@@ -12,9 +10,11 @@ from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipel
 from distmatch.conditions import Classes
 from distmatch.data import grid, to_uint8
 from distmatch.denoiser import Cond
+from distmatch.files import write_json
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.models.library import find_model
 from distmatch.pipeline import side_by_side
+from distmatch.plain import read_json
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_foreign_and_damaged_folders_are_named(tmp_path, student):
         DistilledPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="mixture 'x' is unknown"):
         find_model("mixture:x", "teacher")
-    config = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps({**config, "format": "other"}))
+    config = read_json(student / "config.json", dict)
+    write_json(student / "config.json", {**config, "format": "other"})
     with pytest.raises(ValueError, match="has format 'other'"):
         load_model(student)
-    (student / "config.json").write_text(json.dumps(config))
+    write_json(student / "config.json", config)
     weights = student / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is damaged"):
@@ -122,7 +122,7 @@ def test_a_sample_call_replaces_the_pictures_of_an_earlier_one_and_no_others(tmp
     assert pictures(tmp_path / "out") == ["000000.png", "000001.png", "grid.png"]
     pixels = DistilledPipeline.from_pretrained(student)(2, seed=0).pixels
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "000001.png")), pixels[1, 0].numpy())
-    made = json.loads((tmp_path / "out" / "sample.json").read_text())
+    made = read_json(tmp_path / "out" / "sample.json", dict)
     assert (made["n"], made["seed"], made["model"]) == (2, 0, str(student))
     (tmp_path / "out" / "holiday.png").touch()
     sample(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import web
 from tiny import command
 from torch import nn
 
@@ -116,28 +117,16 @@ def test_teachers_in_recipes_are_imported_once(tmp_path, cache, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_a_url_is_fetched_once(tmp_path, cache, monkeypatch):
+def test_a_url_is_fetched_once(tmp_path, cache):
     write(tmp_path / "t.pkl", random_edm("edm-cifar10-32x32-cond-vp")[0].net)
-    url = (tmp_path / "t.pkl").as_uri().replace("file://", "https://host")
-    fetched = []
-
-    def fetch(source, target):
-        fetched.append(source)
-        Path(target).write_bytes((tmp_path / "t.pkl").read_bytes())
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    import_edm(url, tmp_path / "a")
-    import_edm(url, tmp_path / "b")
-    assert fetched == [url]
-
-    def fail(source, target):
-        raise OSError("no route")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(
-        ValueError, match=r"other.pkl cannot be fetched: no route. Fetch it elsewhere and give the file"
-    ):
-        import_edm(url.replace("t.pkl", "other.pkl"), tmp_path / "c")
+    with web.serving({"/t.pkl": (tmp_path / "t.pkl").read_bytes()}) as site:
+        import_edm(f"{site.url}/t.pkl", tmp_path / "a")
+        import_edm(f"{site.url}/t.pkl", tmp_path / "b")
+        assert site.asked == ["/t.pkl"]
+        with pytest.raises(
+            ValueError, match=r"other.pkl cannot be fetched: HTTP Error 404.*Fetch it elsewhere and give the file"
+        ):
+            import_edm(f"{site.url}/other.pkl", tmp_path / "c")
 
 
 def test_files_that_are_no_such_checkpoint_are_explained(tmp_path):

@@ -4,7 +4,6 @@ kept last-N plus best.
 Nothing in a checkpoint is executed when it is read: tensors go into safetensors, everything else into JSON.
 """
 
-import json
 import math
 import os
 import re
@@ -14,17 +13,19 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from distmatch import parallel
+from distmatch.digests import Damaged, known_digest, load_file
 from distmatch.files import write_json
+from distmatch.plain import read_json
 
 if TYPE_CHECKING:
     from distmatch.shards import Saver  # which takes seconds to import
 
 
-DAMAGE = (SafetensorError, OSError, KeyError, json.JSONDecodeError)
+DAMAGE = (Damaged, SafetensorError, OSError, KeyError, TypeError, AttributeError)
 """What reading a damaged checkpoint raises."""
 
 
@@ -37,8 +38,9 @@ class Checkpoints:
     """The checkpoints of one run: the folders `folder/step-00001000/`, ...
 
     Each holds the tensors in safetensors files, as many as processes wrote it (see `shards`), and `state.json` with all
-    else. It can be read by any number of processes, sharded in any way. All of them must take part in `save` and
-    `load`; the folder appears, whole, when all have written.
+    else and the digests of the others, which `load` compares before it changes anything. It can be read by any number
+    of processes, sharded in any way. All of them must take part in `save` and `load`; the folder appears, whole, when
+    all have written.
 
     `save` copies and returns; a thread writes. There is one such thread at a time, and whatever must know how it went
     waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `ValueError` when it failed.
@@ -68,10 +70,18 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def best(self) -> dict[str, Any] | None:
-        """`{"step": ..., "score": ...}` of the best one so far."""
+        """`{"step": ..., "score": ...}` of the best one so far. Raises `ValueError` where `best.json` is damaged."""
         file = self.folder / "best.json"
-        best = json.loads(file.read_text()) if file.exists() else None
-        return best if best is not None and (self.path(best["step"]) / "state.json").exists() else None
+        try:
+            best = read_json(file, dict[str, Any])
+            return best if (self.path(best["step"]) / "state.json").exists() and best["score"] < math.inf else None
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} does not say which checkpoint is the best ({_first_line(error)}). Delete it to go on: the "
+                "next one that is evaluated is then the best so far"
+            ) from error
 
     def improves(self, score: float) -> bool:
         """Whether `score` (lower is better) beats the best so far."""
@@ -133,7 +143,8 @@ class Checkpoints:
     def _finish(self, step: int, header: Mapping[str, Any], best: float | None) -> None:
         """Called in the first process's thread when all have written and synced their shards."""
         path, unfinished = self.path(step), self._unfinished(step)
-        write_json(unfinished / "state.json", header)
+        digests = {shard.name: known_digest(shard) for shard in sorted(unfinished.glob("*.safetensors"))}
+        write_json(unfinished / "state.json", {**header, "shards": digests})
         _to_disk(unfinished)
         shutil.rmtree(path, ignore_errors=True)  # half of one, or of the same step again, which no run has
         unfinished.rename(path)
@@ -160,26 +171,25 @@ class Checkpoints:
     def verify(self, step: int) -> None:
         """Read all of checkpoint `step`. Raises `ValueError` where it is damaged or a number in it is not finite."""
         path = self.path(step)
+        found: dict[str, int] = {}
         try:
-            expected = json.loads((path / "state.json").read_text())["shapes"]
-            found: dict[str, int] = {}
-            for shard in sorted(path.glob("*.safetensors")):
-                with safe_open(shard, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118
-                        value = file.get_tensor(name)
-                        if value.is_floating_point() and not value.isfinite().all():
-                            raise ValueError(f"{shard}: {name} is not finite")
-                        found[name] = found.get(name, 0) + value.numel()
+            header = _header(path)
+            for shard, digest in _shards(path, header).items():
+                for name, value in load_file(path / shard, digest).items():
+                    if value.is_floating_point() and not value.isfinite().all():
+                        raise ValueError(f"{path / shard}: {name} is not finite")
+                    found[name] = found.get(name, 0) + value.numel()
+            sizes = {name: math.prod(shape) for name, shape in header["shapes"].items()}
         except DAMAGE as error:
             raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
-        for name, shape in expected.items():
-            if found.get(name, 0) < math.prod(shape):
-                raise ValueError(
-                    f"{path} is not complete: {name} has {found.get(name, 0)} of {math.prod(shape)} numbers"
-                )
+        for name, size in sizes.items():
+            if found.get(name, 0) < size:
+                raise ValueError(f"{path} is not complete: {name} has {found.get(name, 0)} of {size} numbers")
 
     def load(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """Put checkpoint `step` (the latest unless told) back into the parts: `(step, meta)`, `None` if there is none.
+
+        Of several processes, each compares the digests of its share of the files before any of them reads.
 
         Raises `ValueError` when it is damaged or holds other parts.
         """
@@ -193,7 +203,7 @@ class Checkpoints:
 
         path = self.path(step)
         try:
-            header = json.loads((path / "state.json").read_text())
+            header = _header(path)
             if set(header["tree"]) != set(self.parts):
                 raise ValueError(
                     f"{path} holds {', '.join(sorted(header['tree']))}; this run needs "
@@ -201,6 +211,7 @@ class Checkpoints:
                 )
             tensors, _ = self._state()
             _same_shapes(path, header["shapes"], _shapes(tensors))
+            parallel.each(lambda: _compare(path, header))
             shards.read(tensors, path)
         except (*DAMAGE, shards.CheckpointException, IndexError) as error:
             raise ValueError(
@@ -241,6 +252,35 @@ def _unflatten(tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
             return [_unflatten(v, tensors) for v in value]
         case _:
             return value
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What `state.json` says of the checkpoint `path`."""
+    try:
+        header = read_json(path / "state.json", dict[str, Any])
+    except ValueError as error:
+        raise Damaged(str(error)) from error
+    if header["step"] != int(path.name.rpartition("-")[2]):
+        raise Damaged(f"its state.json is of step {header['step']}")
+    return header
+
+
+def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
+    """The files with its tensors, and their digests; earlier versions wrote none."""
+    there = sorted(shard.name for shard in path.glob("*.safetensors"))
+    written = header.get("shards", dict.fromkeys(there))
+    for name in sorted({*there} ^ {*written}):
+        raise Damaged(f"{name} is missing" if name in written else f"{name} does not belong to it")
+    return written
+
+
+def _compare(path: Path, header: Mapping[str, Any]) -> None:
+    """Compare this process's share of the files in `path` with their digests."""
+    for name, digest in [*_shards(path, header).items()][parallel.rank() :: parallel.world()]:
+        try:
+            load_file(path / name, digest)
+        except OSError as error:
+            raise Damaged(f"{path / name} cannot be read: {error}") from error
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -185,7 +185,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     for method in methods(pipe, merged, student, guidance, dtype):
         folder = _folder(out, method.name)
-        done = parallel.first(partial(_finished, folder))
+        done = parallel.first(partial(_finished, folder, method.name, picture))
         if done is None:
             made, pictures = measure(
                 method, prompts, shape, space, clip, n=count, seed=seed, batch=batch, picture=picture
@@ -312,9 +312,21 @@ def _folder(out: Path, method: str) -> Path:
     return out / "methods" / method.lower().replace(" ", "-")
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    file = folder / "figures.json"
-    return read_json(file, dict[str, Any], "Delete it to have the method made again") if file.exists() else None
+def _finished(folder: Path, method: str, picture: int) -> dict[str, Any] | None:
+    """The figures of `method`, if they and its pictures are there; damaged ones are made again."""
+    try:
+        done = read_json(folder / "figures.json", dict[str, Any])
+        if done["name"] != method:
+            raise ValueError(f"{folder} holds the figures of {done['name']}")
+        for i in range(picture):
+            with Image.open(folder / f"{i:06d}.png") as image:
+                image.verify()
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, OSError, SyntaxError) as error:
+        console.print(f"{error}\n{method} is measured again")
+        return None
+    return done
 
 
 def _sheet(out: Path, rows: list[dict[str, Any]], prompts: list[str]) -> np.ndarray:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distmatch.claims import make_together
 from distmatch.denoiser import Cond
+from distmatch.digests import Damaged, read_file, save_file
 from distmatch.files import write_atomic
+from distmatch.progress import console
 from distmatch.storage import Folder
 
 SHARD = 1024
@@ -25,15 +25,30 @@ BATCH = 64
 
 
 class Embeddings:
-    """`(numbers) -> Cond` of the prompts `0 .. count - 1`, from the files that `embed` wrote to `folder`."""
+    """`(numbers) -> Cond` of prompts, from the files that `embed` wrote to `folder`.
 
-    def __init__(self, folder: Path, count: int):
-        self.shards = [_read(folder / _name(i)) for i in range(-(-count // SHARD))]
+    A file is read and compared with its digest when it is first needed; `make(name)` makes it again if it is damaged.
+    """
+
+    def __init__(self, folder: Path, make: Callable[[str], None]):
+        self.folder, self.make = folder, make
+        self._shards: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, numbers: Sequence[int]) -> Cond:
-        rows = [(self.shards[i // SHARD], i % SHARD) for i in numbers]
-        stacked = {name: torch.stack([shard[name][row] for shard, row in rows]).float() for name in self.shards[0]}
+        rows = [(self._shard(_name(i // SHARD)), i % SHARD) for i in numbers]
+        stacked = {name: torch.stack([shard[name][row] for shard, row in rows]).float() for name in rows[0][0]}
         return Cond(text=stacked.pop("text"), extra=stacked)
+
+    def _shard(self, name: str) -> dict[str, Tensor]:
+        if name not in self._shards:
+            file = self.folder / name
+            try:
+                self._shards[name] = _read(file)
+            except (Damaged, OSError) as error:
+                console.print(f"{error}\nIt is made again", soft_wrap=True)
+                self.make(name)
+                self._shards[name] = _read(file)
+        return self._shards[name]
 
 
 def embed(
@@ -51,16 +66,19 @@ def embed(
     advance = progress or (lambda _: None)
 
     def make(name: str) -> None:
-        part = parts[name]
+        part, file = parts[name], folder / name
         tensors = _tensors([encode(part[i : i + BATCH]) for i in range(0, len(part), BATCH)])
-        write_atomic(folder / name, lambda path: save_file(tensors, path))
-        advance(len(part))
+        write_atomic(file, lambda path: save_file(tensors, path, {"place": _place(file)}))
+
+    def make_new(name: str) -> None:
+        make(name)
+        advance(len(parts[name]))
 
     def found(there: Collection[str]) -> None:
         advance(sum(len(parts[name]) for name in there))
 
-    make_together(Folder(folder), names, lambda name, sizes: name in sizes, make, found)
-    return Embeddings(folder, len(texts))
+    make_together(Folder(folder), names, lambda name, sizes: name in sizes, make_new, found)
+    return Embeddings(folder, make)
 
 
 def _tensors(conds: Sequence[Cond]) -> dict[str, Tensor]:
@@ -75,6 +93,13 @@ def _name(shard: int) -> str:
     return f"text-{shard:05d}.safetensors"
 
 
+def _place(file: Path) -> str:
+    """Which texts a file is of: `embed`'s folder has a name of its own for each list of them."""
+    return f"{file.parent.name}/{file.name}"
+
+
 def _read(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as content:
-        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    tensors, metadata = read_file(file)
+    if metadata.get("place", _place(file)) != _place(file):
+        raise Damaged(f"{file} was written as {metadata['place']}")
+    return tensors

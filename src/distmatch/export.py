@@ -1,31 +1,41 @@
 """Students in diffusers' format: a pipeline of its own, or a LoRA for the teacher's.
 
 Both come with a scheduler that makes diffusers' one step ours: DDIM (arXiv 2010.02502) that ends at the student's time
-`t`, counted down to a last step that returns `x0` as it is.
+`t`, counted down to a last step that returns `x0` as it is. An export is written beside its place; `distmatch.json` in
+it says that it is one, so that it may be replaced, and has the SHA-256 of each of its files.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distmatch.digests import file_sha256
 from distmatch.extras import need
+from distmatch.files import remove, together, write_json
 from distmatch.models.folder import Info, load_model
 from distmatch.models.hub import fetched
 from distmatch.models.library import model_folder
 from distmatch.models.pretrained import PREDICTIONS
 from distmatch.models.stable import StableUNet, write_adapters
+from distmatch.plain import read_json
 from distmatch.schedule import VP
 from distmatch.screen import console
+
+MARK = "distmatch.json"
+FORMAT = "distmatch-export-1"
 
 
 def export_diffusers(run: str, out: Path, source: str | None = None, half: bool = False) -> None:
     """`distmatch export diffusers`: the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens.
 
     `pipe(prompt, num_inference_steps=1, guidance_scale=1)` makes the student's image from its noise, adapters merged.
-    Raises `ValueError` where the student is none of a model in diffusers' format.
+    Raises `ValueError` where the student is none of a model in diffusers' format, or `out` holds anything but an older
+    export of this kind, which is replaced.
     """
+    _parts(out, "diffusers")
     need("diffusers", "transformers", by="export")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -36,7 +46,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     )
     pipeline.register_modules(scheduler=scheduler)
     pipeline.to(dtype=dtype)  # all of one kind, whatever the source's files have
-    pipeline.save_pretrained(out)
+    _write(out, "diffusers", "model_index.json", pipeline.save_pretrained)
     scale = "guidance_scale=1" if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     console.print(
         f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, {scale})"
@@ -46,21 +56,51 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
 def export_lora(run: str, out: Path) -> None:
     """`distmatch export lora`: the adapters of the student `run` and its scheduler, for the teacher's pipeline.
 
-    Raises `ValueError` where the student has no adapters.
+    Raises `ValueError` where the student has no adapters, or `out` holds anything but an older export of this kind,
+    which is replaced.
     """
+    _parts(out, "lora")
     need("diffusers", "transformers", "peft", by="export")
     net, scheduler, info = _student(run)
     if not net.lora:
         raise ValueError(f"{run} has no adapters: its student was trained without student.lora_rank; export diffusers")
     if net.guidance:
         raise ValueError(f"{run} takes a guidance scale, which a LoRA cannot carry; export diffusers")
-    write_adapters(net, out)
-    scheduler.save_pretrained(out / "scheduler")
+
+    def write(folder: Path) -> None:
+        write_adapters(net, folder)
+        scheduler.save_pretrained(folder / "scheduler")
+
+    _write(out, "lora", "pytorch_lora_weights.safetensors", write)
     console.print(
         f"In {out}. Next: pipe = DiffusionPipeline.from_pretrained({info.source!r}); "
         f"pipe.load_lora_weights({str(out)!r}); pipe.scheduler = DDIMScheduler.from_pretrained({str(out)!r}, "
         'subfolder="scheduler"); pipe(prompt, num_inference_steps=1, guidance_scale=1)'
     )
+
+
+def _parts(out: Path, kind: str) -> set[str]:
+    """The parts of the export of this kind in `out`, if there is one. Raises `ValueError` for anything else there."""
+    there = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
+    mark = read_json(out / MARK, dict[str, Any]) if MARK in there else {}
+    if there and (mark.get("format"), mark.get("kind")) != (FORMAT, kind):
+        raise ValueError(
+            f"{out} holds {', '.join(there)[:200]}; only an older export {kind} of distmatch is replaced. Choose "
+            "another folder, or delete this one"
+        )
+    return {name.partition("/")[0] for name in mark.get("files", ())} & {*there}
+
+
+def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any]) -> None:
+    """The export that `write(folder)` makes, as `out`. Without the file `last`, diffusers does not take it for one."""
+    before = _parts(out, kind)
+    with together(out, last) as beside:
+        write(beside)
+        files = {file.relative_to(beside).as_posix(): file for file in sorted(beside.rglob("*")) if file.is_file()}
+        digests = {name: file_sha256(file) for name, file in files.items()}
+        write_json(beside / MARK, {"format": FORMAT, "kind": kind, "files": digests})
+    for name in before - _parts(out, kind):
+        remove(out / name)
 
 
 def _student(run: str) -> tuple[StableUNet, Any, Info]:

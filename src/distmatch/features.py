@@ -11,15 +11,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distmatch import rng
+from distmatch.digests import Damaged, read_file, save_file
 from distmatch.files import write_atomic
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments
 from distmatch.paths import CACHE
+from distmatch.progress import console
 
 FORMAT = "distmatch-reference-1"
 
@@ -84,14 +84,14 @@ def load_reference(file: Path, space: FeatureSpace | None = None) -> Reference:
     if not file.exists():
         raise ValueError(f"{file} does not exist; `distmatch classifier` makes a reference.safetensors")
     try:
-        with safe_open(file, framework="pt") as content:
-            header: dict[str, Any] = json.loads((content.metadata() or {})["distmatch"])
-            tensors: dict[str, Tensor] = {name: content.get_tensor(name) for name in ("mu", "cov", "features")}
-            if header.pop("format", None) != FORMAT:
-                raise ValueError(f"{file} is not of format {FORMAT!r}: not a reference, or one of another version")
-            tensors["features"] = tensors["features"].float()
-            loaded = Reference(**tensors, **header)
-    except (AttributeError, KeyError, TypeError, OSError, json.JSONDecodeError, SafetensorError) as error:
+        content, metadata = read_file(file)
+        header: dict[str, Any] = json.loads(metadata["distmatch"])
+        tensors = {name: content[name] for name in ("mu", "cov", "features")}
+        if header.pop("format", None) != FORMAT:
+            raise ValueError(f"{file} is not of format {FORMAT!r}: not a reference, or one of another version")
+        tensors["features"] = tensors["features"].float()
+        loaded = Reference(**tensors, **header)
+    except (AttributeError, KeyError, TypeError, OSError, json.JSONDecodeError, Damaged) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}; delete it and make it again") from error
     if space is not None and loaded.classifier != fingerprint(space):
         raise ValueError(f"{file} was made with another classifier; features of two classifiers cannot be compared")
@@ -127,8 +127,12 @@ def reference(
     if cache is not None:
         key = sha256(f"{FORMAT}/{pixels}/{network}/{keep}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.safetensors"
-        with suppress(ValueError):
-            return replace(load_reference(file, space), source=source)
+        if file.exists():
+            with suppress(ValueError):
+                found = load_reference(file, space)
+                if (found.images, len(found.features)) == (pixels, min(keep, len(images))):
+                    return replace(found, source=source)
+            console.print(f"{file} is damaged; it is made again", soft_wrap=True)
 
     moments, parts = Moments(), []
     for rows in images.pixels.split(batch):

@@ -1,19 +1,23 @@
 """Files that are written beside their place and moved there: a reader sees all of one or none of it.
 
-A writer that is killed leaves a hidden file, which names its process: `.NAME.HOST-PID-START-xxxxxxxx`. The next process
-that writes into the folder deletes it.
+JSON files carry the digest of their content, which `plain.read_json` compares.
+
+A writer that is killed leaves a hidden file or folder, which names its process: `.NAME.HOST-PID-START-xxxxxxxx`. The
+next process that writes there deletes it.
 """
 
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from distmatch.disk import naming
+from distmatch.plain import SEAL, json_digest
 from distmatch.process import FORM, identity, is_dead, is_here
 
 ABANDONED = 3600.0
@@ -33,21 +37,47 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    folder = path.parent.absolute()
+    handle, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=_tidy(path.parent))
+    os.close(handle)
+    try:
+        write(Path(name))
+        _to_disk(Path(name))
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def together(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a folder to write to. At the end, its entries are moved to `folder`, over those of the same names.
+
+    The file `last` makes the others count: it is deleted before they are moved, files before folders, and comes after
+    them. A process that is killed leaves all old ones, all new ones, or no `last`. Other entries of `folder` stay.
+    """
+    with naming(folder):
+        beside = Path(tempfile.mkdtemp(prefix=_prefix(last), dir=_tidy(folder)))
+        try:
+            yield beside
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    _to_disk(file)
+            remove(folder / last)
+            for entry in sorted(beside.iterdir(), key=lambda entry: (entry.name == last, entry.is_dir())):
+                if entry.is_dir():  # which no rename replaces
+                    remove(folder / entry.name)
+                entry.replace(folder / entry.name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> Path:
+    """Make `folder` and delete, once, what dead writers left in it."""
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if folder not in _swept:
         _swept.add(folder)
         sweep(folder, ABANDONED, spare=is_here)
-    handle, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=folder)
-    os.close(handle)
-    try:
-        write(Path(name))
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return folder
 
 
 def sweep(folder: Path, age: float, spare: Callable[[str], bool] = lambda _: False) -> None:
@@ -66,7 +96,7 @@ def sweep(folder: Path, age: float, spare: Callable[[str], bool] = lambda _: Fal
         for path, writer in left:
             with suppress(FileNotFoundError):
                 if is_dead(writer) or (not spare(writer) and now - path.stat().st_mtime > age):
-                    path.unlink()
+                    remove(path)
 
 
 def _prefix(name: str) -> str:
@@ -79,6 +109,22 @@ def _writer(name: str) -> str:
     return found[1] if found else ""
 
 
-def write_json(path: Path, data: Any) -> None:
-    """`data` as indented JSON, atomically."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2) + "\n"))
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """`data` as indented JSON with the digest of its content, atomically."""
+    content = json.loads(json.dumps(data))  # as it will be read: keys are strings, tuples are lists
+    sealed = json.dumps({**content, SEAL: json_digest(content)}, indent=2) + "\n"
+    write_atomic(path, lambda p: p.write_text(sealed))
+
+
+def _to_disk(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(0o644)

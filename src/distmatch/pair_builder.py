@@ -23,11 +23,11 @@ from distmatch.pairs import (
     Progress,
     fingerprint,
     is_there,
-    json_digest,
     read_manifest,
     shard_meta,
     shard_name,
 )
+from distmatch.plain import json_digest
 from distmatch.solvers import solver
 from distmatch.storage import Folder
 

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from distmatch import rng
 from distmatch.denoiser import Denoiser
+from distmatch.digests import digest
 from distmatch.models.folder import schedule_config
+from distmatch.plain import json_digest
 from distmatch.solvers import NAMES
 from distmatch.storage import Folder, limit
 
@@ -148,6 +150,7 @@ class PairStore:
     def __init__(self, folder: Folder, spec: PairSpec):
         self.folder, self.spec = folder, spec
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._compared: set[int] = set()
         self._fetched: set[int] = set()
 
     @staticmethod
@@ -227,12 +230,22 @@ class PairStore:
                 progress(len(self.spec.rows(shard)))
 
         _each_shard(self.spec, check)
-        if self.spec.prompts and prompts_digest(self.prompts()) != self.spec.prompts:
-            raise ValueError(f"{self.folder.at(PROMPTS)} is damaged. Delete it and {AGAIN}: it is written anew")
+        if self.spec.prompts:
+            self.prompts()
 
     def prompts(self) -> list[str]:
-        """The table of prompts; pair `i` has prompt `i`, or what is left of it after a whole number of turns."""
-        return [json.loads(line) for line in self.folder.read(PROMPTS).decode().splitlines()]
+        """The table of prompts; pair `i` has prompt `i`, or what is left of it after a whole number of turns.
+
+        Raises `ValueError` where it is missing or not as it was written.
+        """
+        try:
+            prompts = [json.loads(line) for line in self.folder.read(PROMPTS).decode().splitlines()]
+            if prompts_digest(prompts) != self.spec.prompts:
+                raise ValueError("its digest is not that of its content")
+        except (FileNotFoundError, ValueError, RecursionError) as error:
+            where = self.folder.at(PROMPTS)
+            raise ValueError(f"{where} is damaged ({error}). Delete it and {AGAIN}: it is written anew") from error
+        return prompts
 
     def _order(self, seed: int, position: int, count: int) -> np.ndarray:
         return rng.shuffled(seed, len(self), position, count, WINDOW, self.spec.shard_size)
@@ -246,11 +259,14 @@ class PairStore:
         self._fetched = needed
 
     def _shard(self, number: int) -> np.ndarray:
-        """The images of a shard; those of the shards used last stay mapped."""
+        """The images of a shard, compared with their digest once; those of the shards used last stay mapped."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        y, _ = read_shard(self.folder, self.spec, number)
+        y, meta = read_shard(self.folder, self.spec, number)
+        if number not in self._compared:
+            _same_images(self.folder.at(shard_name(number)), y, meta)
+            self._compared.add(number)
         self._open[number] = y.numpy()
         if len(self._open) > 2 * WINDOW:
             self._open.popitem(last=False)
@@ -331,10 +347,13 @@ def _check(folder: Folder, spec: PairSpec, shard: int) -> None:
     if len(y) < len(spec.rows(shard)):
         raise ValueError(f"{where} is not complete; {AGAIN}")
     first = spec.rows(shard)[0]
-    expected = shard_meta(spec, shard, y, spec.noise(range(first, first + len(y))))
-    if meta["noise_sha256"] != expected["noise_sha256"]:
+    if meta["noise_sha256"] != digest(spec.noise(range(first, first + len(y)))):
         raise ValueError(f"{where}: the noise regenerated for it is not what the teacher saw. {REBUILD}")
-    if meta != expected:
+    _same_images(where, y, meta)
+
+
+def _same_images(where: str, y: Tensor, meta: Mapping[str, Any]) -> None:
+    if meta["y_sha256"] != digest(y):
         raise ValueError(f"{where} is damaged (its images are not those that were written). {REBUILD}")
 
 
@@ -372,19 +391,6 @@ def read_manifest(folder: Folder) -> tuple[PairSpec, dict[str, str]]:
             f"{folder.at(MANIFEST)} cannot be used: {error}. Move it away and {AGAIN}: shards that fit are kept"
         ) from error
     return spec, manifest["versions"]
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of the tensors' values in row-major order, one tensor after the other."""
-    h = sha256()
-    for tensor in tensors:
-        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
-def json_digest(data: Any) -> str:
-    """SHA-256 of plain data, whatever the order of its keys."""
-    return sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def shard_name(shard: int) -> str:

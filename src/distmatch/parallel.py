@@ -125,6 +125,20 @@ def first(make: Callable[[], Result]) -> Result:
     return box[0]
 
 
+def each(check: Callable[[], None]) -> None:
+    """`check()` in all processes; the first `ValueError` of any of them is raised in all."""
+    errors: list[ValueError | None] = [None]
+    try:
+        check()
+    except ValueError as error:
+        errors = [error]
+    if world() > 1:
+        mine, errors = errors[0], [None] * world()
+        dist.all_gather_object(errors, mine)
+    for error in filter(None, errors):
+        raise error
+
+
 def same_folder(folder: Path) -> None:
     """Make `folder`; raises `ValueError`, in all processes, unless it is the same one for all of them.
 

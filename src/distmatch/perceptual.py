@@ -6,7 +6,6 @@ Appendix B): images upsampled to 224 x 224, values not clamped.
 
 import os
 from collections.abc import Sequence
-from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmatch.download import download
 from distmatch.extras import need
 from distmatch.files import write_atomic
 from distmatch.finite import check_weights
@@ -118,9 +118,8 @@ def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
         if (folder / name).is_file():
             return folder / name
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(cache / name))
-    except (OSError, RuntimeError, HTTPException) as error:
+        download(url, cache / name)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"LPIPS needs {' and '.join(urls)}. {name} is not in {', '.join(map(str, folders))}, and cannot be "
             f"downloaded ({error}). Put both files into one folder and name it by regress.weights or {VARIABLE}"

@@ -1,8 +1,12 @@
-"""JSON and YAML that anyone may have written: of bounded size and in the form that is expected, or refused by name."""
+"""JSON and YAML that anyone may have written: of bounded size and in the form that is expected, or refused by name.
+
+JSON files that `files.write_json` wrote carry the digest of their content, which is compared.
+"""
 
 import json
 from collections import Counter
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from distmatch import limits
 
 T = TypeVar("T")
+SEAL = "sha256"
+"""The entry with the digest of all others."""
 
 
 def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
@@ -19,17 +25,23 @@ def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
 
     Raises `FileNotFoundError`, and `ValueError` that names the file and what is wrong with it, and ends with `remedy`.
     """
-    return json_of(_content(file, limits.SETTINGS), str(file), kind, remedy)
+    found = _parsed(_content(file, limits.SETTINGS), str(file), remedy)
+    if isinstance(found, dict) and SEAL in found:
+        known = found.pop(SEAL)
+        if known != json_digest(found):
+            problem = f"{file} is damaged: its digest is not that of its content. If you edited it, delete its {SEAL!r}"
+            raise ValueError(_joined(problem, remedy))
+    return fitting(found, str(file), kind, remedy)
 
 
 def json_of(content: bytes | str, where: str, kind: type[T], remedy: str = "") -> T:
     """The JSON text `content` as `kind`. Raises `ValueError` that begins with `where` and ends with `remedy`."""
-    try:
-        found = json.loads(content)
-    except (RecursionError, ValueError) as error:  # among them text that is no UTF-8, numbers of thousands of digits
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
-    return fitting(found, where, kind, remedy)
+    return fitting(_parsed(content, where, remedy), where, kind, remedy)
+
+
+def json_digest(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def fitting(found: Any, where: str, kind: type[T], remedy: str = "") -> T:
@@ -66,6 +78,14 @@ def yaml_of(text: bytes | str, where: str) -> Any:
 @cache
 def _adapter(kind: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(kind)
+
+
+def _parsed(content: bytes | str, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(content)
+    except (RecursionError, ValueError) as error:  # among them text that is no UTF-8, numbers of thousands of digits
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
 
 
 def _joined(problem: str, remedy: str) -> str:

@@ -209,7 +209,8 @@ def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = (
     Args:
         new: settings that runs of earlier versions have not written down.
     """
-    before = read_json(file, dict[str, Any]) if file.exists() else {}
+    remedy = "Delete it to go on, if you know that its settings were these"
+    before = read_json(file, dict[str, Any], remedy) if file.exists() else {}
     if _has_begun(file):
         _same({k: v for k, v in settings.items() if k in before or k not in new}, before, file.parent)
     else:

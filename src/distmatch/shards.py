@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import torch.futures
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from distmatch import parallel
+from distmatch.digests import save_file
 from distmatch.files import write_atomic
 
 

@@ -3,21 +3,25 @@
 Files at a URL are read from copies on the local disk, of which those unused for longest go when they take too much.
 """
 
+import base64
+import glob
+import hashlib
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from distmatch.digests import file_sha256
 from distmatch.disk import naming
 from distmatch.extras import need
 from distmatch.files import sweep, write_atomic
 from distmatch.paths import CACHE, expand
+from distmatch.progress import console
 
 Value = TypeVar("Value")
 
@@ -229,27 +233,74 @@ def limit() -> float:
 def copied(fs: Any, path: str) -> Path:
     """The local copy of a remote file as it is now, fetched if it is not there.
 
-    Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be or does not say its size.
+    Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be, does not say its size, or
+    arrives with another size or another hash than the store says.
     """
     info = fs.info(path)
     if info["type"] == "directory":
         raise IsADirectoryError(path)
     version = [fs.ukey(path), info["size"], info.get("ETag"), info.get("Last-Modified")]  # HTTP's ukey is the address
     suffix = Path(path.partition("?")[0]).suffix
-    file = COPIES / (sha256(f"{fs.protocol}{path}{version}".encode()).hexdigest()[:32] + suffix)
-    with suppress(FileNotFoundError):
-        os.utime(file)  # used just now
-        return file
+    file = COPIES / (hashlib.sha256(f"{fs.protocol}{path}{version}".encode()).hexdigest()[:32] + suffix)
+    if copy := kept(file):
+        return copy
     COPIES.mkdir(parents=True, exist_ok=True)
     with FileLock(COPIES / f".{file.stem}.lock") as lock:  # the processes of a machine fetch it once
-        if not file.exists():
+        copy = kept(file)
+        if copy is None:
             reserved = _reserve(file.stem, info["size"], path)
             try:
-                write_atomic(file, lambda p: fs.get_file(path, str(p)))
+                copy = keep(file, lambda p: _fetch(fs, path, info, p))
             finally:
                 reserved.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
-    return file
+    return copy
+
+
+def keep(file: Path, fetch: Callable[[Path], Any]) -> Path:
+    """Have `fetch(temporary_path)` write a copy and keep it beside `file`, under a name with its SHA-256."""
+    write_atomic(file, fetch)
+    copy = file.replace(file.with_stem(f"{file.stem}-{file_sha256(file)}"))
+    _compared.add(copy)
+    return copy
+
+
+def kept(file: Path) -> Path | None:
+    """What `keep` made of `file`, unless its content is no longer that: then it is deleted.
+
+    A process reads it for that once.
+    """
+    for copy in file.parent.glob(f"{glob.escape(file.stem)}-*{glob.escape(file.suffix)}"):
+        with suppress(FileNotFoundError):  # another process made room
+            if copy in _compared or copy.stem.endswith(file_sha256(copy)):
+                os.utime(copy)  # used just now
+                _compared.add(copy)
+                return copy
+            copy.unlink()
+            console.print(f"{copy} is damaged; it is fetched again", soft_wrap=True)
+    return None
+
+
+_compared: set[Path] = set()
+"""The copies that this process has read."""
+
+
+def _fetch(fs: Any, path: str, info: dict[str, Any], file: Path) -> None:
+    """A remote file, which must arrive as the store describes it."""
+    fs.get_file(path, str(file))
+    size = file.stat().st_size
+    if size != info["size"]:
+        raise ValueError(f"{path} did not arrive whole: {size:,} of {info['size']:,} bytes. Run the same again")
+    kind, known = "", ""
+    if info.get("lfs"):  # Hugging Face's
+        kind, known = "sha256", info["lfs"]["sha256"]
+    elif info.get("md5Hash"):  # Google's
+        kind, known = "md5", base64.b64decode(info["md5Hash"]).hex()
+    if kind:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, kind).hexdigest()
+        if found != known:
+            raise ValueError(f"{path} did not arrive whole: its {kind} is {found}, not {known}. Run the same again")
 
 
 def _reserve(stem: str, size: int | None, path: str) -> Path:

@@ -4,22 +4,21 @@ Frechet distances in its features order models of one data set among themselves.
 features of one particular Inception network (Heusel et al. 2017, arXiv 1706.08500), and don't compare with it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch import data, rng
-from distmatch.files import write_atomic, write_json
+from distmatch.digests import Damaged, load_file, save_file
+from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.images import Images
 from distmatch.optim import Optimizer
+from distmatch.plain import read_json
 
 FORMAT = "distmatch-classifier-1"
 NETWORK = ("channels", "size", "classes", "widths")
@@ -87,8 +86,9 @@ class Classifier(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `model.safetensors` and `config.json` to `folder`."""
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
-        write_json(folder / "config.json", {"format": FORMAT, **self.config})
+        with together(folder, "config.json") as beside:
+            written = save_file(weights, beside / "model.safetensors")
+            write_json(beside / "config.json", {"format": FORMAT, **self.config, "weights": written})
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":
@@ -100,13 +100,13 @@ class Classifier(nn.Module):
         if not file.exists():
             raise ValueError(f"{folder} is not a classifier: it has no config.json; `distmatch classifier` makes one")
         try:
-            config = json.loads(file.read_text())
+            config = read_json(file, dict[str, Any], "Train the classifier again")
             if config.pop("format", None) != FORMAT:
                 raise ValueError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
             net = cls(*(config[key] for key in NETWORK))
-            weights = load_file(folder / "model.safetensors")
+            weights = load_file(folder / "model.safetensors", config.pop("weights", None))
             net.load_state_dict(weights)
-        except (AttributeError, KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as e:
+        except (AttributeError, KeyError, TypeError, RuntimeError, OSError, Damaged) as e:
             raise ValueError(f"{folder} is damaged: {type(e).__name__}: {e}; train the classifier again") from e
         check_weights(weights, folder / "model.safetensors")
         net.config = config

@@ -1,31 +1,32 @@
 """A model on disk: a folder with `model.safetensors` and `config.json`. Nothing in it is executed.
 
 `config.json` holds what is needed to rebuild the denoiser (network, schedule, prediction), what it makes (image shape,
-class names), the student's time if it is a one-step generator, and a free `card` on how it came about.
+class names), the student's time if it is a one-step generator, a free `card` on how it came about, and the digest of
+the weights that it goes with.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distmatch import parallel
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.digests import Damaged, load_file, save_file
 from distmatch.engine import whole
-from distmatch.files import write_atomic, write_json
+from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
 from distmatch.models.unet import UNet
+from distmatch.plain import read_json
 from distmatch.schedule import EDM, VP, Flow, Schedule
 
 FORMAT = "distmatch-model-1"
+AGAIN = "Make the model again: the command that made it continues from its last checkpoint, or get a new copy"
 NETWORKS: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "mlp": MLP,
@@ -62,7 +63,7 @@ class Info:
 
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
-    """Write `denoiser` and `info` to `folder`, weights in `dtype`. The configuration goes last: it makes it a model.
+    """Write `denoiser` and `info` to `folder`, weights in `dtype`. A model that is there is replaced at the end.
 
     Of several processes all must call this, for the weights may be sharded; the first writes.
     A network that is not one of `NETWORKS` is saved without its configuration; `load_model` then needs it.
@@ -82,8 +83,9 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
     weights = {k: whole(v.detach()).to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
     if parallel.rank() > 0:
         return
-    write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
-    write_json(folder / "config.json", config)
+    with together(folder, "config.json") as beside:
+        written = save_file(weights, beside / "model.safetensors")
+        write_json(beside / "config.json", {**config, "weights": written})
 
 
 def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, Info]:
@@ -98,7 +100,7 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
     if not file.exists():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file, dict[str, Any], AGAIN)
         if config.get("format") != FORMAT:
             raise ValueError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
         network = dict(config["network"])
@@ -113,10 +115,12 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
         net = NETWORKS[str(kind)](**network) if net is None else net
         denoiser = Denoiser(net, schedule_of(config["schedule"]), Prediction(**config["prediction"]))
         info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config})
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors", config.get("weights"))
         net.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+    except Damaged as error:
+        raise ValueError(f"{error}. {AGAIN}") from error
+    except (KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. {AGAIN}") from error
     check_weights(weights, folder / "model.safetensors")
     return denoiser.eval(), info
 

@@ -2,7 +2,7 @@
 `unpickle`.
 """
 
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import torch
 
 from distmatch import unpickle
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.digests import file_sha256
+from distmatch.download import download
 from distmatch.finite import check_weights
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.paths import CACHE, expand
+from distmatch.progress import console
 from distmatch.schedule import EDM
+from distmatch.storage import keep, kept
 
 _CIFAR = {"channel_mult": [2, 2, 2], "dropout": 0.13, "augment_dim": 9}
 _FACES = {"img_resolution": 64, "channel_mult": [1, 2, 2, 2], "augment_dim": 9}
@@ -55,10 +59,15 @@ def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:
 
 
 def cached_edm(source: str) -> tuple[Denoiser, Info]:
-    """The checkpoint `source`, a file or a URL, by way of a model folder in the cache."""
+    """The checkpoint `source`, a file or a URL, by way of a model folder in the cache; a damaged one is made again."""
     file = _local(source)
-    folder = CACHE / f"edm-{_sha256(file)[:32]}"
-    return load_model(folder) if (folder / "config.json").exists() else import_edm(str(file), folder)
+    folder = CACHE / f"edm-{file_sha256(file)[:32]}"
+    if (folder / "config.json").exists():
+        try:
+            return load_model(folder)
+        except ValueError as error:
+            console.print(f"{error}\nIt is imported again", soft_wrap=True)
+    return import_edm(str(file), folder)
 
 
 def read_edm(file: Path) -> tuple[Denoiser, Info]:
@@ -90,7 +99,7 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     low, high = (float(top.attributes.get(name, bound)) for name, bound in (("sigma_min", 0), ("sigma_max", 80)))
     prediction = Prediction(PRECONDITIONINGS[top.class_name], float(top.kwargs.get("sigma_data", 0.5)))
     denoiser = Denoiser(net, EDM(max(0.002, low), min(80.0, high)), prediction)
-    card = {"imported": {"file": file.name, "sha256": _sha256(file), "class": top.class_name}}
+    card = {"imported": {"file": file.name, "sha256": file_sha256(file), "class": top.class_name}}
     return denoiser.eval(), Info((channels, side, side), tuple(str(i) for i in range(net.label_dim)), card=card)
 
 
@@ -120,16 +129,10 @@ def _local(source: str) -> Path:
         if not file.is_file():
             raise ValueError(f"edm:{source} is no file here; give an EDM checkpoint, a .pkl file or a URL of one")
         return file
-    file = CACHE / "downloads" / f"{sha256(source.encode()).hexdigest()[:16]}-{Path(source).name}"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(source, str(file))  # to a temporary file first
-        except OSError as error:
-            raise ValueError(f"{source} cannot be fetched: {error}. Fetch it elsewhere and give the file") from error
-    return file
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return file_digest(stream, "sha256").hexdigest()
+    file = CACHE / "downloads" / f"{sha256(source.encode()).hexdigest()[:16]}-{Path(source.partition('?')[0]).name}"
+    if there := kept(file):
+        return there
+    try:
+        return keep(file, lambda path: download(source, path))
+    except ValueError as error:
+        raise ValueError(f"{error}. Fetch it elsewhere and give the file") from error
