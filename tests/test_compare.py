@@ -23,7 +23,7 @@ from PIL import Image
 from test_parallel import together
 from torch import Tensor
 
-from distmatch import baselines, compare, parallel, rng, run
+from distmatch import baselines, compare, parallel, rng, spaces
 from distmatch.baselines import generators, load_lora, load_teacher, methods
 from distmatch.compare import lanczos, squares
 from distmatch.denoiser import Cond
@@ -200,9 +200,11 @@ def test_real_images_of_any_size_are_cut_to_the_square_in_their_middle(tmp_path)
 
 
 class Means:
-    """A feature space of 4 features, which see the place of a pixel and its colour."""
+    """A feature space of 2 features, which see the place of a pixel."""
 
+    name = "inception"
     distance = "fid"
+    classes = ()
     identity = {"means": 1}  # noqa: RUF012
 
     def state_dict(self):
@@ -214,7 +216,7 @@ class Means:
     def both(self, pixels: Tensor):
         assert pixels.shape[1:] == (3, 256, 256)
         halves = pixels.float().unflatten(3, (2, 128)).mean((2, 4))
-        return torch.cat([halves[:, :, 0] / 100, halves[:, :1, 1] / 100], 1), None
+        return torch.cat([halves[:, :1, 0] / 100, halves[:, :1, 1] / 100], 1), None
 
 
 class Words:
@@ -233,7 +235,7 @@ def quick(monkeypatch, tmp_path):
     """No time for latencies, small feature spaces, and a reference in `real`."""
     monkeypatch.setattr(compare, "SECONDS", 0.0)
     monkeypatch.setattr(compare, "load_inception", lambda *_: Means())
-    monkeypatch.setattr(run, "load_inception", lambda *_: Means())
+    monkeypatch.setattr(spaces, "load_inception", lambda *_: Means())
     monkeypatch.setattr(compare, "ClipScore", Words)
     monkeypatch.setattr(compare, "reference", partial(compare.reference, cache=None))
     monkeypatch.setattr(baselines, "PNDM_STEPS", 5)

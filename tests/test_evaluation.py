@@ -11,9 +11,9 @@ import scipy.linalg
 import tiny
 import torch
 
-from distmatch import run
+from distmatch import run, spaces
 from distmatch.evaluation import evaluate, score
-from distmatch.features import load_reference, reference
+from distmatch.features import reference
 from distmatch.images import load_images
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
@@ -23,7 +23,7 @@ from distmatch.pipeline import DistilledPipeline
 @pytest.fixture
 def setting(tmp_path):
     torch.manual_seed(0)
-    classifier = Classifier(1, (8, 8), ("a", "b", "c")).eval().requires_grad_(False)
+    classifier = Classifier(1, (8, 8), ("a", "b", "c"), (8, 12, 16)).eval().requires_grad_(False)
     for weight in classifier.parameters():
         weight *= 4  # untrained features are tiny
     real = reference(load_images(tiny.image_folder(tmp_path / "images", per_class=50)), classifier, cache=None)
@@ -33,37 +33,40 @@ def setting(tmp_path):
 
 def test_figures_equal_those_of_the_pipelines_images(setting):
     pipe, classifier, real = setting
-    figures = evaluate(pipe, classifier, real, n=70, seed=4, batch=32)
+    figures = evaluate(pipe, [(classifier, real)], n=70, seed=4, batch=32)
     pixels = pipe(70, seed=4).pixels
     features = classifier.features(pixels).double().numpy()
     mu, cov = features.mean(0), np.cov(features.T)
     roots = np.sqrt(np.linalg.eigvals(cov @ real.cov.numpy()).real.clip(0))  # their sum is tr (cov1 cov2)^(1/2)
     expected = ((mu - real.mu.numpy()) ** 2).sum() + np.trace(cov + real.cov.numpy()) - 2 * roots.sum()
-    assert figures["frechet"] == pytest.approx(expected, rel=1e-3)
+    assert figures["frechet/pooled"] == pytest.approx(expected, rel=1e-3)
     right = classifier(pixels).argmax(1) == torch.arange(70) % 3
     assert figures["accuracy"] == pytest.approx(right.float().mean().item())
 
 
 def test_figures_do_not_depend_on_the_batch(setting):
     pipe, classifier, real = setting
-    a, b = (evaluate(pipe, classifier, real, n=60, seed=1, batch=batch) for batch in (7, 60))
+    spaces = [(classifier, real)]
+    a, b = (evaluate(pipe, spaces, n=60, seed=1, batch=batch) for batch in (7, 60))
     assert a == pytest.approx(b, rel=1e-5)
-    assert a != pytest.approx(evaluate(pipe, classifier, real, n=60, seed=2), rel=1e-3)
+    assert a != pytest.approx(evaluate(pipe, spaces, n=60, seed=2), rel=1e-3)
 
 
 def test_real_images_score_as_real(setting, tmp_path):
     _, classifier, real = setting
     pixels = load_images(tmp_path / "images").pixels
-    figures = score(lambda a, b: pixels[a:b], None, len(pixels), classifier, real, batch=33)
-    assert figures["frechet"] == pytest.approx(0, abs=1e-4 * real.cov.trace().item())
-    assert figures["precision"] == figures["recall"] == 1
+    figures = score(lambda a, b: pixels[a:b], None, len(pixels), [(classifier, real)], batch=33)
+    assert figures["frechet/pooled"] == pytest.approx(0, abs=1e-4 * real.cov.trace().item())
+    assert figures["precision/pooled"] == figures["recall/pooled"] == 1
     assert "accuracy" not in figures
 
 
 class Sums:
     """A feature space that knows no classes: sums of rows."""
 
+    name = "inception"
     distance = "fid"
+    classes = ()
     identity: ClassVar = {"features": "sums"}
 
     def state_dict(self):
@@ -93,9 +96,9 @@ def figures_of(student, tmp_path, **changes):
 def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path, monkeypatch, capsys):
     """The folder's images as files, as ADM's array, and as EDM's mu and sigma; only the last has no features."""
     asked = []
-    monkeypatch.setattr(run, "load_inception", lambda file, resize: asked.append((file, resize)) or Sums())
+    monkeypatch.setattr(spaces, "load_inception", lambda file, resize: asked.append((file, resize)) or Sums())
     monkeypatch.setattr(run, "speed", lambda *_: {})
-    monkeypatch.setattr(run, "reference", partial(reference, cache=None))
+    monkeypatch.setattr(spaces, "reference", partial(reference, cache=None))
     folder = tiny.image_folder(tmp_path / "images", per_class=30)
     pixels = load_images(folder).pixels
     np.savez(tmp_path / "adm.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy())
@@ -103,15 +106,18 @@ def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path
     np.savez(tmp_path / "edm.npz", mu=values.mean(0), sigma=np.cov(values, rowvar=False))
     rows = {}
     for real in (folder, tmp_path / "adm.npz", tmp_path / "edm.npz"):
-        written = figures_of(student, tmp_path, real=str(real), resize="clean")
-        (rows[real.name],) = written["rows"]
+        written = figures_of(student, tmp_path, real=str(real), resize="clean", n=60)
+        rows[real.name], chance = written["rows"]
+        assert chance["name"] == "real images, expected"
         assert (written["reference"], written["resize"]) == (str(real), "clean")
     assert asked == [(Path("weights.pth"), "clean")] * 3
     assert rows["images"] == rows["adm.npz"]
     names = {"name", "nfe", "images", "seed", "fid"}
     assert rows["edm.npz"].keys() == names
-    assert rows["images"].keys() == names | {"kernel_distance", "precision", "recall"}
-    fake = DistilledPipeline.from_pretrained(student)(40, seed=1).pixels.sum((1, 3)).double().numpy()
+    kinds = ("kernel_distance", "precision", "recall")
+    both = {f"{kind}/{space}" for kind in kinds for space in ("inception", "pixels")}
+    assert rows["images"].keys() == names | {"frechet/pixels"} | both
+    fake = DistilledPipeline.from_pretrained(student)(60, seed=1).pixels.sum((1, 3)).double().numpy()
     root = scipy.linalg.sqrtm(np.cov(fake, rowvar=False) @ np.cov(values, rowvar=False)).real
     expected = ((fake.mean(0) - values.mean(0)) ** 2).sum()
     expected += np.trace(np.cov(fake, rowvar=False) + np.cov(values, rowvar=False) - 2 * root)
@@ -119,7 +125,7 @@ def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path
     assert rows["images"]["fid"] == pytest.approx(expected, rel=1e-9)
     printed = capsys.readouterr().out
     assert "FID" in printed
-    assert "Frechet" not in printed
+    assert "inception: 8 features of inception:weights.pth, against 60 images" in printed
 
 
 def test_references_that_are_missing_or_do_not_fit_are_refused(student, tmp_path, monkeypatch):
@@ -131,25 +137,27 @@ def test_references_that_are_missing_or_do_not_fit_are_refused(student, tmp_path
         figures_of(student, tmp_path, real=tmp_path)
     with pytest.raises(ValueError, match="resize 'clean' is for Inception; the features 'mnist' take images as they"):
         figures_of(student, tmp_path, feature_name="mnist", resize="clean")
-    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    monkeypatch.setattr(run, "load_inception", lambda *_: Sums())
-    with pytest.raises(ValueError, match=r"edm.npz\) is of 2048 features, the network has 8"):
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(20), sigma=np.eye(20))
+    monkeypatch.setattr(spaces, "load_inception", lambda *_: Sums())
+    with pytest.raises(ValueError, match=r"edm.npz\) is of 20 features, the network has 8"):
         figures_of(student, tmp_path, real=tmp_path / "edm.npz")
 
 
 def test_commands_from_classifier_to_figures(tmp_path):
-    images = tiny.image_folder(tmp_path / "images")
-    made = tiny.command("classifier", images, "-o", tmp_path / "c", "--steps", 30, "--batch", 8)
+    images = tiny.image_folder(tmp_path / "images", per_class=20)
+    widths = ("--widths", 4, 6, 16)
+    made = tiny.command("classifier", images, "-o", tmp_path / "c", "--steps", 30, "--batch", 8, *widths)
     assert made.returncode == 0, made.stderr
     save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("dark", "light"), t=80.0))
-    arguments = ("eval", tmp_path / "student", "-n", 20, "--features", tmp_path / "c", "-o", tmp_path / "figures.json")
+    arguments = ("eval", tmp_path / "student", "-n", 40, "--features", tmp_path / "c", "-o", tmp_path / "figures.json")
     done = tiny.command(*arguments, "--seed", 3)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    classifier = Classifier.load(tmp_path / "c" / "classifier")
-    real = load_reference(tmp_path / "c" / "reference.safetensors", classifier)
+    row, test, chance = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert (test["name"], test["images"], chance["images"]) == ("real test images", 40, 40)
+    found = spaces.find_spaces(str(tmp_path / "c"))
+    assert [space.name for space, _ in found] == ["2x2 positions", "pixels", "pooled"]
     pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
-    expected = evaluate(pipe, classifier, real, n=20, seed=3)
+    expected = evaluate(pipe, found, n=40, seed=3)
     assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
     assert row["nfe"] == 1
     assert row["ms_per_image"] > 0

@@ -215,10 +215,10 @@ def test_the_reference_of_the_package_belongs_to_its_classifier():
     net = Classifier.load(folder / "classifier")
     shipped = load_reference(folder / "reference.safetensors", net)
     assert shipped.count == 60_000
-    # 10,000 of the 60,000 features against all of them: the sample's own error, far below any model's distance.
+    # 5,000 of the 60,000 features against all of them: the sample's own error, far below any model's distance.
     mean, cov = shipped.features.double().mean(0), torch.cov(shipped.features.double().T)
     assert frechet(mean, cov, shipped.mu, shipped.cov) < 1e-3 * float(shipped.cov.trace())
-    assert net.head(shipped.features).argmax(1).bincount(minlength=10).min() > 800  # all ten digits
+    assert net.head(shipped.features).argmax(1).bincount(minlength=10).min() > 400  # all ten digits
     half = shipped.features[:1000], shipped.features[1000:2000]
     assert abs(kernel_distance(*half, subsets=1)[0]) < 1e-2
     assert min(precision_recall(*half)) > 0.8

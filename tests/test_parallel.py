@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from distmatch import parallel, run
+from distmatch import parallel, run, spaces
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
 
@@ -88,11 +88,11 @@ def test_one_process_does_it_all():
 
 def test_any_number_of_processes_measure_what_one_does_to_the_last_bit(tmp_path, monkeypatch, capfd):
     torch.manual_seed(0)
-    Classifier(1, (8, 8), ("a", "b", "c")).eval().save(tmp_path / "c" / "classifier")
+    Classifier(1, (8, 8), ("a", "b", "c"), (8, 12, 16)).eval().save(tmp_path / "c" / "classifier")
     save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
     images = tiny.image_folder(tmp_path / "images", per_class=30)
     monkeypatch.setattr(run, "speed", lambda *_: {})
-    monkeypatch.setattr(run, "reference", partial(run.reference, cache=None))
+    monkeypatch.setattr(spaces, "reference", partial(spaces.reference, cache=None))
     rows = []
     for world in (1, 2, 3):
         out = tmp_path / f"{world}.json"
@@ -112,8 +112,9 @@ def test_any_number_of_processes_measure_what_one_does_to_the_last_bit(tmp_path,
         )
         together(world, run.evaluate, *arguments)
         rows += json.loads(out.read_text())["rows"]
-        assert capfd.readouterr().out.count("Frechet distance") == 1
-    assert rows[0] == rows[1] == rows[2]
-    assert {"frechet", "accuracy", "kernel_distance", "precision", "recall"} <= rows[0].keys()
+        assert capfd.readouterr().out.count("Frechet distance (pooled)") == 1
+    assert rows[:2] == rows[2:4] == rows[4:]
+    kinds = ("frechet", "kernel_distance", "precision", "recall")
+    assert {f"{kind}/{space}" for kind in kinds for space in ("pooled", "pixels")} | {"accuracy"} <= rows[0].keys()
     assert 0 < rows[0]["accuracy"] < 1
-    assert rows[0]["frechet"] > 0
+    assert rows[0]["frechet/pooled"] > 0

@@ -14,6 +14,8 @@ from distmatch import data
 from distmatch.config import dump, load_recipe
 from distmatch.report import COLOURS, STRIP, report, smooth
 
+PLACES = ("Frechet distance (pixels)", "Frechet distance (pooled)")
+
 
 def run_folder(folder, *overrides, frames=3, **entries):
     """A run as the commands leave it; `entries` replace top-level entries of its recipe."""
@@ -21,15 +23,15 @@ def run_folder(folder, *overrides, frames=3, **entries):
     (folder / "previews").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**tree, "description": "A run.", **entries}, sort_keys=False))
     lines = [{"step": s, "match": 1 / s, "regress": 2 / s, "fake": 0.5, "seconds": 45.0 * s} for s in range(1, 5)]
-    lines.append({"step": 4, "frechet": 1.25, "accuracy": 0.9})
+    lines.append({"step": 4, "frechet/pixels": 1.25, "frechet/pooled": 0.75, "accuracy": 0.9})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for i in range(frames):
         sheet = np.random.default_rng(i).integers(0, 256, (6, 5, 3), dtype=np.uint8)
         (folder / "previews" / f"step-{2 * i:08d}.png").write_bytes(data.png(sheet))
     (folder / "teacher-student.png").write_bytes(data.png(np.arange(24, dtype=np.uint8).reshape(4, 6)))
     rows = [
-        {"name": "teacher, 18 Heun steps", "nfe": 35, "images": 5000, "frechet": 0.2318},
-        {"name": "student, 1 step", "nfe": 1, "images": 5000, "frechet": 0.4567, "accuracy": 0.9612},
+        {"name": "teacher, 18 Heun steps", "nfe": 35, "images": 5000, "frechet/pixels": 0.2318, "frechet/pooled": 0.3},
+        {"name": "student, 1 step", "nfe": 1, "images": 5000, "frechet/pixels": 0.4567, "accuracy": 0.9612},
     ]
     (folder / "eval.json").write_text(json.dumps({"hardware": {"device": "abacus", "threads": 2}, "rows": rows}))
     return folder
@@ -70,9 +72,9 @@ def test_sections_come_in_order_and_nothing_is_loaded(tmp_path):
 def test_figures_are_formatted_and_gaps_are_dashes(tmp_path):
     page = page_of(tmp_path, run_folder(tmp_path / "run"))
     assert table(section(page, "Figures")) == [
-        ["model", "network evaluations", "images", "Frechet distance", "class accuracy"],
-        ["teacher, 18 Heun steps", "35", "5,000", "0.232", "–"],
-        ["student, 1 step", "1", "5,000", "0.457", "0.961"],
+        ["model", "network evaluations", "images", *PLACES, "class accuracy"],
+        ["teacher, 18 Heun steps", "35", "5,000", "0.232", "0.300", "–"],
+        ["student, 1 step", "1", "5,000", "0.457", "–", "0.961"],
     ]
     assert "device abacus, threads 2" in section(page, "Figures")
     assert "4 of 8 steps in 3.0 minutes" in page
@@ -103,7 +105,7 @@ def test_curves_show_what_was_logged_in_each_runs_colour(tmp_path):
     (b / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 5, "match": NaN}\n{"st')
     curves = section(page_of(tmp_path, a, b), "Curves")
     titles = re.findall(r"<h3>(.*?)</h3>", curves)
-    assert titles == ["Matching loss", "Regression loss", "Fake-score loss", "Frechet distance", "Class accuracy"]
+    assert titles == ["Matching loss", "Regression loss", "Fake-score loss", *PLACES, "Class accuracy"]
 
     def drawn(picture, colour):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
@@ -129,7 +131,7 @@ def test_several_runs_differ_where_their_recipes_do(tmp_path):
     c = run_folder(tmp_path / "again", description="Under another name.")
     (c / "eval.json").unlink()
     with (c / "log.jsonl").open("a") as file:
-        file.write('{"step": 5, "frechet": NaN}\n')  # no figure: the one before it counts
+        file.write('{"step": 5, "frechet/pixels": NaN}\n')  # no figure: the one before it counts
     page = page_of(tmp_path, a, b, c)
     both = '["match", "regress"]'.replace('"', "&quot;")
     only = both.replace("&quot;match&quot;, ", "")
@@ -141,11 +143,22 @@ def test_several_runs_differ_where_their_recipes_do(tmp_path):
     ]
     head, *rows = table(section(page, "Ablation"))
     assert head[:4] == ["run", "changed", "steps", "minutes"]
-    assert head[4:] == ["Frechet, in training", "accuracy, in training", "Frechet distance", "class accuracy"]
+    in_training = [f"{heading}, in training" for heading in (*PLACES, "class accuracy")]
+    assert head[4:] == [*in_training, PLACES[0], "class accuracy"]
     assert rows == [
-        ["full", "–", "4 of 8", "3.0", "1.250", "0.900", "0.457", "0.961"],
-        ["no-match", f"terms={only}; generator.lr=0.0001", "4 of 8", "3.0", "1.250", "0.900", "0.457", "0.961"],
-        ["again", "nothing", "5 of 8", "3.0", "1.250", "0.900", "–", "–"],
+        ["full", "–", "4 of 8", "3.0", "1.250", "0.750", "0.900", "0.457", "0.961"],
+        [
+            "no-match",
+            f"terms={only}; generator.lr=0.0001",
+            "4 of 8",
+            "3.0",
+            "1.250",
+            "0.750",
+            "0.900",
+            "0.457",
+            "0.961",
+        ],
+        ["again", "nothing", "5 of 8", "3.0", "1.250", "0.750", "0.900", "–", "–"],
     ]
     assert [row[0] for row in table(section(page, "Figures"))] == ["run", "full", "full", "no-match", "no-match"]
 
@@ -223,5 +236,5 @@ def test_fid_is_told_apart_from_other_frechet_distances(tmp_path):
     table = re.search(r"<h2>Ablation</h2>.*?</table>", page, flags=re.S)[0]
     head, fid, other = (re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:])
     assert fid[head.index("FID")] == "2.660"
-    assert fid[head.index("Frechet distance")] == "–"
-    assert (other[head.index("FID")], other[head.index("Frechet distance")]) == ("–", "0.457")
+    assert fid[head.index(PLACES[0])] == "–"
+    assert (other[head.index("FID")], other[head.index(PLACES[0])]) == ("–", "0.457")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from distmatch import log, rng
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.features import image_fingerprint
 from distmatch.images import load_images
 from distmatch.losses import denoising_loss
 from distmatch.models.folder import Info, load_model
@@ -103,6 +104,7 @@ def test_the_model_folder_says_how_it_was_made(tmp_path):
     assert info.classes == ("dark", "light")
     assert info.t is None
     assert info.card["teach"]["steps"] == 2
+    assert info.card["pixels"] == image_fingerprint(load_images(images).pixels)  # which `eval` knows it by
     other = tiny.command("teach", images, "-o", tmp_path / "run", "--widths", 8, 16, "--steps", 3, "--batch", 4)
     assert other.returncode == 2
     assert "run is a run with other settings:\n  steps: 2 there, 3 here" in other.stderr

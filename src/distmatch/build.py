@@ -244,6 +244,8 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
     card: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if subject.prompts:
         card["prompts"] = {"count": len(subject.prompts), "cut": subject.cut}
+    if "pixels" in subject.info.card:
+        card["pixels"] = subject.info.card["pixels"]  # whose images it makes: `eval` compares like with like
     return replace(subject.info, t=t, guidance=recipe.student.guidance, card=card)
 
 

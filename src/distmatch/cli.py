@@ -244,10 +244,14 @@ def classifier(
     batch: int = 128,
     lr: float = 2e-3,
     widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True)] = (16, 32, 64),
+    positions: int = 3,
     flip: bool = False,
     seed: int = 0,
 ) -> None:
-    """Train the classifier whose features `distmatch eval` measures in, on images/train, tested on images/test.
+    """Make the feature spaces that `distmatch eval` measures in, of images/train, tested on images/test.
+
+    Three unlike ones: two classifiers, of which one averages its features over the whole image and one keeps where
+    they are, and the pixels' principal components.
 
     Parameters
     ----------
@@ -258,6 +262,8 @@ def classifier(
         The classifier's folder; runs/classifier-NAME unless told.
     widths
         Channels at the half resolution (two layers) and at the quarter; the last is the number of features.
+    positions
+        Per side, of the second classifier's features; 1 leaves it out.
     flip
         Mirror every other image.
     """
@@ -265,7 +271,8 @@ def classifier(
     from distmatch.storage import name_of
 
     name = name_of(images).split(".")[0]
-    run(images, out or Path("runs") / f"classifier-{name}", steps, batch, lr, widths, flip, seed)
+    training = {"steps": steps, "batch": batch, "lr": lr, "widths": widths, "flip": flip, "seed": seed}
+    run(images, out or Path("runs") / f"classifier-{name}", positions, training)
 
 
 @pairs_app.command(name="build")

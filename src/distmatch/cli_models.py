@@ -75,7 +75,7 @@ def evaluate(
     seed: int = 1,
     steps: int | None = None,
     guidance: float | None = None,
-    features: Name = "mnist",
+    features: Name | None = None,
     resize: Literal["legacy", "clean"] = "legacy",
     reference: Name | None = None,
     batch: int = 256,
@@ -83,6 +83,8 @@ def evaluate(
     device: str = "auto",
 ) -> None:
     """Measure a model: Frechet and kernel distance, precision and recall, class accuracy, latency, throughput.
+
+    All in several feature spaces, beside real images: a model that is good in one and bad in another is not good.
 
     FID by EDM's protocol: --features inception:FILE --reference STATISTICS.npz, 50,000 images. Several GPUs share the
     images, and the figures stay the same: torchrun --nproc-per-node 8 -m distmatch eval ...
@@ -100,9 +102,11 @@ def evaluate(
     guidance
         Classifier-free guidance, uncond + w (cond - uncond); only with --steps.
     features
-        The network in whose features images are compared: a folder made by `distmatch classifier`, or mnist, or
-        inception:FILE for FID. FILE holds the weights: inception-2015-12-05.pt (TorchScript, a program that is run: use
-        one that you trust), a state dict of the PyTorch port (.pth, .safetensors), or NVIDIA's .pkl.
+        What images are compared in: a folder made by `distmatch classifier`, or mnist; pixels, the principal components
+        of --reference's; or inception:FILE for FID. Unless told those of the package, if the model was taught on its
+        images, or pixels, if there is a --reference. FILE holds the weights: inception-2015-12-05.pt (TorchScript, a
+        program that is run: use one that you trust), a state dict of the PyTorch port (.pth, .safetensors), or
+        NVIDIA's .pkl.
     resize
         How Inception's images are enlarged. legacy: as TensorFlow 1 did it, for FID as EDM and DMD report it;
         clean: bicubic with antialiasing, as clean-fid does it.

@@ -26,8 +26,8 @@ from distmatch import build, data, parallel, rng
 from distmatch.baselines import Method, digest, load_lora, load_teacher, methods
 from distmatch.clip import MODEL, ClipScore
 from distmatch.decode import SUFFIXES
-from distmatch.evaluation import hardware
-from distmatch.features import FeatureSpace, Reference, reference
+from distmatch.evaluation import Space, enough, hardware
+from distmatch.features import Reference, reference
 from distmatch.files import write_atomic, write_json
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments, frechet
@@ -39,8 +39,9 @@ from distmatch.pipeline import DistilledPipeline, Pipeline
 from distmatch.plain import read_json
 from distmatch.progress import progress
 from distmatch.prompts import coco_prompts, read_prompts
-from distmatch.run import features, print_rows, same_settings
+from distmatch.run import print_rows, same_settings, say_spaces
 from distmatch.screen import console
+from distmatch.spaces import find_spaces
 
 SIDE = 256
 """Of the images that are measured, in pixels."""
@@ -181,6 +182,9 @@ def compare(
     space = None if features is None else _space(features, reference, device)
     clip = None if clip_weights is None else ClipScore(clip_weights, clip_model, device)
     count = n if space or clip else picture
+    if space is not None:
+        enough(len(space[1].mu), count, "images (-n)")
+        enough(len(space[1].mu), space[1].count or count, f"real images ({space[1].source})")
     parallel.first(lambda: same_settings(settings, out / "settings.json"))
     rows: list[dict[str, Any]] = []
     for method in methods(pipe, merged, student, guidance, dtype):
@@ -203,6 +207,8 @@ def compare(
     sheet = _sheet(out, rows, [prompts[i % len(prompts)] for i in range(picture)])
     write_atomic(out / "compare.png", lambda p: p.write_bytes(data.png(sheet)))
     print_rows(rows)
+    if space is not None:
+        say_spaces(features or "", [space])
     console.print(f"Pictures and figures are in {out}; see {out / 'compare.png'}")
     return rows
 
@@ -212,7 +218,7 @@ def measure(
     method: Method,
     prompts: list[str],
     shape: tuple[int, ...],
-    space: tuple[FeatureSpace, Reference] | None,
+    space: Space | None,
     clip: ClipScore | None,
     *,
     n: int,
@@ -278,12 +284,12 @@ def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | Non
     return load_images(folder, "all", fit=square)
 
 
-def _space(name: str, real: Path | None, device: torch.device) -> tuple[FeatureSpace, Reference]:
+def _space(name: str, real: Path | None, device: torch.device) -> Space:
     """The features of FID as clean-fid has it, with their reference."""
     if not name.startswith("inception:"):
         raise ValueError(f"features {name!r}: FID is compared in those of Inception; give inception:FILE")
     if real is None or not real.is_dir():
-        return features(name, None if real is None else str(real), "clean", device)
+        return find_spaces(name, None if real is None else str(real), "clean", device, ())[0]
     space = load_inception(Path(name.removeprefix("inception:")), "clean").to(device)
 
     def make() -> Reference:

@@ -160,7 +160,10 @@ class Checkpointing(_Strict):
 
 
 class Evaluation(_Strict):
-    """Frechet distance of the EMA student while training; `features`, `reference` as in `distmatch eval`."""
+    """Frechet distances of the EMA student while training; `features`, `reference` as in `distmatch eval`.
+
+    The first space decides which checkpoint is the best: of a folder, that which keeps positions.
+    """
 
     every: Annotated[int, Field(ge=0)] = 0
     images: Positive = 2000

@@ -9,11 +9,13 @@ from distmatch import build, data
 from distmatch.config import load_recipe
 from distmatch.evaluation import evaluate, hardware, score, speed
 from distmatch.files import write_json
+from distmatch.models.folder import Info
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
 from distmatch.progress import progress
 from distmatch.report import report
-from distmatch.run import distil, features, print_rows
+from distmatch.run import distil, print_rows, say_spaces
 from distmatch.screen import console
+from distmatch.spaces import find_spaces, known_rows
 from distmatch.terminal import command
 from distmatch.toy2d import demo as toy2d
 
@@ -33,14 +35,16 @@ def mnist(out: Path, runs: Path) -> None:
     pairs = build.pair_store(recipe, subject, runs)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
     fast = DistilledPipeline.from_pretrained(out, slow.device)
-    classifier, real = features("mnist")
-    classifier.to(fast.device)
+    spaces = find_spaces("mnist", device=fast.device)
     n = len(pairs)
     labels = torch.arange(n) % len(info.classes)
     with progress("evaluation", 2 * n, unit="image") as advance:
         # The pairs are the teacher's images: no need to sample it again.
-        taught = score(lambda a, b: data.to_uint8(pairs.images(a, b)), labels, n, classifier, real, progress=advance)
-        learnt = evaluate(fast, classifier, real, n=n, seed=1, progress=advance)
+        taught = score(
+            lambda a, b: data.to_uint8(pairs.images(a, b)), labels, n, spaces, classes=info.classes, progress=advance
+        )
+        learnt = evaluate(fast, spaces, n=n, seed=1, progress=advance)
+    ratios = {f"ratio/{space.name}": learnt[space.distance] / taught[space.distance] for space, _ in spaces}
     rows = [
         {
             "name": f"teacher, {recipe.pairs.steps} Heun steps",
@@ -49,12 +53,14 @@ def mnist(out: Path, runs: Path) -> None:
             **taught,
             **speed(slow, batch=64),
         },
-        {"name": "student, 1 step", "nfe": fast.nfe, "images": n, **learnt, **speed(fast, batch=64)},
+        {"name": "student, 1 step", "nfe": fast.nfe, "images": n, **learnt, **ratios, **speed(fast, batch=64)},
+        *known_rows("mnist", Info(info.shape), spaces, n),
     ]
     write_json(out / "eval.json", {"hardware": hardware(fast.device), "rows": rows})
     page = report([out], out / "report.html")
 
     print_rows(rows)
+    say_spaces("mnist", spaces)
     minutes = (time.perf_counter() - began) / 60
     console.print(f"{minutes:.1f} minutes. Look at {page.resolve()}")
     ablation = command("train", "mnist", "terms=match", "-o", runs / "match")

@@ -1,7 +1,7 @@
 """Reference statistics: what real images look like to a network, computed once and kept by fingerprint."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -25,11 +25,21 @@ FORMAT = "distmatch-reference-1"
 
 
 class FeatureSpace(Protocol):
-    """A network whose features images are compared in: a `Classifier`, or the `Inception` of FID."""
+    """What images are compared in: a `Classifier`'s features, `Pixels`' components, or the `Inception` of FID."""
+
+    @property
+    def name(self) -> str:
+        """What it is called beside figures, e.g. `pooled`."""
+        ...
 
     @property
     def distance(self) -> str:
-        """What the Frechet distance in these features is called among the figures: `fid` or `frechet`."""
+        """What the Frechet distance in these features is called among the figures: `fid` or `frechet/NAME`."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes that it recognises, in the order of its logits; empty if it knows none."""
         ...
 
     @property

@@ -80,6 +80,21 @@ def frechet(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     return max(0.0, float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
 
 
+def frechet_bias(cov: Tensor, n: int) -> float:
+    """What `frechet` gives on average for `n` samples of the very Gaussian that they are compared with.
+
+    With the eigenvalues l of its covariance, to first order in 1 / n:
+
+        (1 / n) (sum_i l_i + sum_ij l_i l_j / (2 (l_i + l_j)) + sum_i l_i / 4)
+
+    the errors of the mean and, by the second derivative of the matrix root, of the covariance (1 / n times
+    F (F + 5) / 4 for F equal eigenvalues of 1).
+    """
+    values = torch.linalg.eigvalsh(_double(cov)).clamp(min=0)
+    pairs = values.outer(values) / (values[:, None] + values).clamp(min=torch.finfo(values.dtype).tiny)
+    return float((1.25 * values.sum() + pairs.sum() / 2) / n)
+
+
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Kernel distance (Binkowski et al. 2018, arXiv 1801.01401; KID on Inception features): mean and std over subsets.
 

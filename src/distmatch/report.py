@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from distmatch import log
 from distmatch.config import flat
-from distmatch.evaluation import COLUMNS
+from distmatch.evaluation import columns
 from distmatch.files import write_atomic
 from distmatch.plain import fitting, read_json, read_yaml
 
@@ -109,7 +109,7 @@ def _evaluated(file: Path) -> dict[str, Any]:
     remedy = "Write it again with `distmatch eval`"
     figures = read_json(file, dict[str, Any], remedy)
     for number, row in enumerate(fitting(figures.get("rows", []), f"{file}, rows", list[dict[str, Any]], remedy)):
-        numbers = {key: row.get(key) for key in COLUMNS if key != "name"}
+        numbers = {key: row[key] for key in columns([row]) if key != "name"}
         fitting(numbers, f"{file}, row {number}", dict[str, int | float | None], remedy)
     return figures
 
@@ -141,21 +141,24 @@ def _figures(runs: list[Run]) -> str:
     if not rows:
         note = "Not evaluated: there is no eval.json. To make one: distmatch eval RUN -o RUN/eval.json"
         return _section("Figures", f"<p class=note>{note}</p>")
-    shown = [key for key in COLUMNS if any(row.get(key) is not None for _, row in rows)]
+    shown = columns([row for _, row in rows])
     several = len(runs) > 1
-    head = ["run"] * several + [COLUMNS[key][0] for key in shown]
-    cells = [[run.name] * several + [_figure(row, key) for key in shown] for run, row in rows]
+    head = ["run"] * several + [heading for heading, _ in shown.values()]
+    cells = [[run.name] * several + [_figure(row, key, shown) for key in shown] for run, row in rows]
     measured = [run for run in runs if run.figures.get("hardware")]
     notes = [f"{_label(run, runs)}Measured on: {_text(_plain(run.figures['hardware']))}." for run in measured]
     notes.append("Distances: lower is better; the others, speed too: higher.")
-    if "frechet" in shown:
-        notes.append("Frechet distances in a classifier's features are no FID and compare only with their like.")
+    if any(key.startswith("frechet") for key in shown):
+        notes.append(
+            "Frechet distances other than FID compare only with their like, in the same features. Each space is blind "
+            "to something: look at all of them."
+        )
     table = _table(head, cells, "two" if several else "one")
     return _section("Figures", table + "".join(f"<p class=note>{note}</p>" for note in notes))
 
 
-def _figure(row: dict[str, Any], key: str) -> str:
-    return "–" if row.get(key) is None else COLUMNS[key][1].format(row[key])
+def _figure(row: Mapping[str, Any], key: str, shown: Mapping[str, tuple[str, str]]) -> str:
+    return "–" if row.get(key) is None else shown[key][1].format(row[key])
 
 
 def _pairs(runs: list[Run]) -> str:
@@ -192,7 +195,13 @@ def _samples(runs: list[Run]) -> str:
 def _curves(runs: list[Run]) -> str:
     if not any(run.lines for run in runs):
         return _section("Curves", "<p class=note>Nothing is logged yet.</p>")
-    charts = "".join(_chart(runs, key, *words) for key, words in CURVES.items())
+    logged = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    charts = ""
+    for figure, (title, caption) in CURVES.items():
+        for key in logged:
+            base, _, space = key.partition("/")
+            if base == figure:
+                charts += _chart(runs, key, f"{title} ({_text(space)})" if space else title, caption)
     legend = "".join(_label(run, runs) for run in runs)
     note = "Faint: as logged; solid: smoothed, where there are points enough. "
     note += "Axes are logarithmic where values span more than a factor of five."
@@ -260,16 +269,17 @@ def _differences(runs: list[Run]) -> str:
 def _ablation(runs: list[Run]) -> str:
     """Per run: what is changed from the first one, and where it ended."""
     changes = {k: v for k, v in differing([run.recipe for run in runs]).items() if k not in ("name", "description")}
-    head = ["run", "changed", "steps", "minutes", "FID, in training", "Frechet, in training", "accuracy, in training"]
-    head += ["FID", "Frechet distance", "precision", "recall", "class accuracy"]
+    # eval.json may hold the teacher as well: the student is the row with one network evaluation.
+    students = [next((row for row in run.figures.get("rows", []) if row.get("nfe") == 1), {}) for run in runs]
+    trained = [{key: run.last(key) for key in dict.fromkeys(k for line in run.lines for k in line)} for run in runs]
+    logged, measured = _quality(trained), _quality(students)
+    head = ["run", "changed", "steps", "minutes", *(f"{heading}, in training" for heading, _ in logged.values())]
+    head += [heading for heading, _ in measured.values()]
     rows = []
     for i, run in enumerate(runs):
         changed = [f"{key}={values[i]}" for key, values in changes.items() if values[i] != values[0]]
-        logged = {key: run.last(key) for key in ("fid", "frechet", "accuracy")}
-        # eval.json may hold the teacher as well: the student is the row with one network evaluation.
-        student = next((row for row in run.figures.get("rows", []) if row.get("nfe") == 1), {})
-        figures = [_figure(logged, key) for key in logged]
-        figures += [_figure(student, key) for key in ("fid", "frechet", "precision", "recall", "accuracy")]
+        figures = [_figure(trained[i], key, logged) for key in logged]
+        figures += [_figure(students[i], key, measured) for key in measured]
         steps, minutes = _progress(run)
         rows.append([run.name, "; ".join(changed) or ("nothing" if i else "–"), steps, minutes or "–", *figures])
     used = [j for j in range(len(head)) if any(row[j] != "–" for row in rows)]
@@ -279,6 +289,12 @@ def _ablation(runs: list[Run]) -> str:
     )
     table = _table([head[j] for j in used], [[row[j] for j in used] for row in rows], "two")
     return _section("Ablation", f"{table}<p class=note>{note}</p>")
+
+
+def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The columns of `rows` that say how good a model is, not how it was measured or how fast it is."""
+    kinds = ("fid", "frechet", "precision", "recall", "accuracy")
+    return {key: column for key, column in columns(rows).items() if key.partition("/")[0] in kinds}
 
 
 def _section(title: str, body: str) -> str:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from hashlib import sha256
@@ -19,36 +19,26 @@ from distmatch.clipping import Clipped, Clipping
 from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.distill import Distiller
-from distmatch.evaluation import COLUMNS, hardware, speed
+from distmatch.evaluation import Space, columns, hardware, judge, speed
 from distmatch.evaluation import evaluate as measure
-from distmatch.features import (
-    FeatureSpace,
-    Reference,
-    image_fingerprint,
-    load_real,
-    load_reference,
-    load_statistics,
-    reference,
-)
+from distmatch.features import image_fingerprint
 from distmatch.files import write_atomic, write_json
 from distmatch.images import Images, load_images
 from distmatch.models import published
 from distmatch.models.around import around
-from distmatch.models.classifier import Classifier, train_classifier
 from distmatch.models.folder import NETWORKS, Info
-from distmatch.models.inception import load_inception
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
 from distmatch.ownership import owns_out
 from distmatch.pairs import MANIFEST, PairStore, prompts_digest
-from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.plain import read_json, read_yaml
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.screen import console
 from distmatch.solvers import evaluations
-from distmatch.storage import Folder, local, name_of
+from distmatch.spaces import default_features, find_spaces, known_rows, recipe_spaces, train_spaces
+from distmatch.storage import Folder, name_of
 from distmatch.teach import Teaching
 from distmatch.terminal import command
 from distmatch.train import Plan, train
@@ -72,6 +62,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         build.check_batches(stage)
     subject = build.subject(recipe, teacher)
     parallel.first(lambda: _bind(recipe, subject, out))
+    spaces = recipe_spaces(recipe.evaluate, recipe.teacher, subject.info, build.device(recipe.device))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
         for stage in (stage for stage in stages if "regress" in stage.terms):
@@ -88,7 +79,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         else:
             distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
-        _train(recipe, subject, distiller, out, end, title, watch)
+        _train(recipe, subject, distiller, spaces, out, end, title, watch)
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
@@ -96,18 +87,24 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
 
 
 def _train(
-    recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path, steps: int, title: str, watch: Clipping
+    recipe: Recipe,
+    subject: build.Subject,
+    distiller: Distiller,
+    spaces: Sequence[Space],
+    out: Path,
+    steps: int,
+    title: str,
+    watch: Clipping,
 ) -> None:
-    """The run in `out` as far as `steps`."""
+    """The run in `out` as far as `steps`, measured in `spaces` where there are any."""
     figures: Callable[[], dict[str, float]] | None = None
     surroundings = around(subject.info, distiller.device) if recipe.evaluate.every else None
-    if recipe.evaluate.every and recipe.evaluate.features:
-        space, real = features(recipe.evaluate.features, recipe.evaluate.reference, device=distiller.device)
+    if spaces:
 
         def frechet() -> dict[str, float]:
             student = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
             n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.source else 256
-            return measure(student, space, real, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
+            return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
 
         figures = frechet
 
@@ -298,7 +295,7 @@ def teach(
         denoiser,
         real,
         Optimizer(denoiser.parameters(), lr=lr, weight_decay=0.0, warmup=200, steps=steps, decay=0.3, clip=1.0),
-        info=Info(shape, real.classes, card={"teach": settings}),
+        info=Info(shape, real.classes, card={"teach": settings, "pixels": content["pixels"]}),
         batch=batch,
         seed=seed,
         ema=ema,
@@ -368,52 +365,6 @@ def verify(folder: str) -> None:
     console.print(f"{folder}: {len(store):,} pairs, every byte as it was written, noise regenerated and equal")
 
 
-def features(
-    name: str, real: str | None = None, resize: str = "legacy", device: torch.device | None = None
-) -> tuple[FeatureSpace, Reference]:
-    """The feature space called `name`, with its reference.
-
-    Args:
-        name: a classifier, by its folder or one of the package, or `inception:FILE` (see `models.inception`).
-        real: the reference: images (`features.load_real`) or statistics (`features.load_statistics`); unless told that
-            which lies beside the classifier. Inception has none.
-        resize: for Inception, how it enlarges images.
-        device: where the space computes.
-    """
-    device = device or torch.device("cpu")
-    if name.startswith("inception:"):
-        if real is None:
-            raise ValueError(
-                f"features {name!r} come without a reference; name one with --reference: the training images (folder, "
-                "archive, .npy, .npz) or their statistics (an .npz with mu and sigma, such as EDM's)"
-            )
-        inception = load_inception(Path(name.removeprefix("inception:")), resize).to(device)
-        return inception, parallel.first(lambda: _reference(real, inception))
-    if resize != "legacy":
-        raise ValueError(f"resize {resize!r} is for Inception; the features {name!r} take images as they are")
-    folder = Path(name) if (Path(name) / "classifier").is_dir() else ASSETS / name
-    if not (folder / "classifier").is_dir():
-        raise ValueError(
-            f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package, "
-            "nor inception:FILE"
-        )
-    net = Classifier.load(folder / "classifier").to(device)
-    if real is None:
-        return net, load_reference(folder / "reference.safetensors", net)
-    return net, parallel.first(lambda: _reference(real, net))
-
-
-def _reference(real: str, space: FeatureSpace) -> Reference:
-    """The statistics `real`, or those of the images in it, shown as they are computed."""
-    with console.status(f"reading {real}"):
-        file = local(real)
-        if ready := load_statistics(file):
-            return ready
-        images = load_real(file)
-    with progress("reference", len(images), unit="image") as advance:
-        return reference(images, space, source=real, progress=advance)
-
-
 def pipeline(model: str, steps: int | None, guidance: float | None, device: str) -> Pipeline:
     """The student called `model`, or its teacher when `steps` of its sampler are given."""
     if steps is not None:
@@ -472,7 +423,7 @@ def evaluate(
     seed: int,
     steps: int | None,
     guidance: float | None,
-    feature_name: str,
+    feature_name: str | None,
     resize: str,
     real: str | None,
     batch: int,
@@ -483,9 +434,10 @@ def evaluate(
     pipe = pipeline(model, steps, guidance, device)
     if pipe.info.source:
         raise ValueError(f"{model} makes images of prompts; `distmatch compare` measures such models")
-    space, ref = features(feature_name, real, resize, pipe.device)
+    name = feature_name or ("pixels" if real else default_features(model, pipe.info))
+    spaces = find_spaces(name, real, resize, pipe.device, pipe.info.shape)
     with progress(f"eval {model}", n, unit="image") if parallel.rank() == 0 else nullcontext() as advance:
-        figures = measure(pipe, space, ref, n=n, seed=seed, batch=batch, progress=advance)
+        figures = measure(pipe, spaces, n=n, seed=seed, batch=batch, progress=advance)
     if parallel.rank() > 0:
         return
     row = {
@@ -496,10 +448,24 @@ def evaluate(
         **figures,
         **speed(pipe, batch),
     }
-    print_rows([row])
+    rows = [row, *known_rows(name, pipe.info, spaces, n)]
+    print_rows(rows)
+    say_spaces(name, spaces)
+    if pipe.info.classes and judge(spaces, pipe.info.classes) is None:
+        console.print(
+            f"No class accuracy: no classifier here knows the classes {', '.join(pipe.info.classes[:6])}"
+            f"{', ...' if len(pipe.info.classes) > 6 else ''} by these names"
+        )
     if out is not None:
-        used = {"features": feature_name, "resize": resize, "reference": ref.source}
-        write_json(out, {"hardware": hardware(pipe.device), **used, "rows": [row]})
+        used = {"features": name, "resize": resize, "reference": spaces[0][1].source}
+        write_json(out, {"hardware": hardware(pipe.device), **used, "rows": rows})
+
+
+def say_spaces(name: str, spaces: Sequence[Space]) -> None:
+    """Say what was compared with what."""
+    for space, real in spaces:
+        count = f"{real.count:,} images, {real.source}" if real.count else real.source
+        console.print(f"{space.name}: {len(real.mu)} features of {name}, against {count}")
 
 
 def row_name(model: str, nfe: int) -> str:
@@ -509,17 +475,20 @@ def row_name(model: str, nfe: int) -> str:
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Evaluation rows as a table, a model per column, which fits any terminal; figures that none has are left out."""
     table = Table("", *(row["name"] for row in rows))
-    for key, (heading, form) in COLUMNS.items():
-        if key != "name" and any(key in row for row in rows):
-            table.add_row(heading, *(form.format(row[key]) if key in row else "-" for row in rows))
+    for key, (heading, form) in columns(rows).items():
+        if key != "name":
+            table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in rows))
     console.print(table)
 
 
 @owns_out
-def classifier(
-    images: str, out: Path, steps: int, batch: int, lr: float, widths: tuple[int, ...], flip: bool, seed: int
-) -> None:
-    """`distmatch classifier`: an evaluation classifier and the reference statistics of its training images."""
+def classifier(images: str, out: Path, positions: int, training: dict[str, Any]) -> None:
+    """`distmatch classifier`: feature spaces, and the reference statistics of the training images in each.
+
+    Args:
+        positions: see `train_spaces`.
+        training: arguments of `train_classifier`.
+    """
     with console.status(f"reading {images}"):
         real, test = (load_images(images, split, without=out) for split in ("train", "test"))
     console.print(f"trained on {real}\ntested on {test}")
@@ -529,13 +498,6 @@ def classifier(
             "upper 8 would be taken; bring them to one scale first"
         )
     began = time.perf_counter()
-    with progress("classifier", steps, unit="step") as advance:
-        net = train_classifier(
-            real, test, steps=steps, batch=batch, lr=lr, widths=widths, flip=flip, seed=seed, progress=advance
-        )
-    net.save(out / "classifier")
-    reference(real, net, cache=None, source=f"{name_of(images)}, train").save(out / "reference.safetensors")
-    console.print(
-        f"test accuracy {net.config['accuracy']:.4f} after {time.perf_counter() - began:.0f} s; in {out}. "
-        f"Next: {command('eval', 'MODEL', '--features', out)}"
-    )
+    rows = train_spaces(real, test, out, f"{name_of(images)}, train", positions=positions, **training)
+    print_rows(rows)
+    console.print(f"{time.perf_counter() - began:.0f} s; in {out}. Next: {command('eval', 'MODEL', '--features', out)}")

@@ -2,6 +2,9 @@
 
 Frechet distances in its features order models of one data set among themselves. They are not FID, which means the
 features of one particular Inception network (Heusel et al. 2017, arXiv 1706.08500), and don't compare with it.
+
+Features that are averaged over the whole image hardly see where a stroke is, only that it is there. A second
+classifier, whose features keep a grid of positions, sees both.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +24,10 @@ from distmatch.optim import Optimizer
 from distmatch.plain import read_json
 
 FORMAT = "distmatch-classifier-1"
-NETWORK = ("channels", "size", "classes", "widths")
-"""The entries of `config` that the network is built from."""
+NETWORK = ("channels", "size", "classes", "widths", "positions")
+"""The entries of `config` that the network is built from; files of the time before `positions` lack it, for 1."""
+
+WIDTHS = (16, 32, 64)
 
 
 class Classifier(nn.Module):
@@ -32,43 +37,64 @@ class Classifier(nn.Module):
         channels: C.
         size: (H, W).
         classes: the K class names.
-        widths: channels at the half resolution (two layers) and at the quarter (three); the last is the feature count.
+        widths: channels at the half resolution (two layers) and at the quarter (three).
+        positions: features are averages over each of P x P parts of the image. With 1, the whole of it, they are the
+            last layer's channels; with more, an eighth as many at each part, about the same number in all.
 
     `config` holds these arguments and, after training, `accuracy` (on the test images, 0..1) and `training`.
     It is a feature space (see `features.FeatureSpace`).
     """
 
-    distance = "frechet"
-
     def __init__(
-        self, channels: int, size: Sequence[int], classes: Sequence[str], widths: Sequence[int] = (16, 32, 64)
+        self,
+        channels: int,
+        size: Sequence[int],
+        classes: Sequence[str],
+        widths: Sequence[int] = WIDTHS,
+        positions: int = 1,
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(
-            zip(NETWORK, (channels, list(size), list(classes), list(widths)), strict=True)
+            zip(NETWORK, (channels, list(size), list(classes), list(widths), positions), strict=True)
         )
         first, second, last = widths
+        kept = last if positions == 1 else max(1, last // 8)
         self.body = nn.Sequential(
             *_layer(channels, first, kernel=5, stride=2),
             *_layer(first, second),
             *_layer(second, last, stride=2),
             *_layer(last, last),
             *_layer(last, last),
-            nn.AdaptiveAvgPool2d(1),
+            *([] if positions == 1 else _layer(last, kept, kernel=1)),
+            nn.AdaptiveAvgPool2d(positions),
             nn.Flatten(),
         )
-        self.head = nn.Linear(last, len(classes))
+        self.head = nn.Linear(kept * positions**2, len(classes))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
+    def name(self) -> str:
+        positions = self.config["positions"]
+        return "pooled" if positions == 1 else f"{positions}x{positions} positions"
+
+    @property
+    def distance(self) -> str:
+        return f"frechet/{self.name}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config["classes"])
+
+    @property
     def identity(self) -> dict[str, Any]:
-        return {name: self.config[name] for name in NETWORK}
+        """The network's arguments. `positions` of 1 is left out, as it was when there was no other."""
+        return {name: self.config[name] for name in NETWORK if (name, self.config[name]) != ("positions", 1)}
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.both(pixels)[1]
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Penultimate activations, f[B,F]: the last layer's channels, averaged over positions."""
+        """Penultimate activations, f[B,F]: the last layer's channels, averaged over each part of the image."""
         if pixels.dtype != torch.uint8:
             raise ValueError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see data.to_uint8")
         shape = (self.config["channels"], *self.config["size"])
@@ -103,6 +129,7 @@ class Classifier(nn.Module):
             config = read_json(file, dict[str, Any], "Train the classifier again")
             if config.pop("format", None) != FORMAT:
                 raise ValueError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
+            config.setdefault("positions", 1)
             net = cls(*(config[key] for key in NETWORK))
             weights = load_file(folder / "model.safetensors", config.pop("weights", None))
             net.load_state_dict(weights)
@@ -120,7 +147,8 @@ def train_classifier(
     steps: int = 3000,
     batch: int = 128,
     lr: float = 2e-3,
-    widths: Sequence[int] = (16, 32, 64),
+    widths: Sequence[int] = WIDTHS,
+    positions: int = 1,
     flip: bool = False,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -132,7 +160,7 @@ def train_classifier(
     arguments (and the machine's rounding).
 
     Args:
-        widths: see `Classifier`.
+        widths, positions: see `Classifier`.
         flip: mirror every other image at random.
         progress: called with 1 after every step.
 
@@ -150,7 +178,7 @@ def train_classifier(
     channels, *size = images.pixels.shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(seed, "classifier"))
-        net = Classifier(channels, size, images.classes, widths)
+        net = Classifier(channels, size, images.classes, widths, positions)
     optimizer = Optimizer(net.parameters(), lr=lr, weight_decay=0.05, warmup=steps // 10, steps=steps, decay=0.9)
     for step in range(steps):
         rows = torch.from_numpy(rng.shuffled(seed, len(images), step * batch, batch))

@@ -50,7 +50,9 @@ class Inception:
         identity: see `features.FeatureSpace`.
     """
 
+    name = "inception"
     distance = "fid"
+    classes = ()
 
     def __init__(
         self,

@@ -1,0 +1,96 @@
+"""A feature space without training: the principal components of the pixels of real images.
+
+It sees where everything is and nothing of what it means: as unlike a classifier's features as can be.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distmatch import data, rng
+from distmatch.files import write_atomic, write_json
+from distmatch.images import Images
+from distmatch.plain import read_json
+
+FORMAT = "distmatch-pixels-1"
+COMPONENTS = 64
+
+
+class Pixels(nn.Module):
+    """`(pixels u8[B,C,H,W]) -> features f[B,F]`: coordinates in an orthonormal basis. A `features.FeatureSpace`.
+
+    Args:
+        shape: (C, H, W).
+        mean: f[C*H*W], of images in [-1, 1].
+        basis: f[C*H*W, F], orthonormal columns.
+    """
+
+    name = "pixels"
+    distance = "frechet/pixels"
+    classes = ()
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(self, shape: tuple[int, ...], mean: Tensor, basis: Tensor):
+        super().__init__()
+        if mean.shape != (prod(shape),) or basis.shape[:-1] != mean.shape:
+            raise ValueError(
+                f"mean {tuple(mean.shape)} and basis {tuple(basis.shape)} are not of images {tuple(shape)}"
+            )
+        self.shape = tuple(shape)
+        self.register_buffer("mean", mean)
+        self.register_buffer("basis", basis)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"space": "pixels", "shape": list(self.shape)}
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """`(features f[B,F], None)`. Raises `ValueError` for images of another shape than the basis was made of."""
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape:
+            expected = f"uint8 (B, {', '.join(map(str, self.shape))})"
+            raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; the real images are {expected}")
+        x = data.to_float(pixels.to(self.basis.device)).flatten(1)
+        return (x - self.mean) @ self.basis, None
+
+    def save(self, folder: Path) -> None:
+        """Write `model.safetensors` and `config.json` to `folder`."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
+        write_json(folder / "config.json", {"format": FORMAT, "shape": list(self.shape)})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Pixels":
+        """The space in `folder`. Raises `ValueError` where the folder is damaged or holds something else."""
+        try:
+            config = read_json(folder / "config.json", dict[str, Any])
+            if config["format"] != FORMAT:
+                raise ValueError(f"its format is {config['format']!r:.80}, not {FORMAT!r}: made by another version")
+            return cls(tuple(config["shape"]), **load_file(folder / "model.safetensors"))
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} is damaged: {type(error).__name__}: {error}; run `distmatch classifier` again"
+            ) from error
+
+
+def principal_components(images: Images, components: int = COMPONENTS, sample: int = 10_000) -> Pixels:
+    """The space of the first `components` principal components of `images`, or of a `sample` of them.
+
+    There are fewer where there are fewer pixels, or fewer images than twice as many, which could not span them.
+    A function of the images, but for rounding. Raises `ValueError` for fewer than 2 images.
+    """
+    if len(images) < 2:
+        raise ValueError(f"principal components of {len(images)} image were asked for; at least 2 are needed")
+    rows = torch.from_numpy(rng.shuffled(0, len(images), 0, min(sample, len(images))))
+    x = data.to_float(images.pixels[rows]).flatten(1)
+    mean = x.mean(0)
+    most = min(components, x.shape[1], len(images) // 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the method starts from random directions and turns them
+        basis = torch.svd_lowrank(x - mean, q=min(most + 16, *x.shape), niter=4)[2][:, :most]
+    return Pixels(tuple(images.pixels.shape[1:]), mean, basis.contiguous())
