@@ -86,7 +86,7 @@ def test_a_wrong_call_is_told_what_is_wrong_with_it(line, monkeypatch, capsys, t
     assert "Traceback" not in said
     assert "site-packages" not in said
     assert len(said) < 600
-    assert not any(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_mistake_of_the_file_is_not_blamed_on_the_command_line(tmp_path):

@@ -5,12 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 from torch import Tensor
 
+from distmatch.denoiser import Denoiser
 from distmatch.terminal import notice
 
 WINDOW = 200
 """Steps that are looked at before anything is said."""
+
+LOUD = 5.0
+"""The factor behind a student's network from which on it is named as the cause of long gradients."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +59,21 @@ class Clipping:
                 f"{clipped} of the last {WINDOW} steps had their gradient clipped: {network.norm} is "
                 f"{median(seen):.3g} in the middle, clipped to {network.clip:g}. {network.turn}"
             )
+
+
+def distillation(student: Denoiser, t: float | None, generator: float, critic: float) -> Clipping:
+    """The watch over a distillation: of a student that is evaluated at `t`, by the entries `clip` of both networks."""
+    schedule = student.schedule
+    time = torch.tensor([schedule.t_max if t is None else t], dtype=torch.double)
+    gain = student.prediction.coefficients(schedule.alpha(time), schedule.sigma(time))[1].abs().item()
+    turn = "Lower generator.lr, or raise generator.clip"
+    if gain > LOUD:
+        turn = (
+            f"At the student's time its network's output is multiplied by {gain:.3g} (prediction "
+            f"{student.prediction.name}), and so are gradients and the network's own errors, such as a grid: let the "
+            "teacher's schedule end at the least noise that drowns the data, and train longer"
+        )
+    return Clipping(
+        Clipped("gradient_norm", generator, f"{turn}; see 'Sparse pictures' in docs/results.md"),
+        Clipped("fake_gradient_norm", critic, "Lower critic.lr, or raise critic.clip"),
+    )

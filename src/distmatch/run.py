@@ -15,7 +15,7 @@ from rich.table import Table
 
 from distmatch import build, data, parallel, samples
 from distmatch.checkpoint import Checkpoints
-from distmatch.clipping import Clipped, Clipping
+from distmatch.clipping import Clipped, Clipping, distillation
 from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.distill import Distiller
@@ -26,7 +26,7 @@ from distmatch.files import write_atomic, write_json
 from distmatch.images import Images, load_images
 from distmatch.models import published
 from distmatch.models.around import around
-from distmatch.models.folder import NETWORKS, Info
+from distmatch.models.folder import Info, how_to_sample
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
 from distmatch.ownership import owns_out
@@ -42,9 +42,6 @@ from distmatch.storage import Folder, name_of
 from distmatch.teach import Teaching
 from distmatch.terminal import command
 from distmatch.train import Plan, train
-
-LOUD = 5.0
-"""The factor behind a student's network from which on it is named as the cause of long gradients."""
 
 
 @parallel.joined()
@@ -75,7 +72,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         pairs = _pairs(stage, subject, runs) if "regress" in stage.terms else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
-            watch = _clipping(recipe, distiller)
+            watch = distillation(distiller.student, distiller.info.t, recipe.generator.clip, recipe.critic.clip)
         else:
             distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
@@ -83,7 +80,8 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
-    _say(f"The student is in {out / 'model'}. Next: {_first_images(distiller, out)}, {command('report', out)}")
+    look = how_to_sample(out, distiller.student.net, distiller.info)
+    _say(f"The student is in {out / 'model'}. Next: {look}, {command('report', out)}")
 
 
 def _train(
@@ -120,24 +118,6 @@ def _train(
     train(distiller, out, plan, evaluate=figures, watch=watch, trackers=recipe.log.track, config=config, title=title)
 
 
-def _clipping(recipe: Recipe, distiller: Distiller) -> Clipping:
-    """The watch over the clipping of both networks, with what to turn."""
-    info, schedule, t = distiller.info, distiller.student.schedule, torch.tensor([distiller.info.t], dtype=torch.double)
-    assert info.t is not None
-    gain = distiller.student.prediction.coefficients(schedule.alpha(t), schedule.sigma(t))[1].abs().item()
-    turn = "Lower generator.lr, or raise generator.clip"
-    if gain > LOUD:
-        turn = (
-            f"At the student's time {info.t:g} its network's output is multiplied by {gain:.3g} (prediction "
-            f"{distiller.student.prediction.name}), and so are gradients and the network's own errors, such as a grid: "
-            "let the teacher's schedule end at the least noise that drowns the data, and train longer"
-        )
-    return Clipping(
-        Clipped("gradient_norm", recipe.generator.clip, f"{turn}; see 'Sparse pictures' in docs/results.md"),
-        Clipped("fake_gradient_norm", recipe.critic.clip, "Lower critic.lr, or raise critic.clip"),
-    )
-
-
 def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path) -> None:
     """`teacher-student.png`: what both make of the same noise."""
     p, info = recipe.pairs, subject.info
@@ -149,16 +129,6 @@ def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distille
     picture = side_by_side(slow, fast, subject.conditions, columns, rows)
     if parallel.rank() == 0:
         write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(data.png(picture, zoom=zoom)))
-
-
-def _first_images(distiller: Distiller, out: Path) -> str:
-    """How to see what the student makes: a command, or Python where no command can know its network."""
-    net = distiller.student.net
-    if not isinstance(net, tuple(NETWORKS.values())):
-        return f"DistilledPipeline.from_pretrained({str(out)!r}, net={type(net).__name__}(...))(n=16) in Python"
-    if len(distiller.info.shape) != 3:
-        return f"DistilledPipeline.from_pretrained({str(out)!r}).sample(z) in Python"
-    return command("sample", out, *(["-p", "PROMPT"] if distiller.info.source else []))
 
 
 def _say(text: str) -> None:

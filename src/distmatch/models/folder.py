@@ -24,6 +24,7 @@ from distmatch.models.stable import StableUNet
 from distmatch.models.unet import UNet
 from distmatch.plain import read_json
 from distmatch.schedule import EDM, VP, Flow, Schedule
+from distmatch.terminal import command
 
 FORMAT = "distmatch-model-1"
 AGAIN = "Make the model again: the command that made it continues from its last checkpoint, or get a new copy"
@@ -123,6 +124,15 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. {AGAIN}") from error
     check_weights(weights, folder / "model.safetensors")
     return denoiser.eval(), info
+
+
+def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
+    """How to see what the student of a run makes: a command, or Python where no command can know its network."""
+    if not isinstance(net, tuple(NETWORKS.values())):
+        return f"DistilledPipeline.from_pretrained({str(folder)!r}, net={type(net).__name__}(...))(n=16) in Python"
+    if len(info.shape) != 3:
+        return f"DistilledPipeline.from_pretrained({str(folder)!r}).sample(z) in Python"
+    return command("sample", folder, *(["-p", "PROMPT"] if info.source else []))
 
 
 def _info(entries: dict[str, Any]) -> Info:
