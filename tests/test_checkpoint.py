@@ -54,6 +54,18 @@ def test_the_last_n_and_the_best_stay(tmp_path):
     assert checkpoints.improves(9.0)
 
 
+def test_what_the_user_has_put_beside_them_stays(tmp_path):
+    kept = [tmp_path / name for name in ("step-00000001.bak", "step-notes", ".step-list.swp")]
+    for folder in (*kept[:2], tmp_path / ".step-00000001" / "stray"):  # in the last, a save was killed
+        folder.mkdir(parents=True)
+    kept[2].touch()
+    checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(1, 1)}, keep=1)
+    for step in (1, 2):
+        checkpoints.save(step)
+    checkpoints.wait()
+    assert set(tmp_path.iterdir()) == {*kept, checkpoints.path(2)}
+
+
 def test_damage_is_named_with_what_to_do(tmp_path):
     checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
     checkpoints.save(7)

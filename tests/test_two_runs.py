@@ -1,5 +1,6 @@
 """Two jobs and one folder: one has it, the other is told who does, and what is left by the dead is in nobody's way."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from distmatch import claims, cli, ownership, pair_builder, run
+from distmatch import claims, cli, compare, export, ownership, pair_builder, run, toy2d
 from distmatch.claims import latest
 from distmatch.config import load_recipe, run_name
 from distmatch.log import read
@@ -208,6 +209,19 @@ def test_what_was_not_made_by_train_is_not_taken_for_a_run(folder):
     with pytest.raises(ValueError, match=r"foreign holds .*model of something else: it has no recipe.yaml"):
         distil(load_recipe(str(folder / "tiny.yaml"), [f"pairs.path={folder / 'pairs'}"]), folder / "foreign")
     assert (folder / "foreign" / "model" / "model.safetensors").read_bytes() == before
+
+
+COMMANDS = [
+    *(run.distil, run.teach, run.classifier, run.import_edm, run.sample, compare.compare, toy2d.demo),
+    *(export.export_diffusers, export.export_lora),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_command_that_fills_a_folder_needs_it_for_itself(tmp_path, command):
+    given = {k: None for k, v in inspect.signature(command).parameters.items() if v.default is inspect.Parameter.empty}
+    with owned(tmp_path), pytest.raises(ValueError, match=rf"belongs to another job .*process {os.getpid()} on "):
+        command(**given | {"out": tmp_path})
 
 
 # Owners on other hosts, of which only silence tells

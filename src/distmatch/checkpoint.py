@@ -159,8 +159,9 @@ class Checkpoints:
         return self._prune()
 
     def _prune(self) -> list[int]:
-        for half in (p for p in self.folder.glob("step-*") if not (p / "state.json").exists()):
-            shutil.rmtree(half, ignore_errors=True)  # of a process that was killed while it deleted it
+        for path in self.folder.glob("step-*"):
+            if re.fullmatch(r"step-\d+", path.name) and not (path / "state.json").exists():
+                shutil.rmtree(path, ignore_errors=True)  # half of one: a process was killed while it deleted it
         best, steps = self.best(), self._steps()
         gone = sorted(set(steps) - {*steps[-self.keep :], *([best["step"]] if best else [])})
         for old in gone:

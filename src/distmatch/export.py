@@ -20,6 +20,7 @@ from distmatch.models.hub import fetched
 from distmatch.models.library import model_folder
 from distmatch.models.pretrained import PREDICTIONS
 from distmatch.models.stable import StableUNet, write_adapters
+from distmatch.ownership import owns_out
 from distmatch.plain import read_json
 from distmatch.schedule import VP
 from distmatch.screen import console
@@ -28,6 +29,7 @@ MARK = "distmatch.json"
 FORMAT = "distmatch-export-1"
 
 
+@owns_out
 def export_diffusers(run: str, out: Path, source: str | None = None, half: bool = False) -> None:
     """`distmatch export diffusers`: the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens.
 
@@ -53,6 +55,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     )
 
 
+@owns_out
 def export_lora(run: str, out: Path) -> None:
     """`distmatch export lora`: the adapters of the student `run` and its scheduler, for the teacher's pipeline.
 

@@ -4,6 +4,7 @@ They can be read by any number of processes, sharded in any way. Importing this 
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from distmatch import parallel
 from distmatch.digests import save_file
-from distmatch.files import write_atomic
+from distmatch.files import remove, write_atomic
 
 
 class Saver:
@@ -77,11 +78,12 @@ class Writer(HuggingFaceStorageWriter):
         self._finish = finish
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for left in self._folder.parent.glob(".step-*"):  # by processes that were killed
-            for file in left.iterdir():
-                file.unlink()
-            if left != self._folder:
-                left.rmdir()
+        for left in self._folder.parent.glob(".step-*"):
+            if re.fullmatch(r"\.step-\d+", left.name):  # by processes that were killed
+                for file in left.iterdir():
+                    remove(file)
+                if left != self._folder:
+                    left.rmdir()
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
