@@ -53,6 +53,6 @@ def _known(manifest: Path) -> int:
     if not manifest.exists():
         return 0
     try:
-        return int(json.loads(manifest.read_text())["n"])
+        return int(read_json(manifest, dict[str, Any])["n"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{manifest} is damaged; delete it with the pictures beside it") from error
