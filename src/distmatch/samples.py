@@ -1,6 +1,5 @@
 """The folder of `distmatch sample`: a grid, numbered pictures of one call, and `sample.json`, which says of which."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from distmatch import data
 from distmatch.files import write_atomic, write_json
+from distmatch.plain import read_json
 
 MANIFEST = "sample.json"
 GRID = "grid.png"
