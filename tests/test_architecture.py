@@ -15,6 +15,7 @@ FLOORS = [
     ["cli_models", "cli_mistakes"],
     ["demo", "compare"],
     ["run", "toy2d", "plan"],
+    ["preflight"],
     ["cost"],
     ["rehearsal"],
     ["build", "report", "smoke", "export", "serve", "weightless", "samples", "spaces"],

@@ -67,6 +67,8 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
         ("train cifar10-cond --scale cpu-smoke", "metrics"),
         ("train sd15-laion-6.25 prompts.path=captions.txt --scale cpu-smoke", "diffusers"),
         ("train sd15-laion-6.25 prompts.path=captions.txt", "diffusers"),
+        ("train mnist log.track=[wandb]", "wandb"),
+        ("train mnist regress.loss=lpips", "metrics"),
         ("train mnist pairs.path=s3://bucket/pairs", "cloud"),
         ("plan sd15-laion-6.25", "diffusers"),
         ("pairs build sd15-laion-6.25 prompts.path=captions.txt", "diffusers"),

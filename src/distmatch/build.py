@@ -163,34 +163,27 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     check_batches(recipe)
     dev, info = device(recipe.device), subject.info
     first = start(recipe, subject)
-    student = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, dev))
-    if recipe.student.lora_rank:
-        student = _adapted(student, recipe.student.lora_rank, rng.key(recipe.seed, "adapters"))
+    trained = student(recipe, first)
     fake = _trained_copy(first) if "match" in recipe.terms else None
-    average = frozen_copy(student)
-    if (recipe.gradient_checkpointing or recipe.compile) and not blocks(student):
-        raise ValueError(
-            f"gradient_checkpointing and compile are for networks of blocks, in nn.ModuleList; "
-            f"{type(student.net).__name__} has none: use false"
-        )
+    average = frozen_copy(trained)
     if recipe.gradient_checkpointing:
-        for network in filter(None, (student, fake)):
+        for network in filter(None, (trained, fake)):
             checkpoint_gradients(network)
     if recipe.parallel == "fsdp" and parallel.world() > 1:
         shard(average)
         shard(subject.denoiser, recipe.precision)  # in the fake score's, or their difference would not start at zero
     inputs = example(subject, dev)
-    forward = spread(student, recipe.parallel, recipe.precision, inputs)
+    forward = spread(trained, recipe.parallel, recipe.precision, inputs)
     score = None if fake is None else spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
-        for network in filter(None, (student, fake, subject.denoiser)):
+        for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
     critic_steps = recipe.critic.steps
     return Distiller(
-        student,
+        trained,
         score,
         terms(recipe, subject, score, pairs),
-        _optimizer(recipe.generator, student, recipe.steps),
+        _optimizer(recipe.generator, trained, recipe.steps),
         None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * critic_steps),
         info=student_info(recipe, subject),
         forward=forward,
@@ -198,7 +191,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         conditions=subject.conditions,
         decode=known.decode if (known := around(info, dev)) else None,
         t=recipe.student.t,
-        ema=EMA(student, recipe.student.ema, average),
+        ema=EMA(trained, recipe.student.ema, average),
         seed=recipe.seed,
         critic_steps=critic_steps,
         accumulate=recipe.accumulate,
@@ -233,6 +226,22 @@ def _network(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
         torch.manual_seed(rng.key(recipe.seed, "network"))
         net = NETWORKS[network.type](dim=info.shape[0], width=network.width, depth=network.depth)
     return Denoiser(net, denoiser.schedule, denoiser.prediction).to(device(recipe.device))
+
+
+def student(recipe: Recipe, first: Denoiser) -> Denoiser:
+    """The network to train: a copy of `first` (see `start`) or `student.init`, with adapters where it has them alone.
+
+    Raises `ValueError` for a network that the recipe's entries don't fit.
+    """
+    made = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, device(recipe.device)))
+    if recipe.student.lora_rank:
+        made = _adapted(made, recipe.student.lora_rank, rng.key(recipe.seed, "adapters"))
+    if (recipe.gradient_checkpointing or recipe.compile) and not blocks(made):
+        raise ValueError(
+            f"gradient_checkpointing and compile are for networks of blocks, in nn.ModuleList; "
+            f"{type(made.net).__name__} has none: use false"
+        )
+    return made
 
 
 def student_info(recipe: Recipe, subject: Subject) -> Info:
@@ -328,14 +337,14 @@ def _regress(recipe: Recipe, subject: Subject, pairs: PairStore) -> Regress:
     return Regress(
         pairs,
         subject.conditions,
-        loss=_regression(recipe, subject.info),
+        loss=regression(recipe, subject.info),
         weight=r.weight,
         batch=r.batch,
         device=device(recipe.device),
     )
 
 
-def _regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]:
+def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]:
     """The distance of Eq. 9, of images: latents are decoded where the recipe says by what."""
     r = recipe.regress
     loss = REGRESSIONS.get(r.loss)

@@ -212,7 +212,7 @@ class Checkpoints:
                 )
             tensors, _ = self._state()
             _same_shapes(path, header["shapes"], _shapes(tensors))
-            parallel.each(lambda: _compare(path, header))
+            parallel.agreed(lambda: _compare(path, header))
             shards.read(tensors, path)
         except (*DAMAGE, shards.CheckpointException, IndexError) as error:
             raise ValueError(

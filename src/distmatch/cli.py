@@ -82,6 +82,7 @@ def train(
     runs: Runs = Path("runs"),
     scale: Literal["full", "cpu-smoke"] = "full",
     dry_run: bool = False,
+    check: bool = False,
 ) -> None:
     """Distil a teacher by a recipe. Run the same command again to continue an interrupted run.
 
@@ -100,6 +101,9 @@ def train(
         of what the recipe would fetch.
     dry_run
         Print the resolved recipe and stop.
+    check
+        Try what the run needs, from packages to disk space, at its smallest, say what was found, and stop. Every run
+        begins with it.
     """
     from distmatch.config import dump, load_recipe, run_name
 
@@ -115,9 +119,10 @@ def train(
     if dry_run:
         print(dump(resolved), end="")
         return
+    from distmatch.run import check as only_check
     from distmatch.run import distil
 
-    distil(resolved, out or runs / name, runs)
+    (only_check if check else distil)(resolved, out or runs / name, runs)
 
 
 @app.command
@@ -377,6 +382,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains, as it exits
         raise SystemExit(141) from None  # as of programs that SIGPIPE ends, such as with `| head`
     except ValueError as error:
+        if type(error).__name__ == "Agreed" and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None  # the first process says it
         _fail(str(error), 2)
     except KeyboardInterrupt:  # wherever it comes: in imports, while pairs are built, in an evaluation
         _fail(f"stopped; to go on: {_command()}", 130)

@@ -109,6 +109,20 @@ def _writer(name: str) -> str:
     return found[1] if found else ""
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder to try things in, in `folder` or, where that is not there yet, in the nearest one above it.
+
+    Raises `ValueError` where it cannot be written. What a killed process leaves goes as its temporary files do.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=_prefix("trial"), dir=there) as name:
+            yield Path(name)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from error
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

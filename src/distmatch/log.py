@@ -67,6 +67,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
+    @staticmethod
+    def ready() -> None:
+        """Raise `ValueError` unless it can start."""
+        need("tensorboard", by="log.track")
+
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
         need("tensorboard", by="log.track")
         from torch.utils.tensorboard import SummaryWriter
@@ -92,6 +97,16 @@ class TensorBoard:
 
 
 class Wandb:
+    @staticmethod
+    def ready() -> None:
+        """Raise `ValueError` unless it can start: it is there, and has a key, which it asks for in a terminal."""
+        need("wandb", by="log.track")
+        wandb: Any = import_module("wandb")
+        try:
+            wandb.login()
+        except Exception as error:
+            raise ValueError(f"log.track: wandb cannot start: {error}. Run `wandb login`, or leave it out") from error
+
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
         need("wandb", by="log.track")
         self._wandb: Any = import_module("wandb")

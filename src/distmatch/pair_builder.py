@@ -132,10 +132,10 @@ def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
 
     Raises `ValueError` where the store there is a different one.
     """
-    stored = _agree(folder, spec)
+    stored = agree(folder, spec)
     if stored is None or stored.count < spec.count:  # else without a write: the folder may be read-only
         with Claims(folder, expiry).waited(MANIFEST):
-            stored = _agree(folder, spec)
+            stored = agree(folder, spec)
             if stored is None or stored.count < spec.count:
                 stored = spec
                 versions = {name: version(name) for name in VERSIONS}
@@ -145,7 +145,7 @@ def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
     return stored
 
 
-def _agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
+def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
     """What `folder` holds, if anything, which binds as `spec` does; else `ValueError` with every difference."""
     if not folder.exists(MANIFEST):
         return None

@@ -36,6 +36,10 @@ class Lost(Exception):
     """Another process of the job died."""
 
 
+class Agreed(ValueError):
+    """What all processes raise alike, so that one need say it."""
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Within it, this process is one of the group that was started; the device `cuda` is the GPU of its own.
@@ -125,18 +129,24 @@ def first(make: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def each(check: Callable[[], None]) -> None:
-    """`check()` in all processes; the first `ValueError` of any of them is raised in all."""
-    errors: list[ValueError | None] = [None]
+def agreed(make: Callable[[], Result]) -> Result:
+    """`make()` of each process; where a `ValueError` is raised in any of them, all raise it as `Agreed`.
+
+    `make` itself must not wait for other processes.
+    """
+    if world() == 1:
+        return make()
+    result, problem = None, None
     try:
-        check()
+        result = make()
     except ValueError as error:
-        errors = [error]
-    if world() > 1:
-        mine, errors = errors[0], [None] * world()
-        dist.all_gather_object(errors, mine)
-    for error in filter(None, errors):
-        raise error
+        problem = str(error)
+    problems: list[Any] = [None] * world()
+    dist.all_gather_object(problems, problem)
+    for number, one in enumerate(problems):
+        if one is not None:
+            raise Agreed(one if number == 0 else f"process {number} of {world()}: {one}")
+    return cast(Result, result)
 
 
 def same_folder(folder: Path) -> None:

@@ -33,11 +33,12 @@ from distmatch.ownership import owns_out
 from distmatch.pairs import MANIFEST, PairStore, prompts_digest
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.plain import read_json, read_yaml
+from distmatch.preflight import Flight, checks, cleared
 from distmatch.progress import progress
 from distmatch.schedule import EDM
 from distmatch.screen import console
 from distmatch.solvers import evaluations
-from distmatch.spaces import default_features, find_spaces, known_rows, recipe_spaces, train_spaces
+from distmatch.spaces import default_features, find_spaces, known_rows, train_spaces
 from distmatch.storage import Folder, name_of
 from distmatch.teach import Teaching
 from distmatch.terminal import command
@@ -54,12 +55,10 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
     """
     parallel.first(lambda: _same_recipe(recipe, out))
-    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
-    for stage in stages:
-        build.check_batches(stage)
-    subject = build.subject(recipe, teacher)
+    flight = Flight(recipe, out, runs, teacher)
+    stages, (subject, spaces) = flight.stages, cleared(flight)
+    del flight  # and the networks that were tried
     parallel.first(lambda: _bind(recipe, subject, out))
-    spaces = recipe_spaces(recipe.evaluate, recipe.teacher, subject.info, build.device(recipe.device))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
         for stage in (stage for stage in stages if "regress" in stage.terms):
@@ -82,6 +81,15 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         _teacher_student(recipe, subject, distiller, out)
     look = how_to_sample(out, distiller.student.net, distiller.info)
     _say(f"The student is in {out / 'model'}. Next: {look}, {command('report', out)}")
+
+
+@parallel.joined()
+def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
+    """`distmatch train --check`: what `distil` would do first, told line by line, and nothing else."""
+    parallel.first(lambda: _same_recipe(recipe, out))
+    for name, found in checks(Flight(recipe, out, runs, teacher)):
+        _say(f"✓ {name:<10} {found}")
+    _say("Nothing stands in the way of this run")
 
 
 def _train(
