@@ -5,25 +5,24 @@ import math
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from distmatch.finite import check_images, check_weights
 from distmatch.models.classifier import Classifier
-from distmatch.models.folder import load_model
+from distmatch.models.folder import load_model, save_model
 from distmatch.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_weight_that_is_not_finite_is_named_when_a_model_is_read(bad, tmp_path):
-    folder = tiny.teacher_folder(tmp_path / "model")
-    load_model(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["middle.0.conv0.weight"][3, 2, 1, 0] = bad
-    save_file(weights, folder / "model.safetensors")
+    teacher = tiny.teacher()
+    save_model(tmp_path, teacher, tiny.INFO)
+    load_model(tmp_path)
+    teacher.get_parameter("net.middle.0.conv0.weight").data[3, 2, 1, 0] = bad
+    save_model(tmp_path, teacher, tiny.INFO)
     with pytest.raises(
         ValueError, match=r"model\.safetensors: middle\.0\.conv0\.weight has values that are not finite"
     ):
-        load_model(folder)
+        load_model(tmp_path)
 
 
 def test_a_classifiers_weights_are_looked_at_too(tmp_path):
