@@ -66,14 +66,15 @@ def distillation(student: Denoiser, t: float | None, generator: float, critic: f
     schedule = student.schedule
     time = torch.tensor([schedule.t_max if t is None else t], dtype=torch.double)
     gain = student.prediction.coefficients(schedule.alpha(time), schedule.sigma(time))[1].abs().item()
-    turn = "Lower generator.lr, or raise generator.clip"
+    turn = "Raise generator.clip, or lower generator.lr"
     if gain > LOUD:
         turn = (
             f"At the student's time its network's output is multiplied by {gain:.3g} (prediction "
-            f"{student.prediction.name}), and so are gradients and the network's own errors, such as a grid: let the "
-            "teacher's schedule end at the least noise that drowns the data, and train longer"
+            f"{student.prediction.name}), and so are gradients, which Adam evens out, and the network's own errors, "
+            "such as a grid, which it does not: let the teacher's schedule end at the least noise that drowns the data, "
+            "and train longer"
         )
     return Clipping(
         Clipped("gradient_norm", generator, f"{turn}; see 'Sparse pictures' in docs/results.md"),
-        Clipped("fake_gradient_norm", critic, "Lower critic.lr, or raise critic.clip"),
+        Clipped("fake_gradient_norm", critic, "Raise critic.clip, or lower critic.lr"),
     )
