@@ -63,20 +63,25 @@ def test_a_dead_claim_is_taken_over_by_one(folder):
     assert folder.sizes() == {}
 
 
-def _work(folder, names, seed, seconds) -> None:
+def _work(folder, names, seed, seconds, enough) -> None:
     def make(name):
+        while name in names[-6:] and not enough.exists():
+            time.sleep(0.01)
         time.sleep(random.Random(f"{seed}{name}").uniform(0.5, 1.5) * seconds)
         folder.write(name, lambda path: path.write_text(f"{name} {os.getpid()}"))
 
     make_together(folder, names, present, make, expiry=EXPIRY)
 
 
-def test_many_processes_of_which_some_are_killed_at_random(folder, none_stays):
-    """Six at a time until all is made; every 0.15 s one is killed or stands still, and another comes in its place."""
-    names, fate = [f"part-{n:03d}" for n in range(150)], random.Random(0)
+def test_many_processes_of_which_some_are_killed_at_random(folder, none_stays, tmp_path):
+    """Six at a time until all is made; every 0.15 s one is killed or stands still, and another comes in its place.
+
+    The last six wait until there were enough of them.
+    """
+    names, fate, enough = [f"part-{n:03d}" for n in range(150)], random.Random(0), tmp_path / "enough"
 
     def start(seed):
-        process = fork.Process(target=_work, args=(folder, names, seed, 0.1))
+        process = fork.Process(target=_work, args=(folder, names, seed, 0.1, enough))
         process.start()
         return process
 
@@ -92,6 +97,8 @@ def test_many_processes_of_which_some_are_killed_at_random(folder, none_stays):
                     stopped.append(victim)
                 killed += 1
             running.append(start(100 + killed))
+        else:
+            enough.touch()
         time.sleep(0.15)
         for name in set(names) & set(folder.sizes()):
             content = folder.read(name)
