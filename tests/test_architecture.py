@@ -50,12 +50,13 @@ FLOORS = [
     ["decode", "parquet"],
     ["archives"],
     ["denoiser"],
+    ["iddpm"],
     ["schedule", "log", "prompts", "storage", "download"],
     ["checkpoint", "optim", "progress"],
     ["shards", "terminal"],
     ["digests"],
     ["config", "files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["watch", "plain", "extras", "process", "paths"],
+    ["watch", "betas", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

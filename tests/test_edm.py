@@ -129,6 +129,16 @@ def test_saved_and_loaded_is_the_same_network(tmp_path):
         assert torch.equal(load_model(tmp_path / str(i))[0](x, t), denoiser(x, t))
 
 
+def test_blocks_of_fewer_than_64_channels_have_no_attention():
+    """As published: the number of heads is channels // 64, and none of them means no attention layers."""
+    net = DhariwalUNet(16, model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[16, 8])
+    attending = {name for name, _ in net.named_parameters() if name.endswith("qkv.weight")}
+    assert attending == {
+        f"{b}.qkv.weight" for b in ("enc.8x8_block0", "dec.8x8_in0", "dec.8x8_block0", "dec.8x8_block1")
+    }
+    assert net.enc["8x8_block0"].heads == 1
+
+
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="encoder_type 'skip' is unknown; expected one of standard, residual"):
         SongUNet(encoder_type="skip")

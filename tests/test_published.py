@@ -14,10 +14,12 @@ from tiny import command
 from torch import nn
 
 from distmatch.denoiser import Cond
+from distmatch.iddpm import IDDPM
 from distmatch.models import library, published
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import load_model
 from distmatch.models.published import cached_edm, import_edm, read_edm
+from distmatch.schedule import EDM
 from distmatch.smoke import random_edm
 
 
@@ -101,8 +103,8 @@ def test_preconditionings_and_noise_ranges(tmp_path):
         write(file, net, precond, sigma_min=low, sigma_max=high)
         denoiser, _ = read_edm(file)
         assert denoiser.prediction.name == prediction
-        assert denoiser.schedule.t_min == max(low, 0.002)
-        assert denoiser.schedule.t_max == min(high, 80)
+        kind = IDDPM if prediction == "iddpm" else EDM
+        assert denoiser.schedule == kind(max(low, 0.002), min(high, 80))
         x = torch.randn(1, 3, 32, 32)
         assert denoiser(x, torch.tensor([1.0])).shape == x.shape
 

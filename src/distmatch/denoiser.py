@@ -3,14 +3,13 @@
 Teacher, fake score and generator are three of them. What a network predicts natively is the business of its wrapper.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from distmatch.iddpm import iddpm_step
 from distmatch.schedule import Schedule, expand
 
 
@@ -111,8 +110,7 @@ class Prediction:
             case "ve":
                 return x, (sigma / 2).log()
             case "iddpm":  # the step, of 1000, whose sigma is nearest
-                step = (_iddpm_sigmas(sigma.device) - sigma[:, None]).abs().argmin(1)
-                return x / expand((sigma**2 + 1).sqrt(), x), step.to(sigma.dtype)
+                return x / expand((sigma**2 + 1).sqrt(), x), iddpm_step(sigma).to(sigma.dtype)
             case _:
                 return x, t
 
@@ -128,15 +126,6 @@ class Prediction:
 
 
 PREDICTIONS = ("edm", "eps", "x0", "v", "velocity", "vp", "ve", "iddpm")
-
-
-@cache
-def _iddpm_sigmas(device: torch.device) -> Tensor:
-    """Noise levels f32[1000] of the steps of Improved DDPM (Karras et al. 2022, Appendix C.3), rising."""
-    alpha_bar, u = (torch.arange(1001, dtype=torch.float64) / 1000 / 1.008 * math.pi / 2).sin() ** 2, [0.0]
-    for j in range(1000, 0, -1):
-        u.append(((u[-1] ** 2 + 1) / max(float(alpha_bar[j - 1] / alpha_bar[j]), 0.001) - 1) ** 0.5)
-    return torch.tensor(u[1:], device=device)
 
 
 class Denoiser(nn.Module):

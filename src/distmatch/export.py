@@ -5,7 +5,6 @@ Both come with a scheduler that makes diffusers' one step ours: DDIM (arXiv 2010
 it says that it is one, so that it may be replaced, and has the SHA-256 of each of its files.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,7 @@ def _student(run: str) -> tuple[StableUNet, Any, Info]:
 def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
     """diffusers' DDIM with the one step of `G(z) = mu(z, t)`: at `t`, straight to `x0`.
 
-    With `trailing` spacing, a single step is at the last of the trained times. The schedule is cut behind `t`: what is
-    left of it has the same betas, because both spacings are straight lines in the square root of beta or in beta.
+    With `trailing` spacing, a single step is at the last of the trained times: the betas behind `t` are cut off.
 
     Raises `ValueError` for a `t` that is no whole step.
     """
@@ -128,14 +126,9 @@ def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
 
     if t != int(t) or not 0 < t <= schedule.t_max:
         raise ValueError(f"student.t is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
-    power = 1 if schedule.spacing == "linear" else 2
-    low, high = schedule.beta_start ** (1 / power), schedule.beta_end ** (1 / power)
-    end = math.pow(low + (high - low) * t / schedule.t_max, power)
     return DDIMScheduler(
         num_train_timesteps=int(t) + 1,
-        beta_start=schedule.beta_start,
-        beta_end=end,
-        beta_schedule=schedule.spacing,
+        trained_betas=schedule.table()[: int(t) + 1].tolist(),
         clip_sample=False,
         steps_offset=1,  # not used by this spacing; others are warned of
         set_alpha_to_one=True,

@@ -17,6 +17,7 @@ from distmatch.models.around import Around, around
 from distmatch.models.folder import Info
 from distmatch.models.library import find_model
 from distmatch.sampler import one_step
+from distmatch.schedule import Schedule
 from distmatch.solvers import evaluations, solver
 
 Labels = int | str | Sequence[int] | Tensor | None
@@ -212,13 +213,18 @@ class DistilledPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device = "cpu", *, net: nn.Module | None = None
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        net: nn.Module | None = None,
+        schedule: Schedule | None = None,
     ) -> "DistilledPipeline":
         """Load a model folder, a run's folder, or a student that comes with the package ("mnist").
 
-        `net` takes the weights where the network is one of your own.
+        A network of your own, which takes the weights, and a schedule of your own are given by `net` and `schedule`.
         """
-        denoiser, info = find_model(str(path), kind="student", net=net)
+        denoiser, info = find_model(str(path), "student", net, schedule)
         return cls(denoiser.to(device), info, around(info, device))
 
 
@@ -256,12 +262,14 @@ class TeacherPipeline(Pipeline):
         sampler: str | None = None,
         steps: int = 18,
         guidance: float = 1.0,
+        net: nn.Module | None = None,
+        schedule: Schedule | None = None,
     ) -> "TeacherPipeline":
         """Load a model folder, a teacher that comes with the package ("mnist"), or `diffusers:FOLDER_OR_ID`.
 
-        The sampler is Heun, for models from diffusers PNDM, unless told.
+        The sampler is Heun, for models from diffusers PNDM, unless told. `net`, `schedule` as for a student.
         """
-        denoiser, info = find_model(str(path), kind="teacher")
+        denoiser, info = find_model(str(path), "teacher", net, schedule)
         sampler = sampler or ("pndm" if info.source else "heun")
         return cls(denoiser.to(device), info, around(info, device), sampler=sampler, steps=steps, guidance=guidance)
 

@@ -58,15 +58,17 @@ def heun(
     Args:
         z: f[B,*D], standard normal; the same `z` gives the same image when `churn` is 0.
         churn: S_churn; noise is put back at times within `churn_range` (S_tmin, S_tmax), scaled by `churn_noise`
-            (S_noise), from `generator`.
+            (S_noise), from `generator`. The first step of VP and Flow gets none: they have no time beyond `t_max`.
     """
     grid = schedule.grid(steps)
     gamma = min(churn / steps, 2**0.5 - 1)
     x = schedule.prior_std * z
     for i in range(steps):
         t = _at(grid[i], z)
-        if gamma > 0 and i > 0 and churn_range[0] <= grid[i] <= churn_range[1]:  # at t_max there is no noisier time
-            x, t = _renoise(schedule, x, t, (t * (1 + gamma)).clamp(max=schedule.t_max), churn_noise, generator)
+        if gamma > 0 and churn_range[0] <= grid[i] <= churn_range[1]:
+            noisier = schedule.nearest(grid[i : i + 1] * (1 + gamma))[0]
+            if noisier > grid[i]:
+                x, t = _renoise(schedule, x, t, _at(noisier, z), churn_noise, generator)
         x0 = model(x, t, cond)
         if i + 1 < steps:
             t_next = _at(grid[i + 1], z)

@@ -4,12 +4,15 @@ A schedule owns its time coordinate `t`; larger is noisier in all of them. EDM: 
 number of a discrete diffusion, read continuously. Flow: `t` runs from data (0) to noise (1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from distmatch.betas import SPACINGS, beta_settings, spaced_betas
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -17,8 +20,36 @@ def expand(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
+class Schedule(Protocol):
+    """What a schedule has. One of your own inherits the last three methods from here, or has them all.
+
+    `t_max` is where sampling and the one-step student start: from `prior_std * z`, `z ~ N(0, I)`.
+    """
+
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    @property
+    def prior_std(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...  # f[B] -> f[B]
+    def sigma(self, t: Tensor) -> Tensor: ...  # f[B] -> f[B]
+
+    def grid(self, n: int) -> Tensor:
+        """Falling times f64[n] from `t_max` to `t_min`: the sampler's steps and, reversed, the paper's T bins."""
+        return _linspace(self.t_max, self.t_min, n)
+
+    def nearest(self, t: Tensor) -> Tensor:
+        """The times f[B] nearest to `t f[B]` that the schedule's networks know."""
+        return t.clamp(self.t_min, self.t_max)
+
+    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """`x_t f[B,*D]` of `x f[B,*D]`, `eps f[B,*D]`, `t f[B]` (Eq. 3)."""
+        return expand(self.alpha(t), x) * x + expand(self.sigma(t), x) * eps
+
+
 @dataclass(frozen=True)
-class EDM:
+class EDM(Schedule):
     """`alpha = 1`, `sigma = t` (Karras et al. 2022, arXiv 2206.00364), with its rho-spaced grid (Eq. 5 there)."""
 
     sigma_min: float = 0.002
@@ -35,7 +66,7 @@ class EDM:
 
     @property
     def prior_std(self) -> float:
-        return self.sigma_max
+        return self.t_max
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -47,46 +78,58 @@ class EDM:
         ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return _linspace(*ends, n) ** self.rho
 
-    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        return x + expand(t, x) * eps
+    def nearest(self, t: Tensor) -> Tensor:
+        return t  # beyond sigma_max too: churn starts from there (Algorithm 2)
 
 
 @dataclass(frozen=True)
-class VP:
-    """Variance preserving, `alpha^2 + sigma^2 = 1`, from DDPM's betas (Ho et al. 2020).
+class VP(Schedule):
+    """Variance preserving, `alpha^2 + sigma^2 = 1`, from the betas of a discrete diffusion (Ho et al. 2020).
 
-    `spacing="linear"` with 1e-4..2e-2 is DDPM; `"scaled_linear"` (linear in sqrt(beta)) with 0.00085..0.012 is Stable
-    Diffusion. `t` in [0, steps - 1]; `log alpha` is interpolated linearly between whole steps.
+    `linear` from 1e-4 to 2e-2 is DDPM, `scaled_linear` from 0.00085 to 0.012 Stable Diffusion; for the others see
+    `betas.spaced_betas`. `betas`, where given, hold in place of the other four arguments. `t` in [0, steps - 1];
+    `log alpha` is interpolated linearly between whole steps. Raises `ValueError` unless all 0 < beta < 1.
     """
 
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     steps: int = 1000
-    spacing: Literal["linear", "scaled_linear"] = "linear"
+    spacing: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
+    betas: Sequence[float] | None = None
+    t_min: ClassVar[float] = 0.0
+    prior_std: ClassVar[float] = 1.0
 
-    @property
-    def t_min(self) -> float:
-        return 0.0
+    def __post_init__(self) -> None:
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"VP: spacing {self.spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+            object.__setattr__(self, "steps", len(self.betas))
+        betas = self.table() if self.steps > 0 else torch.empty(0)
+        if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "VP":
+        """The schedule of a diffusers scheduler, or of its settings. Raises `ValueError` for one without betas."""
+        config = getattr(scheduler, "config", scheduler)
+        return cls(**beta_settings({"_class_name": type(scheduler).__name__, **config}))
 
     @property
     def t_max(self) -> float:
         return float(self.steps - 1)
 
-    @property
-    def prior_std(self) -> float:
-        return 1.0
+    def table(self) -> Tensor:
+        """The betas, f64[steps]."""
+        if self.betas is not None:
+            return torch.tensor(self.betas, dtype=torch.float64, device="cpu")
+        return spaced_betas(self.spacing, self.beta_start, self.beta_end, self.steps)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
-
-    def grid(self, n: int) -> Tensor:
-        return _linspace(self.t_max, self.t_min, n)
-
-    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        return expand(self.alpha(t), x) * x + expand(self.sigma(t), x) * eps
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         table = _vp_log_alpha(self, t.device, t.dtype)
@@ -96,38 +139,18 @@ class VP:
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Schedule):
     """Straight paths, `alpha = 1 - t`, `sigma = t` (rectified flow, flow matching)."""
 
     t_min: float = 1e-3
     t_max: float = 1.0
-
-    @property
-    def prior_std(self) -> float:
-        return 1.0
+    prior_std: ClassVar[float] = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
 
     def sigma(self, t: Tensor) -> Tensor:
         return t
-
-    def grid(self, n: int) -> Tensor:
-        return _linspace(self.t_max, self.t_min, n)
-
-    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        return expand(1 - t, x) * x + expand(t, x) * eps
-
-
-Schedule = EDM | VP | Flow
-"""Every schedule has
-
-- `t_min`, `t_max`: its range; `t_max` is where sampling and the one-step student start;
-- `prior_std`: a sampler starts from `prior_std * z`, `z ~ N(0, I)`;
-- `alpha(t f[B]) -> f[B]`, `sigma(t f[B]) -> f[B]`;
-- `grid(n) -> f64[n]`: falling times from `t_max` to `t_min`, the sampler's steps and, reversed, the paper's T bins;
-- `add_noise(x f[B,*D], eps f[B,*D], t f[B]) -> x_t f[B,*D]` (Eq. 3).
-"""
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
@@ -139,8 +162,4 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 @cache
 def _vp_log_alpha(vp: VP, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)`, summed in float64."""
-    if vp.spacing == "linear":
-        betas = torch.linspace(vp.beta_start, vp.beta_end, vp.steps, dtype=torch.float64)
-    else:
-        betas = torch.linspace(vp.beta_start**0.5, vp.beta_end**0.5, vp.steps, dtype=torch.float64) ** 2
-    return (0.5 * torch.log1p(-betas).cumsum(0)).to(device, dtype)
+    return (0.5 * torch.log1p(-vp.table()).cumsum(0)).to(device, dtype)

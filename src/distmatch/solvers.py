@@ -50,6 +50,8 @@ def pndm(settings: Mapping[str, Any]) -> Sampler:
         from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
         betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": schedule.spacing}
+        if schedule.betas is not None or schedule.spacing == "sigmoid":  # which diffusers' PNDM does not know by name
+            betas = {"trained_betas": schedule.table().tolist()}
         known = {**STABLE_DIFFUSION, **{k: v for k, v in settings.items() if not k.startswith("_")}}
         kind = {"num_train_timesteps": schedule.steps, "prediction_type": "v_prediction" if velocity else "epsilon"}
         scheduler: Any = PNDMScheduler.from_config({**known, **betas, **kind})

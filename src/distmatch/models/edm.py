@@ -390,7 +390,7 @@ class DhariwalUNet(_UNet):
         widths = [model_channels * m for m in channel_mult]
 
         def block(inputs: int, outputs: int, direction: str | None = None, attention: bool = False) -> Block:
-            heads = max(1, outputs // 64) if attention else 0
+            heads = outputs // 64 if attention else 0  # a block of fewer channels has no attention at all
             return Block(inputs, outputs, embedding, direction=direction, heads=heads, dropout=dropout)
 
         super().__init__(

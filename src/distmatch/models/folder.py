@@ -18,6 +18,7 @@ from distmatch.digests import Damaged, load_file, save_file
 from distmatch.engine import whole
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
+from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
@@ -36,7 +37,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "stable": StableUNet,
 }
 
-SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "vp": VP, "flow": Flow}
+SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "iddpm": IDDPM, "vp": VP, "flow": Flow}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
     """Write `denoiser` and `info` to `folder`, weights in `dtype`. A model that is there is replaced at the end.
 
     Of several processes all must call this, for the weights may be sharded; the first writes.
-    A network that is not one of `NETWORKS` is saved without its configuration; `load_model` then needs it.
+    A network that is not one of `NETWORKS`, and a schedule that is not one of `SCHEDULES`, cannot be rebuilt from the
+    folder: `load_model` needs them.
     """
     net: Any = denoiser.net
     network: dict[str, Any] = {"type": None, "class": type(net).__name__}
@@ -89,13 +91,15 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
         write_json(beside / "config.json", {**config, "weights": written})
 
 
-def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, Info]:
+def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | None = None) -> tuple[Denoiser, Info]:
     """The denoiser in evaluation mode with fp32 weights, and what goes with it.
 
     Args:
         net: the network to load the weights into, for a model whose network is none of `NETWORKS`.
+        schedule: the schedule, for a model whose schedule is none of `SCHEDULES`.
 
-    Raises `ValueError` where the folder is no model, is damaged, or needs a newer version.
+    Raises `ValueError` where the folder is no model, is damaged, or needs a newer version, and where `schedule` is not
+    the one that the model was saved with.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -114,7 +118,10 @@ def load_model(folder: Path, net: nn.Module | None = None) -> tuple[Denoiser, In
         if kind not in (None, *NETWORKS):
             raise ValueError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
         net = NETWORKS[str(kind)](**network) if net is None else net
-        denoiser = Denoiser(net, schedule_of(config["schedule"]), Prediction(**config["prediction"]))
+        prediction = Prediction(**config["prediction"])
+        if prediction.name == "iddpm" and config["schedule"]["type"] == "edm":
+            config["schedule"]["type"] = "iddpm"  # imported before times were rounded to its levels
+        denoiser = Denoiser(net, schedule_of(config["schedule"], schedule), prediction)
         info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config})
         weights = load_file(folder / "model.safetensors", config.get("weights"))
         net.load_state_dict(weights)
@@ -142,15 +149,36 @@ def _info(entries: dict[str, Any]) -> Info:
 
 
 def schedule_config(schedule: Schedule) -> dict[str, Any]:
-    """The schedule as plain JSON data."""
-    kind = next(k for k, v in SCHEDULES.items() if v is type(schedule))
-    return {"type": kind, **asdict(schedule)}
+    """The schedule as plain JSON data: its arguments, or the values of one that is none of `SCHEDULES`."""
+    for kind, known in SCHEDULES.items():
+        if type(schedule) is known:
+            entries: Any = schedule
+            return {"type": kind, **{k: v for k, v in asdict(entries).items() if v is not None}}
+    grid = schedule.grid(33)
+    columns = {"t": grid, "alpha": schedule.alpha(grid), "sigma": schedule.sigma(grid)}
+    values = {name: [float(f"{v:.6g}") for v in column.tolist()] for name, column in columns.items()}
+    return {"type": None, "class": type(schedule).__name__, "prior_std": schedule.prior_std, **values}
 
 
-def schedule_of(config: dict[str, Any]) -> Schedule:
-    """The inverse of `schedule_config`. Raises `ValueError` for an unknown type."""
+def schedule_of(config: dict[str, Any], own: Schedule | None = None) -> Schedule:
+    """The inverse of `schedule_config`; `own` is the schedule where its type is none of `SCHEDULES`.
+
+    Raises `ValueError` for an unknown type, and where `own` is missing or has other values.
+    """
     entries = dict(config)
     kind = entries.pop("type", None)
+    if kind is None and "class" in entries:
+        name = entries["class"]
+        if own is None:
+            raise ValueError(
+                f"the model was saved with a schedule of its owner's, {name}; pass one: "
+                f"DistilledPipeline.from_pretrained(path, schedule={name}(...))"
+            )
+        if schedule_config(own) != config:
+            raise ValueError(f"the model was saved with a schedule {name} of other values than {own}; pass that one")
+        return own
     if kind not in SCHEDULES:
         raise ValueError(f"schedule type {kind!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+    if own is not None:
+        raise ValueError(f"the model has its own schedule, {kind}; leave `schedule` out")
     return SCHEDULES[kind](**entries)

@@ -13,10 +13,13 @@ from distmatch.denoiser import Denoiser
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES
 from distmatch.paths import ASSETS, expand
+from distmatch.schedule import Schedule
 from distmatch.terminal import command
 
 
-def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | None = None) -> tuple[Denoiser, Info]:
+def find_model(
+    name: str, kind: Literal["teacher", "student"], net: nn.Module | None = None, schedule: Schedule | None = None
+) -> tuple[Denoiser, Info]:
     """The model called `name`.
 
     Args:
@@ -24,7 +27,7 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
             `diffusers:FOLDER_OR_ID` (Stable Diffusion), a folder (of a model, or of a run, which has one in `model/`),
             or the name of a model in the package, which has a teacher and a student each.
         kind: which of the two is wanted.
-        net: see `load_model`.
+        net, schedule: see `load_model`.
 
     Raises `ValueError` when nothing of that name exists, or when it is of the other kind.
     """
@@ -46,7 +49,7 @@ def find_model(name: str, kind: Literal["teacher", "student"], net: nn.Module | 
             raise ValueError(f"{name}: {rest!r} is neither a folder here nor a model id, OWNER/NAME")
         denoiser, info = load_stable(rest)
     else:
-        denoiser, info = load_model(model_folder(name, kind), net)
+        denoiser, info = load_model(model_folder(name, kind), net, schedule)
     if (info.t is None) != (kind == "teacher"):
         have = "teacher" if info.t is None else "one-step student"
         raise ValueError(f"{name} is a {have}; a {kind} is needed here")

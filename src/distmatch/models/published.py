@@ -13,6 +13,7 @@ from distmatch.denoiser import Denoiser, Prediction
 from distmatch.digests import file_sha256
 from distmatch.download import download
 from distmatch.finite import check_weights
+from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.paths import CACHE, expand
@@ -98,7 +99,8 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
 
     low, high = (float(top.attributes.get(name, bound)) for name, bound in (("sigma_min", 0), ("sigma_max", 80)))
     prediction = Prediction(PRECONDITIONINGS[top.class_name], float(top.kwargs.get("sigma_data", 0.5)))
-    denoiser = Denoiser(net, EDM(max(0.002, low), min(80.0, high)), prediction)
+    schedule = (IDDPM if iddpm else EDM)(max(0.002, low), min(80.0, high))
+    denoiser = Denoiser(net, schedule, prediction)
     card = {"imported": {"file": file.name, "sha256": file_sha256(file), "class": top.class_name}}
     return denoiser.eval(), Info((channels, side, side), tuple(str(i) for i in range(net.label_dim)), card=card)
 
