@@ -108,7 +108,7 @@ def test_adapters_are_a_lora_of_the_teacher_and_merge_into_a_pipeline(folders, t
     assert (ours(pipe, z) - images(stock(tmp_path / "out"), z, 1.0)).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("schedule", [VP(0.00085, 0.012, 1000, "scaled_linear"), VP()])
+@pytest.mark.parametrize("schedule", [VP(0.00085, 0.012, 1000, "scaled_linear"), VP(), VP(spacing="squaredcos_cap_v2")])
 @pytest.mark.parametrize("t", [999, 399, 1])
 def test_the_scheduler_ends_at_the_students_time(schedule, t):
     scheduler = one_step_scheduler(schedule, t, "epsilon")

@@ -86,14 +86,14 @@ def test_schedule_and_prediction_come_from_the_models_own_settings(folders, tmp_
     t = torch.arange(1000.0, dtype=torch.float64)
     assert torch.allclose(eps.schedule.alpha(t) ** 2, scheduler.alphas_cumprod.double(), rtol=1e-5)
     for change, message in {
-        "squaredcos_cap_v2": "beta_schedule 'squaredcos_cap_v2' is not known here",
-        "zero": "rescale_betas_zero_snr ends at alpha = 0",
+        "laplace": "beta_schedule 'laplace' is not known here",
+        "zero": "rescale_betas_zero_snr True ends at alpha = 0",
         "other": "prediction_type 'flow_prediction' is unknown",
     }.items():
         folder = write_tiny_sd(tmp_path / change)
         file = folder / "scheduler" / "scheduler_config.json"
         entries = {
-            "squaredcos_cap_v2": {"beta_schedule": change},
+            "laplace": {"beta_schedule": change},
             "zero": {"rescale_betas_zero_snr": True},
             "other": {"prediction_type": "flow_prediction"},
         }
