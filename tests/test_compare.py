@@ -347,9 +347,7 @@ def test_refusals(teacher, tmp_path, quick):
     refused("there are no prompts", prompts=[])
     refused("guidance 0.5 is below 1", guidance=0.5)
     refused("1 <= picture <= n", n=3, picture=4)
-    refused(
-        r"teacher '.*nowhere' cannot be loaded: .*Expected a folder in diffusers' format", str(tmp_path / "nowhere")
-    )
+    refused(r"model '.*nowhere' cannot be loaded: .*Give a folder in diffusers' format", str(tmp_path / "nowhere"))
     other = Student()
     other.info = Info((1, 8, 8), t=1.0)
     refused(r"student makes samples of shape \(1, 8, 8\) and the teacher .* of \(4, 8, 8\)", student=other)

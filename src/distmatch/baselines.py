@@ -17,10 +17,18 @@ from distmatch import rng
 from distmatch.data import to_uint8
 from distmatch.extras import need
 from distmatch.finite import check_images
+from distmatch.models.hub import pipeline, settings
 from distmatch.pipeline import Pipeline
+from distmatch.solvers import STABLE_DIFFUSION
 
 SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
 """The paper's fast solvers, with diffusers' defaults (Appendix C.3), and their steps."""
+
+MODELS_OWN = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
+)
+"""What a solver takes from the scheduler that the model came with: all that is not of the solver itself."""
 
 LCM_STEPS = (1, 2, 4)
 PNDM_STEPS = 50
@@ -65,20 +73,7 @@ def methods(
 
 def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The diffusers pipeline called `teacher`, quiet, with its images left as they are made."""
-    loader = _diffusers().DiffusionPipeline
-    try:
-        kind = loader.load_config(teacher)["_class_name"]
-        if kind not in UNTOUCHED:
-            raise ValueError(f"{teacher} is a {kind}; expected {' or '.join(UNTOUCHED)}")
-        pipe = loader.from_pretrained(teacher, dtype=dtype, use_safetensors=True, **UNTOUCHED[kind])
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"teacher {teacher!r} cannot be loaded: {str(error).splitlines()[0]:.300}. Expected a folder in diffusers' "
-            "format (model_index.json, unet/, vae/ ... with .safetensors), or the name of one on Hugging Face, such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipeline(teacher, dtype, **UNTOUCHED[settings(teacher).pipeline]).to(device)
 
 
 def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -99,7 +94,9 @@ def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype)
 
 def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Method:
     """diffusers' pipeline `pipe` with its scheduler called `kind`, of `steps` steps; PNDM evaluates its first twice."""
-    scheduler = getattr(_diffusers(), kind).from_config(pipe.scheduler.config)
+    of_the_model = {name: pipe.scheduler.config[name] for name in MODELS_OWN if name in pipe.scheduler.config}
+    plain = STABLE_DIFFUSION if kind == "PNDMScheduler" else {}
+    scheduler = getattr(_diffusers(), kind).from_config({**plain, **of_the_model})
     scheduler.set_timesteps(steps)
     calls = len(scheduler.timesteps)
 

@@ -359,6 +359,11 @@ def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]
     source = r.tiny if r.decoder == "tiny" else info.source
     tiny, checkpointing = r.decoder == "tiny", recipe.gradient_checkpointing
     decoder = _kept(Decoder, source, tiny, checkpointing).to(device(recipe.device))
+    channels = decoder.vae.config.latent_channels
+    if channels != info.shape[0]:
+        raise ValueError(
+            f"{source} decodes latents of {channels} channels; those of {recipe.teacher!r} are {info.shape}"
+        )
     return Decoded(loss, decoder)
 
 

@@ -15,9 +15,8 @@ from distmatch.digests import file_sha256
 from distmatch.extras import need
 from distmatch.files import remove, together, write_json
 from distmatch.models.folder import Info, load_model
-from distmatch.models.hub import fetched
+from distmatch.models.hub import PREDICTIONS, pipeline, settings
 from distmatch.models.library import model_folder
-from distmatch.models.pretrained import PREDICTIONS
 from distmatch.models.stable import StableUNet, write_adapters
 from distmatch.ownership import owns_out
 from distmatch.plain import read_json
@@ -38,16 +37,20 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     """
     _parts(out, "diffusers")
     need("diffusers", "transformers", by="export")
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
     net, scheduler, info = _student(run)
     source, dtype = source or info.source, torch.float16 if half else torch.float32
-    pipeline: Any = fetched(
-        source, lambda: DiffusionPipeline.from_pretrained(source, unet=net.merged().unet, torch_dtype=dtype)
-    )
-    pipeline.register_modules(scheduler=scheduler)
-    pipeline.to(dtype=dtype)  # all of one kind, whatever the source's files have
-    _write(out, "diffusers", "model_index.json", pipeline.save_pretrained)
+    theirs, width = settings(source), "cross_attention_dim"
+    if (theirs.shape, theirs.unet.get(width)) != (info.shape, net.unet.config[width]):
+        raise ValueError(
+            f"{source} makes latents {theirs.shape} of texts {theirs.unet.get(width)} wide, the student {info.shape} "
+            f"of {net.unet.config[width]}; expected the model that it was made from, {info.source}"
+        )
+    pipe = pipeline(source, dtype, unet=net.merged().unet)
+    pipe.register_modules(scheduler=scheduler)
+    pipe.to(dtype=dtype)  # all of one kind, whatever the source's files have
+    _write(out, "diffusers", "model_index.json", pipe.save_pretrained)
+    if "safety_checker" in theirs.parts and pipe.safety_checker is None:
+        console.print(f"{source} comes without its safety checker, and so does {out}")
     scale = "guidance_scale=1" if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     console.print(
         f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, {scale})"

@@ -13,7 +13,7 @@ from distmatch.extras import need
 from distmatch.losses import REGRESSIONS
 from distmatch.models.codec import Decoded, Decoder
 from distmatch.models.folder import Info
-from distmatch.models.hub import fetched, schedule_of, scheduler_config
+from distmatch.models.hub import fetched, settings
 from distmatch.models.library import find_model
 from distmatch.models.published import PUBLISHED
 from distmatch.models.stable import StableUNet
@@ -45,17 +45,12 @@ def _published(teacher: str, name: str) -> tuple[Denoiser, Info]:
 
 
 def _stable(source: str) -> tuple[Denoiser, Info]:
-    need("diffusers", by=source)
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    unet: Any = fetched(source, lambda: UNet2DConditionModel.load_config(source, subfolder="unet"))
+    known = settings(source)
+    unet = known.unet
     time = unet.get("addition_time_embed_dim")
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * time if time else 0
     net = StableUNet(unet, (77, unet["cross_attention_dim"]), pooled)
-    schedule = schedule_of(scheduler_config(source), source)
-    return Denoiser(net, schedule, Prediction("eps")), Info(
-        (unet["in_channels"], *[unet["sample_size"]] * 2), source=source
-    )
+    return Denoiser(net, known.schedule, Prediction(known.prediction)), Info(known.shape, source=source)
 
 
 def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
@@ -98,11 +93,11 @@ def vae_of(source: str, tiny: str | None = None) -> Any:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     if tiny is not None:
-        settings: Any = fetched(tiny, lambda: AutoencoderTiny.load_config(tiny))
-        vae: Any = AutoencoderTiny.from_config(settings)
+        config: Any = fetched(tiny, lambda: AutoencoderTiny.load_config(tiny))
+        vae: Any = AutoencoderTiny.from_config(config)
     else:
-        settings = fetched(source, lambda: AutoencoderKL.load_config(source, subfolder="vae"))
-        vae = AutoencoderKL.from_config(settings)
+        config = fetched(source, lambda: AutoencoderKL.load_config(source, subfolder="vae"))
+        vae = AutoencoderKL.from_config(config)
     del vae.encoder
     return vae.eval().requires_grad_(False)
 
@@ -113,18 +108,14 @@ def weights_around(info: Info) -> int:
         return 0
     need("diffusers", "transformers", by=info.source)
     import transformers
-    from diffusers.configuration_utils import ConfigMixin
 
-    class Index(ConfigMixin):
-        config_name = "model_index.json"
-
-    index: Any = fetched(info.source, lambda: Index.load_config(info.source))
+    parts = settings(info.source).parts
     with torch.device("meta"):
         total = sum(p.numel() for p in vae_of(info.source).parameters())
-        for name in (name for name in index if name.startswith("text_encoder") and index[name][0]):
-            kind = getattr(transformers, index[name][1])
-            settings = fetched(
+        for name in (name for name in parts if name.startswith("text_encoder")):
+            kind = getattr(transformers, parts[name][1])
+            config = fetched(
                 info.source, lambda name=name, kind=kind: kind.config_class.from_pretrained(info.source, subfolder=name)
             )
-            total += sum(p.numel() for p in kind(settings).parameters())
+            total += sum(p.numel() for p in kind(config).parameters())
     return total

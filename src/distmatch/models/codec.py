@@ -1,6 +1,6 @@
 """Latents to pixels: the autoencoder's decoder of a latent diffusion model, full or tiny."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.extras import need
 from distmatch.finite import check_weights
-from distmatch.models.hub import fetched
+from distmatch.models.hub import check_scaling, network
 
 
 class Decoder(nn.Module):
@@ -30,20 +30,15 @@ class Decoder(nn.Module):
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-        def load() -> Any:
-            if tiny:
-                return AutoencoderTiny.from_pretrained(source)
-            return AutoencoderKL.from_pretrained(source, subfolder="vae")
-
-        vae: Any = fetched(source, load)
+        vae: Any = network(source, "", AutoencoderTiny) if tiny else network(source, "vae", AutoencoderKL)
+        check_scaling(vae.config, source, means=not tiny)
         del vae.encoder
         check_weights(vae.state_dict(), f"{source}, autoencoder")
         self.vae: Any = vae.eval().requires_grad_(False)
         self.checkpointing = checkpointing
 
     def forward(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        z = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        z = unscaled(latents, self.vae.config)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
         if torch.is_grad_enabled():
@@ -52,6 +47,15 @@ class Decoder(nn.Module):
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z, return_dict=False)[0]
+
+
+def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Latents f[B,C,h,w] as the autoencoder has them, from those that the diffusion model sees."""
+    z = latents / config["scaling_factor"]
+    if config.get("latents_mean") is None:
+        return z
+    mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    return z * std + mean
 
 
 class Decoded:

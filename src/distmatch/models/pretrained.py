@@ -7,18 +7,13 @@ Everything is read from the model's own configurations; nothing is decided by it
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.extras import need
 from distmatch.finite import check_weights
 from distmatch.models.folder import Info
-from distmatch.models.hub import fetched, schedule_of, scheduler_config
+from distmatch.models.hub import network, settings
 from distmatch.models.stable import StableUNet
 from distmatch.models.text import TextEncoder
-
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-"""diffusers' `prediction_type` in our words."""
 
 
 def load_stable(source: str) -> tuple[Denoiser, Info]:
@@ -26,15 +21,13 @@ def load_stable(source: str) -> tuple[Denoiser, Info]:
 
     Raises `ValueError` where it cannot be had, or is of a kind that this does not know.
     """
-    need("diffusers", "transformers", by=source)
+    need("diffusers", by=source)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if Path(source).is_dir():
         source = str(Path(source).resolve())  # students name it, wherever they are used
-    scheduler = scheduler_config(source)
-    unet: Any = fetched(
-        source, lambda: UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=torch.float32)
-    )
+    known = settings(source)
+    unet: Any = network(source, "unet", UNet2DConditionModel)
     check_weights(unet.state_dict(), f"{source}, unet")
     encoder = TextEncoder(source)
     null = encoder.null()
@@ -44,10 +37,6 @@ def load_stable(source: str) -> tuple[Denoiser, Info]:
     net.null_text.copy_(null.text)
     if pooled is not None:
         net.null_pooled.copy_(pooled)
-    kind = str(scheduler.get("prediction_type", "epsilon"))
-    if kind not in PREDICTIONS:
-        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
-    denoiser = Denoiser(net, schedule_of(scheduler, source), Prediction(PREDICTIONS[kind]))
-    side = unet.config.sample_size
-    info = Info((unet.config.in_channels, side, side), source=source, scheduler=scheduler, card={"diffusers": source})
+    denoiser = Denoiser(net, known.schedule, Prediction(known.prediction))
+    info = Info(known.shape, source=source, scheduler=known.scheduler, card={"diffusers": source})
     return denoiser.eval(), info

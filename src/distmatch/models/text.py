@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from distmatch.denoiser import Cond
-from distmatch.extras import need
 from distmatch.finite import check_weights
-from distmatch.models.hub import fetched, image_side
+from distmatch.models.hub import pipeline, settings
 from distmatch.terminal import notice
 
 
@@ -27,23 +26,17 @@ class TextEncoder:
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu"):
-        need("diffusers", "transformers", by=source)
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-        index: Any = fetched(source, lambda: DiffusionPipeline.load_config(source))
-        parts = [name for name, value in index.items() if isinstance(value, list | tuple)]
-        absent: dict[str, Any] = {
-            name: None for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))
-        }
-        absent["torch_dtype"] = torch.float32  # whatever the files have: conditions go into fp32 networks
-        self.pipeline: Any = fetched(source, lambda: DiffusionPipeline.from_pretrained(source, **absent))
-        self.pipeline.set_progress_bar_config(disable=True)
+        known = settings(source)
+        absent: dict[str, Any] = dict.fromkeys(
+            name for name in known.parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))
+        )
+        self.pipeline: Any = pipeline(source, **absent)  # in fp32, as the networks that conditions go into
         for name, part in self.pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
                 check_weights(part.state_dict(), f"{source}, {name}")
         self.device = torch.device(device)
         self.pipeline.to(self.device)
-        self.side = image_side(source)
+        self.size = known.size
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Cond:
@@ -77,7 +70,7 @@ class TextEncoder:
         """diffusers gives (text, negative text) and, for SDXL, (pooled, negative pooled) besides."""
         if len(encoded) == 2:
             return Cond(text=encoded[negative])
-        size = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=self.device, dtype=torch.float32)
+        size = torch.tensor([*self.size, 0, 0, *self.size], device=self.device, dtype=torch.float32)
         return Cond(text=encoded[negative], extra={"pooled": encoded[2 + negative], "size": size.expand(n, -1)})
 
 

@@ -1,0 +1,233 @@
+"""Folders in diffusers' format as users have them: read as diffusers itself reads them, or refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from distmatch import rng
+from distmatch.baselines import load_teacher
+from distmatch.denoiser import guided
+from distmatch.export import export_diffusers
+from distmatch.models.codec import Decoder
+from distmatch.models.folder import save_model
+from distmatch.models.hub import network, pipeline, settings
+from distmatch.models.library import find_model
+from distmatch.models.text import TextEncoder
+from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.solvers import solver
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    write_tiny_sd(root / "sd")
+    write_tiny_sd(root / "sdxl", kind="sdxl")
+    return root
+
+
+@pytest.fixture
+def sd(originals, tmp_path) -> Path:
+    return shutil.copytree(originals / "sd", tmp_path / "sd")
+
+
+@pytest.fixture
+def sdxl(originals, tmp_path) -> Path:
+    return shutil.copytree(originals / "sdxl", tmp_path / "sdxl")
+
+
+def change(folder: Path, part: str, **entries) -> Path:
+    file = folder / part / "scheduler_config.json" if part == "scheduler" else folder / part / "config.json"
+    if part == "model_index":
+        file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    return folder
+
+
+def stock(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+REFUSED = {
+    "flow matching": ("scheduler", {"beta_schedule": None, "shift": 3.0}, "PNDMScheduler has no betas"),
+    "flow sigmas": ("scheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True is flow matching"),
+    "zero SNR": ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True ends at alpha = 0"),
+    "thresholding": ("scheduler", {"thresholding": True}, "scheduler's thresholding True is not followed"),
+    "Runge-Kutta": ("scheduler", {"skip_prk_steps": False}, "skip_prk_steps False is not followed; set it to True"),
+    "prediction": ("scheduler", {"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' is unknown"),
+    "inpainting": ("unet", {"in_channels": 9}, "takes 9 channels and makes 4 of latents of 4; models of inpainting"),
+    "Pix2Pix": ("unet", {"in_channels": 8}, "takes 8 channels and makes 4"),
+    "guidance-distilled": ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256; expected a network of text"),
+    "upscaler": ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000"),
+    "no sample_size": ("unet", {"sample_size": None}, "unet/config.json has no sample_size; add it: 64"),
+    "shift factor": ("vae", {"shift_factor": 0.1}, "shift_factor 0.1, which its pipeline leaves out"),
+    "means": ("vae", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "latents_mean .* expected none"),
+    "autoencoder": (
+        "vae",
+        {"_class_name": "AutoencoderDC"},
+        "its autoencoder is a AutoencoderDC; expected AutoencoderKL",
+    ),
+    "pipeline": ("model_index", {"_class_name": "StableDiffusion3Pipeline"}, "is a StableDiffusion3Pipeline; expected"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_changes_the_mathematics_is_refused_by_all_commands(sd, case):
+    """Before any weight is read: there are none here."""
+    part, entries, message = REFUSED[case]
+    for file in change(sd, part, **entries).rglob("*.safetensors"):
+        file.unlink()
+    for command in (
+        lambda: find_model(f"diffusers:{sd}", "teacher"),  # sample, train, pairs, serve
+        lambda: load_teacher(str(sd), torch.device("cpu"), torch.float32),  # compare
+        lambda: pipeline(str(sd)),  # export
+    ):
+        with pytest.raises(ValueError, match=message):
+            command()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace", "set_alpha_to_one": True},
+        {"steps_offset": 0},  # which diffusers' pipeline sets to 1
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        {"trained_betas": torch.linspace(0.001, 0.01, 1000).tolist()},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_what_the_scheduler_says_is_followed(sd, entries):
+    """The latents of diffusers' own pipeline from the same folder."""
+    denoiser, info = find_model(f"diffusers:{change(sd, 'scheduler', **entries)}", "teacher")
+    z = rng.noise(0, range(1), info.shape)
+    with torch.no_grad():
+        cond = TextEncoder(str(sd))(["a cat"])
+        x = solver("pndm", info.scheduler)(guided(denoiser, 3.0), denoiser.schedule, z, cond, 4)
+    y = stock(sd)("a cat", latents=z, num_inference_steps=4, guidance_scale=3.0, output_type="latent").images
+    assert (x - y).abs().max() < 5e-5 * y.abs().max()
+
+
+def test_sdxls_means_are_followed(sdxl):
+    change(sdxl, "vae", latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0], scaling_factor=0.5)
+    vae, latents = AutoencoderKL.from_pretrained(sdxl / "vae"), torch.randn(1, 4, 8, 8)
+    mean, std = (torch.tensor(vae.config[name])[None, :, None, None] for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        assert torch.allclose(Decoder(str(sdxl))(latents), vae.decode(latents * std / 0.5 + mean).sample, atol=1e-5)
+
+
+def test_weights_in_half_precision_alone(sd, sdxl, tmp_path):
+    """`variant="fp16"` files, of some parts or of all: the very numbers in them."""
+    stock(sd).to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    half = tmp_path / "half"
+    assert not list(half.glob("*/model.safetensors"))
+    denoiser, _ = find_model(f"diffusers:{half}", "teacher")
+    kept = load_file(half / "unet" / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    assert all(torch.equal(v, kept[k].float()) for k, v in denoiser.net.unet.state_dict().items())
+    assert next(pipeline(str(half)).vae.parameters()).dtype == torch.float32
+    shutil.rmtree(half / "text_encoder")
+    shutil.copytree(sd / "text_encoder", half / "text_encoder")
+    assert torch.equal(TextEncoder(str(half))(["a"]).text, TextEncoder(str(sd))(["a"]).text)
+
+
+def test_weights_as_pickles_are_refused_by_all_commands(sd):
+    weights = load_file(sd / "unet" / WEIGHTS)
+    torch.save(weights, sd / "unet" / "diffusion_pytorch_model.bin")
+    (sd / "unet" / WEIGHTS).unlink()
+    for command in (lambda: find_model(f"diffusers:{sd}", "teacher"), lambda: pipeline(str(sd))):
+        with pytest.raises(ValueError, match=r"unet has its weights in diffusion_pytorch_model.bin alone, a pickle"):
+            command()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("fault", ["missing", "left over"])
+def test_a_network_that_lacks_weights_is_an_error(sd, part, fault):
+    """diffusers and transformers go on with random ones."""
+    (file,) = (sd / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = min(weights)
+    if fault == "missing":
+        del weights[name]
+    else:
+        name = "further.weight"
+        weights[name] = torch.zeros(1)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 weights of {part} are missing, left over or of another shape, first .*"):
+        pipeline(str(sd))
+    if part == "unet":
+        with pytest.raises(ValueError, match=rf"first {name}; diffusers would go on with random ones"):
+            network(str(sd), "unet", UNet2DConditionModel)
+
+
+def test_a_tokenizer_that_does_not_say_its_length(sd):
+    expected = TextEncoder(str(sd))(["a cat"]).text
+    file = sd / "tokenizer" / "tokenizer_config.json"
+    entries = json.loads(file.read_text())
+    entries.pop("model_max_length")
+    file.write_text(json.dumps(entries))
+    assert torch.equal(TextEncoder(str(sd))(["a cat"]).text, expected)
+
+
+def test_latents_that_are_not_square(sd):
+    known = settings(str(change(sd, "unet", sample_size=[8, 16])))
+    assert known.shape == (4, 8, 16)
+    assert known.size == (64, 128)
+    denoiser, info = find_model(f"diffusers:{sd}", "teacher")
+    assert info.shape == (4, 8, 16)
+    z = rng.noise(0, range(1), info.shape)
+    with torch.no_grad():
+        x = solver("pndm", info.scheduler)(denoiser, denoiser.schedule, z, TextEncoder(str(sd))(["a"]), 3)
+    y = stock(sd)("a", latents=z, num_inference_steps=3, guidance_scale=1.0, output_type="latent").images
+    assert (x - y).abs().max() < 5e-5 * y.abs().max()
+
+
+def test_sdxl_is_told_height_and_width(sdxl):
+    change(sdxl, "unet", sample_size=[8, 16])
+    assert TextEncoder(str(sdxl))(["a"]).extra["size"].tolist() == [[64, 128, 0, 0, 64, 128]]
+
+
+def test_a_folder_without_its_safety_checker_is_exported(sd, tmp_path, capsys):
+    change(
+        sd,
+        "model_index",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        requires_safety_checker=True,
+    )
+    denoiser, info = find_model(f"diffusers:{sd}", "teacher")
+    save_model(tmp_path / "student", denoiser, info.__class__(**{**info.__dict__, "t": 999.0}))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    assert "comes without its safety checker" in capsys.readouterr().out
+    assert stock(tmp_path / "out").safety_checker is None
+    write_tiny_sd(tmp_path / "xl", kind="sdxl")
+    with pytest.raises(
+        ValueError, match=r"of texts 64 wide, the student .* of 32; expected the model that it was made"
+    ):
+        export_diffusers(str(tmp_path / "student"), tmp_path / "other", str(tmp_path / "xl"))
+
+
+def test_solvers_take_the_models_schedule_and_their_own_defaults(sd):
+    """Whatever solver the folder came with: PNDM of an Euler folder is Stable Diffusion's PNDM."""
+    from distmatch.baselines import methods
+
+    change(sd, "scheduler", _class_name="EulerDiscreteScheduler", use_karras_sigmas=True, skip_prk_steps=True)
+    seen = {}
+    for method in methods(load_teacher(str(sd), torch.device("cpu"), torch.float32), None, None, 3.0):
+        seen[method.name] = method.nfe
+    assert seen == {"DPM-Solver++ 4": 8, "UniPC 4": 8, "PNDM 50": 102}
+    assert PNDMScheduler.from_pretrained(sd, subfolder="scheduler").config.skip_prk_steps
+
+
+def test_a_tiny_autoencoder_of_other_latents_is_refused(tmp_path):
+    write_tiny_vae(tmp_path / "tiny")
+    change(tmp_path / "tiny", "", shift_factor=0.5)
+    with pytest.raises(ValueError, match="has shift_factor"):
+        Decoder(str(tmp_path / "tiny"), tiny=True)
