@@ -14,7 +14,7 @@ from distmatch import parallel, rng
 from distmatch.config import Evaluation
 from distmatch.evaluation import Space, chance, enough, fewest, score
 from distmatch.features import FeatureSpace, Reference, load_real, load_reference, load_statistics, reference
-from distmatch.files import write_json
+from distmatch.files import remove, together, write_json
 from distmatch.images import Images
 from distmatch.models.classifier import WIDTHS, Classifier, train_classifier
 from distmatch.models.folder import Info
@@ -188,20 +188,26 @@ def save_spaces(
 
     Returns the figures as a row; none of fewer images than the spaces need.
     """
-    measured: list[Space] = []
-    for part, (_, file) in FILES.items():
-        if part in spaces:
-            spaces[part].save(out / part)
-            measured.append((spaces[part], reference(real, spaces[part], cache=None, keep=KEEP, source=source)))
-            measured[-1][1].save(out / file)
+    measured: list[Space] = [
+        (spaces[part], reference(real, spaces[part], cache=None, keep=KEEP, source=source))
+        for part in FILES
+        if part in spaces
+    ]
     rows: list[dict[str, Any]] = []
-    if len(test) >= max(fewest(len(real.mu)) for _, real in measured):
+    if len(test) >= max(fewest(len(known.mu)) for _, known in measured):
         # Folders come sorted by class, and precision and recall take the first images.
         order = torch.from_numpy(rng.shuffled(0, len(test), 0, len(test)))
         pixels, labels = test.pixels[order], None if test.labels is None else test.labels[order]
         figures = score(lambda a, b: pixels[a:b], labels, len(test), measured, classes=test.classes)
         rows.append({"name": "real test images", "images": len(test), **figures})
-    write_json(out / "figures.json", {"rows": rows})
+    with together(out, "figures.json") as beside:
+        for part, (_, known) in zip([part for part in FILES if part in spaces], measured, strict=True):
+            spaces[part].save(beside / part)
+            known.save(beside / FILES[part][1])
+        write_json(beside / "figures.json", {"rows": rows})
+    for part in FILES.keys() - spaces.keys():  # of an earlier set
+        remove(out / part)
+        remove(out / FILES[part][1])
     return rows
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distmatch import data, rng
-from distmatch.files import write_atomic, write_json
+from distmatch.digests import load_file, save_file
+from distmatch.files import together, write_json
 from distmatch.images import Images
 from distmatch.plain import read_json
 
@@ -60,9 +59,9 @@ class Pixels(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `model.safetensors` and `config.json` to `folder`."""
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        write_atomic(folder / "model.safetensors", lambda p: save_file(weights, p))
-        write_json(folder / "config.json", {"format": FORMAT, "shape": list(self.shape)})
+        with together(folder, "config.json") as beside:
+            written = save_file(self.state_dict(), beside / "model.safetensors")
+            write_json(beside / "config.json", {"format": FORMAT, "shape": list(self.shape), "weights": written})
 
     @classmethod
     def load(cls, folder: Path) -> "Pixels":
@@ -71,8 +70,8 @@ class Pixels(nn.Module):
             config = read_json(folder / "config.json", dict[str, Any])
             if config["format"] != FORMAT:
                 raise ValueError(f"its format is {config['format']!r:.80}, not {FORMAT!r}: made by another version")
-            return cls(tuple(config["shape"]), **load_file(folder / "model.safetensors"))
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            return cls(tuple(config["shape"]), **load_file(folder / "model.safetensors", config.get("weights")))
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(
                 f"{folder} is damaged: {type(error).__name__}: {error}; run `distmatch classifier` again"
             ) from error
