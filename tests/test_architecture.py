@@ -56,7 +56,7 @@ FLOORS = [
     ["shards", "terminal"],
     ["digests"],
     ["config", "files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["watch", "betas", "plain", "extras", "process", "paths"],
+    ["watch", "betas", "options", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

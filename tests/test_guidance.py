@@ -4,13 +4,14 @@ import pytest
 import tiny
 import torch
 
+from distmatch.build import subject
 from distmatch.conditions import Classes, Guided, with_guidance
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.distill import Distiller, Match, Regress
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.edm import SongUNet
-from distmatch.models.folder import Info
+from distmatch.models.folder import Info, save_model
 from distmatch.models.guidance import embed_guidance
 from distmatch.models.guidance import with_guidance as taking_guidance
 from distmatch.models.mixture import mixture
@@ -18,6 +19,7 @@ from distmatch.models.mlp import MLP
 from distmatch.optim import Optimizer
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint
+from distmatch.pipeline import TeacherPipeline
 from distmatch.sampler import heun, one_step
 from distmatch.schedule import EDM
 
@@ -134,3 +136,41 @@ def test_a_recipe_trains_a_student_whose_guidance_is_chosen(tmp_path):
     assert torch.equal(middle, pipe(3, labels=1).pixels)
     with pytest.raises(ValueError, match=r"guidance_scale 4.5 is out of range; this student learnt 1 to 4"):
         pipe(1, guidance_scale=4.5)
+
+
+TAUGHT, IMPORTED = {"teach": {"label_dropout": 0.0}}, {"imported": {"file": "x.pkl"}}
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (
+            Info((1, 8, 8), ("a", "b", "c"), card=TAUGHT),
+            "label dropout 0, .*; teach it with --label-dropout 0.1, or use",
+        ),
+        (
+            Info((1, 8, 8), ("a", "b", "c"), card={"imported": {"file": "x.pkl"}}),
+            "label dropout 0, .* start; use guidance",
+        ),
+        (Info((1, 8, 8)), "neither classes nor prompts to be guided by"),
+    ],
+)
+def test_a_teacher_that_never_went_without_labels_is_not_guided(info, message, tmp_path):
+    """By no command: `sample`, `eval` and `serve` make a `TeacherPipeline`, `train` and `pairs build` a subject."""
+    denoiser = tiny.teacher()
+    with pytest.raises(ValueError, match=f"guidance 3: .*{message}"):
+        TeacherPipeline(denoiser, info, guidance=3.0)
+    TeacherPipeline(denoiser, info, guidance=1.0)
+    save_model(tmp_path / "taught", denoiser, info)
+    changes = ["match.guidance=3", "pairs.guidance=3", "student.guidance=[1,4]"]
+    changes.append("stages=[{until: 4, change: {}}, {until: 12, change: {match.guidance: 3}}]")
+    for change in changes:
+        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [f"teacher={tmp_path / 'taught'}", change])
+        with pytest.raises(ValueError, match=message):
+            subject(recipe)
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [f"teacher={tmp_path / 'taught'}", "match.guidance=3"])
+    subject(recipe.model_copy(update={"terms": ["regress"]}))  # which guides nothing
+
+
+def test_a_teacher_taught_with_label_dropout_is_guided():
+    TeacherPipeline(tiny.teacher(), Info((1, 8, 8), ("a",), card={"teach": {"label_dropout": 0.1}}), guidance=3.0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def spaced_betas(spacing: str, start: float, end: float, steps: int) -> Tensor:
             angle = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008 * math.pi / 2
             alpha_bar = angle.cos() ** 2
             return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+@cache
+def log_alphas(vp: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)` of a `schedule.VP`, summed in float64."""
+    return (0.5 * torch.log1p(-vp.table()).cumsum(0)).to(device, dtype)
 
 
 MARGINALS = {

@@ -63,6 +63,9 @@ class Subject:
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """The recipe's subject; `own` is a teacher of the user's in place of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
+    for stage in [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]:
+        for scale in _scales(stage):
+            info.check_guidance(scale)
     dev = device(recipe.device)
     conditions, prompts, cut = Classes(len(info.classes)), [], 0
     if info.source:
@@ -78,6 +81,14 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), prompts, cut)
+
+
+def _scales(recipe: Recipe) -> list[float | None]:
+    """The scales by which the recipe guides its teacher; `None` is a range of them."""
+    if recipe.student.guidance is not None:
+        return [None]
+    by_term = {"match": recipe.match.guidance, "regress": recipe.pairs.guidance}
+    return [by_term[term] for term in recipe.terms]
 
 
 def _encode(recipe: Recipe, encoder: TextEncoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:

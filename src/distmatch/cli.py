@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from distmatch.cli_mistakes import explain
 from distmatch.cli_models import File, Name, Out
 from distmatch.cli_models import app as models
+from distmatch.options import Count, Range, Rate, Share, Whole
 
 app = App(
     name="distmatch",
@@ -130,10 +131,10 @@ def plan(
     recipe: Name,
     /,
     *overrides: str,
-    gpus: int = 1,
+    gpus: Count = 1,
     gpu: Literal["a100", "h100", "h200", "l40s", "rtx4090"] = "a100",
-    utilisation: float = 0.4,
-    network: float = 50.0,
+    utilisation: Annotated[float, Parameter(validator=Range(0, 1, open="("))] = 0.4,
+    network: Rate = 50.0,
 ) -> None:
     """Say what a recipe takes before it starts: arithmetic, memory, traffic, disk, time, and whether it fits.
 
@@ -166,20 +167,20 @@ def teach(
     /,
     *,
     out: Out = None,
-    steps: int = 10_000,
-    batch: int = 128,
-    lr: float = 1e-3,
-    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (32, 64),
-    blocks: int = 1,
-    patch: int = 2,
+    steps: Count = 10_000,
+    batch: Count = 128,
+    lr: Rate = 1e-3,
+    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))] = (32, 64),
+    blocks: Count = 1,
+    patch: Count = 2,
     split: str = "train",
-    label_dropout: float = 0.0,
+    label_dropout: Share = 0.0,
     flip: bool = False,
-    ema: float = 0.999,
+    ema: Share = 0.999,
     precision: Literal["fp32", "bf16"] = "fp32",
     seed: int = 0,
-    save_every: int = 500,
-    preview_every: int = 500,
+    save_every: Count = 500,
+    preview_every: Whole = 500,
     device: str = "auto",
 ) -> None:
     """Train a diffusion teacher on your own images (EDM's objective). Run again to continue.
@@ -245,11 +246,11 @@ def classifier(
     /,
     *,
     out: Out = None,
-    steps: int = 3000,
-    batch: int = 128,
-    lr: float = 2e-3,
-    widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True)] = (16, 32, 64),
-    positions: int = 3,
+    steps: Count = 3000,
+    batch: Count = 128,
+    lr: Rate = 2e-3,
+    widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True, validator=Range(1))] = (16, 32, 64),
+    positions: Count = 3,
     flip: bool = False,
     seed: int = 0,
 ) -> None:

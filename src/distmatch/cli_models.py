@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from cyclopts import App, Parameter, Token
 
 from distmatch.extras import need
+from distmatch.options import Count, Range, Scale
 from distmatch.paths import expand
 
 app = App(help_format="plaintext")
@@ -33,14 +34,14 @@ def sample(
     model: Name,
     /,
     *,
-    n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
+    n: Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))] = 64,
     seed: int = 0,
     label: str | None = None,
     prompt: Annotated[list[str] | None, Parameter(name=["--prompt", "-p"])] = None,
     out: Out = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch: int | None = None,
+    steps: Count | None = None,
+    guidance: Scale | None = None,
+    batch: Count | None = None,
     device: str = "auto",
 ) -> None:
     """Make images: a grid and single PNGs.
@@ -71,14 +72,14 @@ def evaluate(
     model: Name,
     /,
     *,
-    n: Annotated[int, Parameter(name=["-n", "--n"])] = 50_000,
+    n: Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))] = 50_000,
     seed: int = 1,
-    steps: int | None = None,
-    guidance: float | None = None,
+    steps: Count | None = None,
+    guidance: Scale | None = None,
     features: Name | None = None,
     resize: Literal["legacy", "clean"] = "legacy",
     reference: Name | None = None,
-    batch: int = 256,
+    batch: Count = 256,
     out: Out = None,
     device: str = "auto",
 ) -> None:
@@ -130,16 +131,16 @@ def compare(
     prompts: Name = "coco",
     coco: File | None = None,
     column: str | None = None,
-    n: Annotated[int | None, Parameter(name=["-n", "--n"])] = None,
+    n: Annotated[int | None, Parameter(name=["-n", "--n"], validator=Range(1))] = None,
     seed: int = 1,
-    guidance: float = 8.0,
+    guidance: Annotated[float, Parameter(validator=Range(1))] = 8.0,
     lora: Name | None = None,
     features: Name | None = None,
     reference: File | None = None,
     clip: File | None = None,
     clip_model: str = "ViT-g-14",
-    picture: int = 7,
-    batch: int = 16,
+    picture: Count = 7,
+    batch: Count = 16,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     out: Out = None,
     device: str = "auto",
@@ -201,10 +202,10 @@ def serve(
     /,
     *,
     teacher: Name | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
+    steps: Count | None = None,
+    guidance: Scale | None = None,
     host: str = "127.0.0.1",
-    port: int = 7860,
+    port: Annotated[int, Parameter(validator=Range(0, 65535))] = 7860,
     device: str = "auto",
     open_browser: bool = False,
 ) -> None:

@@ -21,6 +21,8 @@ Place = Annotated[str, AfterValidator(expand)]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, which would never move at 1
+Scale = Annotated[float, Field(ge=0)]  # of guidance
 
 
 class _Strict(BaseModel):
@@ -31,7 +33,7 @@ class Optimiser(_Strict):
     """AdamW of one network; see `optim.Optimizer`."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[int, Field(ge=0)] = 0
     decay: Fraction = 0.0
@@ -52,7 +54,7 @@ class Network(_Strict):
     depth: Positive = 2
 
 
-Scales = tuple[float, float]
+Scales = tuple[Scale, Scale]
 """A range of guidance scales."""
 
 
@@ -64,12 +66,12 @@ class Student(_Strict):
     the entries `match.guidance`, `pairs.guidance` are left aside. `lora_rank` trains adapters of that rank alone.
     """
 
-    t: float | None = None
+    t: Annotated[float, Field(ge=0)] | None = None
     init: Place | None = None
     network: Network | None = None
     guidance: Scales | None = None
     lora_rank: Annotated[int, Field(ge=0)] = 0
-    ema: Fraction = 0.999
+    ema: Decay = 0.999
 
     @model_validator(mode="after")
     def _scales_in_order(self) -> Self:
@@ -89,7 +91,7 @@ class MatchTerm(_Strict):
     bins: Positive = 1000
     min_step: Annotated[int, Field(ge=0)] = 20
     max_step: Positive = 980
-    guidance: float = 1.0
+    guidance: Scale = 1.0
     pairs: bool = False
 
     @model_validator(mode="after")
@@ -106,7 +108,7 @@ class Pairs(_Strict):
     count: Positive = 100_000
     sampler: Literal["heun", "euler", "pndm"] = "heun"
     steps: Positive = 18
-    guidance: float = 1.0
+    guidance: Scale = 1.0
     seed: int = 0
     dtype: Literal["float32", "float16"] = "float32"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

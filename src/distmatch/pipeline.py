@@ -244,6 +244,7 @@ class TeacherPipeline(Pipeline):
         steps: int = 18,
         guidance: float | None = 1.0,
     ):
+        info.check_guidance(guidance)
         model, run = guided(denoiser, guidance), solver(sampler, info.scheduler)
         super().__init__(
             denoiser,

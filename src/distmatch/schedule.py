@@ -6,13 +6,12 @@ number of a discrete diffusion, read continuously. Flow: `t` runs from data (0) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from distmatch.betas import SPACINGS, beta_settings, spaced_betas
+from distmatch.betas import SPACINGS, beta_settings, log_alphas, spaced_betas
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -32,8 +31,8 @@ class Schedule(Protocol):
     def t_max(self) -> float: ...
     @property
     def prior_std(self) -> float: ...
-    def alpha(self, t: Tensor) -> Tensor: ...  # f[B] -> f[B]
-    def sigma(self, t: Tensor) -> Tensor: ...  # f[B] -> f[B]
+    def alpha(self, t: Tensor) -> Tensor: ...  # f[B] -> f[B], and so is sigma
+    def sigma(self, t: Tensor) -> Tensor: ...
 
     def grid(self, n: int) -> Tensor:
         """Falling times f64[n] from `t_max` to `t_min`: the sampler's steps and, reversed, the paper's T bins."""
@@ -132,7 +131,7 @@ class VP(Schedule):
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        table = _vp_log_alpha(self, t.device, t.dtype)
+        table = log_alphas(self, t.device, t.dtype)
         low = t.floor().clamp(0, self.steps - 2)
         index = low.long()
         return torch.lerp(table[index], table[index + 1], t - low)
@@ -157,9 +156,3 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
     if n < 1:
         raise ValueError(f"a grid has {n} steps; expected at least 1")
     return torch.linspace(start, end, n, dtype=torch.float64)
-
-
-@cache
-def _vp_log_alpha(vp: VP, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)`, summed in float64."""
-    return (0.5 * torch.log1p(-vp.table()).cumsum(0)).to(device, dtype)

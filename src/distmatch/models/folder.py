@@ -63,6 +63,23 @@ class Info:
     scheduler: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
 
+    def check_guidance(self, scale: float | None) -> None:
+        """Raise `ValueError` where the guidance `scale` would guide by an `uncond` that the teacher never learnt.
+
+        `None` is a scale that each sample brings; 1 needs no `uncond`.
+        """
+        if scale == 1:
+            return
+        said = "guidance" if scale is None else f"guidance {scale:g}"
+        if not self.classes and not self.source:
+            raise ValueError(f"{said}: this model has neither classes nor prompts to be guided by; use guidance 1")
+        for made, remedy in (("teach", "teach it with --label-dropout 0.1, or "), ("imported", "")):
+            if made in self.card and not self.card[made].get("label_dropout"):
+                raise ValueError(
+                    f"{said}: this teacher was trained with label dropout 0, so that what it makes of no label is left "
+                    f"from its random start; {remedy}use guidance 1"
+                )
+
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
     """Write `denoiser` and `info` to `folder`, weights in `dtype`. A model that is there is replaced at the end.

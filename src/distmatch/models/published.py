@@ -101,8 +101,11 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     prediction = Prediction(PRECONDITIONINGS[top.class_name], float(top.kwargs.get("sigma_data", 0.5)))
     schedule = (IDDPM if iddpm else EDM)(max(0.002, low), min(80.0, high))
     denoiser = Denoiser(net, schedule, prediction)
-    card = {"imported": {"file": file.name, "sha256": file_sha256(file), "class": top.class_name}}
-    return denoiser.eval(), Info((channels, side, side), tuple(str(i) for i in range(net.label_dim)), card=card)
+    dropout = float(top.kwargs.get("label_dropout", 0.0))
+    facts = {"file": file.name, "sha256": file_sha256(file), "class": top.class_name, "label_dropout": dropout}
+    return denoiser.eval(), Info(
+        (channels, side, side), tuple(str(i) for i in range(net.label_dim)), card={"imported": facts}
+    )
 
 
 def _network(
