@@ -13,7 +13,7 @@ ROOT = Path(distmatch.__file__).parent
 FLOORS = [
     ["cli"],
     ["cli_models", "cli_mistakes"],
-    ["demo", "compare"],
+    ["demo", "compare", "lessons"],
     ["run", "toy2d", "plan"],
     ["preflight"],
     ["cost"],

@@ -165,6 +165,7 @@ REFUSED = {
     "no pictures": ({"a.txt": b"", "b.mat": b"", "c.mat": b""}, "holds no images; it has 1 .txt, 2 .mat, exp"),
     "a run": ({"log.jsonl": b"", "settings.json": b"", "previews/step-0.png": png(9)}, "it has 3 of runs of distmatch"),
     "archives": ({"a-000.tar": b"", "a-001.tar": b""}, "2 .tar.* Give one of the archives, or unpack them"),
+    "arrays": ({"pixels.npy": b""}, "Arrays are taken in Python: Images.of"),
     "saved by datasets": ({"dataset_info.json": b"{}", "data-00000-of-00001.arrow": b""}, "give it to Images.of"),
     "labels missing": (
         {**NVLABS, "dataset.json": json.dumps({"labels": ODD[2:]}).encode()},

@@ -41,7 +41,7 @@ def python3(data: np.ndarray, labels: list[int], key: str = "labels", protocol: 
 
 
 def planes(rows: np.ndarray) -> np.ndarray:
-    """ "The first 1024 entries contain the red channel values, the next 1024 the green, and the final 1024 the blue"."""
+    """As CIFAR's page says: the first 1024 entries of a row are its red values, then green, then blue."""
     return np.stack([rows[:, :1024], rows[:, 1024:2048], rows[:, 2048:]], axis=1).reshape(-1, 3, 32, 32)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from distmatch.denoiser import Cond as Cond
     from distmatch.denoiser import Denoiser as Denoiser
     from distmatch.denoiser import Prediction as Prediction
+    from distmatch.images import Images as Images
+    from distmatch.images import load_images as load_images
     from distmatch.models.folder import Info as Info
     from distmatch.pipeline import DistilledPipeline as DistilledPipeline
     from distmatch.pipeline import TeacherPipeline as TeacherPipeline
@@ -27,12 +29,14 @@ _HOME = {
     "DistilledPipeline": "pipeline",
     "EDM": "schedule",
     "Flow": "schedule",
+    "Images": "images",
     "Info": "models.folder",
     "Prediction": "denoiser",
     "Recipe": "config",
     "TeacherPipeline": "pipeline",
     "VP": "schedule",
     "distil": "run",
+    "load_images": "images",
 }
 __all__ = [
     "EDM",
@@ -41,11 +45,13 @@ __all__ = [
     "Denoiser",
     "DistilledPipeline",
     "Flow",
+    "Images",
     "Info",
     "Prediction",
     "Recipe",
     "TeacherPipeline",
     "distil",
+    "load_images",
 ]
 
 

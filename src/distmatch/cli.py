@@ -217,7 +217,7 @@ def teach(
     flip
         Mirror every other image.
     """
-    from distmatch.run import teach as run
+    from distmatch.lessons import teach as run
     from distmatch.storage import name_of
 
     name = name_of(images).split(".")[0]
@@ -273,7 +273,7 @@ def classifier(
     flip
         Mirror every other image.
     """
-    from distmatch.run import classifier as run
+    from distmatch.lessons import classifier as run
     from distmatch.storage import name_of
 
     name = name_of(images).split(".")[0]

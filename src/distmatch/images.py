@@ -174,6 +174,8 @@ def _nothing(files: Files, names: list[str], left_out: Counter[str]) -> str:
     hint = ""
     if "dataset_info.json" in names or any(name.endswith(".arrow") for name in names):
         hint = ". A data set saved by Hugging Face's `datasets`: load it there and give it to Images.of (docs/data.md)"
+    elif any(name.endswith(".npy") for name in names):
+        hint = ". Arrays are taken in Python: Images.of(numpy.load(FILE)[NAME], labels) (docs/data.md)"
     elif any(name.endswith((".tar", ".zip", ".tar.gz", ".tgz")) for name in names):
         hint = ". Give one of the archives, or unpack them into one folder"
     expected = f"{', '.join(sorted(SUFFIXES))}, CIFAR's python batches, MNIST's idx files or Parquet tables"

@@ -1,46 +1,36 @@
 """What the commands do: objects put together, progress shown, results written, the next step named."""
 
-import os
 import shutil
-import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from distmatch import build, data, parallel, samples
 from distmatch.checkpoint import Checkpoints
-from distmatch.clipping import Clipped, Clipping, distillation
+from distmatch.clipping import Clipping, distillation
 from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
-from distmatch.denoiser import Denoiser, Prediction
+from distmatch.denoiser import Denoiser
 from distmatch.distill import Distiller
 from distmatch.evaluation import Space, columns, hardware, judge, speed
 from distmatch.evaluation import evaluate as measure
-from distmatch.features import image_fingerprint
 from distmatch.files import write_atomic, write_json
-from distmatch.images import Images, load_images
 from distmatch.models import published
 from distmatch.models.around import around
 from distmatch.models.folder import Info, how_to_sample
-from distmatch.models.unet import UNet
-from distmatch.optim import Optimizer
 from distmatch.ownership import owns_out
 from distmatch.pairs import MANIFEST, PairStore, prompts_digest
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
 from distmatch.plain import read_json, read_yaml
 from distmatch.preflight import Flight, checks, cleared
 from distmatch.progress import progress
-from distmatch.schedule import EDM
 from distmatch.screen import console
 from distmatch.solvers import evaluations
-from distmatch.spaces import default_features, find_spaces, known_rows, train_spaces
-from distmatch.storage import Folder, name_of
-from distmatch.teach import Teaching
+from distmatch.spaces import default_features, find_spaces, known_rows
+from distmatch.storage import Folder
 from distmatch.terminal import command
 from distmatch.train import Plan, train
 
@@ -218,79 +208,6 @@ def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
 
 
 @owns_out
-def teach(
-    images: str | Path | Images,
-    out: Path,
-    *,
-    network: dict[str, Any] | None = None,
-    steps: int = 10_000,
-    batch: int = 128,
-    lr: float = 1e-3,
-    split: str = "train",
-    label_dropout: float = 0.0,
-    flip: bool = False,
-    ema: float = 0.999,
-    precision: str = "fp32",
-    seed: int = 0,
-    save_every: int = 500,
-    preview_every: int = 500,
-    device: str = "auto",
-) -> None:
-    """`distmatch teach`: a teacher trained on `images`, into `out`.
-
-    Args:
-        images: a place to read (see `images.load_images`), or images at hand, e.g. `Images.of(tensor, labels)`.
-        network: `widths`, `blocks` and `patch` of `models.unet.UNet`.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("distmatch teach runs in one process; start it without torchrun")
-    network = {"widths": [32, 64], "blocks": 1, "patch": 2, **(network or {})}
-    name, real = "given in Python", images
-    if not isinstance(real, Images):
-        name = name_of(real)
-        with console.status(f"reading {images}"):
-            real = load_images(real, split, without=out)
-    shape = tuple(real.pixels.shape[1:])
-    multiple = network["patch"] * 2 ** (len(network["widths"]) - 1)
-    if shape[1] % multiple or shape[2] % multiple:
-        raise ValueError(
-            f"images of {shape[1]}x{shape[2]} don't fit this network: the sides must be multiples of {multiple} "
-            "(patch * 2 ** (levels - 1)); change --patch or --widths"
-        )
-    console.print(str(real))
-    torch.manual_seed(seed)  # the initial weights
-    net = UNet(channels=shape[0], classes=len(real.classes), **network)
-    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(device)).train()
-    settings = {
-        "images": name, "split": split, "count": len(real), "steps": steps, "batch": batch, "lr": lr,
-        "ema": ema, "label_dropout": label_dropout, "flip": flip, "precision": precision, "seed": seed,
-        "objective": "EDM",
-    }  # fmt: skip
-    labels = None if real.labels is None else sha256(real.labels.numpy().data).hexdigest()
-    content = {"pixels": image_fingerprint(real.pixels), "labels": labels, "classes": list(real.classes)}
-    same_settings({**settings, "network": network, **content}, out / "settings.json")
-    task = Teaching(
-        denoiser,
-        real,
-        Optimizer(denoiser.parameters(), lr=lr, weight_decay=0.0, warmup=200, steps=steps, decay=0.3, clip=1.0),
-        info=Info(shape, real.classes, card={"teach": settings, "pixels": content["pixels"]}),
-        batch=batch,
-        seed=seed,
-        ema=ema,
-        label_dropout=label_dropout,
-        flip=flip,
-        precision=precision,
-    )
-    plan = Plan(steps, log_every=50, save_every=save_every, preview_every=preview_every)
-    watch = Clipping(Clipped("gradient_norm", task.optimizer.clip, "Lower --lr"))
-    train(task, out, plan, watch=watch, config=settings, title="teach")
-    console.print(
-        f"The teacher is in {out / 'model'}. Next: {command('sample', out, '--steps', 18)}, "
-        f"{command('train', 'mnist', f'teacher={out}', 'evaluate.every=0')}"
-    )
-
-
-@owns_out
 def import_edm(source: str, out: Path) -> None:
     """`distmatch import edm`."""
     denoiser, info = published.import_edm(source, out)
@@ -457,25 +374,3 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         if key != "name":
             table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in rows))
     console.print(table)
-
-
-@owns_out
-def classifier(images: str, out: Path, positions: int, training: dict[str, Any]) -> None:
-    """`distmatch classifier`: feature spaces, and the reference statistics of the training images in each.
-
-    Args:
-        positions: see `train_spaces`.
-        training: arguments of `train_classifier`.
-    """
-    with console.status(f"reading {images}"):
-        real, test = (load_images(images, split, without=out) for split in ("train", "test"))
-    console.print(f"trained on {real}\ntested on {test}")
-    if real.account.bits != test.account.bits:
-        raise ValueError(
-            f"training images use {real.account.bits} bits per pixel and test images {test.account.bits}, of which the "
-            "upper 8 would be taken; bring them to one scale first"
-        )
-    began = time.perf_counter()
-    rows = train_spaces(real, test, out, f"{name_of(images)}, train", positions=positions, **training)
-    print_rows(rows)
-    console.print(f"{time.perf_counter() - began:.0f} s; in {out}. Next: {command('eval', 'MODEL', '--features', out)}")
