@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from distmatch import cli, lessons
 from distmatch.images import Images, load_images
 from distmatch.lessons import classifier, teach
+from distmatch.models.folder import load_model
 
 SMALL = {"network": {"widths": [8, 16]}, "steps": 2, "batch": 4, "preview_every": 0}
 
@@ -87,3 +89,11 @@ def test_a_classifier_is_not_tested_on_another_scale(tmp_path):
     }
     with pytest.raises(ValueError, match="training images use 12 bits per pixel and test images 10"):
         classifier(str(write(tmp_path / "set", files)), tmp_path / "out", 1, {"steps": 1})
+
+
+def test_the_lines_in_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    code = re.search("```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(code.replace("steps=20", "steps=1, preview_every=0"), {})
+    assert load_model(Path("runs/cats-and-dogs/model"))[1].classes == ("cat", "dog")
