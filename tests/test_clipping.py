@@ -7,9 +7,11 @@ import pytest
 import tiny
 import torch
 
-from distmatch.clipping import WINDOW, Clipped, Clipping
+from distmatch.clipping import WINDOW, Clipped, Clipping, distillation
 from distmatch.config import load_recipe
+from distmatch.denoiser import Denoiser, Prediction
 from distmatch.run import distil
+from distmatch.schedule import EDM, VP
 from distmatch.terminal import Notice
 
 
@@ -41,6 +43,19 @@ def test_it_is_said_once_when_most_of_the_last_steps_were_clipped():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch(rows(*[300.0] * WINDOW))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule", "factor"),
+    [("eps", EDM(), "80"), ("ve", EDM(sigma_max=10.0), "10"), ("edm", EDM(), None), ("v", VP(), None)],
+)
+def test_a_network_whose_output_is_multiplied_is_named_as_the_cause(prediction, schedule, factor):
+    student = Denoiser(tiny.teacher().net, schedule, Prediction(prediction))
+    with pytest.warns(Notice) as said:
+        distillation(student, None, 10.0, 10.0)(rows(*[300.0] * WINDOW))
+    text = str(said[0].message)
+    assert (f"multiplied by {factor} (prediction {prediction})" in text) == (factor is not None)
+    assert ("Raise generator.clip" in text) == (factor is None)
 
 
 def test_a_runs_log_has_the_shares_of_its_own_norms(tmp_path):

@@ -24,10 +24,10 @@ def recipe(folder, **changes):
 def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
     seen = []
 
-    def spy(recipe, subject, distiller, out, steps, title, watch):
+    def spy(recipe, subject, distiller, spaces, out, steps, title, watch):
         match, regress = distiller.terms
         seen.append((steps, title, regress.weight, match.max_step, match.batch, regress.batch, len(regress.pairs)))
-        return train(recipe, subject, distiller, out, steps, title, watch)
+        return train(recipe, subject, distiller, spaces, out, steps, title, watch)
 
     train = run._train
     monkeypatch.setattr(run, "_train", spy)
