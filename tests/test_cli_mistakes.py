@@ -245,7 +245,7 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
     def interrupted(*_: object, **__: object):
         signal.raise_signal(signal.SIGINT)
 
-    for module, name in (("run", "sample"), ("run", "teach"), ("run", "pairs"), ("run", "pipeline")):
+    for module, name in (("run", "sample"), ("lessons", "teach"), ("run", "pairs"), ("run", "pipeline")):
         monkeypatch.setattr(f"distmatch.{module}.{name}", interrupted)
     monkeypatch.setitem(__import__("distmatch.demo", fromlist=["DEMOS"]).DEMOS, "mnist", interrupted)
     code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
