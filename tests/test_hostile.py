@@ -1,16 +1,34 @@
 """Files that were made to do harm, or have the wrong form: one clear refusal, in bounded time and memory."""
 
+import io
 import json
 import re
+import sys
+import tracemalloc
+import zipfile
+from contextlib import contextmanager
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import tiny
 import yaml
+from pyarrow import parquet
+from rich.table import Table
 
-from distmatch import log
+from distmatch import cli, limits, log
 from distmatch.config import load_recipe
+from distmatch.features import load_real, load_statistics
+from distmatch.models.classifier import Classifier
+from distmatch.models.folder import load_model
+from distmatch.models.hub import fetched, scheduler_config
+from distmatch.models.tiny import write_tiny_sd
 from distmatch.plain import json_of, read_json, read_yaml, yaml_of
+from distmatch.progress import progress
+from distmatch.prompts import read_prompts
 from distmatch.report import report
 from distmatch.run import same_settings
+from distmatch.screen import Screen, printable
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -137,3 +155,196 @@ def test_limits_are_raised_by_the_environment(tmp_path, monkeypatch):
 
 def test_json_may_hold_what_python_writes():
     assert json_of(json.dumps({"a": [float("inf")]}), "it", dict[str, object]) == {"a": [float("inf")]}
+
+
+@contextmanager
+def little_memory(most: int = 50 * limits.MB):
+    """Within it, Python's objects and NumPy's arrays take `most` bytes at most."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": 5}, "is damaged"),
+        (
+            {"network": {"type": "unet", "widths": [10**9, 10**9]}},
+            "cannot be built: widths is 1000000000, and all",
+        ),
+        ({"network": {"type": "unet", "blocks": 10**9}}, "cannot be built: blocks is 1000000000, and all"),
+        ({"network": {"type": "unet", "blocks": 500}}, r"its network cannot be built: it has more weights of shape"),
+        ({"network": {"type": "mlp", "depth": 10**4}}, "its network cannot be built: it has more"),
+        ({"network": {"type": "dhariwal", "num_blocks": 10**4}}, "its network cannot be built: it has more"),
+        ({"network": {"type": "unet", "widths": "ab"}}, "its network cannot be built"),
+        ({"network": {"type": "unet", "surprise": 1}}, "its network cannot be built: .*surprise"),
+        ({"shape": [1, 10**6, 10**6]}, r"shape \(1, 1000000, 1000000\): 1,000,000,000,000 numbers are more than"),
+        ({"shape": []}, r"config.json: shape is \(\); expected"),
+        ({"shape": [1, -8, 8]}, r"config.json: shape is \(1, -8, 8\); expected"),
+        ({"shape": "abc"}, "config.json has the wrong form: shape"),
+        ({"classes": [1, 2, 3]}, "config.json has the wrong form: classes.0"),
+        ({"t": float("nan")}, "config.json: t is nan; expected a time"),
+        ({"t": 1e9}, "config.json: t is 1000000000.0; expected a time"),
+    ],
+)
+def test_a_model_that_says_something_absurd_is_refused_before_memory_is_taken(change, message, tmp_path):
+    file = tiny.teacher_folder(tmp_path) / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("sha256", None)
+    if "network" in change and isinstance(change["network"], dict):
+        change = {"network": {**config["network"], **change["network"]}}
+        if change["network"]["type"] != "unet":
+            change["network"] = {k: v for k, v in change["network"].items() if k in ("type", "depth", "num_blocks")}
+    file.write_text(json.dumps(config | change))
+    with little_memory(), pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_classifier_that_says_something_absurd_is_refused_before_memory_is_taken(tmp_path):
+    Classifier(1, (8, 8), ["a", "b"], (4, 4, 4)).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("sha256", None)
+    for change in ({"widths": [10**9] * 3}, {"channels": 10**12}, {"widths": 5}, {"classes": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with little_memory(), pytest.raises(ValueError, match=f"{tmp_path} is damaged"):
+            Classifier.load(tmp_path)
+
+
+def test_a_model_in_diffusers_format_of_the_wrong_form_is_named(tmp_path):
+    source = write_tiny_sd(tmp_path)
+    for name, content in (
+        ("model_index.json", "[]"),
+        ("unet/config.json", "null"),
+        ("scheduler/scheduler_config.json", '{"a": '),
+        ("text_encoder/config.json", "[" * 5000),
+    ):
+        before = (source / name).read_text()
+        (source / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} "):
+            scheduler_config(str(source))
+        (source / name).write_text(before)
+
+    def endless():
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_pretrained(source, subfolder="unet")
+
+    config = json.loads((source / "unet/config.json").read_text())
+    (source / "unet/config.json").write_text(json.dumps(config | {"layers_per_block": 10**9}))
+    with pytest.raises(ValueError, match="cannot be loaded: it has more than 20 weights"):
+        limits_of(limits.TENSORS, 20, lambda: fetched(str(source), endless))
+
+
+def limits_of(most, lowered, work):
+    """`work()` with the limit `most` lowered to `lowered`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(limits.VARIABLE, str(lowered / most))
+        return work()
+
+
+def npz(**members: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def npy(dtype: str, shape: tuple[int, ...], content: bytes = b"") -> bytes:
+    """An array of any shape that the header may say."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+def test_arrays_that_are_not_what_they_say_are_refused_before_memory_is_taken(tmp_path):
+    file = tmp_path / "x.npz"
+    small = {"mu": npy("<f8", (2,), bytes(16)), "sigma": npy("<f8", (2, 2), bytes(32))}
+    bomb = npy("|u1", (100_000, 32, 32, 1), bytes(102_400_000))
+    with little_memory(300 * limits.MB):
+        bombs = {"bomb": npz(arr_0=bomb)}
+    assert len(bombs["bomb"]) < 200_000
+    for content, read, message in (
+        (npz(arr_0=npy("|u1", (10**12, 64, 64, 3))), load_real, "is damaged"),
+        (npz(arr_0=npy("<f8", (5, 4, 4, 3), bytes(5 * 48 * 8))), load_real, "arr_0 is float64"),
+        (npz(mu=npy("<f8", (10**9,)), sigma=npy("<f8", (10**9, 10**9))), load_statistics, "is damaged"),
+        (npz(mu=small["mu"], sigma=npy("<f8", (10**6, 10**6))), load_statistics, "is damaged"),
+        (npz(mu=npy("|O", (2,), b"cos\nsystem\n"), sigma=small["sigma"]), load_statistics, "mu is object"),
+        (npz(arr_0=b"\x93NUMPY\x01\x00\xff\xff{"), load_real, "is damaged"),
+    ):
+        file.write_bytes(content)
+        with little_memory(), pytest.raises(ValueError, match=message):
+            read(file)
+    file.write_bytes(bombs["bomb"])
+    with (
+        little_memory(),
+        pytest.raises(ValueError, match=r"x.npz: arr_0: 102,400,000 bytes are more than the 81,920,000"),
+    ):
+        limits_of(1, 0.01, lambda: load_real(file))
+    file.write_bytes(npz(**small))
+    assert load_statistics(file).mu.tolist() == [0, 0]
+    (tmp_path / "x.npy").write_bytes(npy("|u1", (10**12, 64, 64, 3)))
+    with little_memory(), pytest.raises(ValueError, match="is damaged"):
+        load_real(tmp_path / "x.npy")
+
+
+def test_prompts_without_end_are_refused_before_they_are_read(tmp_path):
+    long = tmp_path / "long.txt"
+    with long.open("wb") as file:
+        file.write(b"short\n")
+        file.truncate(100 * limits.MB)
+    with (
+        little_memory(),
+        pytest.raises(ValueError, match=r"long.txt, line 2: 99,999,994 bytes are more than"),
+    ):
+        read_prompts(long)
+    with long.open("wb") as file:
+        file.truncate(5000 * limits.MB)
+    with pytest.raises(ValueError, match=r"long.txt: 5,000,000,000 bytes are more than .*DISTMATCH_LIMITS=2"):
+        read_prompts(long)
+    long.write_bytes(b"x" * 2 * limits.MB + b"\nlast")
+    assert [len(prompt) for prompt in limits_of(1, 3, lambda: read_prompts(long))] == [2 * limits.MB, 4]
+
+
+def test_a_table_that_unpacks_without_end_is_refused(tmp_path):
+    """A text that all rows share takes the memory of one; a text or a table that is too long is refused."""
+    file = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"caption": ["x" * 10_000] * 50_000 + [None, "y"]}), file)  # 500 MB of text
+    with little_memory():
+        prompts = read_prompts(file)
+    assert len(prompts) == 50_001
+    assert set(prompts) == {"x" * 10_000, "y"}
+    parquet.write_table(pa.table({"caption": ["a", "x" * (limits.MB + 1)]}), file)
+    with pytest.raises(ValueError, match=r"column 'caption', rows from 1: 1,000,001 bytes are more than"):
+        read_prompts(file)
+    with pytest.raises(ValueError, match=r"column 'caption': [\d,]+ bytes are more than the 409,600"):
+        limits_of(1, 1e-4, lambda: read_prompts(file))
+    parquet.write_table(pa.table({"caption": [["a"]]}), file)
+    with pytest.raises(ValueError, match="expected text, found list"):
+        read_prompts(file)
+
+
+NAME = "\x1b]0;owned\x07\x1b[2J\u202egnp\r[red]" + "x" * 1000
+
+
+def test_no_name_takes_hold_of_the_terminal(capsys, monkeypatch):
+    screen, table = Screen(file=io.StringIO(), force_terminal=True, width=200, soft_wrap=True), Table(NAME, box=None)
+    table.add_row(NAME, style="dim")
+    screen.print(NAME)
+    screen.print(table)
+    with screen.status(NAME), progress(NAME, 2) as advance:
+        advance(2)
+    monkeypatch.setattr(sys, "argv", ["distmatch", "sample", NAME])
+    with pytest.raises(SystemExit):
+        cli.main()
+    for shown in (screen.file.getvalue(), *capsys.readouterr()):
+        assert not {"\x07", "\r", "\u202e"} & set(shown.replace("\r\x1b[2K", ""))
+        assert "\x1b[2J" not in shown
+        assert "\x1b]" not in shown
+    assert "\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\r[red]" in screen.file.getvalue()
+    assert printable(NAME) == f"\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\r[red]{'x' * 999}"[:120] + "..."
+    assert printable("ünïcödé 猫 \ud800\n") == "ünïcödé 猫 \\ud800\\n"

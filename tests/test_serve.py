@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -406,6 +407,29 @@ def test_open_rounds_are_bounded(address, monkeypatch):
     answers = [httpx.post(f"http://{address}/rounds/{name}", json={"teacher": 0}).status_code for name in dealt]
     assert answers == [404, 200, 200, 200]
     assert ROUNDS == 1000
+
+
+def test_visitors_who_send_no_wish_take_no_place_in_the_game(address, monkeypatch):
+    monkeypatch.setattr("distmatch.serve.PATIENCE", 0.5)
+    host, port = address.split(":")
+    head = f"POST /rounds HTTP/1.1\r\nHost: {address}\r\nContent-Length: 50\r\n\r\n".encode()
+    stalled = [socket.create_connection((host, int(port))) for _ in range(8)]
+    for connection in stalled:
+        connection.sendall(head)
+    assert deal(address)["round"]
+    for connection in stalled:
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        connection.close()
+
+
+def test_a_visitor_has_two_rounds_waiting_and_leaves_places_to_others():
+    with serving(Slow(0.3), Slow(0.3)) as address, ThreadPoolExecutor(4) as pool:
+        url, wish = f"http://{address}/rounds", {"label": 0}
+        one = [pool.submit(httpx.post, url, json=wish, timeout=20) for _ in range(3)]
+        time.sleep(0.2)
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=20) as other:
+            assert other.post(url, json=wish).status_code == 200
+        assert sorted(future.result().status_code for future in one) == [200, 200, 429]
 
 
 def test_without_a_teacher_there_is_no_game():

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from distmatch.limits import FILE, UNPACKED, check, limit
+from distmatch.screen import printable
 
 LINKS = 3
 """Symbolic links to folders that may follow one another; without a bound, a few of them make millions of paths."""
@@ -34,12 +35,6 @@ DAMAGED = (
     NotImplementedError, RuntimeError, UnicodeError, ValueError, KeyError, OverflowError,
 )  # fmt: skip
 """What Python's readers run into in damaged or unusual archives."""
-
-
-def printable(name: object, most: int = 120) -> str:
-    """A name from a foreign file, fit for a terminal: control characters escaped, at most `most` characters."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name)[: most + 1])
-    return text if len(text) <= most else text[:most] + "..."
 
 
 class Files:

@@ -1,25 +1,26 @@
 """Reference statistics: what real images look like to a network, computed once and kept by fingerprint."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distmatch import rng
+from distmatch import limits, rng
+from distmatch.arrays import arrays
 from distmatch.digests import Damaged, read_file, save_file
 from distmatch.files import write_atomic
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments
 from distmatch.paths import CACHE
 from distmatch.progress import console
+from distmatch.screen import printable
 
 FORMAT = "distmatch-reference-1"
 
@@ -169,19 +170,21 @@ def load_statistics(file: Path) -> Reference | None:
     """
     if file.suffix != ".npz":
         return None
-    with _arrays(file) as arrays:
-        if not {"mu", "sigma"} <= arrays.keys():
-            return None
-        mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not all(a.dtype.kind == "f" for a in (mu, sigma)):
+    found = arrays(file)
+    if not {"mu", "sigma"} <= found.keys():
+        return None
+    mean, cov = found["mu"], found["sigma"]
+    if len(mean.shape) != 1 or cov.shape != mean.shape * 2 or not all(a.dtype.kind == "f" for a in (mean, cov)):
         raise ValueError(
-            f"{file}: mu is {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}; "
+            f"{file}: mu is {mean.dtype} {mean.shape} and sigma {cov.dtype} {cov.shape}; "
             "expected floats (F,) and (F, F)"
         )
+    limits.check(cov.nbytes, limits.STATISTICS, f"{file}: sigma")
+    mu, sigma = mean.read(), cov.read()
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{file}: mu or sigma is not finite; get it again")
-    mean, cov = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
-    return Reference(mean, cov, torch.empty(0, len(mu)), 0, str(file), images="", classifier="")
+    statistics = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
+    return Reference(*statistics, torch.empty(0, len(mu)), 0, str(file), images="", classifier="")
 
 
 def load_real(path: Path) -> Images:
@@ -193,17 +196,18 @@ def load_real(path: Path) -> Images:
     """
     if path.suffix not in (".npz", ".npy"):
         return load_images(path)
-    with _arrays(path) as arrays:
-        names = list(arrays)
-        name = names[0] if len(names) == 1 else "arr_0"
-        array = arrays[name] if name in names else None
-    if array is None:
-        raise ValueError(f"{path} has no arr_0, nor mu and sigma; it has {', '.join(names) or 'nothing'}")
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+    found = arrays(path)
+    name = next(iter(found)) if len(found) == 1 else "arr_0"
+    if name not in found:
+        names = ", ".join(printable(name, 40) for name in list(found)[:12])
+        raise ValueError(f"{path} has no arr_0, nor mu and sigma; it has {names or 'nothing'}")
+    array = found[name]
+    if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] not in (1, 3):
         raise ValueError(
             f"{path}: {name} is {array.dtype} {array.shape}; expected images as uint8 (N, H, W, C) with C of 1 or 3"
         )
-    return Images(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), None, ())
+    limits.check(array.nbytes, limits.ARRAY, f"{path}: {name}")
+    return Images(torch.from_numpy(array.read()).permute(0, 3, 1, 2).contiguous(), None, ())
 
 
 def image_fingerprint(pixels: Tensor) -> str:
@@ -215,18 +219,6 @@ def fingerprint(space: FeatureSpace) -> str:
     """SHA-256 over all that decides what `space` computes: its network and its weights."""
     weights = {name: _digest(value).hexdigest() for name, value in sorted(space.state_dict().items())}
     return sha256(json.dumps({"network": space.identity, "weights": weights}).encode()).hexdigest()
-
-
-@contextmanager
-def _arrays(file: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays in an .npz by name, that in an .npy as `arr_0`, read when asked for; pickled objects are refused."""
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; expected an .npz or .npy")
-    try:
-        content = np.load(file, allow_pickle=False)
-        yield {"arr_0": content} if isinstance(content, np.ndarray) else content
-    except (ValueError, TypeError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{file} is damaged, or holds something other than arrays of numbers") from error
 
 
 def _digest(tensor: Tensor):

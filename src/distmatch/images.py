@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distmatch.archives import Files, OneFile, open_files, printable
+from distmatch.archives import Files, OneFile, open_files
 from distmatch.collect import as_pixels, collected
 from distmatch.decode import SUFFIXES, Decoder
 from distmatch.layouts import arrange, visible
+from distmatch.screen import printable
 from distmatch.sidecars import labels_of
 from distmatch.storage import local
 from distmatch.tables import read_table

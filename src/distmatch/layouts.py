@@ -23,8 +23,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from distmatch.archives import Files, printable
+from distmatch.archives import Files
 from distmatch.decode import SUFFIXES
+from distmatch.screen import printable
 from distmatch.sidecars import Labels, read_labels
 
 KINDS = {

@@ -1,12 +1,13 @@
 """Prompts of text-to-image models: lists of them in files of several kinds, and random captions of MS-COCO."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from distmatch import rng
+from distmatch import limits, rng
 from distmatch.extras import need
+from distmatch.plain import json_of
+from distmatch.screen import printable
 
 KEYS = ("prompt", "caption", "text")
 """What the prompt of a record is called unless told: the first of these that the first record has."""
@@ -23,8 +24,8 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
         column: the key of a JSON object or the name of a table's column; `prompt`, `caption` or `text` unless told.
 
-    Raises `ValueError` that names the file and the line where it is missing, damaged, without prompts, or holds
-    something other than text.
+    Raises `ValueError` that names the file and the line where it is missing, damaged, without prompts, holds something
+    other than text, or more than `limits.PROMPT` and `limits.PROMPTS`.
     """
     if path.suffix not in READERS:
         raise ValueError(f"{path}: prompts are read from files called {', '.join(READERS)}")
@@ -32,6 +33,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
         raise ValueError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)})")
     if column is not None and path.suffix == ".txt":
         raise ValueError(f"{path} is plain text, which has no column {column!r}; leave the column out")
+    limits.check(path.stat().st_size, limits.PROMPTS, str(path))
     prompts = []
     for place, value in READERS[path.suffix](path, column):
         if not isinstance(value, str | None):
@@ -59,11 +61,21 @@ def coco_prompts(path: Path, n: int, seed: int) -> list[str]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        most = limits.limit(limits.PROMPT)
+        for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
+            if len(line) > most:
+                limits.check(_rest(file, len(line)), limits.PROMPT, f"{path}, line {number}")
             try:
                 yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not UTF-8 text: {error.reason}") from error
+
+
+def _rest(file: BinaryIO, length: int) -> int:
+    """The length of the line whose first `length` bytes were read, without keeping it."""
+    while not (part := file.readline(2**20)).endswith(b"\n") and part:
+        length += len(part)
+    return length + len(part)
 
 
 def _plain(path: Path, _: None) -> Iterator[tuple[str, Any]]:
@@ -74,32 +86,45 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     for place, line in _lines(path):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, {place} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, {place}: expected a JSON object, found {line.strip():.80}")
+        record = json_of(line, f"{path}, {place}", dict[str, Any])
         column = column or _key(record, f"{path}, {place}")
         if column not in record:
-            raise ValueError(f"{path}, {place} has no {column!r}; it has {', '.join(record) or 'nothing'}")
+            raise ValueError(f"{path}, {place} has no {column!r}; it has {_names(record)}")
         yield place, record[column]
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     need("pyarrow", by=str(path))
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, types
+    from pyarrow.compute import binary_length as value_lengths  # type: ignore[reportAttributeAccessIssue]
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as table:
             names = table.schema_arrow.names
-            column = column or _key(names, str(path))
-            if column not in names:
-                raise ValueError(f"{path} has no column {column!r}; it has {', '.join(names)}")
+        column = column or _key(names, str(path))
+        if column not in names:
+            raise ValueError(f"{path} has no column {column!r}; it has {_names(names)}")
+        # Read as a dictionary, a value that a million rows share is unpacked once.
+        with ParquetFile(path, read_dictionary=[column]) as table:
+            kind = table.schema_arrow.field(column).type
+            if types.is_nested(kind):
+                raise ValueError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            where, found = f"{path}, column {column!r}", table.schema_arrow.get_field_index(column)
+            unpacked = sum(group.column(found).total_uncompressed_size for group in groups)
+            limits.check(unpacked, limits.PROMPTS, where)
             row = 0
             for part in table.iter_batches(columns=[column]):
-                for value in part.column(0).to_pylist():
+                values: Any = part.column(0)
+                if types.is_dictionary(values.type):
+                    for size in value_lengths(values.dictionary).to_pylist():
+                        limits.check(size or 0, limits.PROMPT, f"{where}, rows from {row + 1}")
+                    texts = values.dictionary.to_pylist()
+                    values = [None if number is None else texts[number] for number in values.indices.to_pylist()]
+                else:
+                    values = values.to_pylist()
+                for value in values:
                     row += 1
                     yield f"row {row}", value
     except ArrowException as error:
@@ -108,11 +133,8 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 
 def _coco(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     expected = 'expected captions of MS-COCO, {"annotations": [{"caption": ...}, ...]}; JSON lines are called .jsonl'
-    try:
-        content = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); {expected}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+    content = json_of(path.read_bytes(), str(path), dict[str, Any], expected[0].upper() + expected[1:])
+    if not isinstance(content.get("annotations"), list):
         raise ValueError(f"{path} has no list `annotations`; {expected}")
     column = column or "caption"
     for number, entry in enumerate(content["annotations"]):
@@ -124,10 +146,12 @@ def _coco(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 def _key(names: Any, place: str) -> str:
     found = next((key for key in KEYS if key in names), None)
     if found is None:
-        raise ValueError(
-            f"{place} has none of {', '.join(KEYS)}; it has {', '.join(names) or 'nothing'}: name a column"
-        )
+        raise ValueError(f"{place} has none of {', '.join(KEYS)}; it has {_names(names)}: name a column")
     return found
+
+
+def _names(names: Collection[str]) -> str:
+    return ", ".join(printable(name, 40) for name in list(names)[:12]) + ", ..." * (len(names) > 12) or "nothing"
 
 
 READERS: dict[str, Callable[[Path, Any], Iterator[tuple[str, Any]]]] = {

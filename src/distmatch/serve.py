@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 import webbrowser
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -48,6 +48,12 @@ ROUNDS = 1000
 
 WAITING = 8
 """Rounds that may be waiting for the models; further ones are refused until there is room."""
+
+SHARE = 2
+"""How many of them one address may have waiting."""
+
+PATIENCE = 10.0
+"""Seconds in which a request's body must be here."""
 
 LARGEST = 16_384
 """Bytes of a message or a request's body."""
@@ -94,7 +100,7 @@ class Studio:
     teacher: Pipeline | None = None
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
     rounds: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
-    waiting: int = 0
+    waiting: Counter[str] = field(default_factory=Counter)
     cut: bool = False
     dealing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -230,24 +236,23 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
     async def new_round(request: Request) -> dict[str, Any]:
         if teacher is None:
             raise HTTPException(404, "no teacher is served; start with --teacher")
-        if studio.waiting >= WAITING:
+        wish = await _asked(Wish, request)  # before it takes a place, or who sends nothing would keep it
+        visitor = request.client.host if request.client else ""
+        if studio.waiting.total() >= WAITING or studio.waiting[visitor] >= SHARE:
             raise HTTPException(429, "too many rounds are waiting; try again")
-        studio.waiting += 1
+        studio.waiting[visitor] += 1
         try:
-            wish = read(Wish, await request.body())
             async with studio.dealing:  # the others wait here, not between a visitor and the models
                 return await studio.run(lambda: studio.new_round(wish))
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         finally:
-            studio.waiting -= 1
+            studio.waiting[visitor] -= 1
+            studio.waiting += Counter()  # forgets who has none waiting
 
     @app.post("/rounds/{name}")
     async def guess(name: str, request: Request) -> dict[str, Any]:
-        try:
-            guess = read(Guess, await request.body())
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+        guess = await _asked(Guess, request)
         answer = studio.rounds.pop(name, None)
         if answer is None:
             raise HTTPException(404, "this round is not open: unknown, answered, or too long ago")
@@ -259,6 +264,16 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
         await _visitor(socket, studio)
 
     return app
+
+
+async def _asked(kind: type[Asked], request: Request) -> Asked:
+    """What a request's body asks for. Raises `HTTPException` for what cannot be read, or comes too slowly."""
+    try:
+        return read(kind, await asyncio.wait_for(request.body(), PATIENCE))
+    except TimeoutError as error:
+        raise HTTPException(408, f"the request was not here within {PATIENCE:.0f} seconds") from error
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
 
 
 def _kind(pipe: Pipeline) -> str:

@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from distmatch import parquet
-from distmatch.archives import Files, printable
+from distmatch.archives import Files
 from distmatch.plain import json_of
+from distmatch.screen import printable
 
 COLUMNS = ("label", "labels", "class", "class_name", "category")
 """What the label of a row is called: the first of these that is there."""

@@ -20,6 +20,7 @@ from distmatch.digests import Damaged, load_file, save_file
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.images import Images
+from distmatch.models.layout import build, shapes_in
 from distmatch.optim import Optimizer
 from distmatch.plain import read_json
 
@@ -130,7 +131,8 @@ class Classifier(nn.Module):
             if config.pop("format", None) != FORMAT:
                 raise ValueError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
             config.setdefault("positions", 1)
-            net = cls(*(config[key] for key in NETWORK))
+            arguments, shapes = {key: config[key] for key in NETWORK}, shapes_in(folder / "model.safetensors")
+            net = build(f"{folder} is damaged: its network", cls, arguments, shapes)
             weights = load_file(folder / "model.safetensors", config.pop("weights", None))
             net.load_state_dict(weights)
         except (AttributeError, KeyError, TypeError, RuntimeError, OSError, Damaged) as e:

@@ -5,6 +5,7 @@ class names), the student's time if it is a one-step generator, a free `card` on
 the weights that it goes with.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distmatch import parallel
+from distmatch import limits, parallel
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.digests import Damaged, load_file, save_file
 from distmatch.engine import whole
@@ -20,10 +21,11 @@ from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.layout import build, shapes_in
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
 from distmatch.models.unet import UNet
-from distmatch.plain import read_json
+from distmatch.plain import fitting, read_json
 from distmatch.schedule import EDM, VP, Flow, Schedule
 from distmatch.terminal import command
 
@@ -134,19 +136,21 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
             )
         if kind not in (None, *NETWORKS):
             raise ValueError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
-        net = NETWORKS[str(kind)](**network) if net is None else net
+        weights_file = folder / "model.safetensors"
+        if net is None:
+            net = build(f"{folder} is damaged: its network", NETWORKS[str(kind)], network, shapes_in(weights_file))
         prediction = Prediction(**config["prediction"])
         if prediction.name == "iddpm" and config["schedule"]["type"] == "edm":
             config["schedule"]["type"] = "iddpm"  # imported before times were rounded to its levels
         denoiser = Denoiser(net, schedule_of(config["schedule"], schedule), prediction)
-        info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config})
-        weights = load_file(folder / "model.safetensors", config.get("weights"))
+        info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config}, file, denoiser.schedule)
+        weights = load_file(weights_file, config.get("weights"))
         net.load_state_dict(weights)
     except Damaged as error:
         raise ValueError(f"{error}. {AGAIN}") from error
     except (KeyError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. {AGAIN}") from error
-    check_weights(weights, folder / "model.safetensors")
+    check_weights(weights, weights_file)
     return denoiser.eval(), info
 
 
@@ -159,10 +163,15 @@ def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
     return command("sample", folder, *(["-p", "PROMPT"] if info.source else []))
 
 
-def _info(entries: dict[str, Any]) -> Info:
+def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
     """`Info` of JSON, which has lists for tuples. Models of earlier versions lack some entries."""
-    tuples = {k: tuple(entries[k]) for k in ("shape", "classes", "guidance") if entries.get(k) is not None}
-    return Info(**{**entries, **tuples})
+    info = fitting(entries, str(file), Info)
+    if min(info.shape, default=0) < 1:
+        raise ValueError(f"{file}: shape is {info.shape}; expected (channels, height, width), all of them positive")
+    limits.check(math.prod(info.shape), limits.SAMPLE, f"{file}: shape {info.shape}", "numbers")
+    if info.t is not None and not 0 < info.t <= schedule.t_max:
+        raise ValueError(f"{file}: t is {info.t}; expected a time of its schedule, up to {schedule.t_max}")
+    return info
 
 
 def schedule_config(schedule: Schedule) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from distmatch import limits
 from distmatch.extras import need
+from distmatch.models.layout import at_most
+from distmatch.plain import read_json
 from distmatch.schedule import VP
 
 T = TypeVar("T")
@@ -192,9 +195,12 @@ def fetched(source: str, load: Callable[[], T]) -> T:
     logging.set_verbosity_error()  # or every caption of more than 77 tokens is printed
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    for file in [*Path(source).glob("*.json"), *Path(source).glob("*/*config.json")]:
+        read_json(file, dict[str, Any])  # diffusers takes them as they are
     try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with at_most(limits.limit(limits.TENSORS)):
+            return load()
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"diffusers model {source!r} cannot be loaded: {reason:.300}. Give a folder in diffusers' format (with "

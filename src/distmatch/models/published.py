@@ -16,6 +16,7 @@ from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
+from distmatch.models.layout import build
 from distmatch.paths import CACHE, expand
 from distmatch.progress import console
 from distmatch.schedule import EDM
@@ -111,19 +112,13 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
 def _network(
     kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], file: Path
 ) -> SongUNet | DhariwalUNet:
-    """The network with its weights. It is laid out without memory first: the file's arguments may be anything."""
+    """The network with its weights."""
+    shapes = {name: value.shape for name, value in state.items()}
+    net = build(f"{file}: {kind}", NETWORKS[kind], arguments, shapes)
     try:
-        if arguments.get("num_blocks", 0) > len(state) or len(arguments.get("channel_mult", ())) > len(state):
-            raise ValueError("it has more blocks than weights")
-        with torch.device("meta"):
-            plan = NETWORKS[kind](**arguments).state_dict()
-        differing = [k for k in (*plan, *state) if k not in plan or k not in state or plan[k].shape != state[k].shape]
-        if differing:
-            raise ValueError(f"{len(differing)} weights do not fit its arguments, first {differing[0]}")
-        net = NETWORKS[kind](**arguments)
         net.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
-        raise ValueError(f"{file}: {kind} cannot be built: {str(error)[:300]}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{file}: {kind} does not fit its weights: {str(error)[:300]}") from error
     return net
 
 

@@ -1,0 +1,98 @@
+"""Networks that files describe: built where their settings fit the weights that come along, before memory is taken.
+
+Settings may say anything: widths that no memory holds, or a billion blocks.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules import module
+
+from distmatch.digests import Damaged
+
+Net = TypeVar("Net", bound=nn.Module)
+
+MISFITS = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+"""What constructors run into that get settings of another form."""
+
+
+def build(
+    where: str, make: Callable[..., Net], settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> Net:
+    """`make(**settings)`, if the network's weights have these `shapes`; else `ValueError` that begins with `where`.
+
+    What is too large is refused before it takes memory: no setting is a larger number than there are numbers in the
+    weights, no list of numbers is longer than there are weights, and a weight whose shape is none of theirs is refused
+    when a module registers it, which is before anything is written to it.
+    """
+    left = Counter(tuple(shape) for shape in shapes.values())
+    numbers = sum(map(math.prod, shapes.values()))
+
+    def check(weight: Tensor) -> None:
+        left[tuple(weight.shape)] -= 1
+        if left[tuple(weight.shape)] < 0:
+            raise ValueError(f"it has more weights of shape {tuple(weight.shape)} than there are")
+
+    try:
+        for name, value in settings.items():
+            _plausible(name, value, numbers, len(shapes))
+        with registering(check):
+            return make(**settings)
+    except MISFITS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{where} cannot be built: {reason:.300}") from error
+
+
+def shapes_in(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, by its header. Raises `OSError` and `digests.Damaged`."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise Damaged(f"{file} is damaged: {error}") from error
+
+
+@contextmanager
+def at_most(tensors: int) -> Iterator[None]:
+    """Within it, a network of more than `tensors` weights is refused by `ValueError` while it is being built."""
+    left = tensors
+
+    def count(_: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it has more than {tensors:,} weights")
+
+    with registering(count):
+        yield
+
+
+@contextmanager
+def registering(check: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within it, `check` is called with every weight that a module gets, before it is initialised."""
+
+    def hook(_module: nn.Module, _name: str, weight: Tensor | None) -> None:
+        if weight is not None:
+            check(weight)
+
+    registered = module.register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        registered.remove()
+
+
+def _plausible(name: str, value: Any, numbers: int, weights: int) -> None:
+    if isinstance(value, int) and abs(value) > numbers:
+        raise ValueError(f"{name:.80} is {value}, and all its weights are {numbers:,} numbers")
+    if isinstance(value, list | tuple) and not all(isinstance(entry, str) for entry in value):
+        if len(value) > weights:
+            raise ValueError(f"{name:.80} has {len(value):,} entries, and there are {weights:,} weights")
+        for entry in value:
+            _plausible(name, entry, numbers, weights)
