@@ -322,6 +322,17 @@ def test_without_features_only_the_picture_is_made(teacher, tmp_path, quick):
     assert [row["images"] for row in rows] == [2, 2]
 
 
+def test_the_last_column_is_tried_before_the_first_is_measured(teacher, tmp_path, quick, monkeypatch):
+    def none(*_):
+        raise ValueError("no such scheduler")
+
+    found = compare.methods
+    monkeypatch.setattr(compare, "methods", lambda *a: [*found(*a)[:1], baselines.Method("last", 1, none)])
+    with pytest.raises(ValueError, match="no such scheduler"):
+        compare.compare(teacher, None, PROMPTS, tmp_path / "out", n=8, picture=2, **quick)
+    assert not (tmp_path / "out" / "methods").exists()
+
+
 def _compare_with_others(teacher: str, out, settings: dict[str, Any]) -> None:
     with parallel.joined():
         rows = compare.compare(teacher, STUDENT, PROMPTS, out, **settings)

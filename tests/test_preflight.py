@@ -153,7 +153,7 @@ def _a_file(folder: Path) -> str:
         (_other_pairs, r"taken holds other pairs \(teacher 'mine' there"),
         (_bad_weights, r"lpips_weights.pt cannot be read"),
         (lambda f: {"student": {"t": 800.0}}, r"student.t is 800; the teacher's times go from"),
-        (lambda f: {"match": {"batch": 2, "guidance": 3.0}}, r"guidance 3.0 needs a condition"),
+        (lambda f: {"match": {"batch": 2, "guidance": 3.0}}, r"guidance 3: this model has neither classes nor prompts"),
         (lambda f: {"terms": ["match"], "pairs": {"sampler": "pndm"}}, r"pndm is for the schedules of discrete"),
         (lambda f: {"gradient_checkpointing": True}, r"Scaled has none: use false"),
         (lambda f: {"pairs": {"count": 4, "path": _a_file(f)}}, r"below cannot be written \(Not a directory\)"),
@@ -177,6 +177,23 @@ def test_a_folder_that_cannot_be_made_and_channels_that_no_picture_has(tmp_path)
         check(recipe(), Path(_a_file(tmp_path)), tmp_path / "runs", mine())
     with pytest.raises(ValueError, match="samples have 5 channels; a run shows them as pictures, of 1 or 3"):
         check(recipe(), tmp_path / "run", tmp_path / "runs", mine(shape=(5, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "command", ["eval mnist -n 20000 --features mnist -o", "report {run} -o"], ids=lambda command: command.split()[0]
+)
+def test_a_file_that_cannot_be_written_is_found_before_the_work(command, tmp_path, monkeypatch):
+    def work(*_):
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr("distmatch.run.pipeline", work)
+    monkeypatch.setattr("distmatch.report._load", work)
+    for out, message in (
+        (tmp_path, "is a folder; expected the name of a file"),
+        (_a_file(tmp_path), "cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app([*command.format(run=tmp_path).split(), str(out)], exit_on_error=False, result_action="return_value")
 
 
 def test_a_tracker_without_a_key_is_found_at_the_start(tmp_path, monkeypatch):

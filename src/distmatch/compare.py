@@ -187,8 +187,12 @@ def compare(
         enough(len(space[1].mu), count, "images (-n)")
         enough(len(space[1].mu), space[1].count or count, f"real images ({space[1].source})")
     parallel.first(lambda: same_settings(settings, out / "settings.json"))
+    columns = methods(pipe, merged, student, guidance, dtype)
+    if count > picture:  # hours of the first are no time to learn that the last cannot be made
+        for method in (one for one in columns if not (_folder(out, one.name) / "figures.json").exists()):
+            _look(method, prompts, shape, space, clip, seed, range(1))
     rows: list[dict[str, Any]] = []
-    for method in methods(pipe, merged, student, guidance, dtype):
+    for method in columns:
         folder = _folder(out, method.name)
         done = parallel.first(partial(_finished, folder, method.name, picture))
         if done is None:
@@ -233,11 +237,8 @@ def measure(
     """
 
     def look(rows: range) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
-        said = [prompts[i % len(prompts)] for i in rows]
-        pixels = method.make(said, rng.noise(seed, rows, shape))
-        small = lanczos(pixels) if space or clip else pixels
-        seen = space[0].both(small)[0].float().cpu() if space else None
-        return len(rows), pixels[: max(0, picture - rows.start)], seen, clip(small, said) if clip else None
+        pixels, seen, score = _look(method, prompts, shape, space, clip, seed, rows)
+        return len(rows), pixels[: max(0, picture - rows.start)], seen, score
 
     moments, pictures, scores = Moments(), [], []
     jobs = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
@@ -258,6 +259,24 @@ def measure(
     if scores:
         figures["clip_score"] = float(torch.cat(scores).double().mean())
     return figures, torch.cat(pictures)
+
+
+@torch.inference_mode()
+def _look(
+    method: Method,
+    prompts: list[str],
+    shape: tuple[int, ...],
+    space: Space | None,
+    clip: ClipScore | None,
+    seed: int,
+    rows: range,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The method's images number `rows` u8[B,3,H,W], their features f[B,F], and their CLIP scores f[B]."""
+    said = [prompts[i % len(prompts)] for i in rows]
+    pixels = method.make(said, rng.noise(seed, rows, shape))
+    small = lanczos(pixels) if space or clip else pixels
+    seen = space[0].both(small)[0].float().cpu() if space else None
+    return pixels, seen, clip(small, said) if clip else None
 
 
 def lanczos(pixels: Tensor, side: int = SIDE) -> Tensor:

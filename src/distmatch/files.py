@@ -123,6 +123,14 @@ def scratch(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from error
 
 
+def check_writable(file: Path) -> None:
+    """Raise `ValueError` unless `file` can be written, which is done at the end of something long."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; expected the name of a file to write")
+    with scratch(file.parent):
+        pass
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

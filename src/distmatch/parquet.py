@@ -33,6 +33,7 @@ def records(table: Any, columns: list[str], where: str) -> Iterator[dict[str, An
 
     Raises `ValueError` where it is damaged.
     """
+    need("pyarrow", by=f"{where}, a Parquet file,")
     from pyarrow import ArrowException
 
     batches = table.iter_batches(batch_size=256, columns=columns)

@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from distmatch import log
 from distmatch.config import flat
 from distmatch.evaluation import columns
-from distmatch.files import write_atomic
+from distmatch.files import check_writable, write_atomic
 from distmatch.plain import fitting, read_json, read_yaml
 
 STRIP = 8  # so many sample grids stand side by side; all of them are behind the slider
@@ -77,6 +77,7 @@ def report(runs: list[Path], out: Path) -> Path:
     """
     if not runs:
         raise ValueError("no runs to report on; name at least one folder that `distmatch train` wrote")
+    check_writable(out)
     names = [folder.resolve().name for folder in runs]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in runs]

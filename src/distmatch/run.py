@@ -17,7 +17,7 @@ from distmatch.denoiser import Denoiser
 from distmatch.distill import Distiller
 from distmatch.evaluation import Space, columns, hardware, judge, speed
 from distmatch.evaluation import evaluate as measure
-from distmatch.files import write_atomic, write_json
+from distmatch.files import check_writable, write_atomic, write_json
 from distmatch.models import published
 from distmatch.models.around import around
 from distmatch.models.folder import Info, how_to_sample
@@ -326,11 +326,14 @@ def evaluate(
     device: str,
 ) -> None:
     """`distmatch eval`: in each of the processes of `torchrun`, if it was started by it; the first tells the result."""
+    if out is not None and parallel.rank() == 0:
+        check_writable(out)
     pipe = pipeline(model, steps, guidance, device)
     if pipe.info.source:
         raise ValueError(f"{model} makes images of prompts; `distmatch compare` measures such models")
     name = feature_name or ("pixels" if real else default_features(model, pipe.info))
     spaces = find_spaces(name, real, resize, pipe.device, pipe.info.shape)
+    known = known_rows(name, pipe.info, spaces, n)
     with progress(f"eval {model}", n, unit="image") if parallel.rank() == 0 else nullcontext() as advance:
         figures = measure(pipe, spaces, n=n, seed=seed, batch=batch, progress=advance)
     if parallel.rank() > 0:
@@ -343,7 +346,7 @@ def evaluate(
         **figures,
         **speed(pipe, batch),
     }
-    rows = [row, *known_rows(name, pipe.info, spaces, n)]
+    rows = [row, *known]
     print_rows(rows)
     say_spaces(name, spaces)
     if pipe.info.classes and judge(spaces, pipe.info.classes) is None:

@@ -156,7 +156,7 @@ def pipeline(source: str, dtype: torch.dtype = torch.float32, **parts: Any) -> A
     Optional parts that the folder lists and lacks are left out. Raises `ValueError` where it cannot be had.
     """
     known = settings(source)
-    need("transformers", by=source)
+    need("diffusers", "transformers", by=source)
     import transformers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
