@@ -13,7 +13,7 @@ import torch
 import web
 from test_published import write as write_edm
 
-from distmatch import compare, download, run, storage
+from distmatch import compare, download, run, spaces, storage
 from distmatch.checkpoint import Checkpoints
 from distmatch.conditions import Classes
 from distmatch.data import Images, png
@@ -26,6 +26,7 @@ from distmatch.files import together, write_atomic, write_json
 from distmatch.models import published
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import load_model
+from distmatch.models.pixels import Pixels, principal_components
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.plain import read_json
@@ -82,18 +83,23 @@ class Pairs:
 
 
 class Evaluation:
-    """A classifier and its reference."""
+    """Feature spaces, their references, and figures of real images."""
 
     def make(self, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         net = Classifier(1, (8, 8), ("a", "b"), (4, 8, 8)).eval()
-        net.save(folder / "classifier")
-        reference(images(seed), net, cache=None, source="noise").save(folder / "reference.safetensors")
+        made = {"pixels": principal_components(images(seed), 4), "classifier": net}
+        test = Images(images().pixels, torch.arange(24) % 2, ("a", "b"))
+        spaces.save_spaces(made, images(seed), test, folder, "noise")
 
     def read(self, folder: Path):
-        net = Classifier.load(folder / "classifier")
-        real = load_reference(folder / "reference.safetensors", net)
-        return flat([net.state_dict(), net.identity, real.mu, real.cov, real.features, real.count, real.source])
+        found = [Pixels.load(folder / "pixels"), Classifier.load(folder / "classifier")]
+        names = ("reference-pixels.safetensors", "reference.safetensors")
+        real = [load_reference(folder / name, space) for name, space in zip(names, found, strict=True)]
+        if not (folder / "figures.json").exists():
+            raise ValueError(f"{folder} has no figures of real images, as those of earlier versions")
+        rows = spaces.known_rows(str(folder), tiny.INFO, list(zip(found, real, strict=True)), 24)
+        return flat([[space.state_dict() for space in found], [list(vars(one).values()) for one in real], rows[:-1]])
 
 
 class Settings:

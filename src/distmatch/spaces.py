@@ -204,7 +204,7 @@ def save_spaces(
         for part, (_, known) in zip([part for part in FILES if part in spaces], measured, strict=True):
             spaces[part].save(beside / part)
             known.save(beside / FILES[part][1])
-        write_json(beside / "figures.json", {"rows": rows})
+        write_json(beside / "figures.json", {"rows": rows, "spaces": [known.classifier for _, known in measured]})
     for part in FILES.keys() - spaces.keys():  # of an earlier set
         remove(out / part)
         remove(out / FILES[part][1])
@@ -220,10 +220,20 @@ def known_rows(features: str, info: Info, spaces: Sequence[Space], n: int) -> li
     rows = []
     if features != "pixels" and not features.startswith("inception:"):
         file = features_folder(features) / "figures.json"
-        known = read_json(file, dict[str, list[dict[str, Any]]])["rows"] if file.exists() else []
+        known = _known(file, spaces)["rows"] if file.exists() else []
         teacher = info.card.get("recipe", {}).get("teacher")
         rows = [row for row in known if row.get("teacher") in (None, teacher)]
     return [*rows, chance(spaces, n)]
+
+
+def _known(file: Path, spaces: Sequence[Space]) -> dict[str, list[Any]]:
+    """What `save_spaces` wrote to `file` of these spaces. Raises `ValueError` where it is of others, or damaged."""
+    remedy = "Delete it to go on without the figures of real images, or run `distmatch classifier` again"
+    known = read_json(file, dict[str, list[Any]], remedy)
+    here = [real.classifier for _, real in spaces if real.classifier]
+    if "rows" not in known or not {*here} <= {*known.get("spaces", here)}:  # earlier versions named none
+        raise ValueError(f"{file} is not of the spaces beside it. {remedy}")
+    return known
 
 
 def _of_its_images(info: Info, folder: Path) -> bool:
