@@ -279,6 +279,16 @@ def _sharded(folder, how: str) -> None:
         sizes = [file.stat().st_size for file in sorted(checkpoints.path(6).glob("*.safetensors"))]
         assert len(sizes) == 2
         assert max(sizes) < 1.3 * min(sizes)  # each has written its half
+        parallel.barrier()
+        if parallel.rank() == 0:
+            shard = max(checkpoints.path(6).glob("*.safetensors"))
+            content = bytearray(shard.read_bytes())
+            content[-3] ^= 4
+            shard.write_bytes(content)
+        parallel.barrier()
+        with pytest.raises(ValueError, match=r"step-00000006 is damaged .*shard-.* its digest is not that"):
+            checkpoints.load(6)  # each compares one of them; all are told
+        checkpoints.load(4)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -215,10 +215,7 @@ class Checkpoints:
             parallel.agreed(lambda: _compare(path, header))
             shards.read(tensors, path)
         except (*DAMAGE, shards.CheckpointException, IndexError) as error:
-            raise ValueError(
-                f"{path} is damaged ({_first_line(shards.failure(error))}). Delete it to continue from the checkpoint "
-                f"before it, or from the beginning if there is none"
-            ) from error
+            raise ValueError(_damaged(path, shards.failure(error))) from error
         for name, part in self.parts.items():
             part.load_state_dict(_unflatten(header["tree"][name], tensors))
         return header["step"], header["meta"]
@@ -277,11 +274,18 @@ def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _compare(path: Path, header: Mapping[str, Any]) -> None:
     """Compare this process's share of the files in `path` with their digests."""
-    for name, digest in [*_shards(path, header).items()][parallel.rank() :: parallel.world()]:
-        try:
+    try:
+        for name, digest in [*_shards(path, header).items()][parallel.rank() :: parallel.world()]:
             load_file(path / name, digest)
-        except OSError as error:
-            raise Damaged(f"{path / name} cannot be read: {error}") from error
+    except DAMAGE as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return (
+        f"{path} is damaged ({_first_line(error)}). Delete it to continue from the checkpoint before it, or from the "
+        "beginning if there is none"
+    )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

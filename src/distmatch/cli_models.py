@@ -250,7 +250,7 @@ def export_diffusers(run: Name, /, *, out: Out = None, source: Name | None = Non
     run
         A run or model folder.
     out
-        The folder; RUN-diffusers unless told.
+        The folder; RUN-diffusers unless told. An older export in it is replaced when the new one is written.
     source
         The teacher in diffusers' format whose text encoders and autoencoder go along; that of the run unless told.
     half
@@ -270,7 +270,7 @@ def export_lora(run: Name, /, *, out: Out = None) -> None:
     run
         A run folder.
     out
-        The folder; RUN-lora unless told.
+        The folder; RUN-lora unless told. An older export in it is replaced when the new one is written.
     """
     from distmatch.export import export_lora as export
 
