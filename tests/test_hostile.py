@@ -21,7 +21,7 @@ from distmatch.config import load_recipe
 from distmatch.features import load_real, load_statistics
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import load_model
-from distmatch.models.hub import fetched, scheduler_config
+from distmatch.models.hub import fetched, settings
 from distmatch.models.tiny import write_tiny_sd
 from distmatch.plain import json_of, read_json, read_yaml, yaml_of
 from distmatch.progress import progress
@@ -225,7 +225,7 @@ def test_a_model_in_diffusers_format_of_the_wrong_form_is_named(tmp_path):
         before = (source / name).read_text()
         (source / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name} "):
-            scheduler_config(str(source))
+            settings(str(source))
         (source / name).write_text(before)
 
     def endless():
@@ -313,11 +313,11 @@ def test_prompts_without_end_are_refused_before_they_are_read(tmp_path):
 def test_a_table_that_unpacks_without_end_is_refused(tmp_path):
     """A text that all rows share takes the memory of one; a text or a table that is too long is refused."""
     file = tmp_path / "p.parquet"
-    parquet.write_table(pa.table({"caption": ["x" * 10_000] * 50_000 + [None, "y"]}), file)  # 500 MB of text
+    parquet.write_table(pa.table({"caption": ["x" * 40_000] * 5_000 + [None, "y"]}), file)  # 200 MB of text
     with little_memory():
         prompts = read_prompts(file)
-    assert len(prompts) == 50_001
-    assert set(prompts) == {"x" * 10_000, "y"}
+    assert len(prompts) == 5_001
+    assert set(prompts) == {"x" * 40_000, "y"}
     parquet.write_table(pa.table({"caption": ["a", "x" * (limits.MB + 1)]}), file)
     with pytest.raises(ValueError, match=r"column 'caption', rows from 1: 1,000,001 bytes are more than"):
         read_prompts(file)
@@ -342,9 +342,7 @@ def test_no_name_takes_hold_of_the_terminal(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     for shown in (screen.file.getvalue(), *capsys.readouterr()):
-        assert not {"\x07", "\r", "\u202e"} & set(shown.replace("\r\x1b[2K", ""))
-        assert "\x1b[2J" not in shown
-        assert "\x1b]" not in shown
+        assert not [part for part in ("\x07", "\u202e", "\x1b[2J", "\x1b]", "gnp\r") if part in shown]
     assert "\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\r[red]" in screen.file.getvalue()
     assert printable(NAME) == f"\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\r[red]{'x' * 999}"[:120] + "..."
     assert printable("ünïcödé 猫 \ud800\n") == "ünïcödé 猫 \\ud800\\n"

@@ -403,7 +403,9 @@ def main() -> None:
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
     """Show our own notices as a line, and other packages' warnings as Python does."""
     if category.__name__ == "Notice":
-        print(f"distmatch: {message}", file=sys.stderr)
+        from distmatch.screen import escaped
+
+        print(f"distmatch: {escaped(message)[:LONGEST]}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 

@@ -101,20 +101,20 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 
     try:
         with ParquetFile(path) as table:
-            names = table.schema_arrow.names
+            names, kinds = table.schema_arrow.names, table.schema_arrow.types
         column = column or _key(names, str(path))
         if column not in names:
             raise ValueError(f"{path} has no column {column!r}; it has {_names(names)}")
+        kind = kinds[names.index(column)]
+        if types.is_nested(kind):
+            raise ValueError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
         # Read as a dictionary, a value that a million rows share is unpacked once.
         with ParquetFile(path, read_dictionary=[column]) as table:
-            kind = table.schema_arrow.field(column).type
-            if types.is_nested(kind):
-                raise ValueError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
+            where, row = f"{path}, column {column!r}", 0
             groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-            where, found = f"{path}, column {column!r}", table.schema_arrow.get_field_index(column)
-            unpacked = sum(group.column(found).total_uncompressed_size for group in groups)
+            chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+            unpacked = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
             limits.check(unpacked, limits.PROMPTS, where)
-            row = 0
             for part in table.iter_batches(columns=[column]):
                 values: Any = part.column(0)
                 if types.is_dictionary(values.type):
