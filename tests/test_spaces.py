@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from distmatch import build, run
+from distmatch import build, lessons, run
 from distmatch.config import Evaluation, load_recipe
 from distmatch.evaluation import chance, columns, evaluate, score
 from distmatch.features import Reference, image_fingerprint, reference
@@ -120,7 +120,7 @@ def test_too_few_images_are_no_basis_for_a_distance(tmp_path):
         recipe_spaces(evaluation, "mnist", info, torch.device("cpu"))
     images = tiny.image_folder(tmp_path / "images")
     with pytest.raises(ValueError, match=r"16 real images \(images, train\) are too few for distances in 32 features"):
-        run.classifier(str(images), tmp_path / "out", 3, {"steps": 10**9})
+        lessons.classifier(str(images), tmp_path / "out", 3, {"steps": 10**9})
 
 
 def test_only_a_model_of_its_images_is_compared_with_the_packages_reference(tmp_path):

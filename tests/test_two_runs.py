@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from distmatch import claims, cli, compare, export, ownership, pair_builder, run, toy2d
+from distmatch import claims, cli, compare, export, lessons, ownership, pair_builder, run, toy2d
 from distmatch.claims import latest
 from distmatch.config import load_recipe, run_name
 from distmatch.log import read
@@ -211,7 +211,7 @@ def test_what_was_not_made_by_train_is_not_taken_for_a_run(folder):
 
 
 COMMANDS = [
-    *(run.distil, run.teach, run.classifier, run.import_edm, run.sample, compare.compare, toy2d.demo),
+    *(run.distil, lessons.teach, lessons.classifier, run.import_edm, run.sample, compare.compare, toy2d.demo),
     *(export.export_diffusers, export.export_lora),
 ]
 
