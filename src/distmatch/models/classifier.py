@@ -157,9 +157,10 @@ def train_classifier(
 ) -> Classifier:
     """Train on `images` and measure the accuracy on `test`.
 
-    AdamW, cross entropy, linear warm-up over a tenth of the steps and linear decay to zero; images are shifted at
-    random by up to a fourteenth of their side. The result is frozen, in evaluation mode, and a function of the
-    arguments (and the machine's rounding).
+    AdamW, cross entropy, linear warm-up over a tenth of the steps and linear decay to zero. Images are shifted at
+    random by up to a fourteenth of their side, but not for a classifier that keeps positions: that would teach it to
+    overlook them. The result is frozen, in evaluation mode, and a function of the arguments (and the machine's
+    rounding).
 
     Args:
         widths, positions: see `Classifier`.
@@ -185,7 +186,9 @@ def train_classifier(
     for step in range(steps):
         rows = torch.from_numpy(rng.shuffled(seed, len(images), step * batch, batch))
         generator = rng.stream("cpu", seed, "shift", step)
-        pixels = _shifted(images.pixels[rows], min(size) // 14, generator)
+        pixels = images.pixels[rows]
+        if positions == 1:
+            pixels = _shifted(pixels, min(size) // 14, generator)
         if flip:
             mirror = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
             pixels = torch.where(mirror, pixels.flip(-1), pixels)
