@@ -1,11 +1,13 @@
 """One thread per process, decided before torch is imported: spinning OpenMP threads cost more than they save."""
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have jobs in the background ignore
 torch.set_num_threads(1)  # also where a plugin has imported torch before
 
 SLOW = {

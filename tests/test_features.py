@@ -198,15 +198,17 @@ def test_arrays_that_are_no_reference_are_refused(tmp_path):
 def test_the_default_cache_is_the_users(tmp_path, monkeypatch):
     import importlib
 
-    from distmatch import features
+    from distmatch import features, paths
 
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        importlib.reload(paths)
         module = importlib.reload(features)
         module.reference(images(), classifier())
         assert [p.suffix for p in (tmp_path / "distmatch").iterdir()] == [".safetensors"]
         patch.delenv("XDG_CACHE_HOME")
-        assert importlib.reload(features).CACHE.expanduser() == Path.home() / ".cache" / "distmatch"
+        assert Path.home() / ".cache" / "distmatch" == importlib.reload(paths).CACHE
+    importlib.reload(paths)
     importlib.reload(features)
 
 

@@ -140,7 +140,7 @@ def test_files_that_are_no_such_checkpoint_are_explained(tmp_path):
         read_edm(tmp_path / "p.pkl")
     net.config |= {"model_channels": 32}
     write(tmp_path / "wide.pkl", net)
-    with pytest.raises(ValueError, match=r"wide.pkl: SongUNet cannot be built: it has more weights of shape \(64,\)"):
+    with pytest.raises(ValueError, match=r"wide.pkl: SongUNet cannot be built: "):
         read_edm(tmp_path / "wide.pkl")
     net.config |= {"model_channels": 16, "surprise": 1}
     write(tmp_path / "odd.pkl", net)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -28,6 +29,7 @@ from distmatch.models.around import around
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.pair_builder import agree
 from distmatch.pairs import PairSpec
+from distmatch.plain import read_json
 from distmatch.sampler import one_step
 from distmatch.solvers import solver
 from distmatch.spaces import recipe_spaces
@@ -256,14 +258,17 @@ def saving(flight: Flight) -> str | None:
         return None
     with scratch(flight.out) as place, tried("the student's folder"):
         save_model(place, flight.student, flight.info)
-        own = '"type": null' in (place / "config.json").read_text()
-        back, _ = load_model(place, copy.deepcopy(flight.student.net) if own else None)
+        config = read_json(place / "config.json", dict[str, Any])
+        net = copy.deepcopy(flight.student.net) if config["network"]["type"] is None else None
+        schedule = flight.student.schedule if config["schedule"]["type"] is None else None
+        back, _ = load_model(place, net, schedule)
         size = sum(file.stat().st_size for file in place.iterdir())
     here, there = flight.student.state_dict(), back.state_dict()
     for name, value in here.items():
         if name not in there or not torch.equal(there[name].cpu(), value.cpu().to(there[name].dtype)):
             raise ValueError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")
-    return f"{_size(size)}, equal when read" + " (give net= to load it)" * own
+    own = [name for name, part in (("net", net), ("schedule", schedule)) if part is not None]
+    return f"{_size(size)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
 
 
 def pairs(flight: Flight) -> str | None:

@@ -31,7 +31,7 @@ def build(
     weights, no list of numbers is longer than there are weights, and a weight whose shape is none of theirs is refused
     when a module registers it, which is before anything is written to it.
     """
-    left = Counter(tuple(shape) for shape in shapes.values())
+    left = Counter([tuple(shape) for shape in shapes.values()] * 2)  # twice: a constructor may replace what it made
     numbers = sum(map(math.prod, shapes.values()))
 
     def check(weight: Tensor) -> None:
