@@ -15,6 +15,7 @@ from distmatch.config import load_recipe
 from distmatch.ema import EMA
 from distmatch.optim import Optimizer
 from distmatch.run import distil
+from distmatch.plain import read_json
 from distmatch.train import Diverged, Plan, train
 
 
@@ -55,7 +56,7 @@ def test_the_plan_is_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "best.json", "step-00000008", "step-00000012",
     ]  # fmt: skip
-    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 8, "score": 1.0}
+    assert read_json(tmp_path / "checkpoints" / "best.json", dict[str, float]) == {"step": 8, "score": 1.0}
     assert all(0 <= line["outside"] <= 1 and line["images_per_second"] > 0 for line in lines if "loss" in line)
     assert Image.open(tmp_path / "previews" / "step-00000000.png").size == (2 * (2 * 5 + 2), 2 * (2 * 5 + 2))
 
