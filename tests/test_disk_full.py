@@ -220,7 +220,7 @@ def test_a_run_whose_disk_fills_at_any_moment_goes_on_when_there_is_room(disk, t
         shutil.rmtree(out)
     assert [code for code, _ in codes] == [2, 2]
     assert all(len(said.splitlines()) == 1 for _, said in codes)
-    assert "manifest.json: " in codes[0][1]
+    assert "No space left on device" in codes[0][1]
     assert "step-00000002 could not be saved" in codes[1][1]
 
 
@@ -287,10 +287,10 @@ def test_memory_that_cannot_be_had_is_said_with_what_to_do():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sample", "mnist", "-n", "1", "-o", "FILE"], "a file is where a folder is wanted"),
+        (["sample", "mnist", "-n", "1", "-o", "FILE"], "FILE is a file; expected a folder"),
         (["sample", "mnist", "-n", "1", "-o", "FILE/below"], "a file is where a folder is wanted"),
         (["train", "mnist", "-o", "FILE"], "FILE"),
-        (["report", "FILE/nowhere"], "is not a run"),
+        (["report", "FILE/nowhere"], "a file is where a folder is wanted"),
         (["train", "FILE/x.yaml"], "does not exist"),
         (["sample", "FILE"], "neither a model folder nor a run"),
     ],

@@ -1,6 +1,5 @@
 """Training on prompts by a recipe: adapters alone, recomputed activations, cached text, what is refused."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,10 +10,12 @@ from diffusers import DiffusionPipeline
 from distmatch import build
 from distmatch.config import load_recipe
 from distmatch.export import export_diffusers, export_lora
+from distmatch.files import write_json
 from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
 from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.plain import read_json
 from distmatch.run import distil
 from distmatch.terminal import Notice
 
@@ -150,11 +151,11 @@ def test_a_run_whose_prompts_were_edited_is_refused(folder, tmp_path):
     captions.write_text("a cat\na dog\n")
     distil(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == weights
-    told = json.loads((tmp_path / "run" / "teacher.json").read_text())
+    told = read_json(tmp_path / "run" / "teacher.json", dict)
     del told["prompts"]  # a run of an earlier version goes on, and is bound from now on
-    (tmp_path / "run" / "teacher.json").write_text(json.dumps(told))
+    write_json(tmp_path / "run" / "teacher.json", told)
     distil(recipe, tmp_path / "run")
-    assert "prompts" in json.loads((tmp_path / "run" / "teacher.json").read_text())
+    assert "prompts" in read_json(tmp_path / "run" / "teacher.json", dict)
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):

@@ -1,7 +1,5 @@
 """The loop: what it writes, when it stops, what it refuses."""
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -14,8 +12,8 @@ from distmatch.clock import Clock
 from distmatch.config import load_recipe
 from distmatch.ema import EMA
 from distmatch.optim import Optimizer
-from distmatch.run import distil
 from distmatch.plain import read_json
+from distmatch.run import distil
 from distmatch.train import Diverged, Plan, train
 
 

@@ -299,7 +299,9 @@ def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | Non
         left, top = (image.width - edge) // 2, (image.height - edge) // 2
         if advance is not None:
             advance(1)
-        return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS, (left, top, left + edge, top + edge))
+        # cut first: with a box, `resize` would see what is around it
+        middle = image.convert("RGB").crop((left, top, left + edge, top + edge))
+        return middle.resize((side, side), Image.Resampling.LANCZOS)
 
     return load_images(folder, "all", fit=square)
 

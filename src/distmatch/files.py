@@ -113,18 +113,15 @@ def _writer(name: str) -> str:
 def scratch(folder: Path) -> Iterator[Path]:
     """An empty folder to try things in, in `folder` or, where that is not there yet, in the nearest one above it.
 
-    Raises `ValueError` where it cannot be written. What a killed process leaves goes as its temporary files do.
+    Raises `OSError` on `folder` where it cannot be written. What a killed process leaves goes as temporary files do.
     """
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=_prefix("trial"), dir=there) as name:
-            yield Path(name)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from error
+    with naming(folder), tempfile.TemporaryDirectory(prefix=_prefix("trial"), dir=there) as name:
+        yield Path(name)
 
 
 def check_writable(file: Path) -> None:
-    """Raise `ValueError` unless `file` can be written, which is done at the end of something long."""
+    """Raise `ValueError` or `OSError` unless `file` can be written, which is done at the end of something long."""
     if file.is_dir():
         raise ValueError(f"{file} is a folder; expected the name of a file to write")
     with scratch(file.parent):

@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from distmatch import parallel
 from distmatch.claims import EXPIRY, Claims, latest, owner
+from distmatch.disk import naming
 from distmatch.process import identity, is_here
 from distmatch.storage import Folder
 
@@ -64,10 +65,8 @@ def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
 def _taken(folder: Path, expiry: float) -> Iterator[None]:
     """Take the claim, from a dead owner too, or raise `ValueError`."""
     place = Folder(folder)
-    try:
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be made ({error}); choose another folder with --out") from error
     if not place.is_writable():
         raise ValueError(f"{folder} is not to be written by this user or at all; choose another folder with --out")
     claims, about = Claims(place, expiry), json.dumps(_about())

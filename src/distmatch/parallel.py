@@ -130,7 +130,7 @@ def first(make: Callable[[], Result]) -> Result:
 
 
 def agreed(make: Callable[[], Result]) -> Result:
-    """`make()` of each process; where a `ValueError` is raised in any of them, all raise it as `Agreed`.
+    """`make()` of each process; where a `ValueError` or `OSError` is raised in any of them, all raise `Agreed`.
 
     `make` itself must not wait for other processes.
     """
@@ -139,7 +139,7 @@ def agreed(make: Callable[[], Result]) -> Result:
     result, problem = None, None
     try:
         result = make()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         problem = str(error)
     problems: list[Any] = [None] * world()
     dist.all_gather_object(problems, problem)

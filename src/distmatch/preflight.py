@@ -122,7 +122,7 @@ def tried(what: str) -> Iterator[None]:
     """What goes wrong within becomes a `ValueError`: networks of one's own may raise anything."""
     try:
         yield
-    except ValueError:
+    except (ValueError, OSError):  # what the disk refuses is said by the command line
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
