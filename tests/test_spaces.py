@@ -173,7 +173,9 @@ def test_the_spaces_of_the_package():
     assert [row["name"] for row in rows] == ["teacher, 18 Heun steps", "real test images", "real images, expected"]
     assert [row["name"] for row in known_rows("mnist", Info((1, 28, 28)), spaces, 9)] == [r["name"] for r in rows[1:]]
     for space, _ in spaces:
-        assert rows[2][space.distance] < rows[1][space.distance] < rows[0][space.distance]
+        chance, test, teacher = (rows[i][space.distance] for i in (2, 1, 0))
+        assert chance < 1.5 * test  # exact for Gaussians, which features are not
+        assert test < teacher
     assert sum(file.stat().st_size for file in (ASSETS / "mnist").glob("reference*")) < 3_000_000
 
 
