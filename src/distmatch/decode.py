@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,6 +27,8 @@ SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
+ORIENTATION = 0x0112
+"""EXIF's tag of it: 1 is upright, 2 to 8 are turned or mirrored."""
 DEPTHS = (8, 10, 12, 14, 16)
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
@@ -103,9 +106,10 @@ class Decoder:
     def _array(self, image: Image.Image, name: str, content: bytes | Image.Image) -> np.ndarray:
         """u8 or u16 [H,W] or u8[H,W,3]."""
         check(image.width * image.height, PIXELS, f"{image.width} x {image.height}", "pixels")
-        several, turned = getattr(image, "is_animated", False), image.getexif().get(0x0112, 1) != 1
+        several, turned = getattr(image, "is_animated", False), image.getexif().get(ORIENTATION, 1) in range(2, 9)
         deep = isinstance(content, bytes) and _deep(image, content)
-        ImageOps.exif_transpose(image, in_place=True)
+        if turned:
+            ImageOps.exif_transpose(image, in_place=True)
         plain, transparent = _plain(image)
         array = np.asarray(plain if self.fit is None else self.fit(plain))
         self.seen["with several frames, of which the first is taken"] += several
@@ -151,8 +155,14 @@ def _plain(image: Image.Image) -> tuple[Image.Image, bool]:
 def _opened(content: bytes | Image.Image) -> Image.Image:
     if not isinstance(content, bytes):
         return content.copy()
+    return Image.open(io.BytesIO(_without_text(content)), formats=_formats())
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow was built with."""
     Image.init()
-    return Image.open(io.BytesIO(_without_text(content)), formats=[name for name in FORMATS if name in Image.OPEN])
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _without_text(content: bytes) -> bytes:
