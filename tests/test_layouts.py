@@ -133,6 +133,9 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
         CATS_HERE, "3 of runs of distmatch",
     ),
     "beside samples": ({**CATS, "out/grid.png": png(8), "out/000000.png": png(9)}, "train", CATS_HERE, "2 of runs"),
+    "beside samples without a grid": (
+        {**CATS, "out/sample.json": b"{}", "out/000000.png": png(9)}, "train", CATS_HERE, "2 of runs"
+    ),
     "stray beside splits": ({"logo.png": png(9), **below("train", CATS), "test/cat/1.png": png(8)}, "train", CATS_HERE,
                             "1 beside the splits"),
 }  # fmt: skip

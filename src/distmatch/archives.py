@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from distmatch.limits import FILE, UNPACKED, check, limit
@@ -267,4 +267,4 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _clean(name: str) -> str:
     """A name in an archive without what would lead out of it."""
-    return "/".join(p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", "..", "."))
+    return "/".join(p for p in name.replace("\\", "/").split("/") if p not in ("", "..", "."))

@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 from distmatch.archives import Files
 from distmatch.decode import SUFFIXES
@@ -88,7 +88,7 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
 
     Raises `ValueError` where there are no pictures or no such split, and where the layout can be read in two ways.
     """
-    pictures = [n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES]
+    pictures = [n for n in names if splitext(n)[1].lower() in SUFFIXES]
     place = str(files.path)
     part = choose(place, pictures, split)
     if not part.settled:
@@ -97,7 +97,7 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
     found = read_labels(files, names, part.names)
     used = found.used if found else set()
     for name in set(names) - set(pictures) - used:
-        left_out[PurePosixPath(name).suffix.lower() or "without suffix"] += 1
+        left_out[splitext(name)[1].lower() or "without suffix"] += 1
     if found is None or not found.final:
         folders = _folders(place, part)
         seen = "" if found is None else f" ({found.origin})"
@@ -221,14 +221,16 @@ def _own_folders(names: Iterable[str]) -> set[str]:
     """Folders that distmatch wrote: runs, comparisons, samples."""
     inside: dict[str, set[str]] = {}
     for name in names:
-        path = PurePosixPath(name)
-        for child, folder in zip((path, *path.parents), path.parents, strict=False):
-            inside.setdefault("" if str(folder) == "." else str(folder), set()).add(child.name)
+        while name:
+            folder, _, base = name.rpartition("/")
+            known = folder in inside
+            inside.setdefault(folder, set()).add(base)
+            name = "" if known else folder  # what is above a known folder is known too
     return {folder for folder, content in inside.items() if _is_own(content)}
 
 
 def _is_own(content: set[str]) -> bool:
     run = bool(content & RUN) and len(content & (RUN | RESULTS)) > 1
     comparison = {"settings.json", "compare.json"} <= content
-    sample = {"grid.png", "000000.png"} <= content
+    sample = "000000.png" in content and bool(content & {"grid.png", "sample.json"})
     return run or comparison or sample

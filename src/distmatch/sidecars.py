@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from posixpath import basename
 from typing import Any
 
 from distmatch import parquet
@@ -50,7 +51,7 @@ def read_labels(files: Files, names: list[str], pictures: list[str]) -> Labels |
 def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
     known: dict[str, Any] = {}
     used, said = set(), False
-    for name, content in files.read([n for n in names if PurePosixPath(n).name == "dataset.json"]):
+    for name, content in files.read([n for n in names if basename(n) == "dataset.json"]):
         where = f"{files.path}: {printable(name)}"
         data: Any = json_of(content, where, object)
         if not isinstance(data, dict) or "labels" not in data:
@@ -75,7 +76,7 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
     used: set[str] = set()
     columns: set[str] = set()
     column = None
-    for name, content in files.read([n for n in names if PurePosixPath(n).name in METADATA]):
+    for name, content in files.read([n for n in names if basename(n) in METADATA]):
         where = f"{files.path}: {printable(name)}"
         rows = list(_rows(name, content, where))
         if not any(isinstance(row, dict) and "file_name" in row for row in rows):
@@ -90,7 +91,7 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
         used.add(name)
     if not used:
         return None
-    files_used = " and ".join(sorted({PurePosixPath(name).name for name in used}))
+    files_used = " and ".join(sorted({basename(name) for name in used}))
     if column is None:
         seen = printable(", ".join(sorted(map(str, columns))))
         return Labels(None, f"{files_used} has {seen} and no label", used, final=False)
