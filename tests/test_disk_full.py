@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,6 +208,7 @@ def test_a_run_whose_disk_fills_at_any_moment_goes_on_when_there_is_room(disk, t
     run.distil(load_recipe(str(recipe)), tmp_path / "whole", tmp_path / "runs")
     expected = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     codes = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))  # it fills after it was looked at
     for room in ROOMS:
         out = disk.folder / f"run-{room}"
         monkeypatch.setattr(sys, "argv", ["distmatch", "train", str(recipe), "-o", str(out), "--runs", str(out)])
