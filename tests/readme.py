@@ -27,6 +27,7 @@ LINES: dict[str, tuple[list[str], str | None]] = {
     "distmatch demo toy2d": ([], WORKS),
     "distmatch recipes": ([], WORKS),
     "distmatch train mnist --dry-run": ([], WORKS),
+    "distmatch train mnist --check": ([], WORKS),
     "distmatch train mnist terms=match": (["steps=2", "evaluate.every=0", "match.batch=2", "log.preview=0"], WORKS),
     "distmatch eval mnist": (["-n", "1500"], WORKS),
     "distmatch teach IMAGES": (["--steps", "2", "--batch", "2"], WORKS),

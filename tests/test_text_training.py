@@ -16,6 +16,7 @@ from distmatch.models.library import find_model
 from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.plain import read_json
+from distmatch.preflight import Flight, checks
 from distmatch.run import distil
 from distmatch.terminal import Notice
 
@@ -114,6 +115,19 @@ def test_cached_text_trains_as_encoded_text_does(folder, tmp_path):
         a, b = plain.step(index), cached.step(index)
         for name in ("match", "regress", "fake"):
             assert b[name].item() == pytest.approx(a[name].item(), rel=0.02), name  # half precision on disk
+
+
+@pytest.mark.parametrize("changes", [[], ["student.guidance=[1, 4]"], ["student.lora_rank=2", "regress.decoder=full"]])
+def test_the_preflight_encodes_one_prompt_and_leaves_nothing(folder, tmp_path, changes, monkeypatch):
+    recipe = load_recipe(str(folder / "text.yaml"), [*changes, f"prompts.cache={tmp_path / 'cache'}"])
+    encoded, encode = [], TextEncoder.__call__
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    found = dict(checks(Flight(recipe, tmp_path / "run", tmp_path / "runs")))
+    assert encoded == ["a cat"]
+    assert found["teacher"].endswith("samples [4, 8, 8], 3 prompts")
+    assert found["losses"] == f"mse, decoder {recipe.regress.decoder}; the gradient reaches the student"
+    assert found["pictures"] == "64 x 64"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_matches_the_guided_teacher_of_its_prompts(folder):

@@ -16,7 +16,7 @@ from distmatch.config import Optimiser, Recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
 from distmatch.ema import EMA, frozen_copy
-from distmatch.embeddings import embed
+from distmatch.embeddings import Embeddings, embed
 from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.around import around
@@ -92,12 +92,18 @@ def _scales(recipe: Recipe) -> list[float | None]:
 
 
 def _encode(recipe: Recipe, encoder: TextEncoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
-    """Prompts by number to conditions: batch by batch, or from the cache, which is filled where it is not."""
-    if recipe.prompts.cache is None:
+    """Prompts by number to conditions: batch by batch, or from the cache, which is filled when first asked for any."""
+    place = recipe.prompts.cache
+    if place is None:
         return lambda numbers: encoder([prompts[i] for i in numbers])
-    folder = Path(recipe.prompts.cache) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
-    with progress("prompts", len(prompts), unit="prompt") as advance:
-        return embed(folder, prompts, encoder, advance)
+
+    @cache
+    def states() -> Embeddings:
+        folder = Path(place) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
+        with progress("prompts", len(prompts), unit="prompt") as advance:
+            return embed(folder, prompts, encoder, advance)
+
+    return lambda numbers: states()(numbers)
 
 
 def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:

@@ -65,7 +65,7 @@ def mnist(out: Path, runs: Path) -> None:
     console.print(f"{minutes:.1f} minutes. Look at {page.resolve()}")
     ablation = command("train", "mnist", "terms=match", "-o", runs / "match")
     console.print(
-        "\nNext (in a clone, each after `uv run`):\n"
+        "\nNext (in a clone, after `. .venv/bin/activate`):\n"
         "  distmatch sample mnist      images from the student that ships, distilled for longer\n"
         "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
         f"  {ablation}      an ablation; compare with distmatch report"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch import build, data, parallel
+from distmatch.conditions import with_guidance
 from distmatch.config import Recipe
 from distmatch.denoiser import Cond, Denoiser, guided
 from distmatch.evaluation import Space
@@ -87,7 +88,11 @@ class Flight:
 
     @cached_property
     def cond(self) -> Cond | None:
-        cond = self.subject.conditions.at([0])
+        """The first sample's condition. A prompt is encoded for it; `prompts.cache` is filled later."""
+        known, scales = around(self.subject.info, self.device), self.recipe.student.guidance
+        cond = self.subject.conditions.at([0]) if known is None else known.encode(self.subject.prompts[:1])
+        if known is not None and scales is not None:
+            cond = with_guidance(cond, torch.tensor([scales[0]]))
         return cond and cond.to(self.device)
 
     @cached_property
