@@ -72,10 +72,10 @@ def announce(tell: Callable[[str, Path], None]) -> None:
         else:
             tell("to be moved", folder.parent)
 
-    def removed(path, **options):
-        if path.exists() and path.parent.name == "checkpoints":
-            tell("half deleted", path.parent)
-        rmtree(path, **options)
+    def removed(path, *options, **named):  # by tempfile as well, with a string and `onerror` or `onexc`
+        if Path(path).exists() and Path(path).parent.name == "checkpoints":
+            tell("half deleted", Path(path).parent)
+        rmtree(path, *options, **named)
 
     def pruned(self):
         gone = prune(self)
