@@ -58,6 +58,7 @@ FLOORS = [
     ["config", "files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
     ["watch", "betas", "options", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
+    ["errors"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -258,3 +258,21 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
 def test_a_device_that_is_there_is_taken():
     assert build.device("cpu").type == "cpu"
     assert build.device("auto").type in ("cpu", "cuda")
+
+
+def test_an_error_of_ours_shows_where_it_is_and_how_to_report_it(monkeypatch, capsys):
+    """A `ValueError` that is no `UserError`, as Python raises it within the package."""
+
+    def broken(*_: object) -> None:
+        dict(zip([1], [], strict=True))
+
+    monkeypatch.setattr("distmatch.config.recipes", broken)
+    monkeypatch.setattr("sys.argv", ["distmatch", "recipes"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "Traceback" in said
+    assert "zip() argument 2 is shorter than argument 1" in said
+    assert "the ValueError above is a bug" in said
+    assert said.rstrip().endswith("distmatch recipes")

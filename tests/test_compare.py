@@ -195,7 +195,7 @@ def test_real_images_of_any_size_are_cut_to_the_square_in_their_middle(tmp_path)
     with pytest.raises(ValueError, match=r"1 of 3 images cannot be read: c.png"):
         squares(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no images .*; for MS-COCO unpack val2014.zip"):
+    with pytest.raises(ValueError, match=r"empty holds no images .*; it has no files, expected .*.jpeg.*"):
         squares(tmp_path / "empty")
 
 

@@ -7,7 +7,7 @@ import tiny
 
 from distmatch import run
 from distmatch.config import load_recipe
-from distmatch.interrupt import Stopped
+from distmatch.errors import Stopped
 from distmatch.models.folder import load_model
 
 STAGES = [

@@ -11,10 +11,11 @@ from distmatch import log
 from distmatch.clock import Clock
 from distmatch.config import load_recipe
 from distmatch.ema import EMA
+from distmatch.errors import Diverged
 from distmatch.optim import Optimizer
 from distmatch.plain import read_json
 from distmatch.run import distil
-from distmatch.train import Diverged, Plan, train
+from distmatch.train import Plan, train
 
 
 class Quadratic:

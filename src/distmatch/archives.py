@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from distmatch.errors import UserError
 from distmatch.limits import FILE, UNPACKED, check, limit
 from distmatch.screen import printable
 
@@ -48,7 +49,7 @@ class Files:
         sizes: bytes by name, sorted by name; names are relative, with `/`.
         left_out: what has no name here, counted by reason.
 
-    Raises `ValueError`, as does `read`, for what cannot be read, naming the archive and the file.
+    Raises `UserError`, as does `read`, for what cannot be read, naming the archive and the file.
     """
 
     def __init__(self, path: Path, without: Path | None = None):
@@ -143,7 +144,7 @@ class TarFiles(Files):
                     member = archive.next()
                     archive.members = []  # type: ignore[attr-defined]
                 if member is None:
-                    raise ValueError(f"{self.path} has changed while it was read; start again")
+                    raise UserError(f"{self.path} has changed while it was read; start again")
                 if (name := wanted.pop(number, None)) is not None:
                     with _named(self.path, name):
                         file = archive.extractfile(member)
@@ -182,7 +183,7 @@ class ZipFiles(Files):
             for name in names:
                 info = self.infos[name]
                 if info.flag_bits & 1:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.path}: {printable(name)} is encrypted; unpack the archive with its password and give "
                         "the folder"
                     )
@@ -194,7 +195,7 @@ class ZipFiles(Files):
 def open_files(path: Path, without: Path | None = None) -> Files:
     """The files of the folder or archive `path`.
 
-    Raises `ValueError` where it is neither.
+    Raises `UserError` where it is neither.
     """
     if path.is_dir():
         return Files(path, without)
@@ -223,7 +224,7 @@ class _Bounded:
 
     def _check(self, position: int) -> None:
         if position > self.most:
-            raise ValueError(
+            raise UserError(
                 f"it unpacks to more than {self.most:,} bytes; if that is meant, unpack it and give the folder"
             )
 
@@ -232,25 +233,25 @@ def _check_end(archive: tarfile.TarFile, file: _Bounded) -> None:
     """Tell an archive that ends from one that was cut or has a damaged header, where tarfile stops without a word."""
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise ValueError(f"it breaks off after {archive.offset:,} bytes: it was cut, or is damaged there; get it again")
+        raise UserError(f"it breaks off after {archive.offset:,} bytes: it was cut, or is damaged there; get it again")
     rest = file.read(2**16)
     if rest.strip(b"\0"):
-        raise ValueError("more follows after its end, as in archives put together; unpack it with `tar -i`")
+        raise UserError("more follows after its end, as in archives put together; unpack it with `tar -i`")
 
 
 @contextmanager
 def _named(path: Path, name: str | None = None) -> Iterator[None]:
-    """What a reader runs into becomes a `ValueError` that names the archive and the file in it."""
+    """What a reader runs into becomes a `UserError` that names the archive and the file in it."""
     try:
         yield
     except DAMAGED as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+        if isinstance(error, UserError) and str(error).startswith(str(path)):
             raise
         if name is None and path.is_dir():
-            raise ValueError(f"{path} cannot be read: {_reason(error)}") from error
+            raise UserError(f"{path} cannot be read: {_reason(error)}") from error
         if name is None:
-            raise ValueError(f"{path} cannot be read as an archive (.tar, .tar.gz, .zip): {_reason(error)}") from error
-        raise ValueError(f"{path}: {printable(name)} cannot be read: {_reason(error)}") from error
+            raise UserError(f"{path} cannot be read as an archive (.tar, .tar.gz, .zip): {_reason(error)}") from error
+        raise UserError(f"{path}: {printable(name)} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -12,10 +12,12 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.lib import format as npy
 
+from distmatch.errors import UserError
+
 
 @dataclass(frozen=True)
 class Array:
-    """An array in a file: `read()` gets it. Raises `ValueError` where the file is damaged, or it holds objects."""
+    """An array in a file: `read()` gets it. Raises `UserError` where the file is damaged, or it holds objects."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -29,10 +31,10 @@ class Array:
 def arrays(file: Path) -> dict[str, Array]:
     """The arrays in an .npz by name, that in an .npy as `arr_0`.
 
-    Raises `ValueError` where the file is missing or damaged, or holds something else.
+    Raises `UserError` where the file is missing or damaged, or holds something else.
     """
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; expected an .npz or .npy")
+        raise UserError(f"{file} does not exist; expected an .npz or .npy")
     with _damage(file):
         if file.suffix == ".npy":
             mapped: Any = np.load(file, mmap_mode="r", allow_pickle=False)  # raises unless the file is long enough
@@ -47,7 +49,7 @@ def arrays(file: Path) -> dict[str, Array]:
                     shape, _, dtype = header(member)
                     found[name] = Array(dtype, shape, partial(_read, file, name))
                     if not dtype.hasobject and found[name].nbytes + member.tell() != info.file_size:
-                        raise ValueError(f"{name} has not the size that its header says")
+                        raise UserError(f"{name} has not the size that its header says")
             return found
 
 
@@ -63,4 +65,4 @@ def _damage(file: Path) -> Iterator[None]:
     except Exception as error:  # whatever zipfile, zlib and NumPy run into
         if isinstance(error, MemoryError):
             raise
-        raise ValueError(f"{file} is damaged, or holds something other than arrays of numbers") from error
+        raise UserError(f"{file} is damaged, or holds something other than arrays of numbers") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmatch import rng
 from distmatch.data import to_uint8
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.finite import check_images
 from distmatch.models.hub import pipeline, settings
@@ -84,7 +85,7 @@ def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise ValueError(
+        raise UserError(
             f"LoRA {lora!r} cannot be loaded into {teacher}: {str(error).splitlines()[0]:.300}. Expected "
             "pytorch_lora_weights.safetensors or its folder, or a name on Hugging Face: "
             "latent-consistency/lcm-lora-sdv1-5 for Stable Diffusion 1.5, latent-consistency/lcm-lora-sdxl for SDXL"

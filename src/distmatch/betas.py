@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmatch.errors import UserError
+
 SPACINGS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
@@ -48,23 +50,23 @@ MARGINALS = {
 def beta_settings(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `schedule.VP` in the settings of a diffusers scheduler.
 
-    Raises `ValueError` for one that has no betas (flow matching, EDM), or that does not go by them alone.
+    Raises `UserError` for one that has no betas (flow matching, EDM), or that does not go by them alone.
     """
     kind = scheduler.get("_class_name", "this scheduler")
     for name, (plain, meaning) in MARGINALS.items():
         if scheduler.get(name) not in (None, plain):
-            raise ValueError(f"{kind}: {name} {scheduler[name]!r} {meaning}; expected {plain!r}")
+            raise UserError(f"{kind}: {name} {scheduler[name]!r} {meaning}; expected {plain!r}")
     if scheduler.get("trained_betas") is not None:
         return {"betas": scheduler["trained_betas"]}
     spacing = scheduler.get("beta_schedule")
     if spacing is None:
-        raise ValueError(
+        raise UserError(
             f"{kind} has no betas: its model is of flow matching, EDM or another kind that is not known here; expected "
             "a scheduler with a beta_schedule, such as DDIMScheduler or PNDMScheduler"
         )
     if spacing not in SPACINGS:
-        raise ValueError(f"{kind}: beta_schedule {spacing!r} is not known here; expected one of {', '.join(SPACINGS)}")
+        raise UserError(f"{kind}: beta_schedule {spacing!r} is not known here; expected one of {', '.join(SPACINGS)}")
     if absent := [name for name in ("num_train_timesteps", "beta_start", "beta_end") if name not in scheduler]:
-        raise ValueError(f"{kind} says no {absent[0]}; add it to its settings")
+        raise UserError(f"{kind} says no {absent[0]}; add it to its settings")
     ends = {"beta_start": float(scheduler["beta_start"]), "beta_end": float(scheduler["beta_end"])}
     return {**ends, "steps": int(scheduler["num_train_timesteps"]), "spacing": spacing}

@@ -18,6 +18,7 @@ from distmatch.distill import Distiller, Match, Regress, Term
 from distmatch.ema import EMA, frozen_copy
 from distmatch.embeddings import Embeddings, embed
 from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
+from distmatch.errors import UserError
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.around import around
 from distmatch.models.codec import Decoded, Decoder
@@ -34,7 +35,7 @@ from distmatch.prompts import read_prompts
 
 
 def device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises `ValueError` for a device that is not there."""
+    """`auto` is CUDA where there is one, else the CPU. Raises `UserError` for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,7 +44,7 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         here = ["auto", "cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
-        raise ValueError(f"device {name!r} is not available here; use {' or '.join(here)}") from error
+        raise UserError(f"device {name!r} is not available here; use {' or '.join(here)}") from error
     return found
 
 
@@ -70,7 +71,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     conditions, prompts, cut = Classes(len(info.classes)), [], 0
     if info.source:
         if recipe.prompts.path is None:
-            raise ValueError(
+            raise UserError(
                 f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
             )
         prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
@@ -161,11 +162,11 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
 
 
 def check_batches(recipe: Recipe) -> None:
-    """Raise `ValueError` for a batch that the processes cannot share in equal parts."""
+    """Raise `UserError` for a batch that the processes cannot share in equal parts."""
     world = parallel.world()
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
         if name in recipe.terms and batch % (recipe.accumulate * world):
-            raise ValueError(
+            raise UserError(
                 f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate}"
                 + f" times {world} processes" * (world > 1)
                 + "; choose one that is"
@@ -220,7 +221,7 @@ def start(recipe: Recipe, subject: Subject) -> Denoiser:
     """What student and fake score start from: the teacher (Algorithm 1, line 2), or the recipe's own new network.
 
     A new network takes the teacher's schedule and prediction. Where the student takes a guidance scale, both networks
-    do: the fake score is that of the student's images of each scale. Raises `ValueError` where it is not possible.
+    do: the fake score is that of the student's images of each scale. Raises `UserError` where it is not possible.
     """
     denoiser = _network(recipe, subject.denoiser, subject.info)
     if recipe.student.guidance is None:
@@ -232,13 +233,13 @@ def _network(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
     network = recipe.student.network
     if network is None:
         if next(denoiser.parameters(), None) is None:
-            raise ValueError(
+            raise UserError(
                 f"teacher {recipe.teacher!r} has no weights that the student could start from; "
                 "give the student a network of its own, e.g. student.network={type: mlp}"
             )
         return denoiser
     if len(info.shape) != 1:
-        raise ValueError(f"student.network {network.type!r} is for points; this teacher makes samples of {info.shape}")
+        raise UserError(f"student.network {network.type!r} is for points; this teacher makes samples of {info.shape}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(recipe.seed, "network"))
         net = NETWORKS[network.type](dim=info.shape[0], width=network.width, depth=network.depth)
@@ -248,13 +249,13 @@ def _network(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
 def student(recipe: Recipe, first: Denoiser) -> Denoiser:
     """The network to train: a copy of `first` (see `start`) or `student.init`, with adapters where it has them alone.
 
-    Raises `ValueError` for a network that the recipe's entries don't fit.
+    Raises `UserError` for a network that the recipe's entries don't fit.
     """
     made = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, device(recipe.device)))
     if recipe.student.lora_rank:
         made = _adapted(made, recipe.student.lora_rank, rng.key(recipe.seed, "adapters"))
     if (recipe.gradient_checkpointing or recipe.compile) and not blocks(made):
-        raise ValueError(
+        raise UserError(
             f"gradient_checkpointing and compile are for networks of blocks, in nn.ModuleList; "
             f"{type(made.net).__name__} has none: use false"
         )
@@ -266,7 +267,7 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
     schedule = subject.denoiser.schedule
     t = schedule.t_max if recipe.student.t is None else recipe.student.t
     if not schedule.t_min < t <= schedule.t_max:
-        raise ValueError(f"student.t is {t:g}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}")
+        raise UserError(f"student.t is {t:g}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}")
     card: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if subject.prompts:
         card["prompts"] = {"count": len(subject.prompts), "cut": subject.cut}
@@ -276,21 +277,19 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
 
 
 def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
-    """The student `student.init`. Raises `ValueError` where its network is not that of the `denoiser` beside it."""
+    """The student `student.init`. Raises `UserError` where its network is not that of the `denoiser` beside it."""
     assert recipe.student.init is not None
     student, _ = find_model(recipe.student.init, kind="student")
     here, there = ({k: v.shape for k, v in m.state_dict().items()} for m in (denoiser, student))
     if here != there:
-        raise ValueError(
-            f"student.init {recipe.student.init!r} has another network than the teacher {recipe.teacher!r}"
-        )
+        raise UserError(f"student.init {recipe.student.init!r} has another network than the teacher {recipe.teacher!r}")
     return student.to(dev)
 
 
 def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
     """The student with adapters of `rank`, which alone are trained."""
     if type(denoiser.net) is not StableUNet:
-        raise ValueError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
+        raise UserError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same in every process
         net = denoiser.net.with_adapters(rank)
@@ -372,13 +371,13 @@ def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]
     if r.decoder == "none":
         return loss
     if not info.source:
-        raise ValueError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
+        raise UserError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
     source = r.tiny if r.decoder == "tiny" else info.source
     tiny, checkpointing = r.decoder == "tiny", recipe.gradient_checkpointing
     decoder = _kept(Decoder, source, tiny, checkpointing).to(device(recipe.device))
     channels = decoder.vae.config.latent_channels
     if channels != info.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"{source} decodes latents of {channels} channels; those of {recipe.teacher!r} are {info.shape}"
         )
     return Decoded(loss, decoder)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distmatch import parallel
 from distmatch.digests import Damaged, known_digest, load_file
+from distmatch.errors import UserError
 from distmatch.files import write_json
 from distmatch.plain import read_json
 
@@ -43,7 +44,7 @@ class Checkpoints:
     all have written.
 
     `save` copies and returns; a thread writes. There is one such thread at a time, and whatever must know how it went
-    waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `ValueError` when it failed.
+    waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `UserError` when it failed.
 
     Args:
         parts: what a checkpoint holds, by name: networks, EMA, optimizers. Their `state_dict`s share memory with them.
@@ -70,7 +71,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def best(self) -> dict[str, Any] | None:
-        """`{"step": ..., "score": ...}` of the best one so far. Raises `ValueError` where `best.json` is damaged."""
+        """`{"step": ..., "score": ...}` of the best one so far. Raises `UserError` where `best.json` is damaged."""
         file = self.folder / "best.json"
         try:
             best = read_json(file, dict[str, Any])
@@ -78,7 +79,7 @@ class Checkpoints:
         except FileNotFoundError:
             return None
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} does not say which checkpoint is the best ({_first_line(error)}). Delete it to go on: the "
                 "next one that is evaluated is then the best so far"
             ) from error
@@ -108,7 +109,7 @@ class Checkpoints:
         self._saving = step, saving
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there. Raises `ValueError` when the disk refused it."""
+        """Until the checkpoint that is being written is there. Raises `UserError` when the disk refused it."""
         if self._saving is None:
             return
         step, saving = self._saving
@@ -124,7 +125,7 @@ class Checkpoints:
         if parallel.rank() == 0:
             shutil.rmtree(self._unfinished(step), ignore_errors=True)
         last = f"from step {self._steps()[-1]}, which is kept" if self._steps() else "from the beginning"
-        raise ValueError(
+        raise UserError(
             f"{self.path(step)} could not be saved ({_first_line(cause)}). Make room in {self.folder}, or make it "
             f"writable, and run the same again: it goes on {last}"
         ) from error
@@ -170,7 +171,7 @@ class Checkpoints:
         return gone
 
     def verify(self, step: int) -> None:
-        """Read all of checkpoint `step`. Raises `ValueError` where it is damaged or a number in it is not finite."""
+        """Read all of checkpoint `step`. Raises `UserError` where it is damaged or a number in it is not finite."""
         path = self.path(step)
         found: dict[str, int] = {}
         try:
@@ -178,21 +179,21 @@ class Checkpoints:
             for shard, digest in _shards(path, header).items():
                 for name, value in load_file(path / shard, digest).items():
                     if value.is_floating_point() and not value.isfinite().all():
-                        raise ValueError(f"{path / shard}: {name} is not finite")
+                        raise UserError(f"{path / shard}: {name} is not finite")
                     found[name] = found.get(name, 0) + value.numel()
             sizes = {name: math.prod(shape) for name, shape in header["shapes"].items()}
         except DAMAGE as error:
-            raise ValueError(f"{path} is damaged ({_first_line(error)})") from error
+            raise UserError(f"{path} is damaged ({_first_line(error)})") from error
         for name, size in sizes.items():
             if found.get(name, 0) < size:
-                raise ValueError(f"{path} is not complete: {name} has {found.get(name, 0)} of {size} numbers")
+                raise UserError(f"{path} is not complete: {name} has {found.get(name, 0)} of {size} numbers")
 
     def load(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """Put checkpoint `step` (the latest unless told) back into the parts: `(step, meta)`, `None` if there is none.
 
         Of several processes, each compares the digests of its share of the files before any of them reads.
 
-        Raises `ValueError` when it is damaged or holds other parts.
+        Raises `UserError` when it is damaged or holds other parts.
         """
         self.wait()
         if step is None:
@@ -206,7 +207,7 @@ class Checkpoints:
         try:
             header = _header(path)
             if set(header["tree"]) != set(self.parts):
-                raise ValueError(
+                raise UserError(
                     f"{path} holds {', '.join(sorted(header['tree']))}; this run needs "
                     f"{', '.join(sorted(self.parts))}. It belongs to another recipe: choose another output folder"
                 )
@@ -215,7 +216,7 @@ class Checkpoints:
             parallel.agreed(lambda: _compare(path, header))
             shards.read(tensors, path)
         except (*DAMAGE, shards.CheckpointException, IndexError) as error:
-            raise ValueError(_damaged(path, shards.failure(error))) from error
+            raise UserError(_damaged(path, shards.failure(error))) from error
         for name, part in self.parts.items():
             part.load_state_dict(_unflatten(header["tree"][name], tensors))
         return header["step"], header["meta"]
@@ -256,7 +257,7 @@ def _header(path: Path) -> dict[str, Any]:
     """What `state.json` says of the checkpoint `path`."""
     try:
         header = read_json(path / "state.json", dict[str, Any])
-    except ValueError as error:
+    except UserError as error:
         raise Damaged(str(error)) from error
     if header["step"] != int(path.name.rpartition("-")[2]):
         raise Damaged(f"its state.json is of step {header['step']}")
@@ -278,7 +279,7 @@ def _compare(path: Path, header: Mapping[str, Any]) -> None:
         for name, digest in [*_shards(path, header).items()][parallel.rank() :: parallel.world()]:
             load_file(path / name, digest)
     except DAMAGE as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise UserError(_damaged(path, error)) from error
 
 
 def _damaged(path: Path, error: BaseException) -> str:
@@ -296,7 +297,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 def _same_shapes(path: Path, there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
     for name in dict.fromkeys([*there, *here]):
         if there.get(name) != here.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{path} does not fit this run's networks: {name} is {there.get(name)}, not {here.get(name)}"
             )
 

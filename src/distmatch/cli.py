@@ -4,6 +4,7 @@ import os
 import select
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from distmatch.cli_mistakes import explain
 from distmatch.cli_models import File, Name, Out
 from distmatch.cli_models import app as models
+from distmatch.errors import Agreed, Diverged, Lost, Stopped, UserError
 from distmatch.options import Count, Range, Rate, Share, Whole
 
 app = App(
@@ -356,12 +358,12 @@ def report(*runs: File, out: Out = None) -> None:
     from distmatch.report import report as write
 
     if not runs:
-        raise ValueError("no run was named; give one or more run folders, e.g. distmatch report runs/mnist")
+        raise UserError("no run was named; give one or more run folders, e.g. distmatch report runs/mnist")
     print(write(list(runs), out or runs[0] / "report.html"))
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message, not a traceback (set DISTMATCH_DEBUG=1 for one)."""
+    """Entry point. A user's mistake is one message without traceback (set DISTMATCH_DEBUG=1 for one); a bug has its."""
     # Waiting OpenMP threads that spin cost a busy CPU more than they save; torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -382,22 +384,27 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains, as it exits
         raise SystemExit(141) from None  # as of programs that SIGPIPE ends, such as with `| head`
-    except ValueError as error:
-        if type(error).__name__ == "Agreed" and os.environ.get("RANK", "0") != "0":
+    except UserError as error:
+        if isinstance(error, Agreed) and os.environ.get("RANK", "0") != "0":
             raise SystemExit(2) from None  # the first process says it
         _fail(str(error), 2)
+    except (Diverged, Lost) as error:
+        _fail(str(error), 1)
+    except Stopped as error:
+        _fail(f"{error}; to go on: {_command()}", 130)
     except KeyboardInterrupt:  # wherever it comes: in imports, while pairs are built, in an evaluation
         _fail(f"stopped; to go on: {_command()}", 130)
     except Exception as error:
-        if type(error).__name__ == "Stopped":
-            _fail(f"{error}; to go on: {_command()}", 130)
-        if type(error).__name__ in ("Diverged", "Lost"):
-            _fail(str(error), 1)
         from distmatch.disk import explained
 
-        if (message := explained(error)) is None:
-            raise
-        _fail(message, 2)
+        if (message := explained(error)) is not None:
+            _fail(message, 2)
+        traceback.print_exc()
+        _fail(
+            f"the {type(error).__name__} above is a bug in distmatch or in a package that it uses, not a mistake of "
+            f"yours. Please report it with all these lines and the command: {_command()}",
+            1,
+        )
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:

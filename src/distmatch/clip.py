@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distmatch.errors import UserError
 from distmatch.extras import need
 
 MODEL = "ViT-g-14"
@@ -33,7 +34,7 @@ class ClipScore:
         weights: the model's file (.safetensors, or a state dict of tensors), or the folder with it.
         model: OpenCLIP's name of the network.
 
-    Raises `ValueError` where the extra `metrics` is not installed, the model is unknown, or the file is missing,
+    Raises `UserError` where the extra `metrics` is not installed, the model is unknown, or the file is missing,
     damaged or of another model.
     """
 
@@ -41,13 +42,13 @@ class ClipScore:
         need("open_clip", by="CLIP score")
         open_clip: Any = import_module("open_clip")
         if model not in open_clip.list_models():
-            raise ValueError(f"CLIP model {model!r} is unknown to OpenCLIP; the paper's is {MODEL}")
+            raise UserError(f"CLIP model {model!r} is unknown to OpenCLIP; the paper's is {MODEL}")
         file = _file(Path(weights), model)
         try:
             # OpenCLIP's own reader, which knows other publishers' names too; it reads tensors and nothing else.
             made = open_clip.create_model_from_pretrained(model, str(file.resolve()), weights_only=True)
         except Exception as error:  # whatever the reader runs into in a damaged file
-            raise ValueError(f"{file} holds no weights of {model}: {type(error).__name__}: {error!s:.300}") from error
+            raise UserError(f"{file} holds no weights of {model}: {type(error).__name__}: {error!s:.300}") from error
         self.network, self.preprocess = made
         self.network = self.network.to(device).eval()
         self.tokenize = open_clip.get_tokenizer(model)
@@ -56,7 +57,7 @@ class ClipScore:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"pixels are {pixels.dtype} {tuple(pixels.shape)} for {len(prompts)} prompts; CLIP score takes uint8 "
                 "(B, 3, H, W) in 0..255 and a prompt for each"
             )
@@ -74,7 +75,7 @@ def _file(weights: Path, model: str) -> Path:
     for file in candidates:
         if file.is_file():
             return file
-    raise ValueError(
+    raise UserError(
         f"{' and '.join(map(str, candidates))} not found; expected the weights of OpenCLIP's {model}"
         + (f": fetch {' or '.join(FILES)} of {PUBLISHED} on Hugging Face (5 GB)" if model == MODEL else "")
     )

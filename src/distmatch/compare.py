@@ -26,6 +26,7 @@ from distmatch import build, data, parallel, rng
 from distmatch.baselines import Method, digest, load_lora, load_teacher, methods
 from distmatch.clip import MODEL, ClipScore
 from distmatch.decode import SUFFIXES
+from distmatch.errors import UserError
 from distmatch.evaluation import Space, enough, hardware
 from distmatch.features import Reference, reference
 from distmatch.files import write_atomic, write_json
@@ -83,7 +84,7 @@ def command(
         n = n or 30_000
         said = coco_prompts(coco, n, seed)
     else:
-        raise ValueError("--prompts coco needs the captions: --coco captions_val2014.json")
+        raise UserError("--prompts coco needs the captions: --coco captions_val2014.json")
     where = build.device(device)
     ours = None if student is None else DistilledPipeline.from_pretrained(student, where)
     compare(
@@ -143,14 +144,14 @@ def compare(
             images of any sizes, of which the squares in the middle are taken, as GigaGAN's evaluation code does.
         clip_weights: OpenCLIP's file for the CLIP score.
 
-    Raises `ValueError` for what is missing or does not fit, and where `out` has figures of other settings.
+    Raises `UserError` for what is missing or does not fit, and where `out` has figures of other settings.
     """
     if not prompts:
-        raise ValueError("there are no prompts; give at least one")
+        raise UserError("there are no prompts; give at least one")
     if guidance < 1:
-        raise ValueError(f"guidance {guidance} is below 1, where diffusers' pipelines leave it out; expected 1 or more")
+        raise UserError(f"guidance {guidance} is below 1, where diffusers' pipelines leave it out; expected 1 or more")
     if n < 1 or batch < 1 or not 1 <= picture <= n:
-        raise ValueError(
+        raise UserError(
             f"{n} images in batches of {batch}, {picture} of them in the picture: expected n >= 1, batch >= 1 and "
             "1 <= picture <= n"
         )
@@ -160,7 +161,7 @@ def compare(
     merged = None if lora is None else load_lora(teacher, lora, device, dtype)
     shape = settings_of(teacher).shape
     if student is not None and tuple(student.info.shape) != shape:
-        raise ValueError(
+        raise UserError(
             f"the student makes samples of shape {tuple(student.info.shape)} and the teacher {teacher} of {shape}; "
             "compare a student with the teacher that it was made from"
         )
@@ -289,12 +290,12 @@ def lanczos(pixels: Tensor, side: int = SIDE) -> Tensor:
 def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | None = None) -> Images:
     """The images in `folder`, of any sizes: the squares in their middle, by Pillow's Lanczos filter.
 
-    Raises `ValueError` as `load_images` does.
+    Raises `UserError` as `load_images` does.
     """
 
     def square(image: Image.Image) -> Image.Image:
         if image.mode not in ("L", "RGB"):
-            raise ValueError("it has 16 bits per pixel; expected photographs of 8")
+            raise UserError("it has 16 bits per pixel; expected photographs of 8")
         edge = min(image.size)
         left, top = (image.width - edge) // 2, (image.height - edge) // 2
         if advance is not None:
@@ -309,7 +310,7 @@ def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | Non
 def _space(name: str, real: Path | None, device: torch.device) -> Space:
     """The features of FID as clean-fid has it, with their reference."""
     if not name.startswith("inception:"):
-        raise ValueError(f"features {name!r}: FID is compared in those of Inception; give inception:FILE")
+        raise UserError(f"features {name!r}: FID is compared in those of Inception; give inception:FILE")
     if real is None or not real.is_dir():
         return find_spaces(name, None if real is None else str(real), "clean", device, ())[0]
     space = load_inception(Path(name.removeprefix("inception:")), "clean").to(device)
@@ -345,7 +346,7 @@ def _finished(folder: Path, method: str, picture: int) -> dict[str, Any] | None:
     try:
         done = read_json(folder / "figures.json", dict[str, Any])
         if done["name"] != method:
-            raise ValueError(f"{folder} holds the figures of {done['name']}")
+            raise UserError(f"{folder} holds the figures of {done['name']}")
         for i in range(picture):
             with Image.open(folder / f"{i:06d}.png") as image:
                 image.verify()

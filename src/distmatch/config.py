@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distmatch.errors import UserError
 from distmatch.paths import expand
 from distmatch.plain import fitting, read_yaml, yaml_of
 
@@ -76,7 +77,7 @@ class Student(_Strict):
     @model_validator(mode="after")
     def _scales_in_order(self) -> Self:
         if self.guidance is not None and not self.guidance[0] < self.guidance[1]:
-            raise ValueError(f"expected guidance: [low, high] with low < high, not {list(self.guidance)}")
+            raise UserError(f"expected guidance: [low, high] with low < high, not {list(self.guidance)}")
         return self
 
 
@@ -97,7 +98,7 @@ class MatchTerm(_Strict):
     @model_validator(mode="after")
     def _steps_in_order(self) -> Self:
         if not self.min_step < self.max_step <= self.bins:
-            raise ValueError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
+            raise UserError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
         return self
 
 
@@ -175,7 +176,7 @@ class Evaluation(_Strict):
 
 def _unique(terms: list[str]) -> list[str]:
     if len(set(terms)) < len(terms):
-        raise ValueError(f"a term is named twice: {', '.join(terms)}")
+        raise UserError(f"a term is named twice: {', '.join(terms)}")
     return terms
 
 
@@ -217,9 +218,7 @@ class Recipe(_Strict):
     def _stages_in_order(self) -> Self:
         ends = [stage.until for stage in self.stages]
         if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
-            raise ValueError(
-                f"stages end at {ends}; expected rising iterations, the last of them `steps`, {self.steps}"
-            )
+            raise UserError(f"stages end at {ends}; expected rising iterations, the last of them `steps`, {self.steps}")
         for number in range(len(self.stages)):
             self.stage(number)  # raises where its changes are no entries
         return self
@@ -229,7 +228,7 @@ class Recipe(_Strict):
         tree = self.model_dump(exclude={"stages"})
         for key, value in self.stages[number].change.items():
             if key.split(".")[0] not in CHANGEABLE:
-                raise ValueError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(CHANGEABLE)}")
+                raise UserError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(CHANGEABLE)}")
             set_entry(tree, key, value)
         return parse_recipe(tree, f"stage {number + 1}")
 
@@ -247,7 +246,7 @@ def recipes() -> dict[str, Path]:
 def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """The recipe called `name`, or in the file `name`, with `key=value` overrides such as `match.weighting=eq8`.
 
-    Raises `ValueError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value; it names
+    Raises `UserError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value; it names
     the override where that is to blame.
     """
     path, tree = _read(name)
@@ -266,7 +265,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     source = f"recipe {name}" if name in recipes() else str(path)
     found, own = _errors(tree), {error["loc"] for error in _errors(file)}
     if found:
-        raise ValueError("\n".join(_explain(e, source, () if e["loc"] in own else overrides) for e in found))
+        raise UserError("\n".join(_explain(e, source, () if e["loc"] in own else overrides) for e in found))
     return Recipe.model_validate(tree)
 
 
@@ -275,19 +274,19 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
     path = Path(expand(name))
     if path.suffix not in (".yaml", ".yml"):
         if "=" in name:
-            raise ValueError(f"{name!r} is no recipe; the recipe comes first, what it changes after it: RECIPE {name}")
+            raise UserError(f"{name!r} is no recipe; the recipe comes first, what it changes after it: RECIPE {name}")
         if path.exists() or len(path.parts) > 1:
-            raise ValueError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
+            raise UserError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
         if name not in recipes():
-            raise ValueError(f"recipe {name!r} is unknown{_nearest(name, recipes())}; see `distmatch recipes`")
+            raise UserError(f"recipe {name!r} is unknown{_nearest(name, recipes())}; see `distmatch recipes`")
         path = recipes()[name]
     elif not path.exists():
-        raise ValueError(f"recipe file {name} does not exist")
+        raise UserError(f"recipe file {name} does not exist")
     tree = read_yaml(path)
     if "base" in tree:
         base = str(tree.pop("base"))
         if base in (name, *above):
-            raise ValueError(f"{path}: its base {base!r} has itself as base")
+            raise UserError(f"{path}: its base {base!r} has itself as base")
         tree = _merged(_read(base, (name, *above))[1], tree)
     return path, tree
 
@@ -305,7 +304,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e, source) for e in error.errors())) from error
+        raise UserError("\n".join(_explain(e, source) for e in error.errors())) from error
 
 
 def _errors(tree: dict[str, Any]) -> list[Any]:
@@ -386,7 +385,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Set `a.b=value` in the nested `tree`."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise ValueError(f"override {override!r} is not of the form key=value, e.g. match.weighting=eq8")
+        raise UserError(f"override {override!r} is not of the form key=value, e.g. match.weighting=eq8")
     value = yaml_of(text, f"override {override!r}: the value")
     if dotted == "terms" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
@@ -394,12 +393,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def set_entry(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set the entry `a.b` of the nested `tree`. Raises `ValueError` where `a` is no group."""
+    """Set the entry `a.b` of the nested `tree`. Raises `UserError` where `a` is no group."""
     *parents, last = dotted.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"{dotted}: {parent} is a value, not a group of entries")
+            raise UserError(f"{dotted}: {parent} is a value, not a group of entries")
     tree[last] = value
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser
 from distmatch.engine import blocks
+from distmatch.errors import UserError
 from distmatch.models.folder import Info
 from distmatch.rehearsal import LOSSES, rehearse
 from distmatch.weightless import weights_around
@@ -70,12 +71,12 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     Args:
         denoiser, info: the teacher; its weights are not used. See `weightless.teacher_of`.
 
-    Raises `ValueError` where the processes cannot share the batches in equal parts.
+    Raises `UserError` where the processes cannot share the batches in equal parts.
     """
     parts = processes * recipe.accumulate
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
         if name in recipe.terms and batch % parts:
-            raise ValueError(
+            raise UserError(
                 f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate} times {processes} GPUs; "
                 "choose one that is"
             )

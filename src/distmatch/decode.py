@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distmatch.archives import printable
+from distmatch.errors import UserError
 from distmatch.limits import MEMORY, PIXELS, check
 
 GROUND = "white"
@@ -73,16 +74,16 @@ class Decoder:
     def finish(self) -> tuple[np.ndarray, list[str]]:
         """`u8[N,C,H,W]`, and what was done to the pictures, in words.
 
-        Raises `ValueError` that counts and names the pictures that cannot be read, or are of other sizes or depths.
+        Raises `UserError` that counts and names the pictures that cannot be read, or are of other sizes or depths.
         """
         if self.broken:
-            raise ValueError(f"{self.place}: {_many(self.broken, self.count)} cannot be read: {self.broken[0]}")
+            raise UserError(f"{self.place}: {_many(self.broken, self.count)} cannot be read: {self.broken[0]}")
         for what, groups in (("sizes", {f"{w}x{h}": n for (w, h), n in self.sizes.items()}), ("depths", self._bits())):
             if len(groups) > 1:
                 ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
                 found = [f"{len(names):,} of {key} (e.g. {printable(names[0])})" for key, names in ordered[:5]]
                 more = f" and {len(ordered) - 5} {what} more" * (len(ordered) > 5)
-                raise ValueError(f"{self.place} has images of {len(groups)} {what}: {', '.join(found)}{more}; "
+                raise UserError(f"{self.place} has images of {len(groups)} {what}: {', '.join(found)}{more}; "
                                  "bring them all to one first")  # fmt: skip
         assert self.pixels is not None
         if self.pixels.shape[1] == 3:
@@ -97,7 +98,7 @@ class Decoder:
                 row[:] = pixels >> (self.bits - 8)
             self.pixels = small
         elif self.shallow and self.deepest < 64:
-            raise ValueError(
+            raise UserError(
                 f"{self.place}: {_many(self.shallow, self.count)} have 16 bits per channel whose upper bits are empty, "
                 f"e.g. {printable(self.shallow[0])}, and would be nearly black; scale them to 8 bits first"
             )
@@ -140,10 +141,10 @@ def _plain(image: Image.Image) -> tuple[Image.Image, bool]:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() >= 2**16:
-            raise ValueError("it has more than 16 bits per pixel; scale it to 8 or 16 first")
+            raise UserError("it has more than 16 bits per pixel; scale it to 8 or 16 first")
         return Image.fromarray(values.astype(np.uint16)), False
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point, of a range that is not known; write 8 or 16 bits")
+        raise UserError("its pixels are floating-point, of a range that is not known; write 8 or 16 bits")
     colour = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if not image.has_transparency_data:
         return image.convert(colour), False

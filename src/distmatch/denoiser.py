@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from distmatch.errors import UserError
 from distmatch.iddpm import iddpm_step
 from distmatch.schedule import Schedule, expand
 
@@ -80,7 +81,7 @@ class Prediction:
 
     def __post_init__(self) -> None:
         if self.name not in PREDICTIONS:
-            raise ValueError(f"prediction {self.name!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
+            raise UserError(f"prediction {self.name!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """`(skip, out)`, each f[B]."""
@@ -166,7 +167,7 @@ def guided(denoiser: Denoiser, w: float | None) -> Callable[[Tensor, Tensor, Con
 
     def forward(x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         if cond is None:
-            raise ValueError(f"guidance {w} needs a condition; this batch has none. Use guidance 1")
+            raise UserError(f"guidance {w} needs a condition; this batch has none. Use guidance 1")
         scale = w if w is not None else expand(cond.extra["guidance"].to(x), x)
         uncond = denoiser(x, t, cond.null())
         return torch.lerp(uncond, denoiser(x, t, cond), scale)

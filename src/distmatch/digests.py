@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as _save_file
 from torch import Tensor
 
+from distmatch.errors import UserError
 from distmatch.plain import SEAL
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A file does not hold what was written to it."""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from distmatch.digests import file_sha256
+from distmatch.errors import UserError
 from distmatch.files import write_atomic
 from distmatch.progress import progress
 
@@ -15,7 +16,7 @@ MEGABYTE = 2**20
 def download(url: str, file: Path) -> None:
     """Fetch `url` to `file`.
 
-    Raises `ValueError`, and leaves nothing, where it cannot be had, where fewer bytes arrive than were announced, or
+    Raises `UserError`, and leaves nothing, where it cannot be had, where fewer bytes arrive than were announced, or
     where their SHA-256 does not begin as the name says, if it ends like `vgg16-397923af.pth`.
     """
     write_atomic(file, lambda beside: _fetch(url, beside))
@@ -31,10 +32,10 @@ def _fetch(url: str, file: Path) -> None:
                     out.write(block)
                     advance(1)
     except (OSError, HTTPException) as error:
-        raise ValueError(f"{url} cannot be fetched: {error}") from error
+        raise UserError(f"{url} cannot be fetched: {error}") from error
     size = file.stat().st_size
     if announced is not None and size != int(announced):
-        raise ValueError(f"{url} cannot be fetched: {size:,} of {int(announced):,} bytes arrived. Try again")
+        raise UserError(f"{url} cannot be fetched: {size:,} of {int(announced):,} bytes arrived. Try again")
     known = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
     if known and not file_sha256(file).startswith(known[1]):
-        raise ValueError(f"{url} cannot be fetched: what arrived is not the file whose SHA-256 begins {known[1]}")
+        raise UserError(f"{url} cannot be fetched: what arrived is not the file whose SHA-256 begins {known[1]}")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distmatch import parallel
 from distmatch.conditions import Classes, Conditions
+from distmatch.errors import UserError
 from distmatch.features import FeatureSpace, Reference
 from distmatch.metrics import Moments, frechet, frechet_bias, kernel_distance, precision_recall
 from distmatch.pipeline import Pipeline
@@ -65,9 +66,9 @@ def fewest(features: int) -> int:
 
 
 def enough(features: int, n: int, what: str) -> None:
-    """Raises `ValueError` where `n` of `what` are too few for distances in `features`."""
+    """Raises `UserError` where `n` of `what` are too few for distances in `features`."""
     if n < fewest(features):
-        raise ValueError(
+        raise UserError(
             f"{n:,} {what} are too few for distances in {features:,} features: chance would decide. Take at least "
             f"{fewest(features):,}, or a space of fewer features"
         )
@@ -112,7 +113,7 @@ def score(
         full: kernel distance, precision and recall besides the Frechet distance; they use as many images as the
             reference kept features of, and are left out where it kept none.
 
-    Raises `ValueError` where a reference is of another number of features, and for too few images (see `fewest`).
+    Raises `UserError` where a reference is of another number of features, and for too few images (see `fewest`).
     """
     for _, real in spaces:
         enough(len(real.mu), n, "images")
@@ -125,7 +126,7 @@ def score(
         for space, real in spaces:
             features, logits = space.both(pixels)
             if features.shape[1] != len(real.mu):
-                raise ValueError(
+                raise UserError(
                     f"the reference ({real.source}) is of {len(real.mu)} features, the network has "
                     f"{features.shape[1]}; use the reference of these features"
                 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from distmatch.digests import file_sha256
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.files import remove, together, write_json
 from distmatch.models.folder import Info, load_model
@@ -32,7 +33,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     """`distmatch export diffusers`: the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens.
 
     `pipe(prompt, num_inference_steps=1, guidance_scale=1)` makes the student's image from its noise, adapters merged.
-    Raises `ValueError` where the student is none of a model in diffusers' format, or `out` holds anything but an older
+    Raises `UserError` where the student is none of a model in diffusers' format, or `out` holds anything but an older
     export of this kind, which is replaced.
     """
     _parts(out, "diffusers")
@@ -41,7 +42,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     source, dtype = source or info.source, torch.float16 if half else torch.float32
     theirs, width = settings(source), "cross_attention_dim"
     if (theirs.shape, theirs.unet.get(width)) != (info.shape, net.unet.config[width]):
-        raise ValueError(
+        raise UserError(
             f"{source} makes latents {theirs.shape} of texts {theirs.unet.get(width)} wide, the student {info.shape} "
             f"of {net.unet.config[width]}; expected the model that it was made from, {info.source}"
         )
@@ -61,16 +62,16 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
 def export_lora(run: str, out: Path) -> None:
     """`distmatch export lora`: the adapters of the student `run` and its scheduler, for the teacher's pipeline.
 
-    Raises `ValueError` where the student has no adapters, or `out` holds anything but an older export of this kind,
+    Raises `UserError` where the student has no adapters, or `out` holds anything but an older export of this kind,
     which is replaced.
     """
     _parts(out, "lora")
     need("diffusers", "transformers", "peft", by="export")
     net, scheduler, info = _student(run)
     if not net.lora:
-        raise ValueError(f"{run} has no adapters: its student was trained without student.lora_rank; export diffusers")
+        raise UserError(f"{run} has no adapters: its student was trained without student.lora_rank; export diffusers")
     if net.guidance:
-        raise ValueError(f"{run} takes a guidance scale, which a LoRA cannot carry; export diffusers")
+        raise UserError(f"{run} takes a guidance scale, which a LoRA cannot carry; export diffusers")
 
     def write(folder: Path) -> None:
         write_adapters(net, folder)
@@ -85,11 +86,11 @@ def export_lora(run: str, out: Path) -> None:
 
 
 def _parts(out: Path, kind: str) -> set[str]:
-    """The parts of the export of this kind in `out`, if there is one. Raises `ValueError` for anything else there."""
+    """The parts of the export of this kind in `out`, if there is one. Raises `UserError` for anything else there."""
     there = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
     mark = read_json(out / MARK, dict[str, Any]) if MARK in there else {}
     if there and (mark.get("format"), mark.get("kind")) != (FORMAT, kind):
-        raise ValueError(
+        raise UserError(
             f"{out} holds {', '.join(there)[:200]}; only an older export {kind} of distmatch is replaced. Choose "
             "another folder, or delete this one"
         )
@@ -112,7 +113,7 @@ def _student(run: str) -> tuple[StableUNet, Any, Info]:
     """The student's network, its scheduler in diffusers, and what goes with it."""
     denoiser, info = load_model(model_folder(run, "student"))
     if type(denoiser.net) is not StableUNet or type(denoiser.schedule) is not VP or info.t is None:
-        raise ValueError(f"{run} is no student of a model in diffusers' format; nothing else can be exported to it")
+        raise UserError(f"{run} is no student of a model in diffusers' format; nothing else can be exported to it")
     prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == denoiser.prediction.name)
     return denoiser.net, one_step_scheduler(denoiser.schedule, info.t, prediction), info
 
@@ -122,13 +123,13 @@ def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
 
     With `trailing` spacing, a single step is at the last of the trained times: the betas behind `t` are cut off.
 
-    Raises `ValueError` for a `t` that is no whole step.
+    Raises `UserError` for a `t` that is no whole step.
     """
     need("diffusers", by="export")
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     if t != int(t) or not 0 < t <= schedule.t_max:
-        raise ValueError(f"student.t is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
+        raise UserError(f"student.t is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
     return DDIMScheduler(
         num_train_timesteps=int(t) + 1,
         trained_betas=schedule.table()[: int(t) + 1].tolist(),

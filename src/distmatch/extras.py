@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from distmatch.errors import UserError
+
 EXTRAS = {
     "s3fs": "cloud",
     "gcsfs": "cloud",
@@ -24,9 +26,9 @@ EXTRAS = {
 
 
 def need(*packages: str, by: str) -> None:
-    """Raise `ValueError` unless all `packages` can be imported; it says that `by` needs them and how to get them."""
+    """Raise `UserError` unless all `packages` can be imported; it says that `by` needs them and how to get them."""
     for package in packages:
         try:
             import_module(package)
         except ImportError as error:
-            raise ValueError(f"{by} needs {package} ({error}): pip install 'distmatch[{EXTRAS[package]}]'") from error
+            raise UserError(f"{by} needs {package} ({error}): pip install 'distmatch[{EXTRAS[package]}]'") from error

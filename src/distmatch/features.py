@@ -15,6 +15,7 @@ from torch import Tensor
 from distmatch import limits, rng
 from distmatch.arrays import arrays
 from distmatch.digests import Damaged, read_file, save_file
+from distmatch.errors import UserError
 from distmatch.files import write_atomic
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments
@@ -90,22 +91,22 @@ class Reference:
 def load_reference(file: Path, space: FeatureSpace | None = None) -> Reference:
     """The reference in `file`, made in `space` where one is given.
 
-    Raises `ValueError` where the file is missing or damaged, or was made in another feature space.
+    Raises `UserError` where the file is missing or damaged, or was made in another feature space.
     """
     if not file.exists():
-        raise ValueError(f"{file} does not exist; `distmatch classifier` makes a reference.safetensors")
+        raise UserError(f"{file} does not exist; `distmatch classifier` makes a reference.safetensors")
     try:
         content, metadata = read_file(file)
         header: dict[str, Any] = json.loads(metadata["distmatch"])
         tensors = {name: content[name] for name in ("mu", "cov", "features")}
         if header.pop("format", None) != FORMAT:
-            raise ValueError(f"{file} is not of format {FORMAT!r}: not a reference, or one of another version")
+            raise UserError(f"{file} is not of format {FORMAT!r}: not a reference, or one of another version")
         tensors["features"] = tensors["features"].float()
         loaded = Reference(**tensors, **header)
     except (AttributeError, KeyError, TypeError, OSError, json.JSONDecodeError, Damaged) as error:
-        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}; delete it and make it again") from error
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}; delete it and make it again") from error
     if space is not None and loaded.classifier != fingerprint(space):
-        raise ValueError(f"{file} was made with another classifier; features of two classifiers cannot be compared")
+        raise UserError(f"{file} was made with another classifier; features of two classifiers cannot be compared")
     return loaded
 
 
@@ -130,7 +131,7 @@ def reference(
         source: description of the images.
         progress: called with the number of images after each batch.
 
-    Raises `ValueError` for fewer than 2 images, or images that the network does not take.
+    Raises `UserError` for fewer than 2 images, or images that the network does not take.
     """
     pixels, network = image_fingerprint(images.pixels), fingerprint(space)
     source = source or f"{len(images):,} images, SHA-256 {pixels[:12]}"
@@ -139,7 +140,7 @@ def reference(
         key = sha256(f"{FORMAT}/{pixels}/{network}/{keep}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.safetensors"
         if file.exists():
-            with suppress(ValueError):
+            with suppress(UserError):
                 found = load_reference(file, space)
                 if (found.images, len(found.features)) == (pixels, min(keep, len(images))):
                     return replace(found, source=source)
@@ -166,7 +167,7 @@ def load_statistics(file: Path) -> Reference | None:
     Statistics don't say which network and which resize they were made with: FID's Inception and `legacy` by custom.
     ADM's files hold some of the images besides; they are left alone, since the statistics are of all of them.
 
-    Raises `ValueError` where they are no mean f[F] and covariance f[F,F], and where the file is damaged.
+    Raises `UserError` where they are no mean f[F] and covariance f[F,F], and where the file is damaged.
     """
     if file.suffix != ".npz":
         return None
@@ -175,14 +176,14 @@ def load_statistics(file: Path) -> Reference | None:
         return None
     mean, cov = found["mu"], found["sigma"]
     if len(mean.shape) != 1 or cov.shape != mean.shape * 2 or not all(a.dtype.kind == "f" for a in (mean, cov)):
-        raise ValueError(
+        raise UserError(
             f"{file}: mu is {mean.dtype} {mean.shape} and sigma {cov.dtype} {cov.shape}; "
             "expected floats (F,) and (F, F)"
         )
     limits.check(cov.nbytes, limits.STATISTICS, f"{file}: sigma")
     mu, sigma = mean.read(), cov.read()
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{file}: mu or sigma is not finite; get it again")
+        raise UserError(f"{file}: mu or sigma is not finite; get it again")
     statistics = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
     return Reference(*statistics, torch.empty(0, len(mu)), 0, str(file), images="", classifier="")
 
@@ -192,7 +193,7 @@ def load_real(path: Path) -> Images:
 
     An .npz has it under the name `arr_0`, as ADM's have (Dhariwal and Nichol 2021), or as its only array.
 
-    Raises `ValueError` where the path is missing or damaged, or holds no such array.
+    Raises `UserError` where the path is missing or damaged, or holds no such array.
     """
     if path.suffix not in (".npz", ".npy"):
         return load_images(path)
@@ -200,10 +201,10 @@ def load_real(path: Path) -> Images:
     name = next(iter(found)) if len(found) == 1 else "arr_0"
     if name not in found:
         names = ", ".join(printable(name, 40) for name in list(found)[:12])
-        raise ValueError(f"{path} has no arr_0, nor mu and sigma; it has {names or 'nothing'}")
+        raise UserError(f"{path} has no arr_0, nor mu and sigma; it has {names or 'nothing'}")
     array = found[name]
     if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"{path}: {name} is {array.dtype} {array.shape}; expected images as uint8 (N, H, W, C) with C of 1 or 3"
         )
     limits.check(array.nbytes, limits.ARRAY, f"{path}: {name}")

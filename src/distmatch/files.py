@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distmatch.disk import naming
+from distmatch.errors import UserError
 from distmatch.plain import SEAL, json_digest
 from distmatch.process import FORM, identity, is_dead, is_here
 
@@ -121,9 +122,9 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(file: Path) -> None:
-    """Raise `ValueError` or `OSError` unless `file` can be written, which is done at the end of something long."""
+    """Raise `UserError` or `OSError` unless `file` can be written, which is done at the end of something long."""
     if file.is_dir():
-        raise ValueError(f"{file} is a folder; expected the name of a file to write")
+        raise UserError(f"{file} is a folder; expected the name of a file to write")
     with scratch(file.parent):
         pass
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from distmatch.archives import Files, OneFile, open_files
 from distmatch.collect import as_pixels, collected
 from distmatch.decode import SUFFIXES, Decoder
+from distmatch.errors import UserError
 from distmatch.layouts import arrange, visible
 from distmatch.screen import printable
 from distmatch.sidecars import labels_of
@@ -83,7 +84,7 @@ class Images:
             classes: names of the classes by number; those of the data set unless given, else the numbers.
             value_range: of floats, e.g. `(-1, 1)` or `(0, 1)`: black and white.
 
-        Raises `ValueError` for anything else, for values outside of the range, and where labels and images differ in
+        Raises `UserError` for anything else, for values outside of the range, and where labels and images differ in
         number.
         """
         if isinstance(data, Images):
@@ -91,14 +92,14 @@ class Images:
         notes: list[str] = []
         if not isinstance(data, Tensor | np.ndarray):
             if labels is not None:
-                raise ValueError("labels are given beside a data set; give them in it, as (image, label)")
+                raise UserError("labels are given beside a data set; give them in it, as (image, label)")
             data, labels, classes, notes = collected(data, tuple(classes), value_range)
         pixels = as_pixels(torch.as_tensor(data), value_range)
         if labels is None:
             return cls(pixels, None, (), Account("no classes: no labels were given", (), tuple(notes)))
         given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
         if len(given) != len(pixels):
-            raise ValueError(f"{len(pixels):,} images and {len(given):,} labels; expected as many of both")
+            raise UserError(f"{len(pixels):,} images and {len(given):,} labels; expected as many of both")
         numbers, names = _numbered(labels_of(given, "labels"), tuple(map(str, classes)))
         return cls(pixels, numbers, names, _account(names, "given in Python", Counter(), notes))
 
@@ -120,17 +121,17 @@ def load_images(
         without: a folder that is passed over, such as the one that results go to.
         fit: brings a picture to its size; without it all pictures must have one size.
 
-    Raises `ValueError` for what is missing, damaged, too large (`distmatch.limits`) or can be read in two ways.
+    Raises `UserError` for what is missing, damaged, too large (`distmatch.limits`) or can be read in two ways.
     """
     path = local(place)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; expected a folder or an archive of images")
+        raise UserError(f"{path} does not exist; expected a folder or an archive of images")
     files = OneFile(path) if path.suffix == ".parquet" else open_files(path, without)
     names, left_out = visible(files.sizes)
     left_out += files.left_out
     if not any(name.lower().endswith(tuple(SUFFIXES)) for name in names):
         if (table := read_table(files, names, split)) is None:
-            raise ValueError(_nothing(files, names, left_out))
+            raise UserError(_nothing(files, names, left_out))
         left_out += _suffixes(set(names) - table.used)
         numbers, classes = (None, ()) if table.labels is None else _numbered(table.labels, table.names)
         return Images(
@@ -160,12 +161,12 @@ def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Te
     if names and all(type(label) is int for label in labels):
         numbers = torch.tensor(labels)
         if numbers.max() >= len(names):
-            raise ValueError(f"label {numbers.max()} of {len(names)} classes, which have the numbers from 0 on")
+            raise UserError(f"label {numbers.max()} of {len(names)} classes, which have the numbers from 0 on")
         return numbers, names
     order = names or tuple(sorted(set(labels)))  # pyright: ignore[reportArgumentType]
     number = {label: i for i, label in enumerate(order)}
     if strange := next((label for label in labels if label not in number), None):
-        raise ValueError(f"label {printable(strange)!r} is none of the classes {', '.join(map(str, order[:6]))}")
+        raise UserError(f"label {printable(strange)!r} is none of the classes {', '.join(map(str, order[:6]))}")
     return torch.tensor([number[label] for label in labels]), tuple(map(str, order))
 
 

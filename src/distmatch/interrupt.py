@@ -5,10 +5,6 @@ from types import FrameType
 from typing import Any
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM; everything is saved."""
-
-
 class Interrupt:
     """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one acts as usual."""
 

@@ -25,6 +25,7 @@ from posixpath import splitext
 
 from distmatch.archives import Files
 from distmatch.decode import SUFFIXES
+from distmatch.errors import UserError
 from distmatch.screen import printable
 from distmatch.sidecars import Labels, read_labels
 
@@ -86,7 +87,7 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
     Args:
         split: `train`, `test`, `val`, the name of a folder, or `all`: no folder is a split.
 
-    Raises `ValueError` where there are no pictures or no such split, and where the layout can be read in two ways.
+    Raises `UserError` where there are no pictures or no such split, and where the layout can be read in two ways.
     """
     pictures = [n for n in names if splitext(n)[1].lower() in SUFFIXES]
     place = str(files.path)
@@ -135,7 +136,7 @@ def choose(place: str, pictures: list[str], split: str) -> Part:
     if kind(split) != "train" and split != "all":
         first = Counter(p[0] for p in parts.values() if len(p) > 1)
         seen = ", ".join(map(printable, sorted(first)[:12])) or "none"
-        raise ValueError(f"{place} has no split {split!r}; its folders are: {seen}")
+        raise UserError(f"{place} has no split {split!r}; its folders are: {seen}")
     names, depth = _shared(pictures, 0)
     return Part(names, depth, "", Counter(), settled=split == "all")
 
@@ -151,14 +152,14 @@ def _chosen(place: str, folders: Mapping[str, int], split: str) -> list[str] | N
     if not found:
         low = [folder.lower() for folder in folders]
         if any("train" in f for f in low) and any("test" in f or "val" in f for f in low):
-            raise ValueError(
+            raise UserError(
                 f"{place}: {every} may be splits or classes. Give one of them by its path, or --split all, which takes "
                 "them all as classes"
             )
         return None
     if None in kinds.values() and len(found) == 1:
         name = next(folder for folder, k in kinds.items() if k)
-        raise ValueError(
+        raise UserError(
             f"{place}: {printable(name)} may be a split or a class, beside {every}. Give {place}/{printable(name)} to "
             "read it alone, or --split all, which takes them all as classes"
         )
@@ -166,7 +167,7 @@ def _chosen(place: str, folders: Mapping[str, int], split: str) -> list[str] | N
         wanted = "val"
     chosen = [folder for folder, k in kinds.items() if k == wanted]
     if not chosen:
-        raise ValueError(f"{place} has no split {split!r}; it has {every}. Give one of them by its path or --split")
+        raise UserError(f"{place} has no split {split!r}; it has {every}. Give one of them by its path or --split")
     return chosen
 
 
@@ -184,7 +185,7 @@ def _folders(place: str, part: Part) -> Labels:
     heads = Counter(p[0] for p in parts.values() if len(p) > 1)
     loose = [name for name, p in parts.items() if len(p) == 1]
     if len(heads) > 1 and loose:
-        raise ValueError(
+        raise UserError(
             f"{place}: {len(loose):,} images stand beside the folders {', '.join(map(printable, sorted(heads)[:6]))}, "
             f"e.g. {printable(loose[0])}. Are the folders classes? Then move these away or into one; else put all "
             "images into one folder"
@@ -211,7 +212,7 @@ def _check_deeper(place: str, names: Iterable[str]) -> None:
     """Splits inside of other folders: none of their test images may be trained on."""
     for name in names:
         if inner := next((folder for folder in name.split("/")[:-1] if kind(folder)), None):
-            raise ValueError(
+            raise UserError(
                 f"{place}: {printable(name)} stands in {printable(inner)} inside of other folders; splits are read "
                 "above the classes. Move them there (train/CLASS/...), or give --split all, which reads them all"
             )

@@ -11,6 +11,7 @@ import torch
 from distmatch import build
 from distmatch.clipping import Clipped, Clipping
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.errors import UserError
 from distmatch.features import image_fingerprint
 from distmatch.images import Images, load_images
 from distmatch.models.folder import Info
@@ -52,18 +53,18 @@ def teach(
         images: a place to read (see `images.load_images`), or images at hand, e.g. `Images.of(tensor, labels)`.
         network: `widths`, `blocks` and `patch` of `models.unet.UNet`.
 
-    All else is as in `distmatch teach --help`. Raises `ValueError` where the images cannot be read or do not fit the
+    All else is as in `distmatch teach --help`. Raises `UserError` where the images cannot be read or do not fit the
     network, and where `out` is a run with other settings or images.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("distmatch teach runs in one process; start it without torchrun")
+        raise UserError("distmatch teach runs in one process; start it without torchrun")
     network = {"widths": [32, 64], "blocks": 1, "patch": 2, **(network or {})}
     given = isinstance(images, Images)
     name, real = ("given in Python", images) if given else (name_of(images), _read(images, split, out))
     shape = tuple(real.pixels.shape[1:])
     multiple = network["patch"] * 2 ** (len(network["widths"]) - 1)
     if shape[1] % multiple or shape[2] % multiple:
-        raise ValueError(
+        raise UserError(
             f"images of {shape[1]}x{shape[2]} don't fit this network: the sides must be multiples of {multiple} "
             "(patch * 2 ** (levels - 1)); change --patch or --widths"
         )
@@ -111,7 +112,7 @@ def classifier(images: str, out: Path, positions: int, training: dict[str, Any])
     real, test = _read(images, "train", out), _read(images, "test", out)
     console.print(f"trained on {real}\ntested on {test}")
     if real.account.bits != test.account.bits:
-        raise ValueError(
+        raise UserError(
             f"training images use {real.account.bits} bits per pixel and test images {test.account.bits}, of which the "
             "upper 8 would be taken; bring them to one scale first"
         )
@@ -124,6 +125,6 @@ def classifier(images: str, out: Path, positions: int, training: dict[str, Any])
 def _read(images: str | Path, split: str, out: Path) -> Images:
     """The images of a split, among which results are not to be written."""
     if not is_url(images) and Path(images).resolve() == out.resolve():
-        raise ValueError(f"{out} holds the images; choose another folder for the results with --out")
+        raise UserError(f"{out} holds the images; choose another folder for the results with --out")
     with console.status(f"reading {images}"):
         return load_images(images, split, without=out)

@@ -2,6 +2,8 @@
 
 import os
 
+from distmatch.errors import UserError
+
 VARIABLE = "DISTMATCH_LIMITS"
 MB = 10**6
 
@@ -46,9 +48,9 @@ TENSORS = 20_000
 
 
 def check(size: float, most: int, what: str, unit: str = "bytes") -> None:
-    """Raises `ValueError` where `what` takes more than the limit `most` of these, as raised by DISTMATCH_LIMITS."""
+    """Raises `UserError` where `what` takes more than the limit `most` of these, as raised by DISTMATCH_LIMITS."""
     if size > (allowed := limit(most)):
-        raise ValueError(
+        raise UserError(
             f"{what}: {size:,.0f} {unit} are more than the {allowed:,} that are read. If that is meant, set "
             f"{VARIABLE}={-(-size // most):.0f} in the environment, which raises every limit so many times"
         )
@@ -61,4 +63,4 @@ def limit(most: int) -> int:
         factor = float(given)
         return int(most * factor)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{VARIABLE} is {given!r}; expected a number, e.g. 10") from error
+        raise UserError(f"{VARIABLE} is {given!r}; expected a number, e.g. 10") from error

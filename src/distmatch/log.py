@@ -12,6 +12,7 @@ import numpy as np
 
 from distmatch import limits, parallel
 from distmatch.disk import naming
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.files import write_atomic
 from distmatch.plain import json_of
@@ -49,7 +50,7 @@ class JsonLines:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log, without a last one that was cut off; empty if there is none.
 
-    Raises `ValueError` that names the first line which is none of a log.
+    Raises `UserError` that names the first line which is none of a log.
     """
     if not path.exists():
         return []
@@ -61,7 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             break  # nothing, or what a killed process wrote of a line
         line = json_of(text, f"{path}, line {number}", dict[str, int | float], "Delete the line")
         if not isinstance(line.get("step"), int):
-            raise ValueError(f"{path}, line {number} has no step. Delete the line")
+            raise UserError(f"{path}, line {number} has no step. Delete the line")
         lines.append(line)
     return lines
 
@@ -69,7 +70,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 class TensorBoard:
     @staticmethod
     def ready() -> None:
-        """Raise `ValueError` unless it can start."""
+        """Raise `UserError` unless it can start."""
         need("tensorboard", by="log.track")
 
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
@@ -99,13 +100,13 @@ class TensorBoard:
 class Wandb:
     @staticmethod
     def ready() -> None:
-        """Raise `ValueError` unless it can start: it is there, and has a key, which it asks for in a terminal."""
+        """Raise `UserError` unless it can start: it is there, and has a key, which it asks for in a terminal."""
         need("wandb", by="log.track")
         wandb: Any = import_module("wandb")
         try:
             wandb.login()
         except Exception as error:
-            raise ValueError(f"log.track: wandb cannot start: {error}. Run `wandb login`, or leave it out") from error
+            raise UserError(f"log.track: wandb cannot start: {error}. Run `wandb login`, or leave it out") from error
 
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
         need("wandb", by="log.track")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from distmatch import rng
+from distmatch.errors import UserError
 
 
 class Moments:
@@ -22,9 +23,9 @@ class Moments:
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor) -> None:
-        """Take in `features f[B,F]`. Raises `ValueError` for another shape than before."""
+        """Take in `features f[B,F]`. Raises `UserError` for another shape than before."""
         if features.ndim != 2:
-            raise ValueError(f"features are {tuple(features.shape)}; expected (batch, features)")
+            raise UserError(f"features are {tuple(features.shape)}; expected (batch, features)")
         if len(features) == 0:
             return
         batch = Moments()
@@ -41,7 +42,7 @@ class Moments:
             self.count, self._mean, self._scatter = other.count, other._mean, other._scatter
             return
         if self._mean.shape != other._mean.shape:
-            raise ValueError(f"features have {len(other._mean)} entries, those before had {len(self._mean)}")
+            raise UserError(f"features have {len(other._mean)} entries, those before had {len(self._mean)}")
         total = self.count + other.count
         gap = other._mean - self._mean
         self._scatter = self._scatter + other._scatter + gap.outer(gap) * (self.count * other.count / total)
@@ -50,16 +51,16 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """f64[F]. Raises `ValueError` before the first sample."""
+        """f64[F]. Raises `UserError` before the first sample."""
         if self.count == 0:
-            raise ValueError("the mean of 0 samples was asked for; at least 1 is needed")
+            raise UserError("the mean of 0 samples was asked for; at least 1 is needed")
         return self._mean
 
     @property
     def cov(self) -> Tensor:
-        """The unbiased covariance, f64[F,F]. Raises `ValueError` for fewer than 2 samples."""
+        """The unbiased covariance, f64[F,F]. Raises `UserError` for fewer than 2 samples."""
         if self.count < 2:
-            raise ValueError(f"the covariance of {self.count} samples was asked for; at least 2 are needed")
+            raise UserError(f"the covariance of {self.count} samples was asked for; at least 2 are needed")
         return self._scatter / (self.count - 1)
 
 
@@ -105,13 +106,13 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, 
     Args:
         x, y: f[N,F], f[M,F].
 
-    Raises `ValueError` for fewer than 2 rows.
+    Raises `UserError` for fewer than 2 rows.
     """
     _same_features(x, y)
     x, y = _double(x), _double(y)
     size = min(size, len(x), len(y))
     if size < 2:
-        raise ValueError(f"the kernel distance of {len(x)} and {len(y)} samples was asked for; at least 2 are needed")
+        raise UserError(f"the kernel distance of {len(x)} and {len(y)} samples was asked for; at least 2 are needed")
     values = []
     for subset in range(subsets):
         generator = rng.stream("cpu", seed, "kernel", subset)
@@ -134,12 +135,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1000) 
         real, fake: f[N,F], f[M,F].
         chunk: rows of the distance matrix that are held at a time.
 
-    Raises `ValueError` where a set has no more than `k` points.
+    Raises `UserError` where a set has no more than `k` points.
     """
     _same_features(real, fake)
     for name, points in (("real", real), ("fake", fake)):
         if len(points) <= k:
-            raise ValueError(f"the {name} set has {len(points)} points; a {k}-th neighbour needs at least {k + 1}")
+            raise UserError(f"the {name} set has {len(points)} points; a {k}-th neighbour needs at least {k + 1}")
     real, fake = _double(real), _double(fake)
     real_radius, fake_radius = _radius(real, k, chunk), _radius(fake, k, chunk)
     in_real = torch.zeros(len(fake), dtype=torch.bool)
@@ -166,4 +167,4 @@ def _double(x: Tensor) -> Tensor:
 
 def _same_features(x: Tensor, y: Tensor) -> None:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features are {tuple(x.shape)} and {tuple(y.shape)}; expected (N, F) and (M, F)")
+        raise UserError(f"features are {tuple(x.shape)} and {tuple(y.shape)}; expected (N, F) and (M, F)")

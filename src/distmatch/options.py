@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from distmatch.errors import UserError
+
 
 @dataclass(frozen=True)
 class Range:
@@ -21,7 +23,7 @@ class Range:
             above = number > self.low if "(" in self.open else number >= self.low
             below = number < self.high if ")" in self.open else number <= self.high
             if not (above and below and math.isfinite(number)):
-                raise ValueError(f"Expected {self}.")
+                raise UserError(f"Expected {self}.")
 
     def __str__(self) -> str:
         left = f"{self.low:g} {'<' if '(' in self.open else '<='} number"

@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 from distmatch import parallel
 from distmatch.claims import EXPIRY, Claims, latest, owner
 from distmatch.disk import naming
+from distmatch.errors import UserError
 from distmatch.process import identity, is_here
 from distmatch.storage import Folder
 
@@ -49,7 +50,7 @@ def owns_out(command: Callable[P, R]) -> Callable[P, R]:
 def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
     """Within it, `folder`, which is made, belongs to this job. All processes of the job must take part.
 
-    Raises `ValueError` that names the owner where another job has it, and where it is not to be written.
+    Raises `UserError` that names the owner where another job has it, and where it is not to be written.
     """
     parallel.same_folder(folder)
     with ExitStack() as until_the_end:
@@ -63,12 +64,12 @@ def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
 
 @contextmanager
 def _taken(folder: Path, expiry: float) -> Iterator[None]:
-    """Take the claim, from a dead owner too, or raise `ValueError`."""
+    """Take the claim, from a dead owner too, or raise `UserError`."""
     place = Folder(folder)
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not place.is_writable():
-        raise ValueError(f"{folder} is not to be written by this user or at all; choose another folder with --out")
+        raise UserError(f"{folder} is not to be written by this user or at all; choose another folder with --out")
     claims, about = Claims(place, expiry), json.dumps(_about())
     try:
         while True:
@@ -86,7 +87,7 @@ def _taken(folder: Path, expiry: float) -> Iterator[None]:
 def _without_owner(folder: Path, claims: Claims) -> tuple[int, bytes]:
     """Number and content of the last claim, of an owner that is dead by now; -1 where there is none.
 
-    Raises `ValueError` where the owner is seen to live.
+    Raises `UserError` where the owner is seen to live.
     """
     first: dict[str, bytes] = {}
     while True:
@@ -102,7 +103,7 @@ def _without_owner(folder: Path, claims: Claims) -> tuple[int, bytes]:
             return number, content
         lives = is_here(owner(content)) or content != first.get(claim, content)
         if lives and not _is_own_job(content):
-            raise ValueError(
+            raise UserError(
                 f"{folder} belongs to another job that is running: {_described(content)}. Wait for it or stop it, then "
                 "run this again to go on from there; or choose another folder with --out"
             )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from distmatch.claims import EXPIRY, Claims, make_together
 from distmatch.conditions import Classes, Conditions
 from distmatch.denoiser import Denoiser, guided
+from distmatch.errors import UserError
 from distmatch.pairs import (
     DTYPES,
     FORMAT,
@@ -60,7 +61,7 @@ def build(
         expiry: seconds after which a shard's claim that does not change is taken over: its process died.
 
     Raises:
-        ValueError: `folder` holds pairs of another teacher or other settings, a shard is damaged, or the teacher made
+        UserError: `folder` holds pairs of another teacher or other settings, a shard is damaged, or the teacher made
             an image that is not finite. Nothing is ever deleted.
     """
     advance = progress or (lambda _: None)
@@ -111,7 +112,7 @@ def _make(
         with torch.no_grad(), torch.autocast(torch.device(device).type, low, enabled=low != torch.float32):
             part = sample(model, teacher.schedule, z.to(device), cond, spec.steps).to(y)
         if not part.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"pairs {cut[0]}..{cut[-1]}: the teacher made an image that is not finite in {spec.dtype}. "
                 "Check the teacher and its guidance, or choose float32"
             )
@@ -130,7 +131,7 @@ def _write_prompts(path: Path, prompts: Sequence[str]) -> None:
 def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
     """What `folder` holds, at least `spec`: the manifest is written where it is missing or has a smaller count.
 
-    Raises `ValueError` where the store there is a different one.
+    Raises `UserError` where the store there is a different one.
     """
     stored = agree(folder, spec)
     if stored is None or stored.count < spec.count:  # else without a write: the folder may be read-only
@@ -146,7 +147,7 @@ def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
 
 
 def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
-    """What `folder` holds, if anything, which binds as `spec` does; else `ValueError` with every difference."""
+    """What `folder` holds, if anything, which binds as `spec` does; else `UserError` with every difference."""
     if not folder.exists(MANIFEST):
         return None
     stored, _ = read_manifest(folder)
@@ -154,7 +155,7 @@ def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
     names = dict.fromkeys([*there, *here])
     differing = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names if there.get(k) != here.get(k)]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds other pairs (teacher {stored.teacher!r} there, {spec.teacher!r} here):\n"
             + "\n".join(differing)
             + "\nChoose another folder, or delete this one if its pairs are no longer needed"

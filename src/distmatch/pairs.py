@@ -26,6 +26,7 @@ from torch import Tensor
 from distmatch import rng
 from distmatch.denoiser import Denoiser
 from distmatch.digests import digest
+from distmatch.errors import UserError
 from distmatch.models.folder import schedule_config
 from distmatch.plain import json_digest
 from distmatch.solvers import NAMES
@@ -89,10 +90,10 @@ class PairSpec:
     def __post_init__(self) -> None:
         for name, known in (("sampler", NAMES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"pairs: {name} {getattr(self, name)!r} is unknown; expected {' or '.join(known)}")
+                raise UserError(f"pairs: {name} {getattr(self, name)!r} is unknown; expected {' or '.join(known)}")
         for name in ("steps", "count", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"pairs: {name} is {getattr(self, name)}; expected at least 1")
+                raise UserError(f"pairs: {name} is {getattr(self, name)}; expected at least 1")
 
     def binding(self) -> dict[str, Any]:
         """The fields that decide what pair `i` is and where it lies, as plain JSON data."""
@@ -163,33 +164,33 @@ class PairStore:
                 pairs in the same order after the store has grown.
 
         Raises:
-            ValueError: there is no store, it is incomplete, another teacher's or smaller than `count`, a shard is
+            UserError: there is no store, it is incomplete, another teacher's or smaller than `count`, a shard is
                 damaged or foreign, or the noise of the first shard does not come out the same. Shards at a URL are
                 looked at when they are needed.
         """
         folder = Folder(folder)
         spec, versions = read_manifest(folder)
         if fingerprint is not None and fingerprint != spec.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was made by another teacher: by {spec.teacher!r} with fingerprint {spec.fingerprint[:12]}; "
                 f"the teacher here has {fingerprint[:12]}. Choose another folder for its pairs"
             )
         if count is not None and not 1 <= count <= spec.count:
-            raise ValueError(f"{folder} holds {spec.count} pairs, not {count}. Build it with that count first")
+            raise UserError(f"{folder} holds {spec.count} pairs, not {count}. Build it with that count first")
         spec = replace(spec, count=count or spec.count)
         sizes = folder.sizes()
         there = sum(_each_shard(spec, lambda shard: is_there(folder, spec, shard, sizes)))
         if there < spec.shards:
-            raise ValueError(f"{folder} is incomplete: {there} of {spec.shards} shards are there; {AGAIN}")
+            raise UserError(f"{folder} is incomplete: {there} of {spec.shards} shards are there; {AGAIN}")
         window = replace(spec, count=min(spec.count, 2 * WINDOW * spec.shard_size)).nbytes
         if folder.path is None and window > limit():
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the shards in use have {window / 1e9:.3g} GB, more than the {limit() / 1e9:.3g} GB "
                 "that copies of remote files may take; set DISTMATCH_CACHE_GB, or copy the folder to a disk"
             )
         y, meta = read_shard(folder, spec, 0)
         if meta["noise_sha256"] != digest(spec.noise(range(len(y)))):
-            raise ValueError(
+            raise UserError(
                 f"{folder.at(shard_name(0))}: the noise regenerated for it is not what the teacher saw. The store was "
                 f"made with torch {versions['torch']}, this is {version('torch')}. If they differ, use that version or "
                 f"build the pairs anew in another folder; if not, the file is damaged. {REBUILD}"
@@ -220,7 +221,7 @@ class PairStore:
     def verify(self, progress: Progress | None = None) -> None:
         """Check every byte against the digests, and the noise by making all of it again.
 
-        `progress` is called with the number of pairs checked. Raises `ValueError` that names each bad shard and what
+        `progress` is called with the number of pairs checked. Raises `UserError` that names each bad shard and what
         is wrong with it.
         """
 
@@ -236,15 +237,15 @@ class PairStore:
     def prompts(self) -> list[str]:
         """The table of prompts; pair `i` has prompt `i`, or what is left of it after a whole number of turns.
 
-        Raises `ValueError` where it is missing or not as it was written.
+        Raises `UserError` where it is missing or not as it was written.
         """
         try:
             prompts = [json.loads(line) for line in self.folder.read(PROMPTS).decode().splitlines()]
             if prompts_digest(prompts) != self.spec.prompts:
-                raise ValueError("its digest is not that of its content")
+                raise UserError("its digest is not that of its content")
         except (FileNotFoundError, ValueError, RecursionError) as error:
             where = self.folder.at(PROMPTS)
-            raise ValueError(f"{where} is damaged ({error}). Delete it and {AGAIN}: it is written anew") from error
+            raise UserError(f"{where} is damaged ({error}). Delete it and {AGAIN}: it is written anew") from error
         return prompts
 
     def _order(self, seed: int, position: int, count: int) -> np.ndarray:
@@ -285,7 +286,7 @@ def _fetch_all(folder: Folder, names: deque[str]) -> None:
     """Have the files `names` on the local disk, together with other threads that take from them."""
     with suppress(IndexError):  # none is left
         while True:
-            with suppress(ValueError, OSError):  # whoever needs it is told
+            with suppress(UserError, OSError):  # whoever needs it is told
                 folder.opened(names.popleft(), Path.stat)
 
 
@@ -305,7 +306,7 @@ def shard_meta(spec: PairSpec, shard: int, y: Tensor, *noise: Tensor) -> dict[st
 def is_there(folder: Folder, spec: PairSpec, shard: int, sizes: Mapping[str, int]) -> bool:
     """Whether a shard is there, with all its pairs. `sizes`: of the files in `folder`.
 
-    Raises `ValueError` where a file on a disk is damaged in form or another store's. Those at a URL go by their size.
+    Raises `UserError` where a file on a disk is damaged in form or another store's. Those at a URL go by their size.
     """
     if shard_name(shard) not in sizes:
         return False
@@ -318,20 +319,20 @@ def is_there(folder: Folder, spec: PairSpec, shard: int, sizes: Mapping[str, int
 def read_shard(folder: Folder, spec: PairSpec, shard: int) -> tuple[Tensor, dict[str, Any]]:
     """A shard's memory-mapped `y`, which may have fewer pairs than it will have, and its `shard_meta`.
 
-    Raises `ValueError` where it is missing, damaged in form or another store's.
+    Raises `UserError` where it is missing, damaged in form or another store's.
     """
     where = folder.at(shard_name(shard))
     try:
         y, header, names = folder.opened(shard_name(shard), _content)
         meta = {key: header[key] for key in META}
         if names != ["y"] or y.shape[1:] != spec.shape or y.dtype != DTYPES[spec.dtype]:
-            raise ValueError(f"it holds {', '.join(names)} with y {y.dtype} {tuple(y.shape)}")
+            raise UserError(f"it holds {', '.join(names)} with y {y.dtype} {tuple(y.shape)}")
     except FileNotFoundError as error:
-        raise ValueError(f"{where} is missing; {AGAIN}") from error
+        raise UserError(f"{where} is missing; {AGAIN}") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged ({error}). {REBUILD}") from error
+        raise UserError(f"{where} is damaged ({error}). {REBUILD}") from error
     if (meta["spec"], meta["first"]) != (spec.digest(), spec.rows(shard)[0]):
-        raise ValueError(f"{where} is of another store, or of another place in this one. {REBUILD}")
+        raise UserError(f"{where} is of another store, or of another place in this one. {REBUILD}")
     return y, meta
 
 
@@ -342,52 +343,52 @@ def _content(file: Path) -> tuple[Tensor, dict[str, Any], list[str]]:
 
 
 def _check(folder: Folder, spec: PairSpec, shard: int) -> None:
-    """Read all of a shard; raises `ValueError` that says what is wrong with it."""
+    """Read all of a shard; raises `UserError` that says what is wrong with it."""
     where, (y, meta) = folder.at(shard_name(shard)), read_shard(folder, spec, shard)
     if len(y) < len(spec.rows(shard)):
-        raise ValueError(f"{where} is not complete; {AGAIN}")
+        raise UserError(f"{where} is not complete; {AGAIN}")
     first = spec.rows(shard)[0]
     if meta["noise_sha256"] != digest(spec.noise(range(first, first + len(y)))):
-        raise ValueError(f"{where}: the noise regenerated for it is not what the teacher saw. {REBUILD}")
+        raise UserError(f"{where}: the noise regenerated for it is not what the teacher saw. {REBUILD}")
     _same_images(where, y, meta)
 
 
 def _same_images(where: str, y: Tensor, meta: Mapping[str, Any]) -> None:
     if meta["y_sha256"] != digest(y):
-        raise ValueError(f"{where} is damaged (its images are not those that were written). {REBUILD}")
+        raise UserError(f"{where} is damaged (its images are not those that were written). {REBUILD}")
 
 
 def _each_shard(spec: PairSpec, f: Callable[[int], T]) -> list[T]:
-    """`f` of every shard's number; what it raises for several shards becomes one `ValueError`."""
+    """`f` of every shard's number; what it raises for several shards becomes one `UserError`."""
     results, problems = [], []
     for shard in range(spec.shards):
         try:
             results.append(f(shard))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return results
 
 
 def read_manifest(folder: Folder) -> tuple[PairSpec, dict[str, str]]:
-    """The specification in `manifest.json`, and the versions that wrote it. Raises `ValueError` for any other file."""
+    """The specification in `manifest.json`, and the versions that wrote it. Raises `UserError` for any other file."""
     try:
         content = folder.read(MANIFEST)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a store of pairs: it has no {MANIFEST}. Build it first") from error
+        raise UserError(f"{folder} is not a store of pairs: it has no {MANIFEST}. Build it first") from error
     try:
         manifest = json.loads(content)
         known, kind = manifest.pop("sha256"), manifest["format"]
         if known != json_digest(manifest):
-            raise ValueError("its digest is not that of its content")
+            raise UserError("its digest is not that of its content")
         if kind != FORMAT:
-            raise ValueError(f"its format is {kind!r}; this version reads {FORMAT!r}")
+            raise UserError(f"its format is {kind!r}; this version reads {FORMAT!r}")
         entries = manifest["spec"]
         tuples = {k: tuple(entries[k]) for k in ("shape", "guidances") if entries.get(k) is not None}
         spec = PairSpec(**{**entries, **tuples})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder.at(MANIFEST)} cannot be used: {error}. Move it away and {AGAIN}: shards that fit are kept"
         ) from error
     return spec, manifest["versions"]

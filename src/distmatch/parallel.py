@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from distmatch.errors import Agreed, Lost, UserError
 from distmatch.watch import watched
 
 Job = TypeVar("Job")
@@ -30,14 +31,6 @@ PATIENCE = timedelta(days=1)
 
 _DEATHS = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|timed out|Timed out")
 """What the others' groups say when a process is gone."""
-
-
-class Lost(Exception):
-    """Another process of the job died."""
-
-
-class Agreed(ValueError):
-    """What all processes raise alike, so that one need say it."""
 
 
 @contextmanager
@@ -114,14 +107,14 @@ def told(value: Result) -> Result:
 
 
 def first(make: Callable[[], Result]) -> Result:
-    """`make()` of the first process, on all of them; a `ValueError` or `OSError` that it raises, all of them raise."""
+    """`make()` of the first process, on all of them; a `UserError` or `OSError` that it raises, all of them raise."""
     if world() == 1:
         return make()
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = make()
-        except (OSError, ValueError) as error:  # else the others would wait for the result and then lose the first
+        except (OSError, UserError) as error:  # else the others would wait for the result and then lose the first
             box[1] = error
     dist.broadcast_object_list(box)
     if box[1] is not None:
@@ -130,7 +123,7 @@ def first(make: Callable[[], Result]) -> Result:
 
 
 def agreed(make: Callable[[], Result]) -> Result:
-    """`make()` of each process; where a `ValueError` or `OSError` is raised in any of them, all raise `Agreed`.
+    """`make()` of each process; where a `UserError` or `OSError` is raised in any of them, all raise `Agreed`.
 
     `make` itself must not wait for other processes.
     """
@@ -139,7 +132,7 @@ def agreed(make: Callable[[], Result]) -> Result:
     result, problem = None, None
     try:
         result = make()
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         problem = str(error)
     problems: list[Any] = [None] * world()
     dist.all_gather_object(problems, problem)
@@ -150,7 +143,7 @@ def agreed(make: Callable[[], Result]) -> Result:
 
 
 def same_folder(folder: Path) -> None:
-    """Make `folder`; raises `ValueError`, in all processes, unless it is the same one for all of them.
+    """Make `folder`; raises `UserError`, in all processes, unless it is the same one for all of them.
 
     On machines without a common file system each would write its own part of a checkpoint to a disk of its own.
     """
@@ -165,7 +158,7 @@ def same_folder(folder: Path) -> None:
     if rank() == 0:
         (folder / name).unlink()
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder} is not the same folder for all {world()} processes. Put it on a file system that all machines "
             "share, by the same path (--out)"
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from distmatch.archives import printable
+from distmatch.errors import UserError
 from distmatch.extras import need
 
 
@@ -16,7 +17,7 @@ def rows(file: BinaryIO, where: str) -> Iterator[dict[str, Any]]:
 def opened(file: BinaryIO, where: str) -> Any:
     """The `pyarrow.parquet.ParquetFile` in `file`, which is called `where` in messages.
 
-    Raises `ValueError` where it is none, or pyarrow is missing.
+    Raises `UserError` where it is none, or pyarrow is missing.
     """
     need("pyarrow", by=f"{where}, a Parquet file,")
     from pyarrow import ArrowException
@@ -25,13 +26,13 @@ def opened(file: BinaryIO, where: str) -> Any:
     try:
         return ParquetFile(file)
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{where} cannot be read as Parquet: {printable(error)}; get it again") from error
+        raise UserError(f"{where} cannot be read as Parquet: {printable(error)}; get it again") from error
 
 
 def records(table: Any, columns: list[str], where: str) -> Iterator[dict[str, Any]]:
     """The rows of `table` with these columns.
 
-    Raises `ValueError` where it is damaged.
+    Raises `UserError` where it is damaged.
     """
     need("pyarrow", by=f"{where}, a Parquet file,")
     from pyarrow import ArrowException
@@ -41,7 +42,7 @@ def records(table: Any, columns: list[str], where: str) -> Iterator[dict[str, An
         try:
             batch = next(batches, None)
         except (ArrowException, OSError) as error:
-            raise ValueError(f"{where} is damaged: {printable(error)}; get it again") from error
+            raise UserError(f"{where} is damaged: {printable(error)}; get it again") from error
         if batch is None:
             return
         yield from batch.to_pylist()

@@ -4,6 +4,8 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from distmatch.errors import UserError
+
 ASSETS = Path(str(resources.files("distmatch"))) / "assets"
 """Models, classifiers and references that come with the package."""
 
@@ -18,7 +20,7 @@ def expand(place: str) -> str:
     """Return `place` with the home folder in place of a leading `~` or `~USER`, also behind one of `SCHEMES`.
 
     A shell does this only at the beginning of a word: never in `pairs.path=~/pairs`, `edm:~/net.pkl` or `--out=~/run`.
-    URLs and other names stay as they are. Raises `ValueError` for the home of a user who does not exist.
+    URLs and other names stay as they are. Raises `UserError` for the home of a user who does not exist.
     """
     scheme = next((s for s in SCHEMES if place.startswith(s)), "")
     path = place.removeprefix(scheme)
@@ -27,5 +29,5 @@ def expand(place: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.exists(path):
         user = path.partition("/")[0]
-        raise ValueError(f"{place}: {user} is no user's home here; write {scheme}./{path} for a path of that name")
+        raise UserError(f"{place}: {user} is no user's home here; write {scheme}./{path} for a path of that name")
     return scheme + expanded

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmatch.download import download
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.files import write_atomic
 from distmatch.finite import check_weights
@@ -41,7 +42,7 @@ class Lpips:
             in the environment variable DISTMATCH_WEIGHTS, from the cache of `torch.hub`, or downloaded to that cache.
         size: in pixels; the paper's is 224.
 
-    Raises `ValueError` where the extra `metrics` is not installed, or a file cannot be had or is damaged.
+    Raises `UserError` where the extra `metrics` is not installed, or a file cannot be had or is damaged.
     """
 
     def __init__(self, weights: str | None = None, size: int = 224):
@@ -54,7 +55,7 @@ class Lpips:
         linear = _read(linear_file)
         found = [w.numel() if isinstance(w, Tensor) else 0 for w in linear]
         if found != CHANNELS:
-            raise ValueError(f"{linear_file} holds no weights of LPIPS: expected five tensors of {CHANNELS} weights")
+            raise UserError(f"{linear_file} holds no weights of LPIPS: expected five tensors of {CHANNELS} weights")
         linear = [w.detach().float().view(1, -1, 1, 1) for w in linear]
         with torch.device("meta"):  # the classifier, 500 MB, is neither made nor kept
             features = vgg16().features
@@ -63,7 +64,7 @@ class Lpips:
             state = {k.removeprefix("features."): v.float() for k, v in state.items() if k.startswith("features.")}
             features.load_state_dict(state, assign=True)
         except (AttributeError, RuntimeError) as error:
-            raise ValueError(f"{vgg_file} holds no VGG-16 of torchvision: {error}") from error
+            raise UserError(f"{vgg_file} holds no VGG-16 of torchvision: {error}") from error
         check_weights(state, vgg_file)
         check_weights({str(i): w for i, w in enumerate(linear)}, linear_file)
         self.size = size
@@ -83,9 +84,7 @@ class Lpips:
     def _features(self, x: Tensor) -> list[Tensor]:
         """Five feature maps in fp32, of unit length over the channels."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(
-                f"LPIPS compares images of 1 or 3 channels; got shape {list(x.shape)}: choose another loss"
-            )
+            raise UserError(f"LPIPS compares images of 1 or 3 channels; got shape {list(x.shape)}: choose another loss")
         x = (x.float() + 1) / 2
         size = [max(side, self.size) for side in x.shape[2:]]
         x = F.interpolate(x.expand(-1, 3, -1, -1), size, mode="bilinear")
@@ -119,8 +118,8 @@ def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
             return folder / name
     try:
         download(url, cache / name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
+    except (OSError, UserError) as error:
+        raise UserError(
             f"LPIPS needs {' and '.join(urls)}. {name} is not in {', '.join(map(str, folders))}, and cannot be "
             f"downloaded ({error}). Put both files into one folder and name it by regress.weights or {VARIABLE}"
         ) from error
@@ -132,4 +131,4 @@ def _read(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); delete it and get it again") from error
+        raise UserError(f"{file} cannot be read ({error}); delete it and get it again") from error

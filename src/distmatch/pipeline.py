@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distmatch import data, rng
 from distmatch.conditions import Conditions, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
+from distmatch.errors import UserError
 from distmatch.finite import check_images
 from distmatch.models.around import Around, around
 from distmatch.models.folder import Info
@@ -78,18 +79,18 @@ class Pipeline:
             batch: images per network evaluation; 256 unless told, 4 of a text-to-image model.
             progress: called with the number of images after each batch.
 
-        Raises `ValueError` for a condition that the model does not take, and for a model of something other than
+        Raises `UserError` for a condition that the model does not take, and for a model of something other than
         images.
         """
         if len(self.info.shape) != 3:
-            raise ValueError(
+            raise UserError(
                 f"this model makes samples of shape {self.info.shape}, not images; use `sample(z)` in Python"
             )
         texts = [prompts] if isinstance(prompts, str) else prompts
         n = n if n is not None else 16 if texts is None else len(texts)
         batch = batch if batch is not None else 4 if self.info.source else 256
         if n < 0 or batch < 1:
-            raise ValueError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
+            raise UserError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
         numbers = self._labels(n, labels)
         texts = self._prompts(n, texts)
         if texts and self.around is not None:
@@ -124,7 +125,7 @@ class Pipeline:
             prompts: for a text-to-image model, one for all or one per image.
             guidance_scale: for a student that takes one (`info.guidance`); the middle of its range unless told.
 
-        Raises `ValueError` for what the model does not take.
+        Raises `UserError` for what the model does not take.
         """
         numbers = self._labels(n, labels)
         texts = self._prompts(n, [prompts] if isinstance(prompts, str) else prompts)
@@ -141,7 +142,7 @@ class Pipeline:
         return self.render(rng.noise(seed, rows, self.info.shape), cond)
 
     def render(self, z: Tensor, cond: Cond | None = None) -> Tensor:
-        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `ValueError` where one is not finite."""
+        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `UserError` where one is not finite."""
         x = self.sample(z.to(self.device), None if cond is None else cond.to(self.device))
         check_images(x)
         return data.to_uint8(x).cpu()
@@ -159,43 +160,43 @@ class Pipeline:
         names = self.info.classes
         if not names:
             if labels is not None:
-                raise ValueError(f"label {labels!r}: this model has no classes; leave the label out")
+                raise UserError(f"label {labels!r}: this model has no classes; leave the label out")
             return None
         if labels is None:
             return torch.arange(n) % len(names)
         if isinstance(labels, str):
             if labels not in names:
-                raise ValueError(f"label {labels!r} is unknown; expected one of {', '.join(names)}")
+                raise UserError(f"label {labels!r} is unknown; expected one of {', '.join(names)}")
             labels = names.index(labels)
         label = torch.as_tensor(labels).long().reshape(-1)
         label = label.expand(n) if len(label) == 1 else label
         if len(label) != n:
-            raise ValueError(f"{len(label)} labels for {n} images; give one, or one per image")
+            raise UserError(f"{len(label)} labels for {n} images; give one, or one per image")
         if n and (label.min() < 0 or label.max() >= len(names)):
-            raise ValueError(f"label {labels!r} is out of range; the {len(names)} classes count from 0")
+            raise UserError(f"label {labels!r} is out of range; the {len(names)} classes count from 0")
         return label
 
     def _prompts(self, n: int, prompts: Sequence[str] | None) -> list[str] | None:
         if not self.info.source:
             if prompts is not None:
-                raise ValueError("this model takes no prompts" + "; give labels" * bool(self.info.classes))
+                raise UserError("this model takes no prompts" + "; give labels" * bool(self.info.classes))
             return None
         if prompts is None:
-            raise ValueError("this model makes images of prompts; give one, or one per image")
+            raise UserError("this model makes images of prompts; give one, or one per image")
         if len(prompts) not in (1, n):
-            raise ValueError(f"{len(prompts)} prompts for {n} images; give one, or one per image")
+            raise UserError(f"{len(prompts)} prompts for {n} images; give one, or one per image")
         return list(prompts) * (n if len(prompts) == 1 else 1)
 
     def _guidance(self, scale: float | None) -> float | None:
         if self.info.guidance is None:
             if scale is not None:
-                raise ValueError(f"guidance_scale {scale}: this model's guidance is fixed; leave it out")
+                raise UserError(f"guidance_scale {scale}: this model's guidance is fixed; leave it out")
             return None
         low, high = self.info.guidance
         if scale is None:
             return (low + high) / 2
         if not low <= scale <= high:
-            raise ValueError(f"guidance_scale {scale} is out of range; this student learnt {low:g} to {high:g}")
+            raise UserError(f"guidance_scale {scale} is out of range; this student learnt {low:g} to {high:g}")
         return scale
 
 
@@ -204,7 +205,7 @@ class DistilledPipeline(Pipeline):
 
     def __init__(self, denoiser: Denoiser, info: Info, surroundings: Around | None = None):
         if info.t is None:
-            raise ValueError("this model is a teacher, not a one-step student; use TeacherPipeline")
+            raise UserError("this model is a teacher, not a one-step student; use TeacherPipeline")
 
         def make(z: Tensor, cond: Cond | None) -> Tensor:
             return one_step(denoiser, denoiser.schedule, z, cond, info.t)

@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distmatch import limits
+from distmatch.errors import UserError
 
 T = TypeVar("T")
 SEAL = "sha256"
@@ -23,19 +24,19 @@ SEAL = "sha256"
 def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
     """What is in a JSON file, as `kind`: `dict[str, Any]`, or anything else that pydantic knows how to check.
 
-    Raises `FileNotFoundError`, and `ValueError` that names the file and what is wrong with it, and ends with `remedy`.
+    Raises `FileNotFoundError`, and `UserError` that names the file and what is wrong with it, and ends with `remedy`.
     """
     found = _parsed(_content(file, limits.SETTINGS), str(file), remedy)
     if isinstance(found, dict) and SEAL in found:
         known = found.pop(SEAL)
         if known != json_digest(found):
             problem = f"{file} is damaged: its digest is not that of its content. If you edited it, delete its {SEAL!r}"
-            raise ValueError(_joined(problem, remedy))
+            raise UserError(_joined(problem, remedy))
     return fitting(found, str(file), kind, remedy)
 
 
 def json_of(content: bytes | str, where: str, kind: type[T], remedy: str = "") -> T:
-    """The JSON text `content` as `kind`. Raises `ValueError` that begins with `where` and ends with `remedy`."""
+    """The JSON text `content` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
     return fitting(_parsed(content, where, remedy), where, kind, remedy)
 
 
@@ -45,34 +46,34 @@ def json_digest(data: Any) -> str:
 
 
 def fitting(found: Any, where: str, kind: type[T], remedy: str = "") -> T:
-    """`found` as `kind`. Raises `ValueError` that begins with `where` and ends with `remedy`."""
+    """`found` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
     try:
         return _adapter(kind).validate_python(found)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         reason = f"{place}{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r:.80}"
-        raise ValueError(_joined(f"{where} has the wrong form: {reason}", remedy)) from error
+        raise UserError(_joined(f"{where} has the wrong form: {reason}", remedy)) from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The `key: value` lines of a YAML file.
 
-    Raises `FileNotFoundError`, and `ValueError` that names the file and what is wrong with it.
+    Raises `FileNotFoundError`, and `UserError` that names the file and what is wrong with it.
     """
     found = yaml_of(_content(file, limits.RECIPE), str(file))
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no recipe: expected `key: value` lines, not {found!r:.80}")
+        raise UserError(f"{file} holds no recipe: expected `key: value` lines, not {found!r:.80}")
     return found
 
 
 def yaml_of(text: bytes | str, where: str) -> Any:
-    """The YAML `text` as plain data. Raises `ValueError` that begins with `where`."""
+    """The YAML `text` as plain data. Raises `UserError` that begins with `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (RecursionError, yaml.YAMLError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{where} is not valid YAML: {reason}") from error
+        raise UserError(f"{where} is not valid YAML: {reason}") from error
 
 
 @cache
@@ -85,7 +86,7 @@ def _parsed(content: bytes | str, where: str, remedy: str) -> Any:
         return json.loads(content)
     except (RecursionError, ValueError) as error:  # among them text that is no UTF-8, numbers of thousands of digits
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
+        raise UserError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
 
 
 def _joined(problem: str, remedy: str) -> str:

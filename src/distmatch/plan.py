@@ -13,6 +13,7 @@ from distmatch.config import Recipe
 from distmatch.cost import Cost, cost
 from distmatch.denoiser import Denoiser
 from distmatch.engine import blocks
+from distmatch.errors import UserError
 from distmatch.models.folder import Info
 from distmatch.progress import progress
 from distmatch.rehearsal import sampling_flops
@@ -105,7 +106,7 @@ def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
 def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float) -> None:
     """`distmatch plan`: the tables, and whether it fits. `network` is in GB/s."""
     if gpus < 1 or not 0 < utilisation <= 1 or network <= 0:
-        raise ValueError(
+        raise UserError(
             f"--gpus {gpus} --utilisation {utilisation} --network {network}: expected at least one GPU, a share of its "
             "arithmetic in 0..1, e.g. 0.4, and more than 0 GB/s"
         )

@@ -1,7 +1,7 @@
 """Preflight: what a distillation does late is done once, at its smallest, before anything long begins.
 
 A check is a function of the `Flight`. It says what it found, or nothing where the recipe has nothing of its kind, and
-raises `ValueError` where the run would fail hours later. Together they cost some ten evaluations of one sample, and the
+raises `UserError` where the run would fail hours later. Together they cost some ten evaluations of one sample, and the
 student's folder written and read once.
 """
 
@@ -22,6 +22,7 @@ from distmatch import build, data, parallel
 from distmatch.conditions import with_guidance
 from distmatch.config import Recipe
 from distmatch.denoiser import Cond, Denoiser, guided
+from distmatch.errors import UserError
 from distmatch.evaluation import Space
 from distmatch.extras import need
 from distmatch.files import scratch
@@ -57,9 +58,7 @@ class Flight:
         net = self.own and self.own[0].net
         odd = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)] if net else []
         if odd:
-            raise ValueError(
-                f"the state of {type(net).__name__} holds more than tensors ({odd[0]}); it cannot be saved"
-            )
+            raise UserError(f"the state of {type(net).__name__} holds more than tensors ({odd[0]}); it cannot be saved")
         return build.subject(self.recipe, self.own)
 
     @cached_property
@@ -124,22 +123,22 @@ class Flight:
 
 @contextmanager
 def tried(what: str) -> Iterator[None]:
-    """What goes wrong within becomes a `ValueError`: networks of one's own may raise anything."""
+    """What goes wrong within becomes a `UserError`: networks of one's own may raise anything."""
     try:
         yield
-    except (ValueError, OSError):  # what the disk refuses is said by the command line
+    except (UserError, OSError):  # what the disk refuses is said by the command line
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
-        raise ValueError(f"{what}, cannot be made: {type(error).__name__}: {reason[0]}") from error
+        raise UserError(f"{what}, cannot be made: {type(error).__name__}: {reason[0]}") from error
 
 
 def checked(x: Tensor, like: Tensor, maker: str) -> Tensor:
     """`x`, which must have the shape of `like` and be finite."""
     if x.shape != like.shape:
-        raise ValueError(f"{maker} makes a sample of shape {list(x.shape[1:])}; expected {list(like.shape[1:])}")
+        raise UserError(f"{maker} makes a sample of shape {list(x.shape[1:])}; expected {list(like.shape[1:])}")
     if not x.isfinite().all():
-        raise ValueError(f"{maker} makes a sample that is not finite; check its weights, its schedule and prediction")
+        raise UserError(f"{maker} makes a sample that is not finite; check its weights, its schedule and prediction")
     return x
 
 
@@ -224,12 +223,12 @@ def losses(flight: Flight) -> str:
         flight.sample.backward(torch.ones_like(x) if x.grad is None else x.grad)
     weights = [weight for weight in flight.student.parameters() if weight.requires_grad]
     if not any(weight.grad is not None for weight in weights):
-        raise ValueError("no gradient reaches the student's weights; its forward must not run under torch.no_grad()")
+        raise UserError("no gradient reaches the student's weights; its forward must not run under torch.no_grad()")
     for weight in weights:
         weight.grad = None
     for name, value in found.items():
         if not value.isfinite():
-            raise ValueError(f"{name} of one sample is {value.item()}")
+            raise UserError(f"{name} of one sample is {value.item()}")
     return "; ".join([*found, "the gradient reaches the student"])
 
 
@@ -239,7 +238,7 @@ def pictures(flight: Flight) -> str | None:
         return None
     channels = flight.pixels.shape[1]
     if channels not in (1, 3):
-        raise ValueError(f"samples have {channels} channels; a run shows them as pictures, of 1 or 3")
+        raise UserError(f"samples have {channels} channels; a run shows them as pictures, of 1 or 3")
     data.png(data.grid(flight.pixels))
     return f"{flight.pixels.shape[2]} x {flight.pixels.shape[3]}"
 
@@ -250,7 +249,7 @@ def reference(flight: Flight) -> str | None:
         with tried(f"evaluate.features {flight.recipe.evaluate.features}, of one picture"):
             features, _ = space.both(flight.pixels)
         if features.shape[1] != len(real.mu):
-            raise ValueError(
+            raise UserError(
                 f"evaluate.features {flight.recipe.evaluate.features} has {features.shape[1]} features, its reference "
                 f"{real.source} {len(real.mu)}; they were not made for each other"
             )
@@ -271,7 +270,7 @@ def saving(flight: Flight) -> str | None:
     here, there = flight.student.state_dict(), back.state_dict()
     for name, value in here.items():
         if name not in there or not torch.equal(there[name].cpu(), value.cpu().to(there[name].dtype)):
-            raise ValueError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")
+            raise UserError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")
     own = [name for name, part in (("net", net), ("schedule", schedule)) if part is not None]
     return f"{_size(size)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
 
@@ -299,7 +298,7 @@ def disk(flight: Flight) -> str | None:
         total, free = sum(size for _, size in parts), shutil.disk_usage(mount).free
         if total > free:
             listed = ", ".join(f"{_size(size)} in {place}" for place, size in parts)
-            raise ValueError(
+            raise UserError(
                 f"the disk of {parts[0][0]} has {_size(free)} free, and the run writes {_size(total)}: {listed}. Make "
                 "room, choose other folders (--out, --runs, pairs.path), or lower checkpoint.keep or pairs.count"
             )

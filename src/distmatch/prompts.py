@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distmatch import limits, rng
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.plain import json_of
 from distmatch.screen import printable
@@ -24,24 +25,24 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
         column: the key of a JSON object or the name of a table's column; `prompt`, `caption` or `text` unless told.
 
-    Raises `ValueError` that names the file and the line where it is missing, damaged, without prompts, holds something
+    Raises `UserError` that names the file and the line where it is missing, damaged, without prompts, holds something
     other than text, or more than `limits.PROMPT` and `limits.PROMPTS`.
     """
     if path.suffix not in READERS:
-        raise ValueError(f"{path}: prompts are read from files called {', '.join(READERS)}")
+        raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}")
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)})")
+        raise UserError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)})")
     if column is not None and path.suffix == ".txt":
-        raise ValueError(f"{path} is plain text, which has no column {column!r}; leave the column out")
+        raise UserError(f"{path} is plain text, which has no column {column!r}; leave the column out")
     limits.check(path.stat().st_size, limits.PROMPTS, str(path))
     prompts = []
     for place, value in READERS[path.suffix](path, column):
         if not isinstance(value, str | None):
-            raise ValueError(f"{path}, {place}: expected text, found {value!r:.80}")
+            raise UserError(f"{path}, {place}: expected text, found {value!r:.80}")
         if value and value.strip():
             prompts.append(value.strip())
     if not prompts:
-        raise ValueError(f"{path} holds no prompts")
+        raise UserError(f"{path} holds no prompts")
     return prompts
 
 
@@ -51,7 +52,7 @@ def coco_prompts(path: Path, n: int, seed: int) -> list[str]:
     Drawn one by one without repetition until all are used, then all over again.
     """
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} does not exist; expected captions_val2014.json of MS-COCO, which is in "
             "annotations_trainval2014.zip (images.cocodataset.org/annotations, 241 MB)"
         )
@@ -68,7 +69,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             try:
                 yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not UTF-8 text: {error.reason}") from error
+                raise UserError(f"{path}, line {number} is not UTF-8 text: {error.reason}") from error
 
 
 def _rest(file: BinaryIO, length: int) -> int:
@@ -89,7 +90,7 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
         record = json_of(line, f"{path}, {place}", dict[str, Any])
         column = column or _key(record, f"{path}, {place}")
         if column not in record:
-            raise ValueError(f"{path}, {place} has no {column!r}; it has {_names(record)}")
+            raise UserError(f"{path}, {place} has no {column!r}; it has {_names(record)}")
         yield place, record[column]
 
 
@@ -104,10 +105,10 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
             names, kinds = table.schema_arrow.names, table.schema_arrow.types
         column = column or _key(names, str(path))
         if column not in names:
-            raise ValueError(f"{path} has no column {column!r}; it has {_names(names)}")
+            raise UserError(f"{path} has no column {column!r}; it has {_names(names)}")
         kind = kinds[names.index(column)]
         if types.is_nested(kind):
-            raise ValueError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
+            raise UserError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
         # Read as a dictionary, a value that a million rows share is unpacked once.
         with ParquetFile(path, read_dictionary=[column]) as table:
             where, row = f"{path}, column {column!r}", 0
@@ -128,25 +129,25 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
                     row += 1
                     yield f"row {row}", value
     except ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
 def _coco(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     expected = 'expected captions of MS-COCO, {"annotations": [{"caption": ...}, ...]}; JSON lines are called .jsonl'
     content = json_of(path.read_bytes(), str(path), dict[str, Any], expected[0].upper() + expected[1:])
     if not isinstance(content.get("annotations"), list):
-        raise ValueError(f"{path} has no list `annotations`; {expected}")
+        raise UserError(f"{path} has no list `annotations`; {expected}")
     column = column or "caption"
     for number, entry in enumerate(content["annotations"]):
         if not isinstance(entry, dict) or column not in entry:
-            raise ValueError(f"{path}, annotation {number} has no {column!r}: {entry!s:.80}; {expected}")
+            raise UserError(f"{path}, annotation {number} has no {column!r}: {entry!s:.80}; {expected}")
         yield f"annotation {number}", entry[column]
 
 
 def _key(names: Any, place: str) -> str:
     found = next((key for key in KEYS if key in names), None)
     if found is None:
-        raise ValueError(f"{place} has none of {', '.join(KEYS)}; it has {_names(names)}: name a column")
+        raise UserError(f"{place} has none of {', '.join(KEYS)}; it has {_names(names)}: name a column")
     return found
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from distmatch import log
 from distmatch.config import flat
+from distmatch.errors import UserError
 from distmatch.evaluation import columns
 from distmatch.files import check_writable, write_atomic
 from distmatch.plain import fitting, read_json, read_yaml
@@ -73,10 +74,10 @@ def report(runs: list[Path], out: Path) -> Path:
     section out, where `log.jsonl`, `eval.json`, `teacher-student.png` or `previews/step-*.png` are missing. It loads no
     model: the pictures of teacher and student from the same noise are made at the end of a run.
 
-    Raises `ValueError` for no folders, for a folder that is no run, and for a file in it that cannot be read.
+    Raises `UserError` for no folders, for a folder that is no run, and for a file in it that cannot be read.
     """
     if not runs:
-        raise ValueError("no runs to report on; name at least one folder that `distmatch train` wrote")
+        raise UserError("no runs to report on; name at least one folder that `distmatch train` wrote")
     check_writable(out)
     names = [folder.resolve().name for folder in runs]
     if len(set(names)) < len(names):
@@ -95,7 +96,7 @@ def _load(folder: Path, name: str, colour: str) -> Run:
     if not recipe.is_file():
         recipe = folder / "settings.json"  # of `distmatch teach`; JSON is YAML
     if not recipe.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a run: it has neither recipe.yaml nor settings.json. "
             "Name a folder that `distmatch train` or `distmatch teach` wrote"
         )

@@ -15,6 +15,7 @@ from distmatch.clipping import Clipping, distillation
 from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
 from distmatch.denoiser import Denoiser
 from distmatch.distill import Distiller
+from distmatch.errors import UserError
 from distmatch.evaluation import Space, columns, hardware, judge, speed
 from distmatch.evaluation import evaluate as measure
 from distmatch.files import check_writable, write_atomic, write_json
@@ -187,12 +188,12 @@ def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = (
 def _has_begun(file: Path) -> bool:
     """Whether the run that `file` describes has saved anything that another one would not make again.
 
-    Raises `ValueError` where something is saved that was not made by such a run.
+    Raises `UserError` where something is saved that was not made by such a run.
     """
     out = file.parent
     found = next((name for name in ("model", "methods", "checkpoints/step-*") if any(out.glob(name))), None)
     if found and not file.exists():
-        raise ValueError(
+        raise UserError(
             f"{out} holds {out / found} of something else: it has no {file.name}. Choose another folder with --out"
         )
     return bool(found)
@@ -202,9 +203,7 @@ def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
     changed = [k for k in now if now[k] != before.get(k)]
     if changed:
         lines = "\n".join(f"  {k}: {before.get(k)} there, {now[k]} here" for k in changed)
-        raise ValueError(
-            f"{out} is a run with other settings:\n{lines}\nChoose another folder with --out, or delete it"
-        )
+        raise UserError(f"{out} is a run with other settings:\n{lines}\nChoose another folder with --out, or delete it")
 
 
 @owns_out
@@ -228,10 +227,10 @@ def pairs(recipe: Recipe, runs: Path) -> None:
 def checkpoints(run: Path, verify: bool, keep: int | None) -> None:
     """`distmatch checkpoints`."""
     if keep is not None and keep < 1:
-        raise ValueError(f"--keep {keep}: at least the latest stays; give 1 or more")
+        raise UserError(f"--keep {keep}: at least the latest stays; give 1 or more")
     found = Checkpoints(run / "checkpoints", {}, keep or 1)
     if not found.steps():
-        raise ValueError(f"{run} has no checkpoints; expected a run's folder, e.g. runs/mnist")
+        raise UserError(f"{run} has no checkpoints; expected a run's folder, e.g. runs/mnist")
     for step in found.prune() if keep else ():
         console.print(f"deleted step {step}")
     best, problems = found.best(), 0
@@ -244,12 +243,12 @@ def checkpoints(run: Path, verify: bool, keep: int | None) -> None:
             try:
                 found.verify(step)
                 remark += " complete and finite"
-            except ValueError as error:
+            except UserError as error:
                 remark, problems = str(error), problems + 1
         table.add_row(str(step), _size(sum(f.stat().st_size for f in files)), str(len(files)), saved, remark.strip())
     console.print(table)
     if problems:
-        raise ValueError(f"{problems} of {len(found.steps())} checkpoints cannot be used; delete them to go on without")
+        raise UserError(f"{problems} of {len(found.steps())} checkpoints cannot be used; delete them to go on without")
 
 
 def verify(folder: str) -> None:
@@ -268,7 +267,7 @@ def pipeline(model: str, steps: int | None, guidance: float | None, device: str)
         )
     student = DistilledPipeline.from_pretrained(model, build.device(device))
     if guidance not in (None, 1.0) and student.info.guidance is None:
-        raise ValueError(
+        raise UserError(
             f"guidance {guidance} is for a teacher: give --steps too. This student's guidance is fixed by training"
         )
     return student
@@ -289,7 +288,7 @@ def sample(
 ) -> None:
     """`distmatch sample`: `grid.png` and `000000.png` ... in `out`, the prompts in turn.
 
-    An earlier call's pictures go. Raises `ValueError` where `out` has others of such names.
+    An earlier call's pictures go. Raises `UserError` where `out` has others of such names.
     """
     replaced = samples.earlier(out)
     pipe = pipeline(model, steps, guidance, device)
@@ -330,7 +329,7 @@ def evaluate(
         check_writable(out)
     pipe = pipeline(model, steps, guidance, device)
     if pipe.info.source:
-        raise ValueError(f"{model} makes images of prompts; `distmatch compare` measures such models")
+        raise UserError(f"{model} makes images of prompts; `distmatch compare` measures such models")
     name = feature_name or ("pixels" if real else default_features(model, pipe.info))
     spaces = find_spaces(name, real, resize, pipe.device, pipe.info.shape)
     known = known_rows(name, pipe.info, spaces, n)

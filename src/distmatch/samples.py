@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from distmatch import data
+from distmatch.errors import UserError
 from distmatch.files import write_atomic, write_json
 from distmatch.plain import read_json
 
@@ -18,13 +19,13 @@ GRID = "grid.png"
 def earlier(out: Path) -> list[Path]:
     """Return the pictures of an earlier call in `out`, which `write` replaces.
 
-    Raises `ValueError` where there are others of such names, which would be mixed with the new ones or lost.
+    Raises `UserError` where there are others of such names, which would be mixed with the new ones or lost.
     """
     known = _known(out / MANIFEST)
     found = sorted(path for path in out.glob("*.png") if path.name == GRID or re.fullmatch(r"\d{6,}", path.stem))
     foreign = [path for path in found if (0 if path.name == GRID else int(path.stem)) >= known]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{out} holds {foreign[0].name}, which is not of the call that {MANIFEST} there tells of"
             f"{'' if known else ' (there is none)'}. Choose another folder with --out, or move the pictures away"
         )
@@ -55,4 +56,4 @@ def _known(manifest: Path) -> int:
     try:
         return int(read_json(manifest, dict[str, Any])["n"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{manifest} is damaged; delete it with the pictures beside it") from error
+        raise UserError(f"{manifest} is damaged; delete it with the pictures beside it") from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distmatch.betas import SPACINGS, beta_settings, log_alphas, spaced_betas
+from distmatch.errors import UserError
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class VP(Schedule):
 
     `linear` from 1e-4 to 2e-2 is DDPM, `scaled_linear` from 0.00085 to 0.012 Stable Diffusion; for the others see
     `betas.spaced_betas`. `betas`, where given, hold in place of the other four arguments. `t` in [0, steps - 1];
-    `log alpha` is interpolated linearly between whole steps. Raises `ValueError` unless all 0 < beta < 1.
+    `log alpha` is interpolated linearly between whole steps. Raises `UserError` unless all 0 < beta < 1.
     """
 
     beta_start: float = 1e-4
@@ -100,17 +101,17 @@ class VP(Schedule):
 
     def __post_init__(self) -> None:
         if self.spacing not in SPACINGS:
-            raise ValueError(f"VP: spacing {self.spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
+            raise UserError(f"VP: spacing {self.spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(map(float, self.betas)))
             object.__setattr__(self, "steps", len(self.betas))
         betas = self.table() if self.steps > 0 else torch.empty(0)
         if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
+            raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "VP":
-        """The schedule of a diffusers scheduler, or of its settings. Raises `ValueError` for one without betas."""
+        """The schedule of a diffusers scheduler, or of its settings. Raises `UserError` for one without betas."""
         config = getattr(scheduler, "config", scheduler)
         return cls(**beta_settings({"_class_name": type(scheduler).__name__, **config}))
 
@@ -154,5 +155,5 @@ class Flow(Schedule):
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
     if n < 1:
-        raise ValueError(f"a grid has {n} steps; expected at least 1")
+        raise UserError(f"a grid has {n} steps; expected at least 1")
     return torch.linspace(start, end, n, dtype=torch.float64)

@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from distmatch import rng
+from distmatch.errors import UserError
 from distmatch.paths import ASSETS
 from distmatch.pipeline import Output, Pipeline
 from distmatch.screen import console
@@ -84,12 +85,12 @@ class Guess(BaseModel):
 
 
 def read(kind: type[Asked], text: str | bytes) -> Asked:
-    """What a message or a body asks for. Raises `ValueError` with its first mistake, which never quotes it."""
+    """What a message or a body asks for. Raises `UserError` with its first mistake, which never quotes it."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
+        raise UserError(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Studio:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
 
     def draw(self, pipe: Pipeline, wish: Wish) -> tuple[Tensor, float]:
-        """`(pixels u8[1,C,H,W], milliseconds)`. Raises `ValueError` for what the model does not take."""
+        """`(pixels u8[1,C,H,W], milliseconds)`. Raises `UserError` for what the model does not take."""
         began = time.perf_counter()
         prompts = [wish.prompt or ""] if pipe.info.source else None if wish.prompt is None else [wish.prompt]
         scale = wish.guidance if pipe.info.guidance is not None else None
@@ -191,14 +192,12 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
     Args:
         names: what the server may be called besides "localhost" and addresses; see `OwnPage`.
 
-    Raises `ValueError` for a student of something other than images, or a teacher of another kind of images.
+    Raises `UserError` for a student of something other than images, or a teacher of another kind of images.
     """
     if len(student.info.shape) != 3:
-        raise ValueError(
-            f"this model makes samples of shape {student.info.shape}, not images; there is nothing to show"
-        )
+        raise UserError(f"this model makes samples of shape {student.info.shape}, not images; there is nothing to show")
     if teacher is not None and (ours := _kind(student)) != (theirs := _kind(teacher)):
-        raise ValueError(f"the teacher is another student's: it makes {theirs}, this student {ours}")
+        raise UserError(f"the teacher is another student's: it makes {theirs}, this student {ours}")
     studio = Studio(student, teacher)
 
     @asynccontextmanager
@@ -244,7 +243,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
         try:
             async with studio.dealing:  # the others wait here, not between a visitor and the models
                 return await studio.run(lambda: studio.new_round(wish))
-        except ValueError as error:
+        except UserError as error:
             raise HTTPException(422, str(error)) from error
         finally:
             studio.waiting[visitor] -= 1
@@ -272,7 +271,7 @@ async def _asked(kind: type[Asked], request: Request) -> Asked:
         return read(kind, await asyncio.wait_for(request.body(), PATIENCE))
     except TimeoutError as error:
         raise HTTPException(408, f"the request was not here within {PATIENCE:.0f} seconds") from error
-    except ValueError as error:
+    except UserError as error:
         raise HTTPException(422, str(error)) from error
 
 
@@ -293,7 +292,7 @@ async def _visitor(socket: WebSocket, studio: Studio) -> None:
         wish = newest.pop()
         try:
             pixels, ms = studio.draw(studio.student, wish)
-        except ValueError as error:
+        except UserError as error:
             return _refusal(wish.id, 422, str(error))
         except Exception as error:  # such as a GPU without memory: the next wish may do better
             log.exception("a picture failed")
@@ -319,7 +318,7 @@ async def _visitor(socket: WebSocket, studio: Studio) -> None:
             try:
                 newest.append(read(Wish, text))
                 arrived.set()
-            except ValueError as error:
+            except UserError as error:
                 await socket.send(_refusal(None, 422, str(error)))
     except WebSocketDisconnect:
         pass
@@ -335,12 +334,12 @@ def _refusal(number: int | None, status: int, why: str) -> dict[str, Any]:
 def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, open_browser: bool = False) -> None:
     """Serve the page until Ctrl-C, at `port` or, where it is taken, at a free one.
 
-    Raises `ValueError` for a port or a host that cannot be, and for models that `make_app` refuses.
+    Raises `UserError` for a port or a host that cannot be, and for models that `make_app` refuses.
     """
     import uvicorn
 
     if not 0 <= port < 65536:
-        raise ValueError(f"--port {port}: expected 0 to 65535; 0 takes any free one")
+        raise UserError(f"--port {port}: expected 0 to 65535; 0 takes any free one")
     app = make_app(student, teacher, (host, socket.gethostname()))
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -350,7 +349,7 @@ def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, ope
             try:
                 listener.bind((host, 0))
             except OSError:
-                raise ValueError(f"--host {host}: {taken.strerror}; give an address of this machine") from taken
+                raise UserError(f"--host {host}: {taken.strerror}; give an address of this machine") from taken
         listener.listen()  # from here on whoever opens the address waits for the page instead of being refused
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from distmatch import parquet
 from distmatch.archives import Files
+from distmatch.errors import UserError
 from distmatch.plain import json_of
 from distmatch.screen import printable
 
@@ -40,7 +41,7 @@ class Labels:
 def read_labels(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
     """The labels of `pictures` that stand in files among `names`; `None` where there are no such files.
 
-    Raises `ValueError` where such a file is damaged, or has no label for one of the pictures.
+    Raises `UserError` where such a file is damaged, or has no label for one of the pictures.
     """
     for find in (_dataset_json, _metadata, _cls):
         if found := find(files, names, pictures):
@@ -63,7 +64,7 @@ def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels
         try:
             known |= {_beside(name, file): label for file, label in data["labels"]}
         except (TypeError, ValueError) as error:
-            raise ValueError(f'{where}: labels are not {{"labels": [["name.png", 0], ...]}}') from error
+            raise UserError(f'{where}: labels are not {{"labels": [["name.png", 0], ...]}}') from error
     if not used:
         return None
     if not said:  # its folders are running thousands, never classes
@@ -83,7 +84,7 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
             continue  # of another tool
         for row in rows:
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{where}: {printable(row)} has no file_name")
+                raise UserError(f"{where}: {printable(row)} has no file_name")
             columns |= row.keys()
             column = column or next((c for c in COLUMNS if c in row), None)
             if column in row:
@@ -105,7 +106,7 @@ def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
     keys: dict[str, str] = {}
     for name in pictures:
         if (other := keys.setdefault(_key(name), name)) != name:
-            raise ValueError(
+            raise UserError(
                 f"{files.path}: {printable(other)} and {printable(name)} share one .cls; keep one picture per sample"
             )
     texts = {_key(name): content.decode("utf-8", "replace").strip() for name, content in files.read(cls.values())}
@@ -128,7 +129,7 @@ def _rows(name: str, content: bytes, where: str) -> Iterator[Any]:
         try:
             yield from csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{where} is no CSV: {printable(error)}") from error
+            raise UserError(f"{where} is no CSV: {printable(error)}") from error
     else:
         yield from parquet.rows(io.BytesIO(content), where)
 
@@ -142,7 +143,7 @@ def _all_of(known: dict[str, Any], pictures: list[str], where: str) -> list[int]
     """The label of each picture: whole numbers if all are, else names."""
     missing = [name for name in pictures if known.get(name) is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{where} has no label for {len(missing):,} of {len(pictures):,} images, e.g. {printable(missing[0])}"
         )
     return labels_of((known[name] for name in pictures), where)
@@ -151,12 +152,12 @@ def _all_of(known: dict[str, Any], pictures: list[str], where: str) -> list[int]
 def labels_of(values: Iterable[Any], where: str) -> list[int] | list[str]:
     """Labels as whole numbers if all of them are, written as text or not, else as names.
 
-    Raises `ValueError` for anything else, such as a list of several.
+    Raises `UserError` for anything else, such as a list of several.
     """
     values = list(values)
     for value in values:
         if type(value) not in (int, str) or (type(value) is int and value < 0):
-            raise ValueError(f"{where}: {printable(value)!r} is no label; expected a whole number or a name")
+            raise UserError(f"{where}: {printable(value)!r} is no label; expected a whole number or a name")
     texts = [str(value).strip() for value in values]
     if all(text.isdecimal() and text.isascii() and len(text) < 10 for text in texts):
         return [int(text) for text in texts]

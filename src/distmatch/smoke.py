@@ -12,6 +12,7 @@ import torch
 from distmatch import rng
 from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.errors import UserError
 from distmatch.files import write_atomic
 from distmatch.models.folder import Info, save_model
 from distmatch.models.published import PUBLISHED
@@ -90,10 +91,10 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
 def random_edm(name: str, small: bool = True) -> tuple[Denoiser, Info]:
     """A network of the kind of the published checkpoint `name`, with random weights; `small` or of its full size.
 
-    Raises `ValueError` where no checkpoint has this name.
+    Raises `UserError` where no checkpoint has this name.
     """
     if name not in PUBLISHED:
-        raise ValueError(f"{name!r} is no published EDM checkpoint; expected one of {', '.join(PUBLISHED)}")
+        raise UserError(f"{name!r} is no published EDM checkpoint; expected one of {', '.join(PUBLISHED)}")
     kind, arguments = PUBLISHED[name]
     net = kind(**{**arguments, **(SMALL if small else {})})
     for parameter in net.parameters():  # layers that start at zero would hide what lies before them

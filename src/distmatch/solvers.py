@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from distmatch.denoiser import Cond
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.sampler import SAMPLERS, Callback, Model, Sampler
 from distmatch.schedule import VP, Schedule, expand
@@ -22,10 +23,10 @@ def solver(name: str, scheduler: Mapping[str, Any] | None = None) -> Sampler:
     Args:
         scheduler: the settings of the model's diffusers scheduler, for `pndm`.
 
-    Raises `ValueError` for an unknown name, and, when it samples, for `pndm` on a schedule that is not `VP`.
+    Raises `UserError` for an unknown name, and, when it samples, for `pndm` on a schedule that is not `VP`.
     """
     if name not in NAMES:
-        raise ValueError(f"sampler {name!r} is unknown; expected one of {', '.join(NAMES)}")
+        raise UserError(f"sampler {name!r} is unknown; expected one of {', '.join(NAMES)}")
     return SAMPLERS[name] if name in SAMPLERS else pndm(scheduler or STABLE_DIFFUSION)
 
 
@@ -45,7 +46,7 @@ def pndm(settings: Mapping[str, Any]) -> Sampler:
         model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, steps: int, callback: Callback | None = None
     ) -> Tensor:
         if type(schedule) is not VP:
-            raise ValueError(f"pndm is for the schedules of discrete diffusions; this model's is {schedule}. Use heun")
+            raise UserError(f"pndm is for the schedules of discrete diffusions; this model's is {schedule}. Use heun")
         need("diffusers", by="pndm")
         from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 

@@ -12,6 +12,7 @@ import torch
 
 from distmatch import parallel, rng
 from distmatch.config import Evaluation
+from distmatch.errors import UserError
 from distmatch.evaluation import Space, chance, enough, fewest, score
 from distmatch.features import FeatureSpace, Reference, load_real, load_reference, load_statistics, reference
 from distmatch.files import remove, together, write_json
@@ -54,15 +55,15 @@ def find_spaces(
         device: where the spaces compute.
         shape: that of the images to be measured. Beside Inception there is `pixels` where the real ones have it too.
 
-    Raises `ValueError` for a name that is none, a missing reference, and for what is damaged or does not fit.
+    Raises `UserError` for a name that is none, a missing reference, and for what is damaged or does not fit.
     """
     device = device or torch.device("cpu")
     inception = name.startswith("inception:")
     if resize != "legacy" and not inception:
-        raise ValueError(f"resize {resize!r} is for Inception; the features {name!r} take images as they are")
+        raise UserError(f"resize {resize!r} is for Inception; the features {name!r} take images as they are")
     if real is None and (inception or name == "pixels"):
         statistics = " or their statistics (an .npz with mu and sigma, such as EDM's)" if inception else ""
-        raise ValueError(
+        raise UserError(
             f"features {name!r} come without a reference; name one with --reference: the training images (folder, "
             f"archive, .npy, .npz){statistics}"
         )
@@ -95,7 +96,7 @@ def _references(
         if ready := load_statistics(file):
             if [space.distance for space in networks] == ["fid"]:
                 return [ready], None
-            raise ValueError(
+            raise UserError(
                 f"{real} holds statistics, which don't say in which features they were taken; they are used with "
                 "--features inception:FILE alone. Name the images"
             )
@@ -109,11 +110,11 @@ def _references(
 
 
 def features_folder(name: str) -> Path:
-    """The folder of the spaces called `name`. Raises `ValueError` where there is none."""
+    """The folder of the spaces called `name`. Raises `UserError` where there is none."""
     for folder in (Path(name), ASSETS / name):
         if any((folder / part).is_dir() for part in FILES):
             return folder
-    raise ValueError(
+    raise UserError(
         f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package, "
         "nor `pixels`, nor inception:FILE"
     )
@@ -122,14 +123,14 @@ def features_folder(name: str) -> Path:
 def default_features(model: str, info: Info) -> str:
     """The features of the package that `model` may be measured in without being told.
 
-    Raises `ValueError` unless its card says that it was taught on the very images of their reference.
+    Raises `UserError` unless its card says that it was taught on the very images of their reference.
     """
     packaged = sorted(file.parent for file in ASSETS.glob("*/reference.safetensors"))
     for folder in packaged:
         if _of_its_images(info, folder):
             return folder.name
     names = ", ".join(folder.name for folder in packaged)
-    raise ValueError(
+    raise UserError(
         f"{model} has no card that says it was taught on images of which the package has a reference ({names}). Say "
         "what to compare with: --features FOLDER (`distmatch classifier IMAGES` makes one), --reference IMAGES, or "
         f"--features {names} if it makes just such images"
@@ -139,14 +140,14 @@ def default_features(model: str, info: Info) -> str:
 def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
     """The spaces that a recipe's student is measured in while it is trained; none where the recipe names none.
 
-    Raises `ValueError` where they are of other images than the teacher's, or `evaluate.images` are too few for them.
+    Raises `UserError` where they are of other images than the teacher's, or `evaluate.images` are too few for them.
     """
     name = evaluation.features
     if not evaluation.every or not name:
         return []
     packaged = not Path(name).is_dir() and (ASSETS / name).is_dir()
     if packaged and evaluation.reference is None and not _of_its_images(info, ASSETS / name):
-        raise ValueError(
+        raise UserError(
             f"evaluate.features is {name}, and the teacher {teacher} is not known to be of the same images. Set "
             "evaluate.features=FOLDER (`distmatch classifier IMAGES` makes one), or evaluate.every=0"
         )
@@ -166,7 +167,7 @@ def train_spaces(
         positions: per side; 1 leaves out the second classifier. Small images have fewer: a part is 4 pixels at least.
         training: see `train_classifier`.
 
-    Returns the figures of the `test` images as a row (see `save_spaces`). Raises `ValueError` for too few images.
+    Returns the figures of the `test` images as a row (see `save_spaces`). Raises `UserError` for too few images.
     """
     channels, *size = real.pixels.shape[1:]
     positions = min(positions, min(size) // 4)
@@ -227,12 +228,12 @@ def known_rows(features: str, info: Info, spaces: Sequence[Space], n: int) -> li
 
 
 def _known(file: Path, spaces: Sequence[Space]) -> dict[str, list[Any]]:
-    """What `save_spaces` wrote to `file` of these spaces. Raises `ValueError` where it is of others, or damaged."""
+    """What `save_spaces` wrote to `file` of these spaces. Raises `UserError` where it is of others, or damaged."""
     remedy = "Delete it to go on without the figures of real images, or run `distmatch classifier` again"
     known = read_json(file, dict[str, list[Any]], remedy)
     here = [real.classifier for _, real in spaces if real.classifier]
     if "rows" not in known or not {*here} <= {*known.get("spaces", here)}:  # earlier versions named none
-        raise ValueError(f"{file} is not of the spaces beside it. {remedy}")
+        raise UserError(f"{file} is not of the spaces beside it. {remedy}")
     return known
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from distmatch.digests import file_sha256
 from distmatch.disk import naming
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.files import sweep, write_atomic
 from distmatch.paths import CACHE, expand
@@ -46,7 +47,7 @@ def name_of(place: str | Path) -> str:
 class Folder:
     """A folder by its path or URL. Files in it are written whole, by a rename on a disk, by the store itself elsewhere.
 
-    Raises `ValueError` for a file, and for a URL that fsspec does not know or has no package for.
+    Raises `UserError` for a file, and for a URL that fsspec does not know or has no package for.
     """
 
     def __init__(self, place: "str | Path | Folder"):
@@ -56,7 +57,7 @@ class Folder:
         if self.path is None:
             self.fs, self.root = filesystem(self.place)
         elif self.path.is_file():
-            raise ValueError(f"{self.place} is a file; expected a folder")
+            raise UserError(f"{self.place} is a file; expected a folder")
 
     def __str__(self) -> str:
         return self.place
@@ -119,7 +120,7 @@ class Folder:
     def create(self, name: str, content: bytes) -> bool:
         """Make the file `name` unless there is one: of many that try, one has made it.
 
-        S3 and Google's store promise that, others may not. Raises `ValueError` where the store is not to be written.
+        S3 and Google's store promise that, others may not. Raises `UserError` where the store is not to be written.
         """
         if self.path is None:
             try:
@@ -172,13 +173,13 @@ class Folder:
 
 @contextmanager
 def _reached(place: str) -> Iterator[None]:
-    """What a store's own package raises becomes a `ValueError`; that a file is or is not there passes."""
+    """What a store's own package raises becomes a `UserError`; that a file is or is not there passes."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, IsADirectoryError, ValueError):
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, UserError):
         raise
     except Exception as error:
-        raise ValueError(f"{place} cannot be reached: {error}") from error
+        raise UserError(f"{place} cannot be reached: {error}") from error
 
 
 @contextmanager
@@ -187,7 +188,7 @@ def _written(place: str) -> Iterator[None]:
         with _reached(place):
             yield
     except (FileNotFoundError, NotImplementedError) as error:
-        raise ValueError(f"{place} cannot be written: {error}") from error
+        raise UserError(f"{place} cannot be written: {error}") from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -200,14 +201,14 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         fs, root = url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {error}") from error
+        raise UserError(f"{url} cannot be opened: {error}") from error
     return fs, root.rstrip("/")
 
 
 def local(place: str | Path) -> Path:
     """A file or folder on the disk as it is; of a file at a URL its local copy.
 
-    Raises `ValueError` for a URL where there is no file.
+    Raises `UserError` for a URL where there is no file.
     """
     if not is_url(place):
         return Path(expand(str(place)).removeprefix("file://"))
@@ -216,7 +217,7 @@ def local(place: str | Path) -> Path:
         with _reached(str(place)):
             return copied(fs, path)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(
+        raise UserError(
             f"{place} is no file; expected one, e.g. an archive of images (a folder would take a request for each)"
         ) from error
 
@@ -227,13 +228,13 @@ def limit() -> float:
     try:
         return 1e9 * float(given)
     except ValueError as error:
-        raise ValueError(f"DISTMATCH_CACHE_GB is {given!r}; expected a number, e.g. 20") from error
+        raise UserError(f"DISTMATCH_CACHE_GB is {given!r}; expected a number, e.g. 20") from error
 
 
 def copied(fs: Any, path: str) -> Path:
     """The local copy of a remote file as it is now, fetched if it is not there.
 
-    Raises `FileNotFoundError`, and `ValueError` where it is larger than all copies may be, does not say its size, or
+    Raises `FileNotFoundError`, and `UserError` where it is larger than all copies may be, does not say its size, or
     arrives with another size or another hash than the store says.
     """
     info = fs.info(path)
@@ -290,7 +291,7 @@ def _fetch(fs: Any, path: str, info: dict[str, Any], file: Path) -> None:
     fs.get_file(path, str(file))
     size = file.stat().st_size
     if size != info["size"]:
-        raise ValueError(f"{path} did not arrive whole: {size:,} of {info['size']:,} bytes. Run the same again")
+        raise UserError(f"{path} did not arrive whole: {size:,} of {info['size']:,} bytes. Run the same again")
     kind, known = "", ""
     if info.get("lfs"):  # Hugging Face's
         kind, known = "sha256", info["lfs"]["sha256"]
@@ -300,15 +301,15 @@ def _fetch(fs: Any, path: str, info: dict[str, Any], file: Path) -> None:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, kind).hexdigest()
         if found != known:
-            raise ValueError(f"{path} did not arrive whole: its {kind} is {found}, not {known}. Run the same again")
+            raise UserError(f"{path} did not arrive whole: its {kind} is {found}, not {known}. Run the same again")
 
 
 def _reserve(stem: str, size: int | None, path: str) -> Path:
     """Wait until there is room for `size` bytes more, and take it: by a file of that size and without content."""
     if size is None:
-        raise ValueError(f"{path} does not say its size, which decides whether there is room; download it first")
+        raise UserError(f"{path} does not say its size, which decides whether there is room; download it first")
     if size > limit():
-        raise ValueError(
+        raise UserError(
             f"{path} has {size / 1e9:.3g} GB, copies of remote files may take {limit() / 1e9:.3g} GB in all; "
             "set DISTMATCH_CACHE_GB"
         )

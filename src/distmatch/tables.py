@@ -14,6 +14,7 @@ import numpy as np
 from distmatch import parquet, unpickle
 from distmatch.archives import Files, printable
 from distmatch.decode import Decoder
+from distmatch.errors import UserError
 from distmatch.layouts import kind
 from distmatch.limits import FILE, check
 from distmatch.sidecars import COLUMNS, IMAGES, labels_of
@@ -46,7 +47,7 @@ class Table:
 def read_table(files: Files, names: list[str], split: str) -> Table | None:
     """The data set in the visible files `names`, if it is of one of these kinds.
 
-    Raises `ValueError` where it is damaged or has no such split.
+    Raises `UserError` where it is damaged or has no such split.
     """
     for read in (_cifar, _idx, _parquet):
         if found := read(files, names, split):
@@ -73,7 +74,7 @@ def _cifar(files: Files, names: list[str], split: str) -> Table | None:
         data, given = batch.get("data"), batch.get(key)
         planes = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(data), 3072)
         if not isinstance(data, np.ndarray) or not planes or not isinstance(given, list) or len(given) != len(data):
-            raise ValueError(f"{where} is no batch of CIFAR: expected data as uint8 (N, 3072) and as many labels")
+            raise UserError(f"{where} is no batch of CIFAR: expected data as uint8 (N, 3072) and as many labels")
         pixels.append(data.reshape(-1, 3, 32, 32))
         labels += labels_of(given, where)
     classes: tuple[str, ...] = ()
@@ -87,10 +88,10 @@ def _cifar(files: Files, names: list[str], split: str) -> Table | None:
 def _pickled(files: Files, name: str, content: bytes) -> dict[str, Any]:
     try:
         found = unpickle.load(content)
-    except ValueError as error:
-        raise ValueError(f"{files.path}: {printable(name)}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{files.path}: {printable(name)}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{files.path}: {printable(name)} is no batch of CIFAR: it is no dictionary")
+        raise UserError(f"{files.path}: {printable(name)} is no batch of CIFAR: it is no dictionary")
     return {_text(key): value for key, value in found.items()}
 
 
@@ -109,7 +110,7 @@ def _idx(files: Files, names: list[str], split: str) -> Table | None:
         return None
     if len(sets := {match[1] for match in found.values()}) > 1:
         every = printable(", ".join(sorted(sets)))
-        raise ValueError(f"{files.path} has idx files of several data sets: {every}; keep those of one")
+        raise UserError(f"{files.path} has idx files of several data sets: {every}; keep those of one")
     splits = {n: "train" if match[2] == "train" else "test" for n, match in found.items()}
     chosen = _of_split(files, splits, split)
     arrays: dict[str, list[np.ndarray]] = {"images": [], "labels": []}
@@ -118,7 +119,7 @@ def _idx(files: Files, names: list[str], split: str) -> Table | None:
         arrays[found[name][3]].append(_idx_array(f"{files.path}: {printable(name)}", content, dimensions))
     images, labels = arrays["images"], arrays["labels"]
     if not images or (labels and list(map(len, labels)) != list(map(len, images))):
-        raise ValueError(
+        raise UserError(
             f"{files.path}: {sum(map(len, images)):,} images and {sum(map(len, labels)):,} labels in "
             f"{printable(_bases(chosen))}; expected as many of both"
         )
@@ -138,18 +139,18 @@ def _idx_array(where: str, content: bytes, dimensions: int) -> np.ndarray:
             check(size, 16 * FILE, where)
             content = start + unpacked.decompress(unpacked.unconsumed_tail, size + 1)
         except zlib.error as error:
-            raise ValueError(f"{where} is damaged: {printable(error)}; get it again") from error
+            raise UserError(f"{where} is damaged: {printable(error)}; get it again") from error
         if not unpacked.eof:
-            raise ValueError(f"{where} is damaged: it is longer or shorter than it says; get it again")
+            raise UserError(f"{where} is damaged: it is longer or shorter than it says; get it again")
     shape = _idx_shape(where, content, dimensions)
     if len(content) - head != math.prod(shape):
-        raise ValueError(f"{where} is damaged: {len(content) - head:,} bytes for {shape}; get it again")
+        raise UserError(f"{where} is damaged: {len(content) - head:,} bytes for {shape}; get it again")
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 
 def _idx_shape(where: str, content: bytes, dimensions: int) -> tuple[int, ...]:
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < 4 + 4 * dimensions:
-        raise ValueError(f"{where} is no idx file of bytes in {dimensions} dimensions")
+        raise UserError(f"{where} is no idx file of bytes in {dimensions} dimensions")
     return tuple(int.from_bytes(content[i : i + 4]) for i in range(4, 4 + 4 * dimensions, 4))
 
 
@@ -169,17 +170,17 @@ def _parquet(files: Files, names: list[str], split: str) -> Table | None:
         for name, table in opened.items():
             where = f"{place}: {printable(name)}"
             if not {image, *label} <= set(table.schema_arrow.names):
-                raise ValueError(f"{where} has other columns than {printable(chosen[0])}; give one data set at a time")
+                raise UserError(f"{where} has other columns than {printable(chosen[0])}; give one data set at a time")
             for record in parquet.records(table, [image, *label], where):
                 content = record[image].get("bytes") if isinstance(record[image], dict) else record[image]
                 if not isinstance(content, bytes):
-                    raise ValueError(f"{where}, row {row}: {image} has no bytes; embed the images in the table")
+                    raise UserError(f"{where}, row {row}: {image} has no bytes; embed the images in the table")
                 check(len(content), FILE, f"{where}, row {row}")
                 decoder.add(row, f"{name}, row {row}", content)
                 labels += [record[column] for column in label]
                 row += 1
     if row != decoder.count:
-        raise ValueError(f"{place}: {row:,} rows where {decoder.count:,} were announced; get the tables again")
+        raise UserError(f"{place}: {row:,} rows where {decoder.count:,} were announced; get the tables again")
     pixels, notes = decoder.finish()
     if not label:
         return Table(pixels, None, (), "no classes: the tables have no column of labels", set(tables), notes)
@@ -193,7 +194,7 @@ def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
     encoded = [n for n, t in types.items() if "binary" in t]
     image = next((n for n in IMAGES if n in encoded), encoded[0] if len(encoded) == 1 else None)
     if image is None:
-        raise ValueError(
+        raise UserError(
             f"{place}: no column of encoded images, called {', '.join(IMAGES)}, in the tables; they have "
             f"{printable(', '.join(f'{n} ({t})' for n, t in types.items()), 400)}"
         )
@@ -219,5 +220,5 @@ def _of_split(files: Files, kinds: dict[str, str], split: str) -> list[str]:
         wanted = "val"
     chosen = [name for name, found in kinds.items() if split == "all" or found == wanted]
     if not chosen:
-        raise ValueError(f"{files.path} has no split {split!r}; it has {', '.join(sorted(set(kinds.values())))}")
+        raise UserError(f"{files.path} has no split {split!r}; it has {', '.join(sorted(set(kinds.values())))}")
     return chosen

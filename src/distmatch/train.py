@@ -13,8 +13,9 @@ from torch import Tensor
 from distmatch import data, parallel
 from distmatch.checkpoint import Checkpoints, Stateful
 from distmatch.clock import Clock
+from distmatch.errors import Diverged, Stopped
 from distmatch.files import write_atomic
-from distmatch.interrupt import Interrupt, Stopped
+from distmatch.interrupt import Interrupt
 from distmatch.log import Log
 from distmatch.progress import progress
 
@@ -58,10 +59,6 @@ class Plan:
     keep: int = 2
 
 
-class Diverged(Exception):
-    """A loss is not finite."""
-
-
 def train(
     task: Task,
     out: Path,
@@ -79,7 +76,7 @@ def train(
     first of which (lower is better) decides which checkpoint is the best. `watch` is called with the losses f[steps] by
     name whenever they have been read, and returns further figures for the log.
 
-    Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM, `ValueError` when the checkpoint is
+    Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM, `UserError` when the checkpoint is
     damaged.
     """
     checkpoints = Checkpoints(out / "checkpoints", task.parts, plan.keep)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOM = 4
-"""Storages, tensors and copies together may take this many times the size of the file; honest ones take at most 3."""
+from distmatch.errors import UserError
+
+ROOM = 4  # times the file's size, for storages, tensors and copies together; honest files take at most 3
 INSTRUCTIONS = 4_000_000
 """The longest program that is carried out, as one byte can make an object of 200; 1,500 modules take 300,000."""
 DIMENSIONS = 32
@@ -82,14 +83,14 @@ class Network:
 def load(source: Path | bytes) -> Any:
     """The object in a pickle of protocol 2 to 5; modules and other objects of known kinds come as `Stub`.
 
-    Parameters come as tensors, named dictionaries as `dict`, NumPy scalars as Python numbers. Raises `ValueError` where
+    Parameters come as tensors, named dictionaries as `dict`, NumPy scalars as Python numbers. Raises `UserError` where
     the file is missing or damaged, or asks for anything that is not data.
     """
     name = "the pickle" if isinstance(source, bytes) else str(source)
     try:
         file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
     with file:
         try:
             size = file.seek(0, io.SEEK_END)
@@ -97,12 +98,12 @@ def load(source: Path | bytes) -> Any:
             budget = _Budget(size)
             return _Machine(_Bounded(file, size), _Names(budget), budget).run()
         except _Refused as refused:
-            raise ValueError(
+            raise UserError(
                 f"{name} asks for {refused}: this is refused, and nothing in the file was executed. "
                 f"Only tensors, numbers, text and containers are read from a pickle"
             ) from None
         except Exception as error:  # whatever an ill-formed program runs into, stack or type or encoding
-            raise ValueError(
+            raise UserError(
                 f"{name} is damaged at byte {file.tell()}, or no pickle of protocol 2 to 5 "
                 f"({type(error).__name__}: {_cut(str(error))}); get it again from where it was published"
             ) from error
@@ -111,12 +112,12 @@ def load(source: Path | bytes) -> Any:
 def network(path: Path, key: str | None = "ema") -> Network:
     """The network under `key` of the dictionary in `path`; key `None`: the object itself.
 
-    Raises `ValueError` as `load` does, and where there is no such network.
+    Raises `UserError` as `load` does, and where there is no such network.
     """
     found = load(path)
     if key is not None:
         if not isinstance(found, dict) or key not in found:
-            raise ValueError(f"{path} has no entry {key!r}: it is {_describe(found)}")
+            raise UserError(f"{path} has no entry {key!r}: it is {_describe(found)}")
         found = found[key]
     return _network(path, found)
 
@@ -124,23 +125,23 @@ def network(path: Path, key: str | None = "ema") -> Network:
 def read_state(path: Path) -> dict[str, Tensor]:
     """Parameters and buffers of the one network in `path`: the object itself, or one entry of a dictionary.
 
-    Raises `ValueError` as `load` does, and where there is no network or more than one.
+    Raises `UserError` as `load` does, and where there is no network or more than one.
     """
     found = load(path)
     entries = found if isinstance(found, dict) else {None: found}
     keys = [key for key, value in entries.items() if _is_module(value)]
     if len(keys) != 1:
-        raise ValueError(f"{path} holds {len(keys)} networks where one was expected: it is {_describe(found)}")
+        raise UserError(f"{path} holds {len(keys)} networks where one was expected: it is {_describe(found)}")
     return _network(path, entries[keys[0]]).state
 
 
 def _network(path: Path, found: Any) -> Network:
     if not _is_module(found):
-        raise ValueError(f"{path} holds no network there, but something {_describe(found)}")
+        raise UserError(f"{path} holds no network there, but something {_describe(found)}")
     try:
         return _walk(found, _Budget(path.stat().st_size))
     except _Refused as refused:
-        raise ValueError(f"{path} holds {refused}: it is damaged, or was made to do harm") from None
+        raise UserError(f"{path} holds {refused}: it is damaged, or was made to do harm") from None
 
 
 def _is_module(value: Any) -> bool:
@@ -430,7 +431,7 @@ class _Names:
         known = (magic, version, view) == (*MAGIC, None)
         announced = _expect(count, int).to_bytes(8, "little") == data[start - 8 : start]
         if not known or not announced or len(numbers) != count * _expect(dtype, torch.dtype).itemsize:
-            raise ValueError(f"a storage of {count} numbers was announced and is not there")
+            raise UserError(f"a storage of {count} numbers was announced and is not there")
         if dtype == torch.bool:
             _check_bools(data[start:])
         return _Storage(torch.frombuffer(bytearray(numbers), dtype=dtype) if count else torch.empty(0, dtype=dtype))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.losses import REGRESSIONS
 from distmatch.models.codec import Decoded, Decoder
@@ -25,7 +26,7 @@ def teacher_of(recipe: Recipe) -> tuple[Denoiser, Info]:
     """The recipe's teacher on the meta device.
 
     Published checkpoints are known by name and models in diffusers' format by their settings; their weights are not
-    read. Raises `ValueError` where a model is not known.
+    read. Raises `UserError` where a model is not known.
     """
     scheme, _, rest = recipe.teacher.partition(":")
     if scheme not in ("edm", "diffusers"):
@@ -37,7 +38,7 @@ def teacher_of(recipe: Recipe) -> tuple[Denoiser, Info]:
 
 def _published(teacher: str, name: str) -> tuple[Denoiser, Info]:
     if name not in PUBLISHED:
-        raise ValueError(f"teacher {teacher!r} is no published checkpoint; import it and name its folder")
+        raise UserError(f"teacher {teacher!r} is no published checkpoint; import it and name its folder")
     kind, arguments = PUBLISHED[name]
     net: Any = kind(**arguments)
     info = Info((3, *[net.config["img_resolution"]] * 2), tuple(map(str, range(net.config["label_dim"]))))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distmatch import data, rng
 from distmatch.digests import Damaged, load_file, save_file
+from distmatch.errors import UserError
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.images import Images
@@ -97,11 +98,11 @@ class Classifier(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """Penultimate activations, f[B,F]: the last layer's channels, averaged over each part of the image."""
         if pixels.dtype != torch.uint8:
-            raise ValueError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see data.to_uint8")
+            raise UserError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see data.to_uint8")
         shape = (self.config["channels"], *self.config["size"])
         if tuple(pixels.shape[1:]) != shape:
             expected = f"(B, {', '.join(map(str, shape))})"
-            raise ValueError(f"pixels are {tuple(pixels.shape)}; this classifier takes {expected}")
+            raise UserError(f"pixels are {tuple(pixels.shape)}; this classifier takes {expected}")
         x = data.to_float(pixels.to(self.head.weight.device))
         return self.body(x.contiguous(memory_format=torch.channels_last))
 
@@ -121,22 +122,22 @@ class Classifier(nn.Module):
     def load(cls, folder: Path) -> "Classifier":
         """The classifier in `folder`, frozen and in evaluation mode. Nothing in the folder is executed.
 
-        Raises `ValueError` where the folder holds no classifier, is damaged, or needs another version.
+        Raises `UserError` where the folder holds no classifier, is damaged, or needs another version.
         """
         file = folder / "config.json"
         if not file.exists():
-            raise ValueError(f"{folder} is not a classifier: it has no config.json; `distmatch classifier` makes one")
+            raise UserError(f"{folder} is not a classifier: it has no config.json; `distmatch classifier` makes one")
         try:
             config = read_json(file, dict[str, Any], "Train the classifier again")
             if config.pop("format", None) != FORMAT:
-                raise ValueError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
+                raise UserError(f"{file} is not of format {FORMAT!r}: not a classifier, or one of another version")
             config.setdefault("positions", 1)
             arguments, shapes = {key: config[key] for key in NETWORK}, shapes_in(folder / "model.safetensors")
             net = build(f"{folder} is damaged: its network", cls, arguments, shapes)
             weights = load_file(folder / "model.safetensors", config.pop("weights", None))
             net.load_state_dict(weights)
         except (AttributeError, KeyError, TypeError, RuntimeError, OSError, Damaged) as e:
-            raise ValueError(f"{folder} is damaged: {type(e).__name__}: {e}; train the classifier again") from e
+            raise UserError(f"{folder} is damaged: {type(e).__name__}: {e}; train the classifier again") from e
         check_weights(weights, folder / "model.safetensors")
         net.config = config
         return net.eval().requires_grad_(False)
@@ -167,13 +168,13 @@ def train_classifier(
         flip: mirror every other image at random.
         progress: called with 1 after every step.
 
-    Raises `ValueError` where labels are missing or `test` has other classes or another image shape.
+    Raises `UserError` where labels are missing or `test` has other classes or another image shape.
     """
     for name, part in (("training", images), ("test", test)):
         if part.labels is None:
-            raise ValueError(f"the {name} images have no labels; expected one folder per class, split/class/name.png")
+            raise UserError(f"the {name} images have no labels; expected one folder per class, split/class/name.png")
     if (images.classes, images.pixels.shape[1:]) != (test.classes, test.pixels.shape[1:]):
-        raise ValueError(
+        raise UserError(
             f"training images are {tuple(images.pixels.shape[1:])} of {len(images.classes)} classes, test images "
             f"{tuple(test.pixels.shape[1:])} of {len(test.classes)}; expected the same shape and the same class names"
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch.denoiser import Cond
+from distmatch.errors import UserError
 
 HALF = math.sqrt(0.5)
 """Keeps the variance of a sum of two."""
@@ -279,7 +280,7 @@ class SongUNet(_UNet):
         encoder_type: "standard" (DDPM++) or "residual" (NCSN++).
         resample_filter: taps of the resolution changes, `[1, 1]` (DDPM++) or `[1, 3, 3, 1]` (NCSN++).
 
-    Raises `ValueError` for other types.
+    Raises `UserError` for other types.
     """
 
     def __init__(
@@ -439,4 +440,4 @@ class DhariwalUNet(_UNet):
 
 def _known(name: str, value: str, *expected: str) -> None:
     if value not in expected:
-        raise ValueError(f"{name} {value!r} is unknown; expected one of {', '.join(expected)}")
+        raise UserError(f"{name} {value!r} is unknown; expected one of {', '.join(expected)}")

@@ -17,6 +17,7 @@ from distmatch import limits, parallel
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.digests import Damaged, load_file, save_file
 from distmatch.engine import whole
+from distmatch.errors import UserError
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
@@ -66,7 +67,7 @@ class Info:
     card: dict[str, Any] = field(default_factory=dict)
 
     def check_guidance(self, scale: float | None) -> None:
-        """Raise `ValueError` where the guidance `scale` would guide by an `uncond` that the teacher never learnt.
+        """Raise `UserError` where the guidance `scale` would guide by an `uncond` that the teacher never learnt.
 
         `None` is a scale that each sample brings; 1 needs no `uncond`.
         """
@@ -74,10 +75,10 @@ class Info:
             return
         said = "guidance" if scale is None else f"guidance {scale:g}"
         if not self.classes and not self.source:
-            raise ValueError(f"{said}: this model has neither classes nor prompts to be guided by; use guidance 1")
+            raise UserError(f"{said}: this model has neither classes nor prompts to be guided by; use guidance 1")
         for made, remedy in (("teach", "teach it with --label-dropout 0.1, or "), ("imported", "")):
             if made in self.card and not self.card[made].get("label_dropout"):
-                raise ValueError(
+                raise UserError(
                     f"{said}: this teacher was trained with label dropout 0, so that what it makes of no label is left "
                     f"from its random start; {remedy}use guidance 1"
                 )
@@ -117,25 +118,25 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         net: the network to load the weights into, for a model whose network is none of `NETWORKS`.
         schedule: the schedule, for a model whose schedule is none of `SCHEDULES`.
 
-    Raises `ValueError` where the folder is no model, is damaged, or needs a newer version, and where `schedule` is not
+    Raises `UserError` where the folder is no model, is damaged, or needs a newer version, and where `schedule` is not
     the one that the model was saved with.
     """
     file = folder / "config.json"
     if not file.exists():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
     try:
         config = read_json(file, dict[str, Any], AGAIN)
         if config.get("format") != FORMAT:
-            raise ValueError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
+            raise UserError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
         network = dict(config["network"])
         kind: Any = network.pop("type")
         if kind is None and net is None:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was saved with a network of its owner's, {network['class']}; pass one: "
                 f"DistilledPipeline.from_pretrained(path, net={network['class']}(...))"
             )
         if kind not in (None, *NETWORKS):
-            raise ValueError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
+            raise UserError(f"{file}: network type {kind!r} is unknown; expected one of {', '.join(NETWORKS)}")
         weights_file = folder / "model.safetensors"
         if net is None:
             net = build(f"{folder} is damaged: its network", NETWORKS[str(kind)], network, shapes_in(weights_file))
@@ -147,9 +148,9 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         weights = load_file(weights_file, config.get("weights"))
         net.load_state_dict(weights)
     except Damaged as error:
-        raise ValueError(f"{error}. {AGAIN}") from error
+        raise UserError(f"{error}. {AGAIN}") from error
     except (KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. {AGAIN}") from error
+        raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}. {AGAIN}") from error
     check_weights(weights, weights_file)
     return denoiser.eval(), info
 
@@ -167,10 +168,10 @@ def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
     """`Info` of JSON, which has lists for tuples. Models of earlier versions lack some entries."""
     info = fitting(entries, str(file), Info)
     if min(info.shape, default=0) < 1:
-        raise ValueError(f"{file}: shape is {info.shape}; expected (channels, height, width), all of them positive")
+        raise UserError(f"{file}: shape is {info.shape}; expected (channels, height, width), all of them positive")
     limits.check(math.prod(info.shape), limits.SAMPLE, f"{file}: shape {info.shape}", "numbers")
     if info.t is not None and not 0 < info.t <= schedule.t_max:
-        raise ValueError(f"{file}: t is {info.t}; expected a time of its schedule, up to {schedule.t_max}")
+        raise UserError(f"{file}: t is {info.t}; expected a time of its schedule, up to {schedule.t_max}")
     return info
 
 
@@ -189,22 +190,22 @@ def schedule_config(schedule: Schedule) -> dict[str, Any]:
 def schedule_of(config: dict[str, Any], own: Schedule | None = None) -> Schedule:
     """The inverse of `schedule_config`; `own` is the schedule where its type is none of `SCHEDULES`.
 
-    Raises `ValueError` for an unknown type, and where `own` is missing or has other values.
+    Raises `UserError` for an unknown type, and where `own` is missing or has other values.
     """
     entries = dict(config)
     kind = entries.pop("type", None)
     if kind is None and "class" in entries:
         name = entries["class"]
         if own is None:
-            raise ValueError(
+            raise UserError(
                 f"the model was saved with a schedule of its owner's, {name}; pass one: "
                 f"DistilledPipeline.from_pretrained(path, schedule={name}(...))"
             )
         if schedule_config(own) != config:
-            raise ValueError(f"the model was saved with a schedule {name} of other values than {own}; pass that one")
+            raise UserError(f"the model was saved with a schedule {name} of other values than {own}; pass that one")
         return own
     if kind not in SCHEDULES:
-        raise ValueError(f"schedule type {kind!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+        raise UserError(f"schedule type {kind!r} is unknown; expected one of {', '.join(SCHEDULES)}")
     if own is not None:
-        raise ValueError(f"the model has its own schedule, {kind}; leave `schedule` out")
+        raise UserError(f"the model has its own schedule, {kind}; leave `schedule` out")
     return SCHEDULES[kind](**entries)

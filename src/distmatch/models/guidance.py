@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.denoiser import Cond
+from distmatch.errors import UserError
 
 CHANNELS = 256
 """Width of the embedding, that of published guidance-conditioned U-Nets (`time_cond_proj_dim`)."""
@@ -28,7 +29,7 @@ class GuidanceInput(nn.Linear):
 
     def of(self, cond: Cond | None) -> Tensor:
         if cond is None or "guidance" not in cond.extra:
-            raise ValueError("this network takes a guidance scale: cond.extra['guidance'] f[B]")
+            raise UserError("this network takes a guidance scale: cond.extra['guidance'] f[B]")
         return self(embed_guidance(cond.extra["guidance"], CHANNELS).to(self.weight.dtype))
 
 
@@ -41,10 +42,10 @@ def embed_guidance(scale: Tensor, channels: int) -> Tensor:
 
 
 def with_guidance(net: Network) -> Network:
-    """The same function, which takes a guidance scale besides. Raises `ValueError` for a network that cannot."""
+    """The same function, which takes a guidance scale besides. Raises `UserError` for a network that cannot."""
     config: dict[str, Any] = dict(getattr(net, "config", {}))
     if "guidance" not in config:
-        raise ValueError(f"student.guidance: the network {type(net).__name__} takes no guidance scale")
+        raise UserError(f"student.guidance: the network {type(net).__name__} takes no guidance scale")
     given = type(net)(**{**config, "guidance": True})
     absent = given.load_state_dict(net.state_dict(), strict=False)
     assert not absent.unexpected_keys

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from distmatch import limits
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.models.layout import at_most
 from distmatch.plain import read_json
@@ -61,21 +62,21 @@ class Settings:
 
 
 def settings(source: str) -> Settings:
-    """The settings of the model `source`. Raises `ValueError` where it cannot be had, or is of an unknown kind."""
+    """The settings of the model `source`. Raises `UserError` where it cannot be had, or is of an unknown kind."""
     index = _config(source, "model_index.json")
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
-        raise ValueError(f"{source} is a {kind}; expected {' or '.join(PIPELINES)}")
+        raise UserError(f"{source} is a {kind}; expected {' or '.join(PIPELINES)}")
     scheduler = _config(source, "scheduler_config.json", "scheduler")
     schedule, prediction = schedule_of(scheduler, source), _prediction(scheduler, source)
     if kind == "StableDiffusionPipeline":  # which sets these, whatever the file says
         scheduler |= {"steps_offset": 1, "clip_sample": False}
     for name, plain in {"thresholding": False, "clip_sample": False, "skip_prk_steps": True}.items():
         if scheduler.get(name, plain) != plain:
-            raise ValueError(f"{source}: the scheduler's {name} {scheduler[name]!r} is not followed; set it to {plain}")
+            raise UserError(f"{source}: the scheduler's {name} {scheduler[name]!r} is not followed; set it to {plain}")
     unet, vae = _config(source, "config.json", "unet"), _config(source, "config.json", "vae")
     if vae.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
+        raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
     check_scaling(vae, source, means=kind == "StableDiffusionXLPipeline")
     shape = _latents(unet, vae, source)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -85,17 +86,17 @@ def settings(source: str) -> Settings:
 
 
 def schedule_of(scheduler: Mapping[str, Any], source: str) -> VP:
-    """The noise schedule of a diffusers scheduler's settings. Raises `ValueError` for one without betas."""
+    """The noise schedule of a diffusers scheduler's settings. Raises `UserError` for one without betas."""
     try:
         return VP.from_scheduler(scheduler)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _prediction(scheduler: Mapping[str, Any], source: str) -> str:
     kind = str(scheduler.get("prediction_type", "epsilon"))
     if kind not in PREDICTIONS:
-        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
+        raise UserError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
     return PREDICTIONS[kind]
 
 
@@ -103,36 +104,36 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tu
     """(C, h, w) of the latents, where the U-Net takes them, text, and nothing besides."""
     channels = unet.get("in_channels", 4)
     if not channels == unet.get("out_channels", 4) == vae.get("latent_channels", 4):
-        raise ValueError(
+        raise UserError(
             f"{source}: its U-Net takes {channels} channels and makes {unet.get('out_channels', 4)} of latents of "
             f"{vae.get('latent_channels', 4)}; models of inpainting, depth or instructions (Pix2Pix) are not known here"
         )
     for name, plain in TEXT_ALONE.items():
         if unet.get(name) not in plain:
-            raise ValueError(f"{source}: its U-Net has {name} {unet[name]!r}; expected a network of text alone")
+            raise UserError(f"{source}: its U-Net has {name} {unet[name]!r}; expected a network of text alone")
     side = unet.get("sample_size")
     if side is None:
-        raise ValueError(f"{source}: unet/config.json has no sample_size; add it: 64 for images of 512 x 512")
+        raise UserError(f"{source}: unet/config.json has no sample_size; add it: 64 for images of 512 x 512")
     height, width = side if isinstance(side, list | tuple) else (side, side)
     return channels, height, width
 
 
 def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:
-    """Raise `ValueError` where an autoencoder's settings scale latents otherwise than the pipeline does.
+    """Raise `UserError` where an autoencoder's settings scale latents otherwise than the pipeline does.
 
     Stable Diffusion's has `scaling_factor` alone, that of XL (`means`) also both of `latents_mean`, `latents_std`.
     """
     shift, mean, std = (vae.get(name) for name in ("shift_factor", "latents_mean", "latents_std"))
     if shift:
-        raise ValueError(f"{source}: its autoencoder has shift_factor {shift}, which its pipeline leaves out; set 0")
+        raise UserError(f"{source}: its autoencoder has shift_factor {shift}, which its pipeline leaves out; set 0")
     if (mean is None) != (std is None) or (mean is not None and not means):
-        raise ValueError(f"{source}: its autoencoder has latents_mean {mean}, latents_std {std}; expected none")
+        raise UserError(f"{source}: its autoencoder has latents_mean {mean}, latents_std {std}; expected none")
 
 
 def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The network `name` of the model, of the class `kind`; `name` is empty where the source is that network.
 
-    Raises `ValueError` where it cannot be had, or where weights are missing or left over.
+    Raises `UserError` where it cannot be had, or where weights are missing or left over.
     """
     _no_pickles(source, name)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
@@ -142,7 +143,7 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
     wrong = [str(key) for faults in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in info[faults]]
     wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # which older files have, of no effect
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{source}: {len(wrong)} weights of {name or kind.__name__} are missing, left over or of another shape, "
             f"first {wrong[0]}; diffusers would go on with random ones. The file is incomplete, or its config.json is "
             "another model's: fetch both again"
@@ -153,7 +154,7 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
 def pipeline(source: str, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
     """diffusers' pipeline of the model, quiet; `parts` are given in place of its own, and its arguments.
 
-    Optional parts that the folder lists and lacks are left out. Raises `ValueError` where it cannot be had.
+    Optional parts that the folder lists and lacks are left out. Raises `UserError` where it cannot be had.
     """
     known = settings(source)
     need("diffusers", "transformers", by=source)
@@ -186,7 +187,7 @@ def pipeline(source: str, dtype: torch.dtype = torch.float32, **parts: Any) -> A
 
 
 def fetched(source: str, load: Callable[[], T]) -> T:
-    """`load()`; what it raises where `source` cannot be had becomes a `ValueError` that says what to do."""
+    """`load()`; what it raises where `source` cannot be had becomes a `UserError` that says what to do."""
     need("diffusers", "transformers", by=source)
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
@@ -202,7 +203,7 @@ def fetched(source: str, load: Callable[[], T]) -> T:
             return load()
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"diffusers model {source!r} cannot be loaded: {reason:.300}. Give a folder in diffusers' format (with "
             "model_index.json and .safetensors), or a model id that the cache has or the hub can give "
             "(`hf download ID`)"
@@ -219,7 +220,7 @@ def _config(source: str, file: str, folder: str | None = None) -> dict[str, Any]
 
     found: Any = fetched(source, lambda: File.load_config(source, subfolder=folder))
     if not isinstance(found, dict):
-        raise ValueError(f"{source}: {folder or ''}/{file} holds no settings; expected a JSON object")
+        raise UserError(f"{source}: {folder or ''}/{file} holds no settings; expected a JSON object")
     return dict(found)
 
 
@@ -239,11 +240,11 @@ def _in_any_precision(source: str, load: Callable[[dict[str, str]], T]) -> T:
 
 
 def _no_pickles(source: str, name: str) -> None:
-    """Raise `ValueError` where a folder has weights as pickles alone."""
+    """Raise `UserError` where a folder has weights as pickles alone."""
     files = [file.name for file in (Path(source) / name).glob("*")] if Path(source).is_dir() else []
     pickles = [file for file in files if file.endswith((".bin", ".ckpt", ".pt", ".pth"))]
     if pickles and not any(file.endswith(".safetensors") for file in files):
-        raise ValueError(
+        raise UserError(
             f"{Path(source) / name} has its weights in {pickles[0]} alone, a pickle, which is a program. If you trust "
             'it, convert it: python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained('
             f"'{source}', use_safetensors=False).save_pretrained('NEW')\""

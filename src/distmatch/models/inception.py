@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.finite import check_weights
 
@@ -78,10 +79,10 @@ class Inception:
     def both(self, pixels: Tensor) -> tuple[Tensor, None]:
         """`(features f32[B,2048], None)` of `pixels u8[B,C,H,W]`; grey images (C = 1) count as three equal channels.
 
-        Raises `ValueError` for other pixels, and for a network with another number of features.
+        Raises `UserError` for other pixels, and for a network with another number of features.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-            raise ValueError(
+            raise UserError(
                 f"pixels are {pixels.dtype} {tuple(pixels.shape)}; Inception takes uint8 (B, 1 or 3, H, W) in 0..255"
             )
         precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
@@ -94,7 +95,7 @@ class Inception:
                 features = self.whole(pixels.to(self.device).expand(-1, 3, -1, -1))
         features = features.flatten(1).float()
         if features.shape[1] != FEATURES:
-            raise ValueError(f"this network has {features.shape[1]} features; FID's Inception-v3 has {FEATURES}")
+            raise UserError(f"this network has {features.shape[1]} features; FID's Inception-v3 has {FEATURES}")
         return features, None
 
 
@@ -110,12 +111,12 @@ def load_inception(file: Path, resize: str = "legacy") -> Inception:
             and in a .pth with foreign names, the order of the convolutions decides (.safetensors keeps no order).
         resize: `legacy` or `clean`, see above.
 
-    Raises `ValueError` where the file is missing or damaged, holds another network, or the extra `metrics` is missing.
+    Raises `UserError` where the file is missing or damaged, holds another network, or the extra `metrics` is missing.
     """
     if resize not in RESIZES:
-        raise ValueError(f"resize {resize!r} is unknown; expected one of {', '.join(RESIZES)}")
+        raise UserError(f"resize {resize!r} is unknown; expected one of {', '.join(RESIZES)}")
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{file} does not exist; expected the weights of FID's Inception-v3: a TorchScript archive "
             "(inception-2015-12-05.pt), a state dict (.pth, .safetensors) or NVIDIA's .pkl"
         )
@@ -155,9 +156,9 @@ def _archive(file: Path) -> torch.jit.ScriptModule:
             archive = torch.jit.load(file, map_location="cpu")
         arguments = {argument.name for argument in archive.forward.schema.arguments}  # type: ignore[union-attr]
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read as a TorchScript archive: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} cannot be read as a TorchScript archive: {str(error).splitlines()[0]}") from error
     if "return_features" not in arguments or not hasattr(archive, "layers"):
-        raise ValueError(
+        raise UserError(
             f"{file} is an archive of another network: expected forward(pixels, return_features) and `layers`, "
             f"as inception-2015-12-05.pt has them; its forward takes {', '.join(sorted(arguments))}"
         )
@@ -173,12 +174,12 @@ def _state(file: Path) -> dict[str, Tensor]:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # whatever the readers run into in a damaged file
-        raise ValueError(
+        raise UserError(
             f"{file} is no state dict, or is damaged ({type(error).__name__}); "
             "pickles of anything but tensors are not read"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds something other than tensors by name; expected a state dict")
+        raise UserError(f"{file} holds something other than tensors by name; expected a state dict")
     check_weights(state, file)
     return dict(state)
 
@@ -202,7 +203,7 @@ def _port(state: dict[str, Tensor], file: Path) -> nn.Module:
 def _fitted(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """`state` for the port, whose own state is `network`: by name if it has the port's, else by order.
 
-    Raises `ValueError` naming what does not fit.
+    Raises `UserError` naming what does not fit.
     """
     found = state if any(name in network for name in state) else _by_order(state, network, file)
     # A counter of training steps, and the logits, which FID has no use for, may be missing.
@@ -217,7 +218,7 @@ def _fitted(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: Pa
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{file} does not fit FID's Inception-v3: {'; '.join(wrong[:5])}{more}")
+        raise UserError(f"{file} does not fit FID's Inception-v3: {'; '.join(wrong[:5])}{more}")
     return {**network, **found}
 
 
@@ -229,11 +230,11 @@ def _by_order(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: 
     """
     ours, theirs = ([name for name, v in weights.items() if v.ndim == 4] for weights in (network, state))
     if len(ours) != len(theirs):
-        raise ValueError(f"{file} has {len(theirs)} convolutions; FID's Inception-v3 has {len(ours)}")
+        raise UserError(f"{file} has {len(theirs)} convolutions; FID's Inception-v3 has {len(ours)}")
     found: dict[str, Tensor] = {}
     for our, their in zip(ours, theirs, strict=True):
         if state[their].shape != network[our].shape:
-            raise ValueError(
+            raise UserError(
                 f"{file} does not fit FID's Inception-v3: {their} is {tuple(state[their].shape)} where {our} is "
                 f"{tuple(network[our].shape)}"
             )
@@ -245,7 +246,7 @@ def _by_order(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: 
             if name == "weight" and not values:  # normalisation without a gain, as in the original graph
                 values = [torch.ones_like(network[target])]
             if len(values) != 1:
-                raise ValueError(
+                raise UserError(
                     f"{file} does not fit FID's Inception-v3: for the {name} of the normalisation that follows {their} "
                     f"there are {len(values)} of {', '.join(key for key, _ in vectors) or 'no vectors'}"
                 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 
 from distmatch.digests import Damaged
+from distmatch.errors import UserError
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -25,7 +26,7 @@ MISFITS = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, At
 def build(
     where: str, make: Callable[..., Net], settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> Net:
-    """`make(**settings)`, if the network's weights have these `shapes`; else `ValueError` that begins with `where`.
+    """`make(**settings)`, if the network's weights have these `shapes`; else `UserError` that begins with `where`.
 
     What is too large is refused before it takes memory: no setting is a larger number than there are numbers in the
     weights, no list of numbers is longer than there are weights, and a weight whose shape is none of theirs is refused
@@ -37,7 +38,7 @@ def build(
     def check(weight: Tensor) -> None:
         left[tuple(weight.shape)] -= 1
         if left[tuple(weight.shape)] < 0:
-            raise ValueError(f"it has more weights of shape {tuple(weight.shape)} than there are")
+            raise UserError(f"it has more weights of shape {tuple(weight.shape)} than there are")
 
     try:
         for name, value in settings.items():
@@ -46,7 +47,7 @@ def build(
             return make(**settings)
     except MISFITS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{where} cannot be built: {reason:.300}") from error
+        raise UserError(f"{where} cannot be built: {reason:.300}") from error
 
 
 def shapes_in(file: Path) -> dict[str, list[int]]:
@@ -60,14 +61,14 @@ def shapes_in(file: Path) -> dict[str, list[int]]:
 
 @contextmanager
 def at_most(tensors: int) -> Iterator[None]:
-    """Within it, a network of more than `tensors` weights is refused by `ValueError` while it is being built."""
+    """Within it, a network of more than `tensors` weights is refused by `UserError` while it is being built."""
     left = tensors
 
     def count(_: Tensor) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(f"it has more than {tensors:,} weights")
+            raise UserError(f"it has more than {tensors:,} weights")
 
     with registering(count):
         yield
@@ -90,9 +91,9 @@ def registering(check: Callable[[Tensor], None]) -> Iterator[None]:
 
 def _plausible(name: str, value: Any, numbers: int, weights: int) -> None:
     if isinstance(value, int) and abs(value) > numbers:
-        raise ValueError(f"{name:.80} is {value}, and all its weights are {numbers:,} numbers")
+        raise UserError(f"{name:.80} is {value}, and all its weights are {numbers:,} numbers")
     if isinstance(value, list | tuple) and not all(isinstance(entry, str) for entry in value):
         if len(value) > weights:
-            raise ValueError(f"{name:.80} has {len(value):,} entries, and there are {weights:,} weights")
+            raise UserError(f"{name:.80} has {len(value):,} entries, and there are {weights:,} weights")
         for entry in value:
             _plausible(name, entry, numbers, weights)

@@ -10,6 +10,7 @@ from torch import nn
 
 from distmatch.config import recipes
 from distmatch.denoiser import Denoiser
+from distmatch.errors import UserError
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES
 from distmatch.paths import ASSETS, expand
@@ -29,13 +30,13 @@ def find_model(
         kind: which of the two is wanted.
         net, schedule: see `load_model`.
 
-    Raises `ValueError` when nothing of that name exists, or when it is of the other kind.
+    Raises `UserError` when nothing of that name exists, or when it is of the other kind.
     """
     name = expand(name)
     scheme, _, rest = name.partition(":")
     if scheme == "mixture":
         if rest not in MIXTURES:
-            raise ValueError(f"mixture {rest!r} is unknown; expected one of {', '.join(MIXTURES)}")
+            raise UserError(f"mixture {rest!r} is unknown; expected one of {', '.join(MIXTURES)}")
         mixture = MIXTURES[rest]()
         return mixture, Info(shape=(mixture.dim,))
     if scheme == "edm":
@@ -46,13 +47,13 @@ def find_model(
         from distmatch.models.pretrained import load_stable
 
         if not Path(rest).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", rest):  # or a hub would be asked for it
-            raise ValueError(f"{name}: {rest!r} is neither a folder here nor a model id, OWNER/NAME")
+            raise UserError(f"{name}: {rest!r} is neither a folder here nor a model id, OWNER/NAME")
         denoiser, info = load_stable(rest)
     else:
         denoiser, info = load_model(model_folder(name, kind), net, schedule)
     if (info.t is None) != (kind == "teacher"):
         have = "teacher" if info.t is None else "one-step student"
-        raise ValueError(f"{name} is a {have}; a {kind} is needed here")
+        raise UserError(f"{name} is a {have}; a {kind} is needed here")
     return denoiser, info
 
 
@@ -63,10 +64,10 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
         if (candidate / "config.json").exists():
             return candidate
     if folder.is_dir() and (folder / "checkpoints").is_dir():
-        raise ValueError(f"{name} is an unfinished run: it has no model/ yet; run its command again to continue it")
+        raise UserError(f"{name} is an unfinished run: it has no model/ yet; run its command again to continue it")
     if (ASSETS / name / kind / "config.json").exists():
         return ASSETS / name / kind
     if name in recipes():
-        raise ValueError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
+        raise UserError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
     known = ", ".join(sorted(p.parent.parent.name for p in ASSETS.glob(f"*/{kind}/config.json")))
-    raise ValueError(f"{kind} {name!r} is neither a model folder nor a run; the package has {known or 'none'}")
+    raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package has {known or 'none'}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.denoiser import Cond, Denoiser, Prediction
+from distmatch.errors import UserError
 from distmatch.schedule import EDM, Schedule
 
 
@@ -22,7 +23,7 @@ class Mixture(Denoiser):
         stds: f[K], isotropic.
         weights: f[K], positive; brought to sum 1.
         labels: i64[K], the class of each component; a condition with label `c` keeps only those of class `c`.
-            A class that no component has raises `ValueError`.
+            A class that no component has raises `UserError`.
         prediction: decides `weight(t)` alone; the denoiser is exact whatever it says.
     """
 
@@ -101,11 +102,11 @@ class Mixture(Denoiser):
         if cond is None or cond.label is None:
             return weights
         if self.labels is None:
-            raise ValueError("this mixture has no labels; leave the condition out")
+            raise UserError("this mixture has no labels; leave the condition out")
         other = cond.label[:, None] != self.labels
         if other.all(1).any():
             absent = cond.label[other.all(1)][0].item()
-            raise ValueError(f"no component has label {absent}; expected one of {self.labels.unique().tolist()}")
+            raise UserError(f"no component has label {absent}; expected one of {self.labels.unique().tolist()}")
         return weights.masked_fill(other, -math.inf).log_softmax(1)
 
 

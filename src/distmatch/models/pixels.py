@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distmatch import data, rng
 from distmatch.digests import load_file, save_file
+from distmatch.errors import UserError
 from distmatch.files import together, write_json
 from distmatch.images import Images
 from distmatch.plain import read_json
@@ -38,9 +39,7 @@ class Pixels(nn.Module):
     def __init__(self, shape: tuple[int, ...], mean: Tensor, basis: Tensor):
         super().__init__()
         if mean.shape != (prod(shape),) or basis.shape[:-1] != mean.shape:
-            raise ValueError(
-                f"mean {tuple(mean.shape)} and basis {tuple(basis.shape)} are not of images {tuple(shape)}"
-            )
+            raise UserError(f"mean {tuple(mean.shape)} and basis {tuple(basis.shape)} are not of images {tuple(shape)}")
         self.shape = tuple(shape)
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis)
@@ -50,10 +49,10 @@ class Pixels(nn.Module):
         return {"space": "pixels", "shape": list(self.shape)}
 
     def both(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """`(features f[B,F], None)`. Raises `ValueError` for images of another shape than the basis was made of."""
+        """`(features f[B,F], None)`. Raises `UserError` for images of another shape than the basis was made of."""
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape:
             expected = f"uint8 (B, {', '.join(map(str, self.shape))})"
-            raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; the real images are {expected}")
+            raise UserError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; the real images are {expected}")
         x = data.to_float(pixels.to(self.basis.device)).flatten(1)
         return (x - self.mean) @ self.basis, None
 
@@ -65,14 +64,14 @@ class Pixels(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Pixels":
-        """The space in `folder`. Raises `ValueError` where the folder is damaged or holds something else."""
+        """The space in `folder`. Raises `UserError` where the folder is damaged or holds something else."""
         try:
             config = read_json(folder / "config.json", dict[str, Any])
             if config["format"] != FORMAT:
-                raise ValueError(f"its format is {config['format']!r:.80}, not {FORMAT!r}: made by another version")
+                raise UserError(f"its format is {config['format']!r:.80}, not {FORMAT!r}: made by another version")
             return cls(tuple(config["shape"]), **load_file(folder / "model.safetensors", config.get("weights")))
         except (KeyError, TypeError, ValueError, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder} is damaged: {type(error).__name__}: {error}; run `distmatch classifier` again"
             ) from error
 
@@ -81,10 +80,10 @@ def principal_components(images: Images, components: int = COMPONENTS, sample: i
     """The space of the first `components` principal components of `images`, or of a `sample` of them.
 
     There are fewer where there are fewer pixels, or fewer images than twice as many, which could not span them.
-    A function of the images, but for rounding. Raises `ValueError` for fewer than 2 images.
+    A function of the images, but for rounding. Raises `UserError` for fewer than 2 images.
     """
     if len(images) < 2:
-        raise ValueError(f"principal components of {len(images)} image were asked for; at least 2 are needed")
+        raise UserError(f"principal components of {len(images)} image were asked for; at least 2 are needed")
     rows = torch.from_numpy(rng.shuffled(0, len(images), 0, min(sample, len(images))))
     x = data.to_float(images.pixels[rows]).flatten(1)
     mean = x.mean(0)

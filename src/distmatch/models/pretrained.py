@@ -19,7 +19,7 @@ from distmatch.models.text import TextEncoder
 def load_stable(source: str) -> tuple[Denoiser, Info]:
     """The teacher in a folder in diffusers' format, or of a model id in the cache or on the hub.
 
-    Raises `ValueError` where it cannot be had, or is of a kind that this does not know.
+    Raises `UserError` where it cannot be had, or is of a kind that this does not know.
     """
     need("diffusers", by=source)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

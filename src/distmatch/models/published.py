@@ -12,6 +12,7 @@ from distmatch import unpickle
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.digests import file_sha256
 from distmatch.download import download
+from distmatch.errors import UserError
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
@@ -53,7 +54,7 @@ UNUSED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "img
 def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:
     """Write the checkpoint `source`, a file or a URL, as a model folder `out`; returns what was written.
 
-    Raises `ValueError` where the file is missing, damaged, hostile, or no EDM checkpoint.
+    Raises `UserError` where the file is missing, damaged, hostile, or no EDM checkpoint.
     """
     denoiser, info = read_edm(_local(source))
     save_model(out, denoiser, info)
@@ -67,7 +68,7 @@ def cached_edm(source: str) -> tuple[Denoiser, Info]:
     if (folder / "config.json").exists():
         try:
             return load_model(folder)
-        except ValueError as error:
+        except UserError as error:
             console.print(f"{error}\nIt is imported again", soft_wrap=True)
     return import_edm(str(file), folder)
 
@@ -76,21 +77,21 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     """The EMA network of a published `.pkl`, with its preconditioning, in evaluation mode and fp32.
 
     Its noise range is EDM's sampler's, 0.002 to 80, inside of what the preconditioning allows; classes have numbers for
-    names. Raises `ValueError` where the file is missing, damaged, hostile, or no EDM checkpoint.
+    names. Raises `UserError` where the file is missing, damaged, hostile, or no EDM checkpoint.
     """
     found = unpickle.network(file)
     top, inner = found.modules[""], found.modules.get("model")
     if top.class_name not in PRECONDITIONINGS or inner is None or inner.class_name not in NETWORKS:
         classes = top.class_name if inner is None else f"{top.class_name} around {inner.class_name}"
-        raise ValueError(
+        raise UserError(
             f"{file} holds {classes}; expected {' or '.join(PRECONDITIONINGS)} around {' or '.join(NETWORKS)}"
         )
     other = {k: v for k, v in top.kwargs.items() if k in FIXED and v != FIXED[k]}
     if other:
-        raise ValueError(f"{file}: {top.class_name} has {other}; expected { ({k: FIXED[k] for k in other}) }")
+        raise UserError(f"{file}: {top.class_name} has {other}; expected { ({k: FIXED[k] for k in other}) }")
     channels, side = (top.kwargs.get(name) for name in ("img_channels", "img_resolution"))
     if not isinstance(channels, int) or not isinstance(side, int):
-        raise ValueError(f"{file}: img_channels is {channels!r} and img_resolution {side!r}; expected whole numbers")
+        raise UserError(f"{file}: img_channels is {channels!r} and img_resolution {side!r}; expected whole numbers")
     iddpm = top.class_name == "iDDPMPrecond"  # its networks predict variances too
     arguments = {"in_channels": channels, "out_channels": channels * (2 if iddpm else 1)}
     arguments |= {k: v for k, v in top.kwargs.items() if k not in UNUSED}
@@ -118,7 +119,7 @@ def _network(
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{file}: {kind} does not fit its weights: {str(error)[:300]}") from error
+        raise UserError(f"{file}: {kind} does not fit its weights: {str(error)[:300]}") from error
     return net
 
 
@@ -127,12 +128,12 @@ def _local(source: str) -> Path:
     if not source.startswith(("http://", "https://")):
         file = Path(expand(source))
         if not file.is_file():
-            raise ValueError(f"edm:{source} is no file here; give an EDM checkpoint, a .pkl file or a URL of one")
+            raise UserError(f"edm:{source} is no file here; give an EDM checkpoint, a .pkl file or a URL of one")
         return file
     file = CACHE / "downloads" / f"{sha256(source.encode()).hexdigest()[:16]}-{Path(source.partition('?')[0]).name}"
     if there := kept(file):
         return there
     try:
         return keep(file, lambda path: download(source, path))
-    except ValueError as error:
-        raise ValueError(f"{error}. Fetch it elsewhere and give the file") from error
+    except UserError as error:
+        raise UserError(f"{error}. Fetch it elsewhere and give the file") from error

@@ -22,7 +22,7 @@ class TextEncoder:
         source: a folder in diffusers' format or a model id.
         device: where the encoders compute.
 
-    Raises `ValueError` where the model cannot be had.
+    Raises `UserError` where the model cannot be had.
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu"):
