@@ -24,8 +24,7 @@ from torch import Tensor
 from distmatch.errors import UserError
 
 ROOM = 4  # times the file's size, for storages, tensors and copies together; honest files take at most 3
-INSTRUCTIONS = 4_000_000
-"""The longest program that is carried out, as one byte can make an object of 200; 1,500 modules take 300,000."""
+INSTRUCTIONS = 4_000_000  # of a program, as one byte can make an object of 200; 1,500 modules take 300,000
 DIMENSIONS = 32
 KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NUMBERS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
