@@ -49,7 +49,7 @@ FLOORS = [
     ["sidecars"],
     ["decode", "parquet"],
     ["archives"],
-    ["denoiser", "models.layout", "arrays"],
+    ["denoiser", "models.info", "models.layout", "arrays"],
     ["iddpm"],
     ["schedule", "log", "prompts", "storage", "download"],
     ["checkpoint", "optim", "progress"],

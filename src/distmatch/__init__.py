@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distmatch.denoiser import Prediction as Prediction
     from distmatch.images import Images as Images
     from distmatch.images import load_images as load_images
-    from distmatch.models.folder import Info as Info
+    from distmatch.models.info import Info as Info
     from distmatch.pipeline import DistilledPipeline as DistilledPipeline
     from distmatch.pipeline import TeacherPipeline as TeacherPipeline
     from distmatch.run import distil as distil
@@ -30,7 +30,7 @@ _HOME = {
     "EDM": "schedule",
     "Flow": "schedule",
     "Images": "images",
-    "Info": "models.folder",
+    "Info": "models.info",
     "Prediction": "denoiser",
     "Recipe": "config",
     "TeacherPipeline": "pipeline",

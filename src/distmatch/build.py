@@ -69,7 +69,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
             info.check_guidance(scale)
     dev = device(recipe.device)
     conditions, prompts, cut = Classes(len(info.classes)), [], 0
-    if info.source:
+    if info.text:
         if recipe.prompts.path is None:
             raise UserError(
                 f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
@@ -370,7 +370,7 @@ def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]
         loss = _kept(Lpips, r.weights, r.size)
     if r.decoder == "none":
         return loss
-    if not info.source:
+    if not info.latent:
         raise UserError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
     source = r.tiny if r.decoder == "tiny" else info.source
     tiny, checkpointing = r.decoder == "tiny", recipe.gradient_checkpointing

@@ -88,7 +88,7 @@ class Pipeline:
             )
         texts = [prompts] if isinstance(prompts, str) else prompts
         n = n if n is not None else 16 if texts is None else len(texts)
-        batch = batch if batch is not None else 4 if self.info.source else 256
+        batch = batch if batch is not None else 4 if self.info.latent else 256
         if n < 0 or batch < 1:
             raise UserError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
         numbers = self._labels(n, labels)
@@ -177,7 +177,7 @@ class Pipeline:
         return label
 
     def _prompts(self, n: int, prompts: Sequence[str] | None) -> list[str] | None:
-        if not self.info.source:
+        if not self.info.text:
             if prompts is not None:
                 raise UserError("this model takes no prompts" + "; give labels" * bool(self.info.classes))
             return None

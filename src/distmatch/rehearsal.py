@@ -243,7 +243,9 @@ class _Stage:
             }
         )
         no_pairs: Any = object()
-        subject = build.Subject(self.teacher, replace(info, source=""), _Examples(self.example), "")
+        subject = build.Subject(
+            self.teacher, replace(info, source="", text=False, latent=False), _Examples(self.example), ""
+        )
         self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
         self.losses: list[nn.Module] = []
         for term in self.distiller.terms:
@@ -300,7 +302,7 @@ def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Con
     """A condition of `n` samples; `guided`: with a guidance scale."""
     net: Any = denoiser.net
     text, extra = None, {}
-    if info.source:
+    if info.text:
         text = torch.empty(n, *net.null_text.shape[1:])
         if net.null_pooled.shape[1]:
             extra = {"pooled": torch.empty(n, net.null_pooled.shape[1]), "size": torch.empty(n, 6)}

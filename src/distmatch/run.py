@@ -100,7 +100,7 @@ def _train(
 
         def frechet() -> dict[str, float]:
             student = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
-            n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.source else 256
+            n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.latent else 256
             return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
 
         figures = frechet
@@ -124,7 +124,7 @@ def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distille
     surroundings = around(info, distiller.device)
     slow = TeacherPipeline(subject.denoiser, info, surroundings, sampler=p.sampler, steps=p.steps, guidance=guidance)
     fast = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
-    columns, rows, zoom = (4, 2, 1) if info.source else (10, 4, 2)
+    columns, rows, zoom = (4, 2, 1) if info.latent else (10, 4, 2)
     picture = side_by_side(slow, fast, subject.conditions, columns, rows)
     if parallel.rank() == 0:
         write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(data.png(picture, zoom=zoom)))
@@ -301,7 +301,7 @@ def sample(
         pixels = pipe(
             n, labels=labels, prompts=texts, guidance_scale=scale, seed=seed, batch=batch, progress=advance
         ).pixels
-    columns, zoom = max(1, min(len(pipe.info.classes) or 8, n)), 1 if pipe.info.source else 2
+    columns, zoom = max(1, min(len(pipe.info.classes) or 8, n)), 1 if pipe.info.latent else 2
     made = {"model": model, "seed": seed, "label": label, "prompts": prompts, "steps": steps, "guidance": guidance}
     samples.write(out, pixels, columns, zoom, made)
     instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
@@ -328,7 +328,7 @@ def evaluate(
     if out is not None and parallel.rank() == 0:
         check_writable(out)
     pipe = pipeline(model, steps, guidance, device)
-    if pipe.info.source:
+    if pipe.info.text:
         raise UserError(f"{model} makes images of prompts; `distmatch compare` measures such models")
     name = feature_name or ("pixels" if real else default_features(model, pipe.info))
     spaces = find_spaces(name, real, resize, pipe.device, pipe.info.shape)

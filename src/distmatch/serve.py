@@ -112,7 +112,7 @@ class Studio:
     def draw(self, pipe: Pipeline, wish: Wish) -> tuple[Tensor, float]:
         """`(pixels u8[1,C,H,W], milliseconds)`. Raises `UserError` for what the model does not take."""
         began = time.perf_counter()
-        prompts = [wish.prompt or ""] if pipe.info.source else None if wish.prompt is None else [wish.prompt]
+        prompts = [wish.prompt or ""] if pipe.info.text else None if wish.prompt is None else [wish.prompt]
         scale = wish.guidance if pipe.info.guidance is not None else None
         if wish.prompt and pipe.around is not None and not self.cut:
             self.cut = bool(pipe.around.encode.cut([wish.prompt]))  # said once, not at every key
@@ -225,7 +225,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
         info = student.info
         return {
             "classes": info.classes,
-            "prompts": bool(info.source),
+            "prompts": info.text,
             "guidance": info.guidance,
             "evaluations": student.nfe,
             "teacher": None if teacher is None else teacher.nfe,
@@ -279,7 +279,7 @@ def _kind(pipe: Pipeline) -> str:
     """What a round's two models have to share."""
     made = "x".join(map(str, pipe.info.shape))
     classes = f" of {len(pipe.info.classes)} classes" if pipe.info.classes else ""
-    return made + classes + " of prompts" * bool(pipe.info.source)
+    return made + classes + " of prompts" * pipe.info.text
 
 
 async def _visitor(socket: WebSocket, studio: Studio) -> None:

@@ -51,7 +51,9 @@ def _stable(source: str) -> tuple[Denoiser, Info]:
     time = unet.get("addition_time_embed_dim")
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * time if time else 0
     net = StableUNet(unet, (77, unet["cross_attention_dim"]), pooled)
-    return Denoiser(net, known.schedule, Prediction(known.prediction)), Info(known.shape, source=source)
+    return Denoiser(net, known.schedule, Prediction(known.prediction)), Info(
+        known.shape, source=source, text=True, latent=True
+    )
 
 
 def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
@@ -105,7 +107,7 @@ def vae_of(source: str, tiny: str | None = None) -> Any:
 
 def weights_around(info: Info) -> int:
     """How many weights `models.around` keeps beside the network: text encoders, and a decoder for previews."""
-    if not info.source:
+    if not (info.text or info.latent):
         return 0
     need("diffusers", "transformers", by=info.source)
     import transformers

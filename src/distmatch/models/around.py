@@ -26,7 +26,7 @@ class Around:
 
 def around(info: Info, device: torch.device | str = "cpu") -> Around | None:
     """What stands around the model that `info` describes, loaded once; `None` for a model of pixels."""
-    return _loaded(info.source, str(device)) if info.source else None
+    return _loaded(info.source, str(device)) if info.text or info.latent else None
 
 
 @cache

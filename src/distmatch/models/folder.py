@@ -6,7 +6,7 @@ the weights that it goes with.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.info import Info
 from distmatch.models.layout import build, shapes_in
 from distmatch.models.mlp import MLP
 from distmatch.models.stable import StableUNet
@@ -41,47 +42,6 @@ NETWORKS: dict[str, type[nn.Module]] = {
 }
 
 SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "iddpm": IDDPM, "vp": VP, "flow": Flow}
-
-
-@dataclass(frozen=True)
-class Info:
-    """What goes with a denoiser.
-
-    Args:
-        shape: (C, H, W) of one image.
-        classes: class names; empty for an unconditional model.
-        t: the time at which a one-step student is evaluated; `None` for a teacher.
-        source: for a text-to-image model, the model in diffusers' format whose text encoders and autoencoder go with
-            it; `shape` is then that of latents.
-        guidance: the scales (low, high) that a student takes as an input; `None` for a student of one scale.
-        scheduler: the settings of the model's own diffusers scheduler, if it came with one.
-        card: how the model was made and measured, as plain JSON data.
-    """
-
-    shape: tuple[int, ...]
-    classes: tuple[str, ...] = ()
-    t: float | None = None
-    source: str = ""
-    guidance: tuple[float, float] | None = None
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    card: dict[str, Any] = field(default_factory=dict)
-
-    def check_guidance(self, scale: float | None) -> None:
-        """Raise `UserError` where the guidance `scale` would guide by an `uncond` that the teacher never learnt.
-
-        `None` is a scale that each sample brings; 1 needs no `uncond`.
-        """
-        if scale == 1:
-            return
-        said = "guidance" if scale is None else f"guidance {scale:g}"
-        if not self.classes and not self.source:
-            raise UserError(f"{said}: this model has neither classes nor prompts to be guided by; use guidance 1")
-        for made, remedy in (("teach", "teach it with --label-dropout 0.1, or "), ("imported", "")):
-            if made in self.card and not self.card[made].get("label_dropout"):
-                raise UserError(
-                    f"{said}: this teacher was trained with label dropout 0, so that what it makes of no label is left "
-                    f"from its random start; {remedy}use guidance 1"
-                )
 
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
@@ -161,11 +121,13 @@ def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
         return f"DistilledPipeline.from_pretrained({str(folder)!r}, net={type(net).__name__}(...))(n=16) in Python"
     if len(info.shape) != 3:
         return f"DistilledPipeline.from_pretrained({str(folder)!r}).sample(z) in Python"
-    return command("sample", folder, *(["-p", "PROMPT"] if info.source else []))
+    return command("sample", folder, *(["-p", "PROMPT"] if info.text else []))
 
 
 def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
     """`Info` of JSON, which has lists for tuples. Models of earlier versions lack some entries."""
+    if entries.get("source"):  # of old, what had one was text-to-image on latents
+        entries = {"text": True, "latent": True, **entries}
     info = fitting(entries, str(file), Info)
     if min(info.shape, default=0) < 1:
         raise UserError(f"{file}: shape is {info.shape}; expected (channels, height, width), all of them positive")

@@ -38,5 +38,12 @@ def load_stable(source: str) -> tuple[Denoiser, Info]:
     if pooled is not None:
         net.null_pooled.copy_(pooled)
     denoiser = Denoiser(net, known.schedule, Prediction(known.prediction))
-    info = Info(known.shape, source=source, scheduler=known.scheduler, card={"diffusers": source})
+    info = Info(
+        known.shape,
+        source=source,
+        scheduler=known.scheduler,
+        card={"diffusers": source},
+        text=True,
+        latent=True,
+    )
     return denoiser.eval(), info
