@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch import build
-from distmatch.config import Recipe, load_recipe
+from distmatch.config import load_recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Regress
 from distmatch.evaluation import hardware
 from distmatch.models.folder import Info, save_model
+from distmatch.recipe_entries import Recipe
 from distmatch.smoke import make_networks, random_edm
 
 

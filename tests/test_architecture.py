@@ -55,8 +55,11 @@ FLOORS = [
     ["checkpoint", "optim", "progress"],
     ["shards", "terminal"],
     ["digests"],
-    ["config", "files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["watch", "betas", "options", "plain", "extras", "process", "paths"],
+    ["config"],
+    ["recipe_entries"],
+    ["recipe_mistakes"],
+    ["files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
+    ["entry", "watch", "betas", "options", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
     ["errors"],
 ]

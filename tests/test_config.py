@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from distmatch.config import Recipe, dump, load_recipe, parse_recipe, recipes
+from distmatch.config import dump, load_recipe, recipes
+from distmatch.recipe_entries import Recipe, parse_recipe
 
 
 @pytest.mark.parametrize("name", recipes())

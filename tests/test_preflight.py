@@ -14,12 +14,13 @@ from torch import nn
 
 from distmatch import EDM, Denoiser, Info, Prediction, parallel
 from distmatch.cli import app
-from distmatch.config import Recipe, load_recipe
+from distmatch.config import load_recipe
 from distmatch.files import scratch, sweep
 from distmatch.models.folder import save_model
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, fingerprint
 from distmatch.preflight import CHECKS, Flight, checks
+from distmatch.recipe_entries import Recipe
 from distmatch.run import check, distil
 
 

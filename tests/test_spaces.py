@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from distmatch import build, lessons, run
-from distmatch.config import Evaluation, load_recipe
+from distmatch.config import load_recipe
 from distmatch.evaluation import chance, columns, evaluate, score
 from distmatch.features import Reference, image_fingerprint, reference
 from distmatch.images import Images, load_images
@@ -21,6 +21,7 @@ from distmatch.models.library import find_model
 from distmatch.models.pixels import Pixels, principal_components
 from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline
+from distmatch.recipe_entries import Evaluation
 from distmatch.spaces import default_features, find_spaces, known_rows, recipe_spaces
 
 

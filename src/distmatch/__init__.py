@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from distmatch.config import Recipe as Recipe
     from distmatch.denoiser import Cond as Cond
     from distmatch.denoiser import Denoiser as Denoiser
     from distmatch.denoiser import Prediction as Prediction
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from distmatch.models.info import Info as Info
     from distmatch.pipeline import DistilledPipeline as DistilledPipeline
     from distmatch.pipeline import TeacherPipeline as TeacherPipeline
+    from distmatch.recipe_entries import Recipe as Recipe
     from distmatch.run import distil as distil
     from distmatch.schedule import EDM as EDM
     from distmatch.schedule import VP as VP
@@ -32,7 +32,7 @@ _HOME = {
     "Images": "images",
     "Info": "models.info",
     "Prediction": "denoiser",
-    "Recipe": "config",
+    "Recipe": "recipe_entries",
     "TeacherPipeline": "pipeline",
     "VP": "schedule",
     "distil": "run",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from distmatch import parallel, rng
 from distmatch.conditions import Classes, Conditions, Guided, Prompts
-from distmatch.config import Optimiser, Recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller, Match, Regress, Term
 from distmatch.ema import EMA, frozen_copy
 from distmatch.embeddings import Embeddings, embed
 from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
+from distmatch.entry import marked
 from distmatch.errors import UserError
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.around import around
@@ -32,6 +32,7 @@ from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.progress import progress
 from distmatch.prompts import read_prompts
+from distmatch.recipe_entries import Optimiser, Pairs, Recipe
 
 
 def device(name: str) -> torch.device:
@@ -114,23 +115,20 @@ def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
 
 def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
     """What the recipe's pair store holds."""
-    p, info, guidances = recipe.pairs, subject.info, recipe.student.guidance
+    info, guidances = subject.info, recipe.student.guidance
+    asked = {name: getattr(recipe.pairs, name) for name in marked(Pairs, "pairs")}
+    if guidances is not None:
+        asked["guidance"] = None
     return PairSpec(
         teacher=recipe.teacher,
         fingerprint=subject.fingerprint,
-        sampler=p.sampler,
-        steps=p.steps,
-        guidance=p.guidance if guidances is None else None,
-        seed=p.seed,
-        count=p.count,
-        shard_size=p.shard,
+        shard_size=asked.pop("shard"),
         shape=info.shape,
         classes=len(info.classes),
-        dtype=p.dtype,
-        precision=p.precision,
-        scheduler=info.scheduler if p.sampler == "pndm" else {},
+        scheduler=info.scheduler if asked["sampler"] == "pndm" else {},
         prompts=prompts_digest(subject.prompts) if subject.prompts else "",
         guidances=guidances,
+        **asked,
     )
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser
 from distmatch.engine import blocks
 from distmatch.errors import UserError
 from distmatch.models.folder import Info
+from distmatch.recipe_entries import Recipe
 from distmatch.rehearsal import LOSSES, rehearse
 from distmatch.weightless import weights_around
 

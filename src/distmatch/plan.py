@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from distmatch.config import Recipe
 from distmatch.cost import Cost, cost
 from distmatch.denoiser import Denoiser
 from distmatch.engine import blocks
 from distmatch.errors import UserError
 from distmatch.models.folder import Info
 from distmatch.progress import progress
+from distmatch.recipe_entries import Recipe
 from distmatch.rehearsal import sampling_flops
 from distmatch.screen import console
 from distmatch.solvers import evaluations

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from distmatch import build, data, parallel
 from distmatch.conditions import with_guidance
-from distmatch.config import Recipe
 from distmatch.denoiser import Cond, Denoiser, guided
 from distmatch.errors import UserError
 from distmatch.evaluation import Space
@@ -32,6 +31,7 @@ from distmatch.models.folder import Info, load_model, save_model
 from distmatch.pair_builder import agree
 from distmatch.pairs import PairSpec
 from distmatch.plain import read_json
+from distmatch.recipe_entries import Recipe
 from distmatch.sampler import one_step
 from distmatch.solvers import solver
 from distmatch.spaces import recipe_spaces

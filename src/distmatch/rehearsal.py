@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from distmatch import build
-from distmatch.config import Recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Batch, Distiller
 from distmatch.models.folder import Info
+from distmatch.recipe_entries import Recipe
 from distmatch.weightless import regression
 
 LOSSES = "decoder and LPIPS"

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from distmatch import log
-from distmatch.config import flat
+from distmatch.entry import flat
 from distmatch.errors import UserError
 from distmatch.evaluation import columns
 from distmatch.files import check_writable, write_atomic

@@ -12,9 +12,10 @@ from rich.table import Table
 from distmatch import build, data, parallel, samples
 from distmatch.checkpoint import Checkpoints
 from distmatch.clipping import Clipping, distillation
-from distmatch.config import FREE, Recipe, dump, flat, parse_recipe
+from distmatch.config import dump, free_entries
 from distmatch.denoiser import Denoiser
 from distmatch.distill import Distiller
+from distmatch.entry import flat
 from distmatch.errors import UserError
 from distmatch.evaluation import Space, columns, hardware, judge, speed
 from distmatch.evaluation import evaluate as measure
@@ -28,6 +29,7 @@ from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, sid
 from distmatch.plain import read_json, read_yaml
 from distmatch.preflight import Flight, checks, cleared
 from distmatch.progress import progress
+from distmatch.recipe_entries import Recipe, parse_recipe
 from distmatch.screen import console
 from distmatch.solvers import evaluations
 from distmatch.spaces import default_features, find_spaces, known_rows
@@ -156,7 +158,8 @@ def _same_recipe(recipe: Recipe, out: Path) -> None:
     if _has_begun(file):
         before = flat(parse_recipe(read_yaml(file), str(file)).model_dump(mode="json"))
         now = flat(recipe.model_dump(mode="json"))
-        _same({k: v for k, v in now.items() if k.split(".")[0] not in FREE}, before, out)
+        free = free_entries()
+        _same({k: v for k, v in now.items() if k not in free}, before, out)
 
 
 def _bind(recipe: Recipe, subject: build.Subject, out: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from distmatch import rng
-from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.entry import marked
 from distmatch.errors import UserError
 from distmatch.files import write_atomic
 from distmatch.models.folder import Info, save_model
 from distmatch.models.published import PUBLISHED
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.recipe_entries import Recipe
 from distmatch.schedule import EDM
 
 SMALL = {"model_channels": 16, "num_blocks": 1}
@@ -27,22 +28,7 @@ PROMPTS = ("a red bicycle", "two cats on a sofa", "the sea at night", "an old ma
 
 def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
     """The overrides that cut `recipe`; `folder` is where `make_networks` puts what it would have to fetch."""
-    overrides = [
-        "steps=3",
-        "match.batch=2",
-        "regress.batch=2",
-        "regress.size=32",
-        "pairs.count=6",
-        "pairs.steps=3",
-        "pairs.shard=4",
-        "pairs.batch=2",
-        "accumulate=1",
-        "device=cpu",
-        "log.every=1",
-        "log.preview=3",
-        "checkpoint.every=2",
-        "evaluate.every=0",
-    ]
+    overrides = [f"{name}={value}" for name, value in marked(Recipe, "small").items()]
     if recipe.teacher.startswith("edm:"):
         overrides.append(f"teacher={folder / 'teacher'}")
     if recipe.teacher.startswith("diffusers:"):
@@ -61,15 +47,14 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
 
 def _short(recipe: Recipe) -> list[dict[str, Any]]:
     """The recipe's stages with a step each, small batches, and few pairs that grow where the recipe's do."""
-    counts = sorted({recipe.stage(i).pairs.count for i in range(len(recipe.stages))})
-    small = {"match.batch": 2, "regress.batch": 2}
-    return [
-        {
-            "until": number + 1,
-            "change": {**stage.change, **small, "pairs.count": 4 + counts.index(recipe.stage(number).pairs.count)},
-        }
-        for number, stage in enumerate(recipe.stages)
-    ]
+    small = marked(Recipe, "small")
+    counts = [recipe.stage(number).pairs.count for number in range(len(recipe.stages))]
+    short = []
+    for number, (stage, count) in enumerate(zip(recipe.stages, counts, strict=True), 1):
+        change = {name: small.get(name, value) for name, value in stage.change.items()}
+        change["pairs.count"] = 4 + sorted(set(counts)).index(count)
+        short.append({"until": number, "change": change})
+    return short
 
 
 def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:

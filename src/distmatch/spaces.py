@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from distmatch import parallel, rng
-from distmatch.config import Evaluation
 from distmatch.errors import UserError
 from distmatch.evaluation import Space, chance, enough, fewest, score
 from distmatch.features import FeatureSpace, Reference, load_real, load_reference, load_statistics, reference
@@ -24,6 +23,7 @@ from distmatch.models.pixels import Pixels, principal_components
 from distmatch.paths import ASSETS
 from distmatch.plain import read_json
 from distmatch.progress import console, progress
+from distmatch.recipe_entries import Evaluation
 from distmatch.storage import local
 
 FILES = {

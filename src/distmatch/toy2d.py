@@ -16,13 +16,14 @@ from torch import Tensor
 
 from distmatch import build, rng
 from distmatch.conditions import WHOLE, Share
-from distmatch.config import Recipe, load_recipe
+from distmatch.config import load_recipe
 from distmatch.distill import Batch, Distiller, Images, Match, Term
 from distmatch.files import write_atomic, write_json
 from distmatch.losses import matching_loss
 from distmatch.models.mixture import MIXTURES, Mixture
 from distmatch.ownership import owns_out
 from distmatch.progress import progress
+from distmatch.recipe_entries import Recipe
 from distmatch.sampler import one_step
 from distmatch.screen import console
 

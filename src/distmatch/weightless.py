@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmatch.config import Recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.errors import UserError
 from distmatch.extras import need
@@ -19,6 +18,7 @@ from distmatch.models.library import find_model
 from distmatch.models.published import PUBLISHED
 from distmatch.models.stable import StableUNet
 from distmatch.perceptual import CHANNELS, LAYERS, Lpips
+from distmatch.recipe_entries import Recipe
 from distmatch.schedule import EDM
 
 
