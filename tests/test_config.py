@@ -1,10 +1,15 @@
 """Recipes: strict keys, overrides, errors that name the nearest neighbour."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import yaml
 
+from distmatch.build import pair_spec
 from distmatch.config import dump, load_recipe, recipes
-from distmatch.recipe_entries import Recipe, parse_recipe
+from distmatch.entry import marked, walk
+from distmatch.recipe_entries import Pairs, Recipe, parse_recipe
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -74,3 +79,34 @@ def test_a_recipe_file_is_named_after_itself(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("teacher: mnist\nsteps: 3\n")
     assert load_recipe(str(file)).name == "mine"
+
+
+OTHER_PAIRS = {
+    "path": "elsewhere",
+    "count": 7,
+    "sampler": "euler",
+    "steps": 7,
+    "guidance": 7.0,
+    "seed": 7,
+    "dtype": "float16",
+    "precision": "bf16",
+    "shard": 7,
+    "batch": 7,
+}
+
+
+def test_the_pairs_depend_on_the_entries_that_are_marked_so():
+    subject: Any = SimpleNamespace(
+        fingerprint="", prompts=(), info=SimpleNamespace(shape=(1, 8, 8), classes=(), scheduler={})
+    )
+    entries = [name for name, _, _ in walk(Pairs)]
+    changed = {
+        name
+        for name in entries
+        if pair_spec(load_recipe("mnist", [f"pairs.{name}={OTHER_PAIRS[name]}"]), subject)
+        != pair_spec(load_recipe("mnist"), subject)
+    }
+    assert changed == set(marked(Pairs, "pairs"))
+    assert changed == set(entries) - {"path", "batch"}
+    spec = pair_spec(load_recipe("mnist", ["student.guidance=[1, 4]", "pairs.shard=7"]), subject)
+    assert (spec.guidance, spec.guidances, spec.shard_size) == (None, (1.0, 4.0), 7)
