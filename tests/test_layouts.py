@@ -37,6 +37,10 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
         "2 classes from the first folder below train: cat, dog; 1 files left out: 1 in test",
     ),
     "the test of these": ({"train/cat/0.png": png(9), **below("test", CATS)}, "test", CATS_HERE, "below test"),
+    "trn, tst": ({**below("trn", CATS), **below("tst", {"cat/9.png": png(9)})}, "train", CATS_HERE, "below trn"),
+    "train_dir, test-folder": (
+        {**below("train_dir", CATS), **below("test-folder", {"cat/9.png": png(9)})}, "train", CATS_HERE, "train_dir"
+    ),
     "training, testing": (
         {**below("training", CATS), **below("testing", {"cat/9.png": png(9)})}, "train", CATS_HERE, "below training"
     ),
@@ -136,6 +140,10 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
     "beside samples without a grid": (
         {**CATS, "out/sample.json": b"{}", "out/000000.png": png(9)}, "train", CATS_HERE, "2 of runs"
     ),
+    "labels of pictures that are not there": (
+        {"0.png": png(0), "metadata.jsonl": lines(*({"file_name": f"{i}.png", "label": i} for i in (2, 0, 1)))},
+        "train", {0: "0"}, "jsonl: 0; 2 labels are of pictures that are not there, e.g. 1.png",
+    ),
     "stray beside splits": ({"logo.png": png(9), **below("train", CATS), "test/cat/1.png": png(8)}, "train", CATS_HERE,
                             "1 beside the splits"),
 }  # fmt: skip
@@ -157,6 +165,9 @@ def test_every_layout_gives_its_classes_labels_and_pixels(tmp_path, name, contai
 
 REFUSED = {
     "stray": ({**CATS, "preview.png": png(9)}, "1 images stand beside the folders cat, dog, e.g. preview.png"),
+    "held out": (
+        {"train_dir/0.png": png(0), "holdout/1.png": png(1)}, "train_dir may be a split or a class, beside holdout"
+    ),
     "train may be a class": ({"bus/0.png": png(0), "train/0.png": png(1)}, "train may be a split or a class"),
     "names like splits": ({"trainA/0.png": png(0), "testA/0.png": png(1)}, "testA, trainA may be splits or classes"),
     "splits in classes": (
@@ -188,6 +199,21 @@ REFUSED = {
     "a row without a file": (
         {"0.png": png(0), "metadata.jsonl": lines({"file_name": "0.png", "label": 1}, {"label": 2})}, "has no file_name"
     ),
+    "an empty label": (
+        {**CATS, "metadata.csv": b"file_name,label\ncat/0.png,x\ncat/1.png,x\ndog/0.png, \ndog/1.png,\n"},
+        "metadata.csv has no label for 2 of 4 images, e.g. dog/0.png",
+    ),
+    "an empty .cls": ({"0.png": png(0), "0.cls": b"1", "1.png": png(1), "1.cls": b"\n"}, "no label for 1 of 2.* 1.png"),
+    "two labels in one file": (
+        {"0.png": png(0), "metadata.csv": b"file_name,label\n0.png,cat\n0.png,cat\n0.png,dog\n"},
+        "metadata.csv: 0.png has the labels 'cat' and 'dog'; keep one",
+    ),
+    "two labels in two files": (
+        {"a/0.png": png(0), "a/metadata.csv": b"file_name,label\n0.png,1\n",
+         "metadata.jsonl": lines({"file_name": "a/0.png", "label": 2})}, "a/0.png has the labels '1' and '2'",
+    ),
+    "two numbers": ({"0.png": png(0), "dataset.json": b'{"labels": [["0.png", 0], ["0.png", 1]]}'}, "0.png has the"),
+    "two .cls": ({"0.png": png(0), "0.cls": b"1", "0.x.cls": b"2"}, "0.png has the labels '1' and '2'"),
     "two pictures of a sample": (
         {"0.png": png(0), "0.mask.png": png(1), "0.cls": b"1"}, "0.mask.png and 0.png share one .cls"
     ),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from layouts import encoded, pixels, png, write
 
+from distmatch.errors import UserError
 from distmatch.images import load_images
 
 random = np.random.default_rng(0)
@@ -59,7 +60,7 @@ def test_cifar_as_it_is_downloaded(tmp_path, write_batch, container):
     assert train.classes == test.classes == tuple(NAMES)
     assert np.array_equal(test.pixels.numpy(), planes(BATCHES[2][0]))
     assert "4 classes from CIFAR's data_batch_1, data_batch_2: airplane, " in str(train)
-    assert "1 files left out: 1 .html" in str(train)
+    assert "2 files left out: 1 in test, 1 .html" in str(train)
 
 
 def test_cifar_100_has_fine_labels(tmp_path):
@@ -165,11 +166,46 @@ def test_parquet_as_hugging_face_keeps_it(tmp_path):
     assert np.array_equal(train.pixels.permute(0, 2, 3, 1).numpy(), expected)
     assert (train.labels.tolist(), test.labels.tolist()) == ([1, 2, 0], [2])
     assert train.classes == test.classes == ("cat", "dog", "eel")
-    assert "3 classes from label in 2 Parquet files: cat, dog, eel; 1 files left out: 1 .md; 1 grey as RGB" in str(
+    assert "3 classes from label in 2 Parquet files: cat, dog, eel; 2 files left out: 1 in test, 1 .md; 1 grey" in str(
         train
     )
     one = load_images(folder / "data" / "test-00000-of-00001.parquet", "test")
     assert np.array_equal(one.pixels[0].permute(1, 2, 0).numpy(), pixels(3))
+
+
+CATS = parquet([(png(0), "cat"), (png(1), "dog")])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"assets/banner.png": png(9), "data/train-0.parquet": CATS}, r"/train-0.parquet\) and pictures \(e.g. assets"),
+        ({"preview.png": png(9), **MNIST}, r"MNIST's files \(e.g. .*-ubyte\) and pictures"),
+        ({"0.png": png(9), "data_batch_1": python3(*BATCHES[0])}, r"CIFAR's batches \(e.g. data_batch_1\) and pict"),
+        ({"data_batch_1": python3(*BATCHES[0]), "0.parquet": CATS}, r"batches \(.*\) and Parquet tables \(e.g. 0"),
+        ({"small/train-0.parquet": CATS, "full/train-0.parquet": CATS}, "2 data sets.*: full/train-0.*, small/train"),
+        ({"cats/0.parquet": CATS, "dogs/0.parquet": CATS}, "2 data sets.*: cats/0.parquet, dogs/0.parquet.*split all"),
+        ({"lesson.parquet": CATS, "holdout.parquet": CATS}, "splits that are not known.*: holdout.parquet, lesson"),
+    ],
+)  # fmt: skip
+def test_what_may_be_two_data_sets_is_refused(tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        load_images(write(tmp_path / "set", files))
+
+
+def test_tables_of_other_splits_are_counted(tmp_path):
+    files = {
+        "train_dir/part-00000-0f.snappy.parquet": CATS, "train_dir/part-00001-9a.snappy.parquet": CATS,
+        "holdout/part-0.parquet": CATS, "test/part-0.parquet": CATS, "test/part-1.parquet": CATS,
+    }  # fmt: skip
+    folder = write(tmp_path / "set", files)
+    images = load_images(folder)
+    assert (len(images), images.account.left_out) == (4, (("in test", 2), ("of no known split", 1)))
+    assert len(load_images(folder, "all")) == 10
+    with pytest.raises(UserError, match=r"no label for 1 of 2 images, e\.g\. number 1"):
+        load_images(write(tmp_path / "empty", {"0.parquet": parquet([(png(0), "cat"), (png(1), " ")])}))
+    digits = load_images(write(tmp_path / "MNIST", MNIST))
+    assert digits.account.left_out == (("in test", 2),)
 
 
 def test_parquet_of_other_columns(tmp_path):

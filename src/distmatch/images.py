@@ -129,15 +129,15 @@ def load_images(
     files = OneFile(path) if path.suffix == ".parquet" else open_files(path, without)
     names, left_out = visible(files.sizes)
     left_out += files.left_out
-    if not any(name.lower().endswith(tuple(SUFFIXES)) for name in names):
-        if (table := read_table(files, names, split)) is None:
-            raise UserError(_nothing(files, names, left_out))
-        left_out += _suffixes(set(names) - table.used)
+    if (table := read_table(files, names, split)) is not None:
+        left_out += table.left_out + _suffixes(set(names) - table.used)
         numbers, classes = (None, ()) if table.labels is None else _numbered(table.labels, table.names)
         return Images(
             torch.from_numpy(np.ascontiguousarray(table.pixels)), numbers, classes,
             _account(classes, table.origin, left_out, table.notes),
         )  # fmt: skip
+    if not any(name.lower().endswith(tuple(SUFFIXES)) for name in names):
+        raise UserError(_nothing(files, names, left_out))
     layout = arrange(files, names, split, left_out)
     rows = {name: row for row, name in enumerate(layout.names)}
     decoder = Decoder(path, len(rows), fit)
@@ -145,7 +145,7 @@ def load_images(
         decoder.add(rows[name], name, content)
     pixels, notes = decoder.finish()
     numbers, classes = (None, ()) if layout.labels is None else _numbered(layout.labels, ())
-    account = replace(_account(classes, layout.origin, layout.left_out, notes), bits=decoder.bits)
+    account = replace(_account(classes, layout.origin, layout.left_out, [*layout.notes, *notes]), bits=decoder.bits)
     return Images(torch.from_numpy(pixels), numbers, classes, account)
 
 

@@ -3,8 +3,8 @@
 **Left out**, and counted: hidden files and folders (`.thumbnails`, `.ipynb_checkpoints`), those that tools leave
 (`@eaDir`, `__MACOSX`), what runs of distmatch wrote, and files that are no pictures.
 
-**Splits** are folders called `train`, `training`, `train2017`, `train_images` and the like; `test`, `testing`; `val`,
-`valid`, `validation`, `dev`. Where there are some, one of them is read, and nothing of the others. `test` is met by
+**Splits** are folders called `train`, `training`, `trn`, `train2017`, `train_images` and the like; `test`, `testing`,
+`tst`; `val`, `valid`, `validation`, `dev`. Where there are some, one of them is read, and nothing of the others. `test` is met by
 `val` where there is no `test`. Without any, all is `train`.
 
 **Classes** come from the first of these that is there:
@@ -30,11 +30,11 @@ from distmatch.screen import printable
 from distmatch.sidecars import Labels, read_labels
 
 KINDS = {
-    "train": ("train", "training", "trainset"),
-    "test": ("test", "testing", "testset"),
+    "train": ("train", "training", "trainset", "trn"),
+    "test": ("test", "testing", "testset", "tst"),
     "val": ("val", "valid", "validation", "valset", "dev"),
 }
-FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split"}
+FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "dir", "folder"}
 """Words that stand beside the split's in names such as `train_images`, `seg_test`."""
 TOOLS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "lost+found", "$RECYCLE.BIN"}
 RUN = {"log.jsonl", "settings.json", "recipe.yaml"}
@@ -51,12 +51,14 @@ class Layout:
         labels: of each, a number or a name; `None` where there are none.
         origin: in words, where classes and split come from.
         left_out: files that are no part of it, by reason.
+        notes: what else there is to say of the labels.
     """
 
     names: list[str]
     labels: list[int] | list[str] | None
     origin: str
     left_out: Counter[str]
+    notes: tuple[str, ...] = ()
 
 
 def kind(folder: str) -> str | None:
@@ -103,7 +105,7 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
         folders = _folders(place, part)
         seen = "" if found is None else f" ({found.origin})"
         return Layout(part.names, folders.labels, f"{folders.origin}{part.where}{seen}", left_out)
-    return Layout(part.names, found.labels, f"{found.origin}{part.where}", left_out)
+    return Layout(part.names, found.labels, f"{found.origin}{part.where}", left_out, found.notes)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from posixpath import basename
@@ -30,18 +30,20 @@ class Labels:
         origin: where they come from, in words.
         used: the files that say so.
         final: whether folders say nothing more.
+        notes: what else there is to say of them.
     """
 
     labels: list[int] | list[str] | None
     origin: str
     used: set[str] = field(default_factory=set)
     final: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def read_labels(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
     """The labels of `pictures` that stand in files among `names`; `None` where there are no such files.
 
-    Raises `UserError` where such a file is damaged, or has no label for one of the pictures.
+    Raises `UserError` where such a file is damaged, has no label for one of the pictures, or two that differ.
     """
     for find in (_dataset_json, _metadata, _cls):
         if found := find(files, names, pictures):
@@ -50,7 +52,7 @@ def read_labels(files: Files, names: list[str], pictures: list[str]) -> Labels |
 
 
 def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
-    known: dict[str, Any] = {}
+    known = _Known()
     used, said = set(), False
     for name, content in files.read([n for n in names if basename(n) == "dataset.json"]):
         where = f"{files.path}: {printable(name)}"
@@ -62,19 +64,21 @@ def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels
             continue
         said = True
         try:
-            known |= {_beside(name, file): label for file, label in data["labels"]}
+            rows = [(file, label) for file, label in data["labels"]]
         except (TypeError, ValueError) as error:
             raise UserError(f'{where}: labels are not {{"labels": [["name.png", 0], ...]}}') from error
+        for file, label in rows:
+            known.add(_beside(name, file), label, where)
     if not used:
         return None
     if not said:  # its folders are running thousands, never classes
         return Labels(None, "no classes: dataset.json has none", used)
-    return Labels(_all_of(known, pictures, f"{files.path}: dataset.json"), "from dataset.json", used)
+    labels = known.of(pictures, f"{files.path}: dataset.json")
+    return Labels(labels, "from dataset.json", used, notes=known.lost(names))
 
 
 def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
-    known: dict[str, Any] = {}
-    used: set[str] = set()
+    known, used = _Known(), set[str]()
     columns: set[str] = set()
     column = None
     for name, content in files.read([n for n in names if basename(n) in METADATA]):
@@ -88,7 +92,7 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
             columns |= row.keys()
             column = column or next((c for c in COLUMNS if c in row), None)
             if column in row:
-                known[_beside(name, row["file_name"])] = row[column]
+                known.add(_beside(name, row["file_name"]), row[column], where)
         used.add(name)
     if not used:
         return None
@@ -96,11 +100,12 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
     if column is None:
         seen = printable(", ".join(sorted(map(str, columns))))
         return Labels(None, f"{files_used} has {seen} and no label", used, final=False)
-    return Labels(_all_of(known, pictures, f"{files.path}: {files_used}"), f"from {column} in {files_used}", used)
+    labels = known.of(pictures, f"{files.path}: {files_used}")
+    return Labels(labels, f"from {column} in {files_used}", used, notes=known.lost(names))
 
 
 def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
-    cls = {_key(n): n for n in names if n.endswith(".cls")}
+    cls = [n for n in names if n.endswith(".cls")]
     if not cls:
         return None
     keys: dict[str, str] = {}
@@ -109,9 +114,10 @@ def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
             raise UserError(
                 f"{files.path}: {printable(other)} and {printable(name)} share one .cls; keep one picture per sample"
             )
-    texts = {_key(name): content.decode("utf-8", "replace").strip() for name, content in files.read(cls.values())}
-    known = {name: texts[_key(name)] for name in pictures if _key(name) in texts}
-    return Labels(_all_of(known, pictures, f"{files.path}: the .cls files"), "from .cls files", set(cls.values()))
+    known, where = _Known(), f"{files.path}: the .cls files"
+    for name, content in files.read(cls):
+        known.add(keys.get(_key(name), name), content.decode("utf-8", "replace").strip(), where)
+    return Labels(known.of(pictures, where), "from .cls files", set(cls))
 
 
 def _key(name: str) -> str:
@@ -139,22 +145,40 @@ def _beside(file: str, name: Any) -> str:
     return str(PurePosixPath(file).parent / PurePosixPath(str(name).replace("\\", "/")))
 
 
-def _all_of(known: dict[str, Any], pictures: list[str], where: str) -> list[int] | list[str]:
-    """The label of each picture: whole numbers if all are, else names."""
-    missing = [name for name in pictures if known.get(name) is None]
-    if missing:
-        raise UserError(
-            f"{where} has no label for {len(missing):,} of {len(pictures):,} images, e.g. {printable(missing[0])}"
-        )
-    return labels_of((known[name] for name in pictures), where)
+class _Known:
+    """Labels by picture, as files say them."""
+
+    def __init__(self) -> None:
+        self.labels: dict[str, Any] = {}
+
+    def add(self, picture: str, label: Any, where: str) -> None:
+        """Note a label. Raises `UserError` where `picture` has another one already."""
+        before = self.labels.setdefault(picture, label)
+        if str(before).strip() != str(label).strip():
+            raise UserError(
+                f"{where}: {printable(picture)} has the labels {printable(before)!r} and {printable(label)!r}; keep one"
+            )
+
+    def of(self, pictures: list[str], where: str) -> list[int] | list[str]:
+        return labels_of(map(self.labels.get, pictures), where, pictures)
+
+    def lost(self, names: list[str]) -> tuple[str, ...]:
+        """What to say of labels whose pictures are not among `names`."""
+        lost = sorted(self.labels.keys() - set(names))
+        return (f"{len(lost):,} labels are of pictures that are not there, e.g. {printable(lost[0])}",) if lost else ()
 
 
-def labels_of(values: Iterable[Any], where: str) -> list[int] | list[str]:
+def labels_of(values: Iterable[Any], where: str, names: Sequence[str] = ()) -> list[int] | list[str]:
     """Labels as whole numbers if all of them are, written as text or not, else as names.
 
-    Raises `UserError` for anything else, such as a list of several.
+    Raises `UserError` where an image, called by its name or else its number, has none, and for anything that is no
+    label, such as a list of several.
     """
     values = list(values)
+    missing = [row for row, value in enumerate(values) if value is None or str(value).strip() == ""]
+    if missing:
+        first = names[missing[0]] if names else f"number {missing[0]}"
+        raise UserError(f"{where} has no label for {len(missing):,} of {len(values):,} images, e.g. {printable(first)}")
     for value in values:
         if type(value) not in (int, str) or (type(value) is int and value < 0):
             raise UserError(f"{where}: {printable(value)!r} is no label; expected a whole number or a name")

@@ -4,20 +4,22 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from posixpath import basename, splitext
 from typing import Any
 
 import numpy as np
 
 from distmatch import parquet, unpickle
 from distmatch.archives import Files, printable
-from distmatch.decode import Decoder
+from distmatch.decode import SUFFIXES, Decoder
 from distmatch.errors import UserError
 from distmatch.layouts import kind
 from distmatch.limits import FILE, check
-from distmatch.sidecars import COLUMNS, IMAGES, labels_of
+from distmatch.sidecars import COLUMNS, IMAGES, METADATA, labels_of
 
 IDX = re.compile(r"(?:.*/)?([^/]*?)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 CIFAR = re.compile(r"data_batch_\d+|test_batch")
@@ -32,8 +34,9 @@ class Table:
         labels: of each, or `None`.
         names: of the classes, by number, if they have some.
         origin: in words, what it was read from.
-        notes: what was done to the pictures.
         used: its files, those of other splits included.
+        left_out: those of other splits, by split.
+        notes: what was done to the pictures.
     """
 
     pixels: np.ndarray
@@ -41,32 +44,44 @@ class Table:
     names: tuple[str, ...]
     origin: str
     used: set[str]
+    left_out: Counter[str]
     notes: list[str] = field(default_factory=list)
 
 
 def read_table(files: Files, names: list[str], split: str) -> Table | None:
     """The data set in the visible files `names`, if it is of one of these kinds.
 
-    Raises `UserError` where it is damaged or has no such split.
+    Raises `UserError` where it is damaged or has no such split, and where there are files of several kinds, or pictures
+    beside them: which of them is the data set is not for us to guess.
     """
-    for read in (_cifar, _idx, _parquet):
-        if found := read(files, names, split):
-            return found
-    return None
+    pictures = [n for n in names if splitext(n)[1].lower() in SUFFIXES]
+    tables = {
+        "CIFAR's batches": list(_cifar_batches(names)),
+        "MNIST's files": [n for n in names if IDX.fullmatch(n)],
+        "Parquet tables": [n for n in names if n.endswith(".parquet") and not (pictures and basename(n) in METADATA)],
+    }
+    found = {what: those for what, those in {**tables, "pictures": pictures}.items() if those}
+    if len(found) > 1:
+        seen = " and ".join(f"{what} (e.g. {printable(those[0])})" for what, those in found.items())
+        raise UserError(f"{files.path} has {seen}; give one of them by its path, or move the others away")
+    readers = zip(tables, (_cifar, _idx, _parquet), strict=True)
+    return next((read(files, names, split) for what, read in readers if what in found), None)
 
 
-def _cifar(files: Files, names: list[str], split: str) -> Table | None:
-    """CIFAR-10 and CIFAR-100, "python version": pickles, read as data. Rows are planes: red, green, blue."""
-    known, batches, metas = set(names), {}, []
+def _cifar_batches(names: list[str]) -> dict[str, str]:
+    """The batches among `names`, and the split of each."""
+    known, batches = set(names), {}
     for name in names:
         folder, separator, base = name.rpartition("/")
         if CIFAR.fullmatch(base) or (base in ("train", "test") and f"{folder}{separator}meta" in known):
             batches[name] = "test" if base.startswith("test") else "train"
-        elif base in ("meta", "batches.meta"):
-            metas.append(name)
-    if not batches:
-        return None
-    chosen = _of_split(files, batches, split)
+    return batches
+
+
+def _cifar(files: Files, names: list[str], split: str) -> Table:
+    """CIFAR-10 and CIFAR-100, "python version": pickles, read as data. Rows are planes: red, green, blue."""
+    batches, metas = _cifar_batches(names), [n for n in names if basename(n) in ("meta", "batches.meta")]
+    chosen, left_out = _of_split(files, batches, split)
     pixels, labels, key = [], [], ""
     for name, content in sorted(files.read(chosen)):
         where, batch = f"{files.path}: {printable(name)}", _pickled(files, name, content)
@@ -82,7 +97,7 @@ def _cifar(files: Files, names: list[str], split: str) -> Table | None:
         said = _pickled(files, name, content).get("fine_label_names" if key == "fine_labels" else "label_names", [])
         classes = tuple(map(_text, said)) if isinstance(said, list) else ()
     origin = f"from CIFAR's {_bases(chosen)}"
-    return Table(np.concatenate(pixels), labels, classes, origin, {*batches, *metas})
+    return Table(np.concatenate(pixels), labels, classes, origin, {*batches, *metas}, left_out)
 
 
 def _pickled(files: Files, name: str, content: bytes) -> dict[str, Any]:
@@ -103,16 +118,14 @@ def _bases(names: list[str]) -> str:
     return ", ".join(PurePosixPath(name).name for name in sorted(names))
 
 
-def _idx(files: Files, names: list[str], split: str) -> Table | None:
+def _idx(files: Files, names: list[str], split: str) -> Table:
     """MNIST's files, and those of the sets made after it."""
     found = {n: match for n in names if (match := IDX.fullmatch(n))}
-    if not found:
-        return None
     if len(sets := {match[1] for match in found.values()}) > 1:
         every = printable(", ".join(sorted(sets)))
         raise UserError(f"{files.path} has idx files of several data sets: {every}; keep those of one")
     splits = {n: "train" if match[2] == "train" else "test" for n, match in found.items()}
-    chosen = _of_split(files, splits, split)
+    chosen, left_out = _of_split(files, splits, split)
     arrays: dict[str, list[np.ndarray]] = {"images": [], "labels": []}
     for name, content in sorted(files.read(chosen)):
         dimensions = 3 if found[name][3] == "images" else 1
@@ -125,7 +138,7 @@ def _idx(files: Files, names: list[str], split: str) -> Table | None:
         )
     given = np.concatenate(labels).tolist() if labels else None
     origin = f"from {_bases(chosen)}" if labels else f"no classes: {_bases(chosen)} alone"
-    return Table(np.concatenate(images)[:, None], given, (), origin, set(found))
+    return Table(np.concatenate(images)[:, None], given, (), origin, set(found), left_out)
 
 
 def _idx_array(where: str, content: bytes, dimensions: int) -> np.ndarray:
@@ -154,15 +167,21 @@ def _idx_shape(where: str, content: bytes, dimensions: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(content[i : i + 4]) for i in range(4, 4 + 4 * dimensions, 4))
 
 
-def _parquet(files: Files, names: list[str], split: str) -> Table | None:
+def _parquet(files: Files, names: list[str], split: str) -> Table:
     """Tables with a column of encoded images, as Hugging Face keeps data sets: `data/train-00000-of-00001.parquet`."""
-    tables = [n for n in names if n.endswith(".parquet")]
-    if not tables:
-        return None
-    kinds = {n: _kind_of_file(n) for n in tables}
+    tables = {n: _table_parts(n) for n in names if n.endswith(".parquet")}
+    kinds = {n: next(filter(None, map(kind, reversed(parts))), "") for n, parts in tables.items()}
     if not any(kinds.values()):
         kinds = dict.fromkeys(tables, "train")
-    chosen, place = sorted(_of_split(files, kinds, split)), str(files.path)
+    chosen, left_out = _of_split(files, kinds, split)
+    sets = {tuple(kind(part) or part for part in tables[n]): n for n in chosen}
+    if len(sets) > 1 and split != "all":
+        seen = ", ".join(map(printable, sorted(sets.values())[:6]))
+        raise UserError(
+            f"{files.path} has tables of {len(sets)} data sets, or of splits that are not known by their names: {seen}."
+            " Give one of them by its path, or --split all, which reads them all as one"
+        )
+    place = str(files.path)
     with ExitStack() as stack:
         opened = {n: parquet.opened(stack.enter_context(files.opened(n)), f"{place}: {printable(n)}") for n in chosen}
         image, label, known = _columns(place, opened[chosen[0]].schema_arrow)
@@ -183,9 +202,9 @@ def _parquet(files: Files, names: list[str], split: str) -> Table | None:
         raise UserError(f"{place}: {row:,} rows where {decoder.count:,} were announced; get the tables again")
     pixels, notes = decoder.finish()
     if not label:
-        return Table(pixels, None, (), "no classes: the tables have no column of labels", set(tables), notes)
+        return Table(pixels, None, (), "no classes: the tables have no column of labels", set(tables), left_out, notes)
     origin = f"from {label[0]} in {len(chosen)} Parquet file{'s' * (len(chosen) > 1)}"
-    return Table(pixels, labels_of(labels, f"{place}: {label[0]}"), known, origin, set(tables), notes)
+    return Table(pixels, labels_of(labels, f"{place}: {label[0]}"), known, origin, set(tables), left_out, notes)
 
 
 def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
@@ -207,18 +226,25 @@ def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
     return image, [label] if label else [], tuple(map(str, said.get(label, ())))  # pyright: ignore[reportArgumentType]
 
 
-def _kind_of_file(name: str) -> str:
-    """The split in a path such as `data/train-00000-of-00001.parquet` or `default/test/0000.parquet`."""
+def _table_parts(name: str) -> list[str]:
+    """What a table's path says of its set and split, without its number.
+
+    `data/train-00000-of-00001.parquet` gives data, train; `default/test/0000.parquet` default, test and nothing.
+    """
     *folders, base = name.removesuffix(".parquet").split("/")
-    return next((found for part in (re.split(r"[-.]", base)[0], *reversed(folders)) if (found := kind(part))), "")
+    return [*folders, re.sub(r"[\d_]+", " ", re.split(r"[-.]", base)[0]).strip()]
 
 
-def _of_split(files: Files, kinds: dict[str, str], split: str) -> list[str]:
-    """Those of the files in `kinds` that belong to `split`; `test` is met by `val` where there is no `test`."""
+def _of_split(files: Files, kinds: dict[str, str], split: str) -> tuple[list[str], Counter[str]]:
+    """Those of the files in `kinds` that belong to `split`, and how many belong to each other one.
+
+    `test` is met by `val` where there is no `test`.
+    """
     wanted = kind(split)
     if wanted == "test" and "test" not in kinds.values():
         wanted = "val"
     chosen = [name for name, found in kinds.items() if split == "all" or found == wanted]
     if not chosen:
-        raise UserError(f"{files.path} has no split {split!r}; it has {', '.join(sorted(set(kinds.values())))}")
-    return chosen
+        raise UserError(f"{files.path} has no split {split!r}; it has {', '.join(sorted(set(kinds.values()) - {''}))}")
+    others = Counter(f"in {found}" if found else "of no known split" for n, found in kinds.items() if n not in chosen)
+    return sorted(chosen), others
