@@ -67,6 +67,10 @@ def test_labels_without_names_are_numbered_in_order():
     named = Images.of(STACK, ["dog", "cat", "dog", "ant"])
     assert (named.classes, named.labels.tolist()) == (("ant", "cat", "dog"), [2, 1, 2, 0])
 
+    ours = [np.int64(1), torch.tensor(0), np.int64(1), 0]
+    assert Images.of(STACK, ours, classes=("a", "b")).labels.tolist() == [1, 0, 1, 0]
+    assert Images.of(STACK, np.array(["b", "a", "b", "b"])).labels.tolist() == [1, 0, 1, 1]
+
 
 @pytest.mark.parametrize(
     ("data", "labels", "classes"),
@@ -116,6 +120,16 @@ REFUSED = [
     ([(1, 2, 3)], {}, "an item has 3 parts"),
     ([{"a": 1}], {}, "items have a; expected one called image"),
     ([(STACK[0], 1), (STACK[1], None)], {}, "some images have a label and some have none"),
+    ([{"image": STACK[0]}, {"image": STACK[1], "label": "a"}], {}, "some images have a label and some have none"),
+    ([{"image": STACK[0], "class": 1}, {"image": STACK[1], "label": 1}], {}, "some images have a label and some have"),
+    ([{"image": STACK[0]}, (STACK[1], 1)], {}, "some images have a label and some have none"),
+    ([(STACK[0], torch.eye(3)[0])], {}, r"'\[1.0, 0.0, 0.0\]' is no label"),
+    (STACK, {"labels": torch.eye(4).long()}, r"'\[1, 0, 0, 0\]' is no label"),
+    (STACK, {"labels": ["", "a", "a", None]}, "labels has no label for 2 of 4 images, e.g. number 0"),
+    (STACK, {"labels": ["", "a", "a", "a"], "classes": ("a", "b")}, "no label for 1 of 4 images"),
+    (STACK, {"labels": ["a"] * 4, "classes": ("a", "b", "a")}, "'a' is the name of two classes"),
+    (STACK.float(), {"value_range": (0, 0)}, r"value_range=\(0, 0\) is no range; expected black below white"),
+    (STACK.float(), {"value_range": (0, float("inf"))}, r"value_range=\(0, inf\) is no range"),
     ([STACK[0], STACK[1, :, :3]], {}, r"shapes \(3, 3, 6\), \(3, 5, 6\)"),
     (Pictures(), {"labels": [0]}, "labels are given beside a data set"),
 ]

@@ -155,7 +155,7 @@ def test_every_layout_gives_its_classes_labels_and_pixels(tmp_path, name, contai
     files, split, expected, words = LAYOUTS[name]
     images = load_images(write(tmp_path / "set", files, container), split)
     classes = {c for c in expected.values() if c}
-    numbers = all(c.isdecimal() for c in classes) and name != "numbers as folders"  # whose names are text
+    numbers = all(c.isdecimal() for c in classes)
     assert images.classes == tuple(sorted(classes, key=int if numbers else str))
     labels = [None] * len(images) if images.labels is None else [images.classes[i] for i in images.labels]
     assert labels == list(expected.values())

@@ -1,5 +1,7 @@
 """Making images: seeds, labels, the package's own models, the folder format."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -10,6 +12,7 @@ from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipel
 from distmatch.conditions import Classes
 from distmatch.data import grid, to_uint8
 from distmatch.denoiser import Cond
+from distmatch.errors import UserError
 from distmatch.files import write_json
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.models.library import find_model
@@ -51,11 +54,22 @@ def test_images_are_pillow_images_of_the_pixels(student):
         (3, "out of range; the 3 classes count from 0"),
         ("d", "label 'd' is unknown; expected one of a, b, c"),
         ([0, 1], "2 labels for 4 images"),
+        ("-1", "out of range; the 3 classes count from 0"),
+        ("3", "out of range; the 3 classes count from 0"),
     ],
 )
 def test_bad_labels_are_named(student, labels, message):
     with pytest.raises(ValueError, match=message):
         DistilledPipeline.from_pretrained(student)(4, labels=labels)
+
+
+def test_a_number_in_text_is_a_name_where_classes_are_called_by_numbers(student):
+    pipe = DistilledPipeline.from_pretrained(student)
+    assert pipe.condition(2, labels="1").label.tolist() == [1, 1]
+    pipe.info = replace(pipe.info, classes=("0", "10", "2"))
+    assert pipe.condition(2, labels="2").label.tolist() == [2, 2]
+    with pytest.raises(UserError, match="label '1' is unknown; expected one of 0, 10, 2"):
+        pipe.condition(2, labels="1")
 
 
 def test_models_survive_the_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Data sets given in Python: tensors, and PyTorch's and Hugging Face's data sets by what they have in common."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def as_pixels(data: Tensor, value_range: tuple[float, float] | None) -> Tensor:
     if value_range is None:
         raise UserError(f"images are floats in {low:.4g}..{high:.4g}; give black and white, e.g. value_range=(-1, 1)")
     black, white = value_range
+    if not -math.inf < black < white < math.inf:
+        raise UserError(f"value_range=({black}, {white}) is no range; expected black below white, e.g. (-1, 1)")
     slack = 1e-3 * (white - black)  # of resizing and rounding
     if not black - slack <= low <= high <= white + slack:  # NaN neither
         raise UserError(f"images are in {low:.4g}..{high:.4g}, outside of value_range=({black}, {white})")
@@ -40,6 +43,11 @@ def as_pixels(data: Tensor, value_range: tuple[float, float] | None) -> Tensor:
 
 def _to_bytes(unit: Tensor) -> Tensor:
     return (unit * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def plain(label: Any) -> Any:
+    """A label as Python has it, without NumPy's or PyTorch's type."""
+    return label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label
 
 
 def collected(
@@ -52,12 +60,16 @@ def collected(
         raise UserError(
             f"{type(data).__name__} is no data set of known length; expected a tensor, a Dataset, or a list of images"
         )
-    image, label, named = _columns(data)
-    decoder: Decoder | None = None
+    image, known = _columns(data)
+    label, decoder = None, None
     tensors, labels = [], []
     for row, item in enumerate(data[i] for i in range(len(data))):
-        picture, said = (item[image], item.get(label)) if isinstance(item, Mapping) else _pair(item)
-        labels.append(said.item() if isinstance(said, Tensor | np.generic) else said)
+        if isinstance(item, Mapping) and image in item:
+            label = label or next((name for name in known if name in item), None)
+            picture, said = item[image], item.get(label)
+        else:
+            picture, said = _pair(item)
+        labels.append(plain(said))
         if isinstance(picture, Image.Image):
             decoder = decoder or Decoder("the data set", len(data))
             decoder.add(row, f"number {row}", picture)
@@ -76,22 +88,22 @@ def collected(
         raise UserError(f"images have the shapes {', '.join(map(str, sorted(shapes)[:5]))}; bring them to one")
     pixels, notes = (torch.stack(tensors), []) if decoder is None else decoder.finish()
     given = None if labels[0] is None else labels
-    return torch.as_tensor(pixels), given, classes or tuple(named or ()), notes
+    named = known.get(label) or () if image else getattr(data, "classes", None) or ()
+    return torch.as_tensor(pixels), given, classes or tuple(named), notes
 
 
-def _columns(data: Any) -> tuple[str, str | None, Sequence[str]]:
-    """What image and label are called where items are dictionaries, and the classes' names where they are known."""
+def _columns(data: Any) -> tuple[str, dict[str | None, Sequence[str] | None]]:
+    """Where items are dictionaries: what the image is called; what a label may be called, with its classes if known."""
     first = data[0] if len(data) else None
     if not isinstance(first, Mapping):
-        return "", None, getattr(data, "classes", None) or ()
+        return "", {}
     pictures = [name for name, value in first.items() if isinstance(value, Image.Image)]
     image = next((name for name in IMAGES if name in first), pictures[0] if len(pictures) == 1 else None)
     if image is None:
         raise UserError(f"items have {', '.join(map(str, first))}; expected one called {' or '.join(IMAGES)}")
     features = getattr(data, "features", None) or {}
     named = [name for name in features if getattr(features[name], "names", None)]
-    label = next((name for name in (*COLUMNS, *named) if name in first), None)
-    return image, label, getattr(features.get(label), "names", None) or ()
+    return image, {name: getattr(features.get(name), "names", None) for name in (*COLUMNS, *named)}
 
 
 def _pair(item: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Data sets of images: from folders, archives and tables, or from Python, to one uint8 tensor with labels."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from distmatch.archives import Files, OneFile, open_files
-from distmatch.collect import as_pixels, collected
+from distmatch.collect import as_pixels, collected, plain
 from distmatch.decode import SUFFIXES, Decoder
 from distmatch.errors import UserError
 from distmatch.layouts import arrange, visible
@@ -97,7 +97,7 @@ class Images:
         pixels = as_pixels(torch.as_tensor(data), value_range)
         if labels is None:
             return cls(pixels, None, (), Account("no classes: no labels were given", (), tuple(notes)))
-        given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+        given = list(map(plain, plain(labels)))
         if len(given) != len(pixels):
             raise UserError(f"{len(pixels):,} images and {len(given):,} labels; expected as many of both")
         numbers, names = _numbered(labels_of(given, "labels"), tuple(map(str, classes)))
@@ -158,16 +158,25 @@ def _account(classes: Sequence[str], origin: str, left_out: Counter[str], notes:
 
 def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
     """`i64[N]` into the classes: `names` by number where they are known, else those that occur, in order."""
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{printable(twice[0])!r} is the name of two classes; give classes=[...] of names that differ")
     if names and all(type(label) is int for label in labels):
         numbers = torch.tensor(labels)
         if numbers.max() >= len(names):
             raise UserError(f"label {numbers.max()} of {len(names)} classes, which have the numbers from 0 on")
         return numbers, names
-    order = names or tuple(sorted(set(labels)))  # pyright: ignore[reportArgumentType]
+    order = names or _ordered(set(labels))
     number = {label: i for i, label in enumerate(order)}
-    if strange := next((label for label in labels if label not in number), None):
-        raise UserError(f"label {printable(strange)!r} is none of the classes {', '.join(map(str, order[:6]))}")
+    if strange := [label for label in labels if label not in number]:
+        raise UserError(f"label {printable(strange[0])!r} is none of the classes {', '.join(map(str, order[:6]))}")
     return torch.tensor([number[label] for label in labels]), tuple(map(str, order))
+
+
+def _ordered(labels: Set[Any]) -> tuple[Any, ...]:
+    """Numbers, written as text or not, in their order; names alphabetically."""
+    if all(type(label) is int or label.isdecimal() for label in labels):
+        return tuple(sorted(labels, key=lambda label: (int(label), str(label))))
+    return tuple(sorted(labels))
 
 
 def _nothing(files: Files, names: list[str], left_out: Counter[str]) -> str:

@@ -4,8 +4,8 @@
 (`@eaDir`, `__MACOSX`), what runs of distmatch wrote, and files that are no pictures.
 
 **Splits** are folders called `train`, `training`, `trn`, `train2017`, `train_images` and the like; `test`, `testing`,
-`tst`; `val`, `valid`, `validation`, `dev`. Where there are some, one of them is read, and nothing of the others. `test` is met by
-`val` where there is no `test`. Without any, all is `train`.
+`tst`; `val`, `valid`, `validation`, `dev`. Where there are some, one of them is read, and nothing of the others. `test`
+is met by `val` where there is no `test`. Without any, all is `train`.
 
 **Classes** come from the first of these that is there:
 

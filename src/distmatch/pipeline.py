@@ -121,7 +121,7 @@ class Pipeline:
 
         Args:
             labels: for a model with classes, one for all (number or name), one number per image, or `None` for the
-                classes in turn.
+                classes in turn. A number in text is a name where classes are called by numbers.
             prompts: for a text-to-image model, one for all or one per image.
             guidance_scale: for a student that takes one (`info.guidance`); the middle of its range unless told.
 
@@ -165,9 +165,10 @@ class Pipeline:
         if labels is None:
             return torch.arange(n) % len(names)
         if isinstance(labels, str):
-            if labels not in names:
+            numbered = labels.removeprefix("-").isdecimal() and not any(name.isdecimal() for name in names)
+            if labels not in names and not numbered:
                 raise UserError(f"label {labels!r} is unknown; expected one of {', '.join(names)}")
-            labels = names.index(labels)
+            labels = int(labels) if numbered else names.index(labels)
         label = torch.as_tensor(labels).long().reshape(-1)
         label = label.expand(n) if len(label) == 1 else label
         if len(label) != n:

@@ -295,14 +295,11 @@ def sample(
     """
     replaced = samples.earlier(out)
     pipe = pipeline(model, steps, guidance, device)
-    labels = (
-        int(label) if label is not None and label not in pipe.info.classes and label.lstrip("-").isdigit() else label
-    )
     with progress("sample", n, unit="image") as advance:
         texts = [prompts[i % len(prompts)] for i in range(n)] if prompts else None
         scale = guidance if pipe.info.guidance is not None else None
         pixels = pipe(
-            n, labels=labels, prompts=texts, guidance_scale=scale, seed=seed, batch=batch, progress=advance
+            n, labels=label, prompts=texts, guidance_scale=scale, seed=seed, batch=batch, progress=advance
         ).pixels
     columns, zoom = max(1, min(len(pipe.info.classes) or 8, n)), 1 if pipe.info.latent else 2
     made = {"model": model, "seed": seed, "label": label, "prompts": prompts, "steps": steps, "guidance": guidance}
