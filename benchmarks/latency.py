@@ -37,7 +37,7 @@ from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.evaluation import hardware
 from distmatch.models.hub import fetched
 from distmatch.models.stable import StableUNet
-from distmatch.sampler import one_step
+from distmatch.sampler import Steps
 from distmatch.schedule import VP
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -118,7 +118,7 @@ def measure(text: Any, unet: Any, vae: Any, shape: tuple[int, ...], batch: int, 
         def run(mark: Mark) -> None:
             mark()
             z = rng.noise(0, range(batch), shape).to(device)  # first, for the copy waits for the stream
-            latents = one_step(student, SCHEDULE, z, Cond(text=text(ids)))
+            latents = Steps((SCHEDULE.t_max,)).sample(student, SCHEDULE, z, Cond(text=text(ids)))
             to_uint8(decode((latents / vae.config.scaling_factor).to(dtype))).cpu()
             mark()
 

@@ -21,6 +21,7 @@ FLOORS = [
     ["build", "report", "smoke", "export", "serve", "weightless", "samples", "spaces"],
     ["train", "evaluation", "baselines"],
     ["distill", "teach", "pipeline"],
+    ["terms"],
     ["pair_builder", "features", "embeddings"],
     ["pairs", "ownership"],
     ["claims"],
@@ -102,7 +103,7 @@ def test_imports_go_downward_only():
 def test_no_file_is_over_500_lines_and_a_step_reads_in_under_900():
     lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
     assert max(lines.values()) <= 500
-    assert sum(lines[m] for m in ("train", "distill", "losses", "denoiser", "schedule")) < 900
+    assert sum(lines[m] for m in ("distill", "terms", "losses", "denoiser", "schedule")) < 900
 
 
 def test_help_does_not_import_torch():

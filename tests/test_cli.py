@@ -61,7 +61,7 @@ def test_pairs_train_report_in_a_row(tmp_path):
     trained = tiny.command("train", recipe, "--runs", runs)
     assert trained.returncode == 0, trained.stderr
     assert {file: file.stat().st_mtime_ns for file in store.iterdir()} == stamps
-    assert json.loads((runs / "tiny" / "model" / "config.json").read_text())["t"] == 80.0
+    assert json.loads((runs / "tiny" / "model" / "config.json").read_text())["times"] == [80.0]
     assert tiny.command("report", runs / "tiny").stdout.strip() == str(runs / "tiny" / "report.html")
     shard = next(store.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())

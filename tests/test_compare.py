@@ -46,7 +46,7 @@ SCHEDULERS: dict[str, Any] = {
 class Student:
     """A one-step model with the interface of text-to-image pipelines: prompts give the brightness."""
 
-    denoiser, info, nfe, device = tiny.teacher(), Info(SHAPE, t=1.0), 1, torch.device("cpu")
+    denoiser, info, nfe, device = tiny.teacher(), Info(SHAPE, times=(1.0,)), 1, torch.device("cpu")
 
     def condition(self, n: int, *, prompts: list[str], guidance_scale: float | None = None) -> Cond:
         assert len(prompts) == n
@@ -360,7 +360,7 @@ def test_refusals(teacher, tmp_path, quick):
     refused("1 <= picture <= n", n=3, picture=4)
     refused(r"model '.*nowhere' cannot be loaded: .*Give a folder in diffusers' format", str(tmp_path / "nowhere"))
     other = Student()
-    other.info = Info((1, 8, 8), t=1.0)
+    other.info = Info((1, 8, 8), times=(1.0,))
     refused(r"student makes samples of shape \(1, 8, 8\) and the teacher .* of \(4, 8, 8\)", student=other)
     refused("LoRA '.*nowhere' cannot be loaded .*latent-consistency/lcm-lora-sdv1-5", lora=str(tmp_path / "nowhere"))
     refused("features 'mnist': FID is compared in those of Inception", features="mnist")

@@ -8,18 +8,25 @@ import torch
 from torch import nn
 
 from distmatch import build, log
-from distmatch.conditions import Classes
+from distmatch.conditions import WHOLE, Classes
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond
-from distmatch.distill import Distiller, Images, Match
+from distmatch.distill import Distiller
 from distmatch.losses import WEIGHTINGS
 from distmatch.models.folder import Info, save_model
 from distmatch.models.mixture import mixture
 from distmatch.schedule import EDM, VP, Flow
+from distmatch.terms import Match, NoiseStream, Samples, Start
 
 
 def one_dimensional(schedule):
     return mixture(schedule, [[-1.0], [2.0]], [0.3, 0.5], [0.4, 0.6])
+
+
+def drawn(match, conditions, batch, index=0):
+    """What the stream of noise gives in step `index`, and what `match` draws for it."""
+    start = NoiseStream((1,), conditions, batch).draw(0, index, 0, WHOLE)
+    return start, match.draw([start], WHOLE)
 
 
 def kl_gradient(schedule, real, m: float, s: float, t: float) -> torch.Tensor:
@@ -48,18 +55,15 @@ def test_the_matching_gradient_is_the_kl_gradient(schedule, noise):
     match = Match(
         real,
         fake,
-        shape=(1,),
-        conditions=Classes(0),
         weighting=lambda x, x0_real, alpha, sigma: (alpha / sigma) ** 2,  # w_t = 1 on the scores of Eq. 7
-        batch=n,
         min_step=int(1000 * noise),
         max_step=int(1000 * noise) + 1,
     )
-    batch = match.draw(0, 0)
+    start, levels = drawn(match, Classes(0), n)
     parameters = torch.tensor([m, s], dtype=torch.float64, requires_grad=True)
-    loss = match.generator(batch, Images(parameters[0] + parameters[1] * batch.z.double(), None))
+    loss = match.student_loss(levels, Samples(parameters[0] + parameters[1] * start.z.double(), None))
     (gradient,) = torch.autograd.grad(loss, parameters)
-    expected = kl_gradient(schedule, real, m, s, batch.t[0].item())
+    expected = kl_gradient(schedule, real, m, s, levels.t[0].item())
     assert torch.allclose(gradient, expected, rtol=0.03, atol=0.01 * expected.norm().item() + 1e-4)
 
 
@@ -73,10 +77,10 @@ def test_matching_moves_a_gaussian_onto_a_gaussian():
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * (1 - step / 400)
         fake = mixture(schedule, [[parameters[0].item()]], [abs(parameters[1].item())])
-        match = Match(real, fake, shape=(1,), conditions=Classes(0), weighting=WEIGHTINGS["prolificdreamer"], batch=256)
-        batch = match.draw(0, step)
+        match = Match(real, fake, weighting=WEIGHTINGS["prolificdreamer"])
+        start, levels = drawn(match, Classes(0), 256, step)
         optimizer.zero_grad()
-        match.generator(batch, Images(parameters[0] + parameters[1] * batch.z.double(), None)).backward()
+        match.student_loss(levels, Samples(parameters[0] + parameters[1] * start.z.double(), None)).backward()
         optimizer.step()
     assert parameters[0].item() == pytest.approx(1.0, abs=0.08)
     assert abs(parameters[1].item()) == pytest.approx(0.5, abs=0.08)
@@ -86,15 +90,13 @@ def test_guidance_applies_to_the_real_score_alone():
     schedule = EDM(sigma_max=10.0)
     real = mixture(schedule, [[-1.0], [2.0]], [0.3, 0.5], labels=[0, 1])
     fake = mixture(schedule, [[0.0], [0.5]], [1.0, 1.0], labels=[0, 1])
-    match = Match(
-        real, fake, shape=(1,), conditions=Classes(2), weighting=WEIGHTINGS["dreamfusion"], batch=64, guidance=3.0
-    )
-    batch = match.draw(0, 0)
-    x = batch.z.double().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(match.generator(batch, Images(x, batch.cond)), x)
-    x_t = x.detach() + batch.t[:, None] * batch.eps
-    guided = 3 * real(x_t, batch.t, batch.cond) - 2 * real(x_t, batch.t, None)
-    expected = (fake(x_t, batch.t, batch.cond) - guided) / batch.t[:, None] / 64
+    match = Match(real, fake, weighting=WEIGHTINGS["dreamfusion"], guidance=3.0)
+    start, levels = drawn(match, Classes(2), 64)
+    x = start.z.double().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(match.student_loss(levels, Samples(x, start.cond)), x)
+    x_t = x.detach() + levels.t[:, None] * levels.eps
+    guided = 3 * real(x_t, levels.t, start.cond) - 2 * real(x_t, levels.t, None)
+    expected = (fake(x_t, levels.t, start.cond) - guided) / levels.t[:, None] / 64
     assert torch.allclose(gradient, expected, rtol=1e-5)
 
 
@@ -102,12 +104,9 @@ def test_levels_are_drawn_from_the_papers_bins():
     match = Match(
         one_dimensional(EDM()),
         one_dimensional(EDM()),
-        shape=(1,),
-        conditions=Classes(0),
         weighting=WEIGHTINGS["eq8"],
-        batch=20_000,
     )
-    batch = match.draw(0, 0)
+    _, batch = drawn(match, Classes(0), 20_000)
     rho_bins = (
         0.002 ** (1 / 7) + torch.arange(1000, dtype=torch.float64) / 999 * (80 ** (1 / 7) - 0.002 ** (1 / 7))
     ) ** 7
@@ -130,21 +129,22 @@ def distiller(folder, *overrides) -> Distiller:
 def test_a_step_is_algorithm_1(tmp_path):
     """Two steps against Algorithm 1 written out with plain AdamW: the same weights of student and fake score."""
     d = distiller(tmp_path, "generator.warmup=0", "generator.decay=0", "critic.warmup=0", "critic.decay=0")
-    match, regress = d.terms
-    student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.networks[0]))
+    match = d.terms[0]
+    student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.teacher))
     adam = [
         torch.optim.AdamW(n.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, foreach=False)
         for n in (student, fake)
     ]
     t_max = 80.0 * torch.ones(4)
     for step in range(2):
-        b, r = match.draw(d.seed, step), regress.draw(d.seed, step)
+        part = d.draw(step, WHOLE)
+        s, r, b = part.starts["noise"], part.starts["pairs"], part.drawn["match"]
         losses = d.step(step)
 
-        x, x_ref = student(80.0 * b.z, t_max, b.cond), student(80.0 * r.z, t_max, r.cond)
+        x, x_ref = student(80.0 * s.z, t_max, s.cond), student(80.0 * r.z, t_max, r.cond)
         with torch.no_grad():
             noisy = x + b.eps * b.t[:, None, None, None]
-            pred_fake, pred_real = fake(noisy, b.t, b.cond), teacher(noisy, b.t, b.cond)
+            pred_fake, pred_real = fake(noisy, b.t, s.cond), teacher(noisy, b.t, s.cond)
             grad = (pred_fake - pred_real) / (x - pred_real).abs().mean(dim=[1, 2, 3], keepdim=True)
         l_kl = 0.5 * nn.functional.mse_loss(x, (x - grad).detach())
         l_reg = nn.functional.mse_loss(x_ref, r.y)
@@ -155,16 +155,16 @@ def test_a_step_is_algorithm_1(tmp_path):
 
         x = x.detach()
         sigma = b.t_fake[:, None, None, None]
-        pred = fake(x + b.eps_fake * sigma, b.t_fake, b.cond)
+        pred = fake(x + b.eps_fake * sigma, b.t_fake, s.cond)
         l_denoise = ((1 / sigma**2 + 1 / 0.5**2) * (pred - x) ** 2).mean()
         adam[1].zero_grad()
         l_denoise.backward()
         nn.utils.clip_grad_norm_(fake.parameters(), 10.0)
         adam[1].step()
 
-        assert losses["match"].item() == pytest.approx(l_kl.item(), rel=1e-4)
-        assert losses["regress"].item() == pytest.approx(l_reg.item(), rel=1e-4)
-        assert losses["fake"].item() == pytest.approx(l_denoise.item(), rel=1e-3)
+        assert losses["match/student"].item() == pytest.approx(l_kl.item(), rel=1e-4)
+        assert losses["regress/student"].item() == pytest.approx(l_reg.item(), rel=1e-4)
+        assert losses["match/fake"].item() == pytest.approx(l_denoise.item(), rel=1e-3)
     for ours, plain in ((d.student, student), (d.fake, fake)):
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
             assert torch.allclose(a, b, atol=2e-5)
@@ -172,11 +172,11 @@ def test_a_step_is_algorithm_1(tmp_path):
 
 def test_the_student_starts_as_the_teacher_and_the_teacher_stays(tmp_path):
     d = distiller(tmp_path)
-    teacher = d.terms[0].networks[0]
+    teacher = d.terms[0].teacher
     before = copy.deepcopy(teacher.state_dict())
     z = torch.randn(3, 1, 8, 8)
-    batch = type(d.terms[0].draw(0, 0))(z, Cond(label=torch.tensor([0, 1, 2])))
-    assert torch.equal(d.generate(batch).x, teacher(80.0 * z, torch.full((3,), 80.0), batch.cond))
+    start = Start(z, Cond(label=torch.tensor([0, 1, 2])), 3, torch.Generator())
+    assert torch.equal(d.generate(start).x, teacher(80.0 * z, torch.full((3,), 80.0), start.cond))
     for index in range(3):
         d.step(index)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -187,7 +187,7 @@ def test_the_student_starts_as_the_teacher_and_the_teacher_stays(tmp_path):
 
 def test_a_student_goes_on_from_an_earlier_one(tmp_path):
     earlier = tiny.teacher(seed=1)
-    save_model(tmp_path / "earlier", earlier, Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    save_model(tmp_path / "earlier", earlier, Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     d = distiller(tmp_path, f"student.init={tmp_path / 'earlier'}")
     assert all(torch.equal(v, d.student.state_dict()[k]) for k, v in earlier.state_dict().items())
     assert all(torch.equal(v, d.fake.state_dict()[k]) for k, v in tiny.teacher().state_dict().items())
@@ -210,8 +210,9 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path, terms):
 
 def test_ablations_leave_out_what_they_say(tmp_path):
     assert distiller(tmp_path, "terms=[regress]").fake is None
-    assert set(distiller(tmp_path, "terms=[regress]").step(0)) == {"regress", "gradient_norm"}
-    assert set(distiller(tmp_path, "terms=[match]").step(0)) == {"match", "fake", "gradient_norm", "fake_gradient_norm"}
+    assert set(distiller(tmp_path, "terms=[regress]").step(0)) == {"regress/student", "gradient_norm"}
+    names = {"match/student", "match/fake", "gradient_norm", "fake_gradient_norm"}
+    assert set(distiller(tmp_path, "terms=[match]").step(0)) == names
     with pytest.raises(ValueError, match=r"match.batch 4 is not a multiple of accumulate 3"):
         distiller(tmp_path, "accumulate=3")
 
@@ -219,10 +220,10 @@ def test_ablations_leave_out_what_they_say(tmp_path):
 def test_critic_steps_draw_fresh_fakes(tmp_path):
     d = distiller(tmp_path, "critic.steps=3")
     d.step(0)
-    steps = next(iter(d.critic_optimizer.adamw.state.values()))["step"]
+    steps = next(iter(d.fake_optimizer.adamw.state.values()))["step"]
     assert steps.item() == 3
     assert next(iter(d.optimizer.adamw.state.values()))["step"].item() == 1
-    first, second = (d.terms[0].draw(d.seed, 0, turn) for turn in (0, 1))
+    first, second = (d.start(d.objective.streams["noise"], 0, turn, WHOLE) for turn in (0, 1))
     assert not torch.equal(first.z, second.z)
 
 
@@ -234,9 +235,9 @@ def test_bf16_keeps_fp32_weights_and_preconditioning(tmp_path):
     assert {p.dtype for p in (*d.student.parameters(), *d.fake.parameters(), *d.ema.network.parameters())} == {
         torch.float32
     }
-    assert losses["match"].dtype == torch.float32
-    assert losses["match"].item() == pytest.approx(plain["match"].item(), rel=0.1)
-    assert losses["match"].item() != plain["match"].item()
+    assert losses["match/student"].dtype == torch.float32
+    assert losses["match/student"].item() == pytest.approx(plain["match/student"].item(), rel=0.1)
+    assert losses["match/student"].item() != plain["match/student"].item()
 
 
 def test_golden_loss_curve(tmp_path):
@@ -248,9 +249,9 @@ def test_golden_loss_curve(tmp_path):
 
 
 GOLDEN = {
-    "match": [0.0, 0.01028, 0.05274, 0.04344, 0.06314, 0.02743],
-    "regress": [4.3264, 4.22149, 4.50336, 4.1205, 3.86211, 4.44795],
-    "fake": [0.31074, 0.33689, 0.21132, 0.484, 0.50958, 0.69698],
+    "match/student": [0.0, 0.01028, 0.05274, 0.04344, 0.06314, 0.02743],
+    "regress/student": [4.3264, 4.22149, 4.50336, 4.1205, 3.86211, 4.44795],
+    "match/fake": [0.31074, 0.33689, 0.21132, 0.484, 0.50958, 0.69698],
 }
 
 
@@ -279,7 +280,10 @@ def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), part
     curves = [
-        [(line["step"], line["match"], line["regress"], line["fake"]) for line in log.read(run / "log.jsonl")]
+        [
+            (line["step"], line["match/student"], line["regress/student"], line["match/fake"])
+            for line in log.read(run / "log.jsonl")
+        ]
         for run in (straight, broken)
     ]
     assert curves[0][-1] == curves[1][-1]
@@ -289,20 +293,21 @@ def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
 def test_matching_sees_the_pairs_images_as_well(tmp_path):
     """`concat(x, x_ref)`: the step of Algorithm 1 for LAION, written out; accumulation changes nothing but rounding."""
     d = distiller(tmp_path, "match.pairs=true", "generator.warmup=0", "critic.steps=2")
-    match, regress = d.terms
-    student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.networks[0]))
-    b, r = match.draw(d.seed, 0), regress.draw(d.seed, 0)
-    assert (len(b.z), len(b.t), len(b.eps_fake)) == (4, 8, 8)
+    match = d.terms[0]
+    student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.teacher))
+    part = d.draw(0, WHOLE)
+    s, r, b = part.starts["noise"], part.starts["pairs"], part.drawn["match"]
+    assert (len(s.z), len(b.t), len(b.eps_fake)) == (4, 8, 8)
     losses = d.step(0)
 
     with torch.no_grad():
-        x = student(80.0 * torch.cat([b.z, r.z]), torch.full((8,), 80.0), Cond.cat(b.cond, r.cond))
-        cond, noisy = Cond.cat(b.cond, r.cond), x + b.eps * b.t[:, None, None, None]
+        x = student(80.0 * torch.cat([s.z, r.z]), torch.full((8,), 80.0), Cond.cat(s.cond, r.cond))
+        cond, noisy = Cond.cat(s.cond, r.cond), x + b.eps * b.t[:, None, None, None]
         pred_fake, pred_real = fake(noisy, b.t, cond), teacher(noisy, b.t, cond)
         w = (x - pred_real).abs().mean(dim=[1, 2, 3], keepdim=True)
         l_kl = 0.5 * (((pred_fake - pred_real) / w) ** 2).mean()
-    assert losses["match"].item() == pytest.approx(l_kl.item(), rel=1e-4, abs=1e-9)
-    assert losses["regress"].item() == pytest.approx(nn.functional.mse_loss(x[4:], r.y).item(), rel=1e-4)
+    assert losses["match/student"].item() == pytest.approx(l_kl.item(), rel=1e-4, abs=1e-9)
+    assert losses["regress/student"].item() == pytest.approx(nn.functional.mse_loss(x[4:], r.y).item(), rel=1e-4)
 
     whole, parts = (distiller(tmp_path, "match.pairs=true", "critic.steps=2", f"accumulate={n}") for n in (1, 2))
     for index in range(2):

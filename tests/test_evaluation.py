@@ -27,7 +27,7 @@ def setting(tmp_path):
     for weight in classifier.parameters():
         weight *= 4  # untrained features are tiny
     real = reference(load_images(tiny.image_folder(tmp_path / "images", per_class=50)), classifier, cache=None)
-    pipe = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    pipe = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     return pipe, classifier, real
 
 
@@ -81,7 +81,7 @@ class Sums:
 
 @pytest.fixture
 def student(tmp_path):
-    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     return tmp_path / "student"
 
 
@@ -148,7 +148,7 @@ def test_commands_from_classifier_to_figures(tmp_path):
     widths = ("--widths", 4, 6, 16)
     made = tiny.command("classifier", images, "-o", tmp_path / "c", "--steps", 30, "--batch", 8, *widths)
     assert made.returncode == 0, made.stderr
-    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("dark", "light"), t=80.0))
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("dark", "light"), times=(80.0,)))
     arguments = ("eval", tmp_path / "student", "-n", 40, "--features", tmp_path / "c", "-o", tmp_path / "figures.json")
     done = tiny.command(*arguments, "--seed", 3)
     assert done.returncode == 0, done.stderr

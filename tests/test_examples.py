@@ -61,7 +61,7 @@ def test_any_prediction_on_any_schedule(tmp_path, schedule, prediction):
     )
     distil(recipe, tmp_path / "run", tmp_path, teacher=teacher)
     student, info = load_model(tmp_path / "run" / "model")
-    assert info.t == schedule.t_max
+    assert info.times == (schedule.t_max,)
     assert (student.schedule, student.prediction.name) == (schedule, prediction)
     x, t = schedule.prior_std * torch.randn(2, 1, 8, 8), torch.full((2,), schedule.t_max)
     cond = Cond(label=torch.tensor([0, 2]))

@@ -122,7 +122,9 @@ def test_what_cannot_be_exported_is_named(folders, tmp_path):
     with pytest.raises(ValueError, match="mnist is no student of a model in diffusers' format"):
         export_diffusers("mnist", tmp_path / "out")
     student(folders, "eps", tmp_path / "student", t=499.5)
-    with pytest.raises(ValueError, match=r"student.t is 499.5; diffusers' schedulers know whole steps from 1 to 999"):
+    with pytest.raises(
+        ValueError, match=r"student.times is 499.5; diffusers' schedulers know whole steps from 1 to 999"
+    ):
         export_diffusers(str(tmp_path / "student"), tmp_path / "out")
     student(folders, "eps", tmp_path / "plain")
     with pytest.raises(ValueError, match="has no adapters"):

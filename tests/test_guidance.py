@@ -8,7 +8,7 @@ from distmatch.build import subject
 from distmatch.conditions import Classes, Guided, with_guidance
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
-from distmatch.distill import Distiller, Match, Regress
+from distmatch.distill import Distiller
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.edm import SongUNet
 from distmatch.models.folder import Info, save_model
@@ -20,8 +20,9 @@ from distmatch.optim import Optimizer
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint
 from distmatch.pipeline import TeacherPipeline
-from distmatch.sampler import heun, one_step
+from distmatch.sampler import heun
 from distmatch.schedule import EDM
+from distmatch.terms import Match, NoiseStream, Objective, PairStream, Regress
 
 SCHEDULE = EDM(sigma_min=0.02, sigma_max=40.0)
 
@@ -72,16 +73,19 @@ def test_the_students_distribution_follows_the_guided_one(tmp_path):
     d = Distiller(
         student,
         fake,
-        [
-            Match(
-                teacher, fake, shape=(2,), conditions=conditions, weighting=WEIGHTINGS["algorithm2"], batch=192,
-                max_step=800, guidance=None,
-            ),
-            Regress(PairStore.open(tmp_path), conditions, loss=REGRESSIONS["mse"], weight=1.0, batch=192),
-        ],
+        Objective(
+            {
+                "noise": NoiseStream((2,), conditions, batch=192),
+                "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=192),
+            },
+            [
+                Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], max_step=800, guidance=None),
+                Regress(REGRESSIONS["mse"], weight=1.0),
+            ],
+        ),
         Optimizer(student.parameters(), lr=2e-3, steps=steps, decay=0.5),
         Optimizer(fake.parameters(), lr=2e-3, steps=steps, decay=0.5),
-        info=Info((2,), ("one",), t=40.0, guidance=(1.0, 6.0)),
+        info=Info((2,), ("one",), times=(40.0,), guidance=(1.0, 6.0)),
         ema=0.99,
     )  # fmt: skip
     for index in range(steps):
@@ -91,7 +95,7 @@ def test_the_students_distribution_follows_the_guided_one(tmp_path):
     for scale in (1.0, 3.0, 6.0):
         cond = with_guidance(Cond(label=torch.zeros(8000).long()), torch.full((8000,), scale))
         with torch.no_grad():
-            x = one_step(d.ema.network, SCHEDULE, z, cond)
+            x = d.steps.sample(d.ema.network, SCHEDULE, z, cond)
             exact = heun(guided(teacher, scale), SCHEDULE, z, cond, 20)
         real = Shifted.exact(scale).sample(8000, torch.Generator().manual_seed(2))
         assert exact.mean(0)[1].item() == pytest.approx(0.5 * scale, abs=0.05)  # the closed form itself

@@ -203,7 +203,7 @@ def test_a_folder_without_its_safety_checker_is_exported(sd, tmp_path, capsys):
         requires_safety_checker=True,
     )
     denoiser, info = find_model(f"diffusers:{sd}", "teacher")
-    save_model(tmp_path / "student", denoiser, info.__class__(**{**info.__dict__, "t": 999.0}))
+    save_model(tmp_path / "student", denoiser, info.__class__(**{**info.__dict__, "times": (999.0,)}))
     export_diffusers(str(tmp_path / "student"), tmp_path / "out")
     assert "comes without its safety checker" in capsys.readouterr().out
     assert stock(tmp_path / "out").safety_checker is None

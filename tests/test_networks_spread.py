@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import profile
 
 from distmatch import build, parallel
+from distmatch.conditions import WHOLE
 from distmatch.config import load_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.engine import blocks, compile_blocks, idle, unwrapped, whole
@@ -97,7 +98,7 @@ def train(d: build.Distiller, count: int = 3) -> dict:
 
 def kept_in(d: build.Distiller) -> set[torch.dtype]:
     """What a process keeps of the trained networks between two steps, and what the network's wrapper computes in."""
-    optimizers = [d.optimizer.adamw, d.critic_optimizer.adamw]
+    optimizers = [d.optimizer.adamw, d.fake_optimizer.adamw]
     found = {p.dtype for optimizer in optimizers for p in optimizer.state}
     found |= {
         value.dtype for optimizer in optimizers for moments in optimizer.state.values() for value in moments.values()
@@ -106,7 +107,7 @@ def kept_in(d: build.Distiller) -> set[torch.dtype]:
     def seen(_, inputs, output):
         found.update({inputs[0].dtype, inputs[1].dtype, output.dtype})
 
-    for network in (d.student, unwrapped(d.fake), d.terms[0].networks[0]):
+    for network in (d.student, unwrapped(d.fake), d.terms[0].teacher):
         network.register_forward_hook(seen)
         network.net.register_forward_pre_hook(lambda _, inputs: found.update({inputs[0].dtype, inputs[1].dtype}))
     return found
@@ -209,7 +210,7 @@ def kept(d: build.Distiller) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = d.terms[0].draw(0, 0)
+    batch = d.start(d.objective.streams["noise"], 0, 0, WHOLE)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         alive = d.student_forward(batch.z, batch.cond)  # while it lives no storage is used twice
     del alive

@@ -89,7 +89,7 @@ def test_one_process_does_it_all():
 def test_any_number_of_processes_measure_what_one_does_to_the_last_bit(tmp_path, monkeypatch, capfd):
     torch.manual_seed(0)
     Classifier(1, (8, 8), ("a", "b", "c"), (8, 12, 16)).eval().save(tmp_path / "c" / "classifier")
-    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     images = tiny.image_folder(tmp_path / "images", per_class=30)
     monkeypatch.setattr(run, "speed", lambda *_: {})
     monkeypatch.setattr(spaces, "reference", partial(spaces.reference, cache=None))

@@ -22,7 +22,7 @@ from distmatch.plain import read_json
 
 @pytest.fixture
 def student(tmp_path):
-    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     return tmp_path / "student"
 
 
@@ -166,7 +166,7 @@ class Own(torch.nn.Module):
 def test_a_network_of_ones_own_is_saved_and_asked_for(tmp_path):
     denoiser = Denoiser(Own(), EDM(), Prediction("edm"))
     torch.nn.init.constant_(denoiser.net.scale, 0.25)
-    save_model(tmp_path, denoiser, Info((1, 8, 8), t=80.0))
+    save_model(tmp_path, denoiser, Info((1, 8, 8), times=(80.0,)))
     with pytest.raises(ValueError, match=r"a network of its owner's, Own; pass one"):
         DistilledPipeline.from_pretrained(tmp_path)
     pipe = DistilledPipeline.from_pretrained(tmp_path, net=Own())
@@ -185,6 +185,6 @@ def test_teacher_and_student_side_by_side_are_of_the_same_noise(student):
 
 def test_side_by_side_without_classes():
     slow = TeacherPipeline(tiny.teacher(1), Info((1, 8, 8)), steps=2)
-    fast = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), t=80.0))
+    fast = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), times=(80.0,)))
     rows = [p.pixels(range(4), None, seed=2)[[i]] for i in range(4) for p in (slow, fast)]
     assert np.array_equal(side_by_side(slow, fast, Classes(0), columns=1), grid(torch.cat(rows), columns=1))

@@ -119,7 +119,7 @@ def test_networks_that_cannot_be_distilled(net, message, tmp_path):
 def _other_student(folder: Path) -> dict:
     denoiser, info = mine()
     denoiser.net.b = nn.Parameter(torch.ones(()))
-    save_model(folder / "other", denoiser, Info(shape=info.shape, t=80.0))
+    save_model(folder / "other", denoiser, Info(shape=info.shape, times=(80.0,)))
     return {"student": {"init": str(folder / "other")}}
 
 
@@ -153,7 +153,7 @@ def _a_file(folder: Path) -> str:
         (_other_student, r"student.init|network of its owner's"),
         (_other_pairs, r"taken holds other pairs \(teacher 'mine' there"),
         (_bad_weights, r"lpips_weights.pt cannot be read"),
-        (lambda f: {"student": {"t": 800.0}}, r"student.t is 800; the teacher's times go from"),
+        (lambda f: {"student": {"t": 800.0}}, r"student.times is 800; the teacher's times go from"),
         (lambda f: {"match": {"batch": 2, "guidance": 3.0}}, r"guidance 3: this model has neither classes nor prompts"),
         (lambda f: {"terms": ["match"], "pairs": {"sampler": "pndm"}}, r"pndm is for the schedules of discrete"),
         (lambda f: {"gradient_checkpointing": True}, r"Scaled has none: use false"),

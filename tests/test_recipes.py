@@ -51,7 +51,7 @@ def test_the_papers_numbers_of_laion():
         assert (recipe.regress.loss, recipe.regress.decoder, recipe.regress.weight) == ("lpips", "tiny", 0.25)
         assert (recipe.match.pairs, recipe.match.weighting, recipe.match.bins) == (True, "algorithm2", 1000)
         assert (recipe.match.min_step, recipe.match.max_step) == (20, 980)
-        assert (recipe.gradient_checkpointing, recipe.precision, recipe.student.t) == (True, "bf16", None)
+        assert (recipe.gradient_checkpointing, recipe.precision, recipe.student.times) == (True, "bf16", None)
         for optimiser in (recipe.generator, recipe.critic):
             assert (optimiser.lr, optimiser.betas, optimiser.weight_decay) == (1e-5, (0.9, 0.999), 0.01)
             assert optimiser.clip > 0
@@ -95,7 +95,10 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
     recipe = load_recipe(str(folder / name / "recipe.yaml"))
     lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "gradient_norm" in line]
-    expected = {*recipe.terms, *(["fake", "fake_gradient_norm"] if "match" in recipe.terms else [])}
+    expected = {
+        *(f"{term}/student" for term in recipe.terms),
+        *(["match/fake", "fake_gradient_norm"] if "match" in recipe.terms else []),
+    }
     assert [line["step"] for line in losses] == list(range(1, recipe.steps + 1))
     for line in losses:
         assert expected <= line.keys()
@@ -108,7 +111,7 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
     previews = {f"step-{step:08d}.png" for step in shown}
     assert {p.name for p in (folder / name / "previews").iterdir()} == previews
     student, info = load_model(folder / name / "model")
-    assert info.t == student.schedule.t_max
+    assert info.times == (student.schedule.t_max,)
     if recipe.student.network is None:
         teacher, _ = find_model(recipe.teacher, "teacher")
         pairs = zip(teacher.parameters(), student.parameters(), strict=True)

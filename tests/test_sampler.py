@@ -11,7 +11,7 @@ from distmatch import rng
 from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.iddpm import IDDPM
 from distmatch.models.mixture import mixture
-from distmatch.sampler import SAMPLERS, euler, heun, one_step
+from distmatch.sampler import SAMPLERS, Steps, euler, heun
 from distmatch.schedule import EDM, VP, Flow
 from distmatch.solvers import evaluations
 
@@ -125,10 +125,10 @@ def test_one_step_is_the_denoiser_at_the_end_of_time():
     schedule = EDM()
     model, z = modes(schedule), noise(3)
     expected = model(80.0 * z, torch.full((3,), 80.0, dtype=torch.float64))
-    assert torch.equal(one_step(model, schedule, z, None), expected)
-    assert torch.equal(one_step(model, schedule, z, None), euler(model, schedule, z, None, 1))
+    assert torch.equal(Steps((80.0,)).sample(model, schedule, z, None), expected)
+    assert torch.equal(Steps((80.0,)).sample(model, schedule, z, None), euler(model, schedule, z, None, 1))
     other = model(80.0 * z, torch.full((3,), 5.0, dtype=torch.float64))
-    assert torch.equal(one_step(model, schedule, z, None, t=5.0), other)
+    assert torch.equal(Steps((5.0,)).sample(model, schedule, z, None), other)
 
 
 def test_churn_adds_what_the_forward_process_adds():

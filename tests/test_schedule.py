@@ -185,7 +185,7 @@ def test_a_schedule_of_ones_own_works_everywhere(tmp_path):
     }  # fmt: skip
     distil(Recipe.model_validate(recipe), tmp_path / "run", tmp_path, teacher=(teacher, tiny.INFO))
     pipe = DistilledPipeline.from_pretrained(tmp_path / "run", schedule=Cosine())
-    assert pipe.info.t == 0.99
+    assert pipe.info.times == (0.99,)
     assert isinstance(pipe.denoiser.schedule, Cosine)
     z = torch.randn(2, 1, 8, 8)
     cond = pipe.condition(2)

@@ -34,7 +34,7 @@ from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import Pipeline
 from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise, serve
 
-INFO = Info((1, 8, 8), ("a", "b", "c"), t=80.0)
+INFO = Info((1, 8, 8), ("a", "b", "c"), times=(80.0,))
 
 
 def student() -> DistilledPipeline:

@@ -107,7 +107,7 @@ def test_too_few_images_are_no_basis_for_a_distance(tmp_path):
     torch.manual_seed(0)
     space = Classifier(1, (8, 8), ("a", "b"), (4, 6, 16)).eval().requires_grad_(False)
     many, few = noise(32), noise(31)
-    pipe = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), t=80.0))
+    pipe = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     whole = [(space, reference(many, space, cache=None))]
     assert evaluate(pipe, whole, n=32)["frechet/pooled"] > 0
     with pytest.raises(ValueError, match=r"31 images are too few for distances in 16 features.*at least 32"):
@@ -128,7 +128,7 @@ def test_only_a_model_of_its_images_is_compared_with_the_packages_reference(tmp_
     for kind in ("teacher", "student"):
         assert default_features("mnist", find_model("mnist", kind)[1]) == "mnist"
     # 28x28 and classes 0 to 9, as Fashion-MNIST has them.
-    other = Info((1, 28, 28), tuple("0123456789"), t=80.0, card={"pixels": "0" * 64})
+    other = Info((1, 28, 28), tuple("0123456789"), times=(80.0,), card={"pixels": "0" * 64})
     folder = tmp_path / "fashion"
     save_model(folder, find_model("mnist", "student")[0], other)
     settings = {"n": 150, "seed": 1, "steps": None, "guidance": None, "resize": "legacy", "real": None, "batch": 50}

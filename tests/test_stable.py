@@ -19,7 +19,7 @@ from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-from distmatch.sampler import one_step
+from distmatch.sampler import Steps
 from distmatch.schedule import EDM, VP
 from distmatch.solvers import evaluations, solver
 
@@ -151,7 +151,7 @@ def test_a_student_survives_its_folder_and_starts_at_its_time(folders, tmp_path,
     with torch.no_grad():
         latents = denoiser(z, torch.full((2,), 399.0), cond)
         assert torch.equal(pipe.sample(z, cond), Decoder(str(folders / kind))(latents))
-        assert torch.equal(latents, one_step(denoiser, denoiser.schedule, z, cond, 399.0))
+        assert torch.equal(latents, Steps((399.0,)).sample(denoiser, denoiser.schedule, z, cond))
     assert torch.equal(pipe(prompts=TEXTS[:2], seed=7).pixels, pipe.render(z, cond))
     several, one = pipe(3, prompts="a cat", seed=7).pixels[0].int(), pipe(prompts=["a cat"], seed=7).pixels[0].int()
     assert (several - one).abs().max() <= 1  # but for rounding in batches of other sizes

@@ -26,7 +26,8 @@ def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
 
     def spy(recipe, subject, distiller, spaces, out, steps, title, watch):
         match, regress = distiller.terms
-        seen.append((steps, title, regress.weight, match.max_step, match.batch, regress.batch, len(regress.pairs)))
+        noise, pairs = distiller.objective.streams.values()
+        seen.append((steps, title, regress.weight, match.max_step, noise.batch, pairs.batch, len(pairs.store)))
         return train(recipe, subject, distiller, spaces, out, steps, title, watch)
 
     train = run._train

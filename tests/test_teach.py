@@ -102,7 +102,7 @@ def test_the_model_folder_says_how_it_was_made(tmp_path):
     assert done.returncode == 0, done.stderr
     denoiser, info = load_model(tmp_path / "run" / "model")
     assert info.classes == ("dark", "light")
-    assert info.t is None
+    assert info.times == ()
     assert info.card["teach"]["steps"] == 2
     assert info.card["pixels"] == image_fingerprint(load_images(images).pixels)  # which `eval` knows it by
     other = tiny.command("teach", images, "-o", tmp_path / "run", "--widths", 8, 16, "--steps", 3, "--batch", 4)

@@ -8,6 +8,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from distmatch import build
+from distmatch.conditions import WHOLE
 from distmatch.config import load_recipe
 from distmatch.export import export_diffusers, export_lora
 from distmatch.files import write_json
@@ -133,14 +134,15 @@ def test_the_preflight_encodes_one_prompt_and_leaves_nothing(folder, tmp_path, c
 def test_a_run_matches_the_guided_teacher_of_its_prompts(folder):
     """The first step's matching loss is that of student and fake equal to the teacher: of guidance alone."""
     d, subject = distiller(folder)
-    match, regress = d.terms
-    b, r = match.draw(0, 0), regress.draw(0, 0)
-    assert torch.equal(r.cond.text, subject.conditions.at(regress.pairs.draw(0, 0, 2).index).text)
-    loss = d.step(0)["match"].item()
+    part = d.draw(0, WHOLE)
+    s, r, b = part.starts["noise"], part.starts["pairs"], part.drawn["match"]
+    store = d.objective.streams["pairs"].store
+    assert torch.equal(r.cond.text, subject.conditions.at(store.draw(0, 0, 2).index).text)
+    loss = d.step(0)["match/student"].item()
     teacher = subject.denoiser
     with torch.no_grad():
-        z, text = torch.cat([b.z, r.z]), torch.cat([b.cond.text, r.cond.text])
-        cond = type(b.cond)(text=text)
+        z, text = torch.cat([s.z, r.z]), torch.cat([s.cond.text, r.cond.text])
+        cond = type(s.cond)(text=text)
         x = teacher(z, torch.full((4,), 999.0), cond)
         x_t = teacher.schedule.add_noise(x, b.eps, b.t)
         plain, empty = teacher(x_t, b.t, cond), teacher(x_t, b.t, cond.null())

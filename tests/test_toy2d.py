@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ from PIL import Image
 from scipy.integrate import dblquad
 
 from distmatch import build, data, rng, toy2d
-from distmatch.conditions import Classes
+from distmatch.conditions import WHOLE, Classes
 from distmatch.config import load_recipe
-from distmatch.distill import Images, Match
 from distmatch.losses import WEIGHTINGS
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES, mixture
 from distmatch.pipeline import TeacherPipeline
 from distmatch.schedule import EDM
+from distmatch.terms import Match, NoiseStream, Samples
 from distmatch.toy2d import OBJECTIVES, RealScore, distiller, figure3, kl, panel
 from distmatch.train import Plan, train
 
@@ -102,14 +103,13 @@ def test_real_samples_have_both_modes_and_next_to_no_kl():
 def test_the_real_score_gradient_is_minus_the_score():
     """Averaged over noise, `x - mu_real` is `-sigma^2 s_real`, with weights that leave the mean alone."""
     real = MIXTURES["toy2d"]()
-    match = Match(real, real, shape=(2,), conditions=Classes(0), weighting=WEIGHTINGS["prolificdreamer"], batch=200_000)
-    batch = match.draw(0, 0)
-    t = torch.full((match.batch,), 0.8)
-    batch = type(batch)(batch.z, None, t=t, eps=batch.eps)
-    x = torch.tensor([[0.4, 1.3]]).repeat(match.batch, 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(RealScore(match).generator(batch, Images(x, None)), x)
-    assert batch.eps is not None
-    score = real.score(x.detach() + 0.8 * batch.eps, t)
+    match, n = Match(real, real, weighting=WEIGHTINGS["prolificdreamer"]), 200_000
+    start = NoiseStream((2,), Classes(0), n).draw(0, 0, 0, WHOLE)
+    t = torch.full((n,), 0.8)
+    levels = replace(match.draw([start], WHOLE), t=t)
+    x = torch.tensor([[0.4, 1.3]]).repeat(n, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(RealScore(match).student_loss(levels, Samples(x, None)), x)
+    score = real.score(x.detach() + 0.8 * levels.eps, t)
     # The loss is a mean over elements and its weight is sigma.
     expected = -(0.8**3) * score.mean(0)
     assert gradient.double().mean(0) * x.numel() == pytest.approx(expected, abs=0.01)
@@ -123,7 +123,7 @@ def test_the_recipe_trains_and_exports(tmp_path):
     denoiser, info = load_model(tmp_path / "run" / "model")
     x, t = torch.randn(5, 2), torch.full((5,), 0.7)
     torch.testing.assert_close(denoiser(x, t), task.ema.network(x, t))
-    assert (info.shape, info.t) == ((2,), 10.0)
+    assert (info.shape, info.times) == ((2,), (10.0,))
 
 
 def test_a_teacher_without_weights_needs_a_network_for_the_student():

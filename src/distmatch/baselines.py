@@ -19,7 +19,7 @@ from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.finite import check_images
 from distmatch.models.hub import pipeline, settings
-from distmatch.pipeline import Pipeline
+from distmatch.pipeline import NoiseOf, Pipeline
 from distmatch.solvers import STABLE_DIFFUSION
 
 SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
@@ -43,14 +43,15 @@ UNTOUCHED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A column: `make(prompts, z f32[B,C,H,W]) -> pixels u8[B,3,H',W']` on the CPU, in `nfe` evaluations per image.
+    """A column: `make(prompts, z f32[B,C,H,W], noise_of) -> pixels u8[B,3,H',W']` on the CPU, in `nfe` evaluations per
+    image. `noise_of` is for students of several steps, see `pipeline.NoiseOf`.
 
     Evaluations are of the U-Net: guidance costs two per step.
     """
 
     name: str
     nfe: int
-    make: Callable[[list[str], Tensor], Tensor]
+    make: Callable[[list[str], Tensor, NoiseOf], Tensor]
 
 
 def methods(
@@ -101,7 +102,7 @@ def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Meth
     scheduler.set_timesteps(steps)
     calls = len(scheduler.timesteps)
 
-    def make(prompts: list[str], z: Tensor) -> Tensor:
+    def make(prompts: list[str], z: Tensor, _: NoiseOf) -> Tensor:
         pipe.scheduler = scheduler
         images = pipe(
             prompts,
@@ -132,11 +133,13 @@ def digest(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _ours(student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts: list[str], z: Tensor) -> Tensor:
+def _ours(
+    student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts: list[str], z: Tensor, noise_of: NoiseOf
+) -> Tensor:
     cond = student.condition(len(prompts), prompts=prompts, guidance_scale=guidance)
     with torch.inference_mode():
         with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
-            x = student.make(z.to(student.device), cond)
+            x = student.make(z.to(student.device), cond, noise_of)
         images = student.decoded(x.float())  # some decoders overflow in fp16
         check_images(images)
         return to_uint8(images).cpu()

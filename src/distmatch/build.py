@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from distmatch import parallel, rng
 from distmatch.conditions import Classes, Conditions, Guided, Prompts
 from distmatch.denoiser import Cond, Denoiser
-from distmatch.distill import Distiller, Match, Regress, Term
+from distmatch.distill import Distiller
 from distmatch.ema import EMA, frozen_copy
 from distmatch.embeddings import Embeddings, embed
-from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
+from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, replicate, shard, spread
 from distmatch.entry import marked
 from distmatch.errors import UserError
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
@@ -30,9 +32,13 @@ from distmatch.models.text import TextEncoder
 from distmatch.optim import Optimizer
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
+from distmatch.paths import expand
 from distmatch.progress import progress
 from distmatch.prompts import read_prompts
-from distmatch.recipe_entries import Optimiser, Pairs, Recipe
+from distmatch.recipe_entries import Optimiser, OwnTerm, Pairs, Recipe
+from distmatch.sampler import Steps
+from distmatch.schedule import Schedule
+from distmatch.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term, TermContext
 
 
 def device(name: str) -> torch.device:
@@ -180,7 +186,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     dev, info = device(recipe.device), subject.info
     first = start(recipe, subject)
     trained = student(recipe, first)
-    fake = _trained_copy(first) if "match" in recipe.terms else None
+    fake = _trained_copy(first) if trains_fake(recipe) else None
     average = frozen_copy(trained)
     if recipe.gradient_checkpointing:
         for network in filter(None, (trained, fake)):
@@ -194,22 +200,22 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
-    critic_steps = recipe.critic.steps
     return Distiller(
         trained,
         score,
-        terms(recipe, subject, score, pairs),
+        objective(recipe, subject, score, pairs),
         _optimizer(recipe.generator, trained, recipe.steps),
-        None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * critic_steps),
+        None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * recipe.critic.steps),
         info=student_info(recipe, subject),
+        teacher=subject.denoiser,
         forward=forward,
         process=(parallel.rank(), parallel.world()),
         conditions=subject.conditions,
         decode=known.decode if (known := around(info, dev)) else None,
-        t=recipe.student.t,
+        steps=student_steps(recipe, subject.denoiser.schedule),
         ema=EMA(trained, recipe.student.ema, average),
         seed=recipe.seed,
-        critic_steps=critic_steps,
+        fake_updates=recipe.critic.steps,
         accumulate=recipe.accumulate,
         precision=recipe.precision,
     )
@@ -262,16 +268,24 @@ def student(recipe: Recipe, first: Denoiser) -> Denoiser:
 
 def student_info(recipe: Recipe, subject: Subject) -> Info:
     """What the student's model folder says of it."""
-    schedule = subject.denoiser.schedule
-    t = schedule.t_max if recipe.student.t is None else recipe.student.t
-    if not schedule.t_min < t <= schedule.t_max:
-        raise UserError(f"student.t is {t:g}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}")
+    times = student_steps(recipe, subject.denoiser.schedule).times
     card: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if subject.prompts:
         card["prompts"] = {"count": len(subject.prompts), "cut": subject.cut}
     if "pixels" in subject.info.card:
         card["pixels"] = subject.info.card["pixels"]  # whose images it makes: `eval` compares like with like
-    return replace(subject.info, t=t, guidance=recipe.student.guidance, card=card)
+    return replace(subject.info, times=times, guidance=recipe.student.guidance, card=card)
+
+
+def student_steps(recipe: Recipe, schedule: Schedule) -> Steps:
+    """The student's times, of which the schedule has all. Raises `UserError` otherwise."""
+    times = (schedule.t_max,) if recipe.student.times is None else recipe.student.times
+    if not all(schedule.t_min < t <= schedule.t_max for t in times):
+        said = ", ".join(f"{t:g}" for t in times)
+        raise UserError(
+            f"student.times is {said}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}"
+        )
+    return Steps(times)
 
 
 def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
@@ -305,7 +319,7 @@ def _trained_copy(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser).eval().requires_grad_(True)
 
 
-def _optimizer(settings: Optimiser, network: Denoiser, steps: int) -> Optimizer:
+def _optimizer(settings: Optimiser, network: nn.Module, steps: int) -> Optimizer:
     return Optimizer(
         network.parameters(),
         lr=settings.lr,
@@ -318,44 +332,106 @@ def _optimizer(settings: Optimiser, network: Denoiser, steps: int) -> Optimizer:
     )
 
 
-def terms(recipe: Recipe, subject: Subject, fake: nn.Module | None, pairs: PairStore | None) -> list[Term]:
-    """The recipe's terms, in its order."""
-    regress = [_regress(recipe, subject, pairs)] if pairs is not None and "regress" in recipe.terms else []
-    reference = next(iter(regress), None) if recipe.match.pairs else None
-    match = [] if fake is None else [_match(recipe, subject, fake, reference)]
-    by_name: dict[str, Term] = {term.name: term for term in (*match, *regress)}
-    return [by_name[name] for name in recipe.terms]
+def objective(
+    recipe: Recipe,
+    subject: Subject,
+    fake: nn.Module | None,
+    pairs: PairStore | None,
+    before: Objective | None = None,
+) -> Objective:
+    """The recipe's terms, in its order, and the streams that they read.
+
+    Own terms of the stage `before` go on, with the networks that they train: no stage changes them.
+    """
+    kept = {term.name: term for term in before.terms if term.name not in TERMS} if before else {}
+    terms = [kept.get(name) or TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms]
+    streams = [STREAMS[name](recipe, subject, pairs) for name in dict.fromkeys(n for t in terms for n in t.reads)]
+    made = Objective({stream.name: stream for stream in streams}, terms)
+    for trained in made.trained.values():
+        replicate(trained.network)
+    return made
 
 
-def _match(recipe: Recipe, subject: Subject, fake: nn.Module, reference: Term | None) -> Match:
+def trains_fake(recipe: Recipe) -> bool:
+    """Whether a term of the recipe trains the fake score."""
+    own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
+    return "match" in recipe.terms or any(hasattr(kind, "fake_loss") for kind in own)
+
+
+def own_class(entry: OwnTerm) -> type:
+    """The class of a term of the user's. Raises `UserError` where it cannot be imported."""
+    place, _, name = entry.source.partition(":")
+    try:
+        if place.endswith(".py"):
+            spec = spec_from_file_location(Path(place).stem, expand(place))
+            assert spec is not None
+            assert spec.loader is not None
+            module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = import_module(place)
+        return getattr(module, name)
+    except (ImportError, OSError, SyntaxError, AttributeError) as error:
+        raise UserError(
+            f"own_terms: source {entry.source!r} cannot be imported ({type(error).__name__}: {error}); expected "
+            "MODULE:CLASS or FILE.py:CLASS"
+        ) from error
+
+
+def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    """A term of the user's. Raises `UserError` where its class cannot be imported, or does not take its entries."""
+    entry = recipe.own_terms[name]
+    steps = recipe.steps * recipe.critic.steps
+    context = TermContext(
+        name=name,
+        teacher=subject.denoiser,
+        fake=fake,
+        shape=subject.info.shape,
+        device=device(recipe.device),
+        optimizer=lambda network: _optimizer(recipe.critic, network, steps),
+        seed=recipe.seed,
+    )
+    arguments = entry.model_extra or {}
+    try:
+        return own_class(entry)(context, **arguments)
+    except TypeError as error:
+        raise UserError(f"own_terms.{name}: {entry.source} does not take {arguments}: {error}") from error
+
+
+def _noise(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:
+    shape, dev = subject.info.shape, device(recipe.device)
+    return NoiseStream(shape, subject.conditions, recipe.match.batch, dev)
+
+
+def _pairs(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:
+    assert pairs is not None
+    return PairStream(pairs, subject.conditions, recipe.regress.batch, device(recipe.device))
+
+
+STREAMS = {"noise": _noise, "pairs": _pairs}
+
+
+def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    assert fake is not None
     m = recipe.match
     return Match(
         subject.denoiser,
         fake,
-        shape=subject.info.shape,
-        conditions=subject.conditions,
         weighting=WEIGHTINGS[m.weighting],
         weight=m.weight,
-        batch=m.batch,
+        reads=("noise", "pairs") if m.pairs and "regress" in recipe.terms else ("noise",),
         bins=m.bins,
         min_step=m.min_step,
         max_step=m.max_step,
         guidance=m.guidance if recipe.student.guidance is None else None,
-        reference=reference,
-        device=device(recipe.device),
     )
 
 
-def _regress(recipe: Recipe, subject: Subject, pairs: PairStore) -> Regress:
-    r = recipe.regress
-    return Regress(
-        pairs,
-        subject.conditions,
-        loss=regression(recipe, subject.info),
-        weight=r.weight,
-        batch=r.batch,
-        device=device(recipe.device),
-    )
+def _regress(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    return Regress(regression(recipe, subject.info), recipe.regress.weight)
+
+
+TERMS = {"match": _match, "regress": _regress}
 
 
 def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]:

@@ -61,10 +61,10 @@ class Clipping:
             )
 
 
-def distillation(student: Denoiser, t: float | None, generator: float, critic: float) -> Clipping:
-    """The watch over a distillation: of a student that is evaluated at `t`, by the entries `clip` of both networks."""
+def distillation(student: Denoiser, t: float, generator: float, critic: float) -> Clipping:
+    """Watch a distillation whose student is evaluated at `t` first, by the entries `clip` of both networks."""
     schedule = student.schedule
-    time = torch.tensor([schedule.t_max if t is None else t], dtype=torch.double)
+    time = torch.tensor([t], dtype=torch.double)
     gain = student.prediction.coefficients(schedule.alpha(time), schedule.sigma(time))[1].abs().item()
     turn = "Raise generator.clip, or lower generator.lr"
     if gain > LOUD:

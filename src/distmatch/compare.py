@@ -274,7 +274,7 @@ def _look(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The method's images number `rows` u8[B,3,H,W], their features f[B,F], and their CLIP scores f[B]."""
     said = [prompts[i % len(prompts)] for i in rows]
-    pixels = method.make(said, rng.noise(seed, rows, shape))
+    pixels = method.make(said, rng.noise(seed, rows, shape), lambda step: rng.noise(seed, rows, shape, step))
     small = lanczos(pixels) if space or clip else pixels
     seen = space[0].both(small)[0].float().cpu() if space else None
     return pixels, seen, clip(small, said) if clip else None
@@ -329,10 +329,14 @@ def _space(name: str, real: Path | None, device: torch.device) -> Space:
 def _latency(method: Method, prompt: str, shape: tuple[int, ...], seed: int) -> float:
     """Milliseconds from one prompt to its pixels: the median of at least 3, and of `SECONDS`, after one more."""
     z, times = rng.noise(seed, range(1), shape), []
+
+    def later(step: int) -> Tensor:
+        return rng.noise(seed, range(1), shape, step)
+
     began = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - began < SECONDS:
         start = time.perf_counter()
-        method.make([prompt], z)  # ends on the host: the pixels are there
+        method.make([prompt], z, later)  # ends on the host: the pixels are there
         times.append(time.perf_counter() - start)
     return 1000 * sorted(times[1:])[(len(times) - 1) // 2]
 

@@ -130,7 +130,7 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
         sums = sum(updates[name] * FP32 * numel(network, True) for name, network in trained.items())
         return Traffic(n, reduced=sums if n > 1 else 0)
     low = 2 if recipe.precision == "bf16" else FP32
-    matched = "match" in recipe.terms
+    matched = "fake score" in trained
     guided = recipe.student.guidance is not None or recipe.match.guidance != 1
     # Of one part: two with a graph; one for both scores, and for the images of the fake score's further updates.
     passes = {"student": 2 + (recipe.critic.steps - 1) * matched, "fake score": 1 + 2 * recipe.critic.steps}

@@ -8,7 +8,7 @@ All of it happens in place, but for `ddp`, and leaves the names of the weights a
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -123,6 +123,42 @@ def blocks(network: nn.Module) -> list[nn.Module]:
         else:
             found += blocks(child)
     return found
+
+
+@contextmanager
+def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Within it, what the blocks `numbers` of `network` (see `blocks`) returned last, by number: for a GAN's head.
+
+    Works for any network, however it is spread, without an argument in its `forward`. Tensors carry their graph.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: found.__setitem__(number, output)
+
+    members = blocks(unwrapped(network))
+    handles = [members[number].register_forward_hook(keep(number)) for number in numbers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def replicate(network: nn.Module) -> None:
+    """Give `network`, which every process has all of, the first process's weights in all of them."""
+    if dist.is_initialized():
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def average_gradients(network: nn.Module) -> None:
+    """Make the gradients of `network`, which every process has all of, the mean over the processes."""
+    if dist.is_initialized():
+        for parameter in network.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
 
 
 @contextmanager

@@ -112,10 +112,15 @@ def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any]) -> Non
 def _student(run: str) -> tuple[StableUNet, Any, Info]:
     """The student's network, its scheduler in diffusers, and what goes with it."""
     denoiser, info = load_model(model_folder(run, "student"))
-    if type(denoiser.net) is not StableUNet or type(denoiser.schedule) is not VP or info.t is None:
+    if type(denoiser.net) is not StableUNet or type(denoiser.schedule) is not VP or not info.times:
         raise UserError(f"{run} is no student of a model in diffusers' format; nothing else can be exported to it")
     prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == denoiser.prediction.name)
-    return denoiser.net, one_step_scheduler(denoiser.schedule, info.t, prediction), info
+    if len(info.times) > 1:
+        raise UserError(
+            f"{run} makes an image in {len(info.times)} steps; only students of one step can be exported. "
+            "Use distmatch.DistilledPipeline"
+        )
+    return denoiser.net, one_step_scheduler(denoiser.schedule, info.times[0], prediction), info
 
 
 def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
@@ -129,7 +134,7 @@ def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     if t != int(t) or not 0 < t <= schedule.t_max:
-        raise UserError(f"student.t is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
+        raise UserError(f"student.times is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
     return DDIMScheduler(
         num_train_timesteps=int(t) + 1,
         trained_betas=schedule.table()[: int(t) + 1].tolist(),

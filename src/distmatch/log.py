@@ -47,6 +47,10 @@ class JsonLines:
             self._file.close()
 
 
+EARLIER = {"match": "match/student", "regress": "regress/student", "fake": "match/fake"}
+"""What earlier versions called the losses of the terms."""
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log, without a last one that was cut off; empty if there is none.
 
@@ -63,7 +67,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         line = json_of(text, f"{path}, line {number}", dict[str, int | float], "Delete the line")
         if not isinstance(line.get("step"), int):
             raise UserError(f"{path}, line {number} has no step. Delete the line")
-        lines.append(line)
+        lines.append({EARLIER.get(name, name): value for name, value in line.items()})
     return lines
 
 

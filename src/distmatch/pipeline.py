@@ -17,9 +17,12 @@ from distmatch.finite import check_images
 from distmatch.models.around import Around, around
 from distmatch.models.folder import Info
 from distmatch.models.library import find_model
-from distmatch.sampler import one_step
+from distmatch.sampler import Steps
 from distmatch.schedule import Schedule
 from distmatch.solvers import evaluations, solver
+
+NoiseOf = Callable[[int], Tensor]
+"""Noise f[B,*D] of a batch's rows for a step behind the first, from 1."""
 
 Labels = int | str | Sequence[int] | Tensor | None
 
@@ -42,7 +45,7 @@ class Pipeline:
     Image `i` of a seed is the same whatever `n`, the batch size and the other labels or prompts.
 
     Args:
-        make: `(z f[B,*D], cond) -> x f[B,*D]`.
+        make: `(z f[B,*D], cond, noise_of) -> x f[B,*D]`.
         nfe: network evaluations of one image.
         around: for a text-to-image model, what encodes its prompts and decodes its latents.
     """
@@ -51,7 +54,7 @@ class Pipeline:
         self,
         denoiser: Denoiser,
         info: Info,
-        make: Callable[[Tensor, Cond | None], Tensor],
+        make: Callable[[Tensor, Cond | None, NoiseOf], Tensor],
         nfe: int,
         around: Around | None = None,
     ):
@@ -139,18 +142,25 @@ class Pipeline:
 
     def pixels(self, rows: Sequence[int], cond: Cond | None, seed: int) -> Tensor:
         """Images number `rows` of `seed`: u8[len(rows),C,H,W] on the CPU."""
-        return self.render(rng.noise(seed, rows, self.info.shape), cond)
+        return self.render(rng.noise(seed, rows, self.info.shape), cond, self.noise_of(seed, rows))
 
-    def render(self, z: Tensor, cond: Cond | None = None) -> Tensor:
-        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `UserError` where one is not finite."""
-        x = self.sample(z.to(self.device), None if cond is None else cond.to(self.device))
+    def noise_of(self, seed: int, rows: Sequence[int]) -> NoiseOf:
+        """The noise of images number `rows` of `seed` for a student's later steps: the same in every batch."""
+        return lambda step: rng.noise(seed, rows, self.info.shape, step)
+
+    def render(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
+        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `UserError` where one is not finite.
+
+        `noise_of`: for a student of several steps; default: that of the first images of seed 0.
+        """
+        x = self.sample(z.to(self.device), None if cond is None else cond.to(self.device), noise_of)
         check_images(x)
         return data.to_uint8(x).cpu()
 
     @torch.inference_mode()
-    def sample(self, z: Tensor, cond: Cond | None = None) -> Tensor:
+    def sample(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
         """Images f[B,C,H,W] in about [-1, 1], or points, for given noise `z f[B,*D]` on the model's device."""
-        return self.decoded(self.make(z, cond))
+        return self.decoded(self.make(z, cond, noise_of or self.noise_of(0, range(len(z)))))
 
     def decoded(self, x: Tensor) -> Tensor:
         """What `make` makes, as images."""
@@ -202,16 +212,18 @@ class Pipeline:
 
 
 class DistilledPipeline(Pipeline):
-    """A one-step generator: `G(z) = mu(prior_std z, t)`, one network evaluation per image."""
+    """A one-step or few-step generator: as many network evaluations per image as it has times."""
 
     def __init__(self, denoiser: Denoiser, info: Info, surroundings: Around | None = None):
-        if info.t is None:
-            raise UserError("this model is a teacher, not a one-step student; use TeacherPipeline")
+        if not info.times:
+            raise UserError("this model is a teacher, not a student; use TeacherPipeline")
+        steps = Steps(info.times)
 
-        def make(z: Tensor, cond: Cond | None) -> Tensor:
-            return one_step(denoiser, denoiser.schedule, z, cond, info.t)
+        def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
+            noise = [noise_of(step).to(z) for step in range(1, len(steps))]
+            return steps.sample(denoiser, denoiser.schedule, z, cond, noise)
 
-        super().__init__(denoiser, info, make, nfe=1, around=surroundings)
+        super().__init__(denoiser, info, make, nfe=len(steps), around=surroundings)
 
     @classmethod
     def from_pretrained(
@@ -251,7 +263,7 @@ class TeacherPipeline(Pipeline):
         super().__init__(
             denoiser,
             info,
-            lambda z, cond: run(model, denoiser.schedule, z, cond, steps),
+            lambda z, cond, _: run(model, denoiser.schedule, z, cond, steps),
             nfe=evaluations(sampler, steps) * (1 if guidance == 1 else 2),
             around=surroundings,
         )
@@ -283,10 +295,14 @@ def side_by_side(
     """`rows` rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
     z = rng.noise(seed, range(rows * columns), teacher.info.shape)
     cond = conditions.at(range(rows * columns))
-    images = [_in_parts(pipe, z, cond, columns) for pipe in (teacher, student)]
+    images = [_in_parts(pipe, z, cond, columns, seed) for pipe in (teacher, student)]
     return data.grid(torch.cat([row for pair in zip(*images, strict=True) for row in pair]), columns=columns)
 
 
-def _in_parts(pipe: Pipeline, z: Tensor, cond: Cond | None, size: int) -> list[Tensor]:
-    parts = range(0, len(z), size)
-    return [pipe.render(z[i : i + size], None if cond is None else cond[slice(i, i + size)]) for i in parts]
+def _in_parts(pipe: Pipeline, z: Tensor, cond: Cond | None, size: int, seed: int) -> list[Tensor]:
+    made = []
+    for i in range(0, len(z), size):
+        part = slice(i, i + size)
+        noise_of = pipe.noise_of(seed, range(len(z))[part])
+        made.append(pipe.render(z[part], None if cond is None else cond[part], noise_of))
+    return made

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch import build, data, parallel
-from distmatch.conditions import with_guidance
+from distmatch.conditions import WHOLE, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
 from distmatch.errors import UserError
 from distmatch.evaluation import Space
@@ -32,10 +32,11 @@ from distmatch.pair_builder import agree
 from distmatch.pairs import PairSpec
 from distmatch.plain import read_json
 from distmatch.recipe_entries import Recipe
-from distmatch.sampler import one_step
+from distmatch.sampler import Steps
 from distmatch.solvers import solver
 from distmatch.spaces import recipe_spaces
 from distmatch.storage import Folder, filesystem, is_url
+from distmatch.terms import Samples, Start
 
 FP32 = 4
 """Bytes of a number in a checkpoint."""
@@ -98,7 +99,9 @@ class Flight:
     def sample(self) -> Tensor:
         """The student's, with its graph."""
         with self.autocast(), tried("the student, one sample"):
-            x = one_step(self.student, self.student.schedule, self.z, self.cond, self.info.t)
+            steps = Steps(self.info.times)
+            noise = [self.z] * (len(steps) - 1)
+            x = steps.sample(self.student, self.student.schedule, self.z, self.cond, noise)
         return checked(x, self.z, "the student")
 
     @cached_property
@@ -164,7 +167,7 @@ def batches(flight: Flight) -> str:
     """Batches that the processes can share, in every stage."""
     for stage in flight.stages:
         build.check_batches(stage)
-    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms]
+    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms if name in build.TERMS]
     return f"{', '.join(sizes)} over {parallel.world()} process{'es' * (parallel.world() > 1)}"
 
 
@@ -201,12 +204,13 @@ def teacher(flight: Flight) -> str:
 def student(flight: Flight) -> str:
     """It starts from what the recipe says, and makes a sample, of which the fake score makes another."""
     made = flight.sample
-    if "match" in flight.recipe.terms:
+    if build.trains_fake(flight.recipe):
         with torch.no_grad(), flight.autocast(), tried("the fake score, one sample"):
             t = torch.full((1,), flight.student.schedule.t_max, device=flight.device)
             checked(flight.fake(made.detach(), t, flight.cond), made, "the fake score")
+    times = ", ".join(f"{t:g}" for t in flight.info.times)
     begun = flight.recipe.student.init or ("a new network" if flight.recipe.student.network else "the teacher")
-    return f"from {begun}, {_weights(flight.student)}, at t = {flight.info.t:g}"
+    return f"from {begun}, {_weights(flight.student)}, at t = {times}"
 
 
 def losses(flight: Flight) -> str:
@@ -219,6 +223,8 @@ def losses(flight: Flight) -> str:
                 value = distance(x, torch.zeros_like(x))
                 value.backward()
             found[f"{stage.regress.loss}, decoder {stage.regress.decoder}"] = value
+    for name in (name for name in flight.recipe.terms if name not in build.TERMS):
+        found[name] = _own_loss(flight, name, x)
     with tried("the gradient, of one sample"):
         flight.sample.backward(torch.ones_like(x) if x.grad is None else x.grad)
     weights = [weight for weight in flight.student.parameters() if weight.requires_grad]
@@ -230,6 +236,21 @@ def losses(flight: Flight) -> str:
         if not value.isfinite():
             raise UserError(f"{name} of one sample is {value.item()}")
     return "; ".join([*found, "the gradient reaches the student"])
+
+
+def _own_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
+    """The student's loss of a term of the user's, of one sample; goes backward to `x`."""
+    term = build.own_term(flight.recipe, flight.subject, flight.fake, name)
+    generator = torch.Generator(flight.device).manual_seed(0)
+    if unknown := [stream for stream in term.reads if stream not in build.STREAMS]:
+        raise UserError(f"own_terms.{name} reads {unknown[0]!r}; expected {' or '.join(build.STREAMS)}")
+    start = Start(flight.z, flight.cond, 1, generator, y=torch.zeros_like(x))
+    cond = Cond.cat(*[flight.cond for _ in term.reads])
+    with flight.autocast(), tried(f"own_terms.{name}, of one sample"):
+        drawn = term.draw([start for _ in term.reads], WHOLE)
+        value = term.student_loss(drawn, Samples(torch.cat([x for _ in term.reads]), cond))
+        value.backward()
+    return value
 
 
 def pictures(flight: Flight) -> str | None:
@@ -344,7 +365,7 @@ def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
         if not is_url(place):
             yield Path(place), max(0, spec.nbytes - sum(Folder(place).sizes().values()))
     state = _state(flight.student, copies=2)
-    if "match" in flight.recipe.terms:
+    if build.trains_fake(flight.recipe):
         state += sum(p.numel() for p in flight.fake.parameters()) * 3 * FP32
     kept = flight.recipe.checkpoint.keep + 1 + bool(flight.spaces)
     there = sum(file.stat().st_size for file in flight.out.glob("checkpoints/step-*/*"))

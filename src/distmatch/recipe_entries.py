@@ -3,6 +3,7 @@
 Sections, equations, algorithms and tables are those of the paper (arXiv 2311.18828).
 """
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,11 +65,12 @@ class Network(_Strict):
 class Student(_Strict):
     """The one-step generator."""
 
-    t: Factor | None = entry(
+    times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
         None,
-        "Time at which the student is evaluated, on the schedule's own scale: sigma for EDM, 0 to 999 for Stable "
-        "Diffusion. null: the schedule's last, where the paper has T - 1.",
-        "Section 3.1",
+        "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
+        "Stable Diffusion. One makes a one-step student, more a student of so many steps (terms=match alone). null: "
+        "the schedule's last, where the paper has T - 1. `student.t=X` is short for one.",
+        "Section 3.1; DMD2 for several",
     )
     init: Place | None = entry(
         None, "Student to go on from: a model folder, a run, or the name of one in the package. null: none.", "ours"
@@ -91,6 +93,20 @@ class Student(_Strict):
         "Decay per step of the average of the student's weights, which is the result; 0: the last weights.",
         "ours",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _t_is_one_time(cls, entries: Any) -> Any:
+        if not isinstance(entries, dict) or "t" not in entries:
+            return entries
+        times = {} if entries["t"] is None else {"times": [entries["t"]]}
+        return {key: value for key, value in entries.items() if key != "t"} | times
+
+    @model_validator(mode="after")
+    def _times_fall(self) -> Self:
+        if self.times is not None and any(later >= time for time, later in pairwise(self.times)):
+            raise UserError(f"expected times: [high, ..., low], falling, not {list(self.times)}")
+        return self
 
     @model_validator(mode="after")
     def _scales_in_order(self) -> Self:
@@ -246,6 +262,16 @@ class Prompts(_Strict):
     )
 
 
+class OwnTerm(BaseModel):
+    """A term of the user's; see `terms.TermContext`. All entries but `source` are arguments of its class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    source: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] = entry(
+        ..., "Its class, MODULE:CLASS or FILE.py:CLASS, which is imported and run.", "ours"
+    )
+
+
 class Stage(_Strict):
     """A part of a run."""
 
@@ -320,10 +346,16 @@ class Recipe(_Strict):
         0, "Seed of all that training draws: noise, conditions, noise levels, the order of pairs.", "ours"
     )
     steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=3)
-    terms: Annotated[list[Literal["match", "regress"]], Field(min_length=1), AfterValidator(_unique)] = entry(
+    terms: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)] = entry(
         ["match", "regress"],
-        "Terms of the objective, each once. On the command line also as terms=match,regress.",
+        "Terms of the objective, each once: match, regress, or names in own_terms. On the command line also as "
+        "terms=match,regress.",
         "Section 3.3; Table 2 leaves out one",
+    )
+    own_terms: dict[str, OwnTerm] = entry(
+        {},
+        "Terms of your own by name: {NAME: {source: FILE.py:CLASS, ARGUMENT: VALUE, ...}}; see examples/own_term.py.",
+        "ours",
     )
     prompts: Prompts = entry(Prompts(), "Texts of a text-to-image teacher.")
     student: Student = entry(Student(), "The one-step generator.")
@@ -360,6 +392,24 @@ class Recipe(_Strict):
         "Frechet distances of the averaged student while training; the first says which is best.",
         free=True,
     )
+
+    @model_validator(mode="after")
+    def _terms_are_known(self) -> Self:
+        known = ("match", "regress", *self.own_terms)
+        if unknown := [term for term in self.terms if term not in known]:
+            raise UserError(
+                f"terms has {unknown[0]!r}; expected {', '.join(known)}, or a term of your own, named in own_terms"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_of_one_step(self) -> Self:
+        if self.student.times is not None and len(self.student.times) > 1 and "regress" in self.terms:
+            raise UserError(
+                "the regression compares images of one step with the teacher's; train a student of several "
+                "student.times with terms=match"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> Self:

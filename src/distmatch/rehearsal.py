@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from distmatch import build
+from distmatch.conditions import WHOLE, Share
 from distmatch.denoiser import Cond, Denoiser
-from distmatch.distill import Batch, Distiller
+from distmatch.distill import Distiller
 from distmatch.models.folder import Info
 from distmatch.recipe_entries import Recipe
+from distmatch.terms import Start
 from distmatch.weightless import regression
 
 LOSSES = "decoder and LPIPS"
@@ -247,6 +249,11 @@ class _Stage:
             self.teacher, replace(info, source="", text=False, latent=False), _Examples(self.example), ""
         )
         self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
+        batches = {"noise": self.match, "pairs": self.regress}
+        streams = {
+            name: _Examples(self.example, name, batches[name], info) for name in self.distiller.objective.streams
+        }
+        self.distiller.objective = replace(self.distiller.objective, streams=streams)
         self.losses: list[nn.Module] = []
         for term in self.distiller.terms:
             if term.name == "regress":
@@ -260,39 +267,25 @@ class _Stage:
     def run(self, ledger: Ledger) -> Counter[str]:
         """One step; FLOPs of one part of it, by network."""
         before = ledger.alive
-        batches = [self.batch() for _ in range(self.turns)]
+        parts = [self.distiller.draw(0, WHOLE) for _ in range(self.turns)]
         images_too = 4 * (self.match + self.regress) * math.prod(self.info.shape)
         self.drawn = (ledger.alive - before) // self.turns + images_too
-        images, _ = self.distiller.update_student(0, batches)
+        images, _ = self.distiller.update_student(0, parts)
         ledger.updated()
         again: Counter[str] = Counter()
         if self.distiller.fake is not None:
-            self.distiller.update_fake(0, batches, images)
+            self.distiller.update_fake(0, parts, images)
             ledger.updated()
             if self.recipe.critic.steps > 1:  # the others are like the second, which makes images of its own
                 before = Counter(ledger.flops)
-                for batch, made in zip(batches, images, strict=True):
-                    made["match"] = self.distiller.generate(batch["match"])
-                self.distiller.update_fake(1, batches, images)
+                for part, made in zip(parts, images, strict=True):
+                    self.distiller.renew(part, made, 0, 1, WHOLE)
+                self.distiller.update_fake(1, parts, images)
                 again = ledger.flops - before
                 ledger.flops = before
         names = dict.fromkeys([*ledger.flops, *again])
         more = self.recipe.critic.steps - 1
         return Counter({name: (ledger.flops[name] + more * again[name]) / self.turns for name in names})
-
-    def batch(self) -> dict[str, Batch]:
-        shape, found = self.info.shape, {}
-        for name in self.recipe.terms:
-            if name == "match":
-                n = self.match + (self.regress if self.recipe.match.pairs else 0)
-                t, eps, t_fake, eps_fake = (torch.empty(n, *rest) for rest in ((), shape, (), shape))
-                found[name] = Batch(*self.noise(self.match), None, t, eps, t_fake, eps_fake)
-            else:
-                found[name] = Batch(*self.noise(self.regress), torch.empty(self.regress, *shape))
-        return found
-
-    def noise(self, n: int) -> tuple[Tensor, Cond | None]:
-        return torch.empty(n, *self.info.shape), self.example(n)
 
     def example(self, n: int) -> Cond | None:
         return example(self.teacher, self.info, n, self.recipe.student.guidance is not None)
@@ -312,17 +305,26 @@ def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Con
     return Cond(label, text, extra) if label is not None or text is not None or extra else None
 
 
+@dataclass
 class _Examples:
-    """Conditions without numbers; see `conditions.Conditions`."""
+    """Conditions, and a stream, without numbers; see `conditions.Conditions` and `terms.Stream`."""
 
-    def __init__(self, example: Callable[[int], Cond | None]):
-        self.example = example
+    example: Callable[[int], Cond | None]
+    name: str = ""
+    batch: int = 0
+    info: Info | None = None
+
+    @property
+    def fresh(self) -> bool:
+        return self.name == "noise"
 
     def at(self, numbers: Sequence[int]) -> Cond | None:
         return self.example(len(numbers))
 
-    def draw(self, n: int, generator: Any, share: Any = None) -> Cond | None:
-        raise NotImplementedError("a rehearsal is given its batches")
+    def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
+        assert self.info is not None
+        z, y = (torch.empty(self.batch, *self.info.shape) for _ in range(2))
+        return Start(z, self.example(self.batch), self.batch, torch.Generator(), None if self.fresh else y)
 
 
 def _emptied(network: Any) -> Any:

@@ -36,9 +36,12 @@ CURVES = {
         "Denoising loss",
         "A teacher's, weighted so that all noise levels count equally. Falls fast, then slowly.",
     ),
-    "match": ("Matching loss", "A surrogate: half the mean squared weighted gradient. It need not fall."),
-    "regress": ("Regression loss", "Distance to the teacher's image of the same noise. Falls fast, then slowly."),
-    "fake": ("Fake-score loss", "Levels off. A lasting rise hints that it lags the student: more critic.steps."),
+    "match/student": ("Matching loss", "A surrogate: half the mean squared weighted gradient. It need not fall."),
+    "regress/student": (
+        "Regression loss",
+        "Distance to the teacher's image of the same noise. Falls fast, then slowly.",
+    ),
+    "match/fake": ("Fake-score loss", "Levels off. A lasting rise hints that it lags the student: more critic.steps."),
     "gradient_norm": ("Student's gradient norm", "Before clipping. Unrest is usual, growth by decades is not."),
     "fake_gradient_norm": ("Fake score's gradient norm", "Before clipping. Unrest is usual, growth by decades is not."),
     "fid": ("FID", "Of the averaged student; few images, so it reads high. Falls, then levels off."),
@@ -202,8 +205,13 @@ def _curves(runs: list[Run]) -> str:
     for figure, (title, caption) in CURVES.items():
         for key in logged:
             base, _, space = key.partition("/")
-            if base == figure:
-                charts += _chart(runs, key, f"{title} ({_text(space)})" if space else title, caption)
+            if key == figure:
+                charts += _chart(runs, key, title, caption)
+            elif base == figure:  # a distance, in one of several spaces
+                charts += _chart(runs, key, f"{title} ({_text(space)})", caption)
+    for key in logged:
+        if key not in CURVES and key.endswith(("/student", "/fake")):  # of a term of the user's
+            charts += _chart(runs, key, _text(key), "The loss of a term of your own.")
     legend = "".join(_label(run, runs) for run in runs)
     note = "Faint: as logged; solid: smoothed, where there are points enough. "
     note += "Axes are logarithmic where values span more than a factor of five."

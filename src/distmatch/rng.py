@@ -23,12 +23,15 @@ def stream(device: torch.device | str, *parts: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(key(*parts))
 
 
-def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal f32[len(indices), *shape], row `k` a function of `(seed, indices[k])` alone. Made on the CPU."""
+def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
+    """Standard normal f32[len(indices), *shape], row `k` a function of `(seed, indices[k], step)`. Made on the CPU.
+
+    `step`: which of a few-step student's evaluations it is for.
+    """
     out = torch.empty(len(indices), *shape)
     generator = torch.Generator()
     for row, index in zip(out, indices, strict=True):
-        generator.manual_seed(key(seed, "noise", int(index)))
+        generator.manual_seed(key(seed, "noise", int(index), *([step] if step else [])))
         torch.randn(tuple(shape), generator=generator, out=row)
     return out
 

@@ -64,9 +64,9 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         pairs = _pairs(stage, subject, runs) if "regress" in stage.terms else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
-            watch = distillation(distiller.student, distiller.info.t, recipe.generator.clip, recipe.critic.clip)
+            watch = distillation(distiller.student, distiller.steps.times[0], recipe.generator.clip, recipe.critic.clip)
         else:
-            distiller.terms = build.terms(stage, subject, distiller.fake, pairs)
+            distiller.objective = build.objective(stage, subject, distiller.fake, pairs, distiller.objective)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
         _train(recipe, subject, distiller, spaces, out, end, title, watch)
     assert distiller is not None

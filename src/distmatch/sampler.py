@@ -5,12 +5,15 @@ the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DD
 `alpha = 1` and the trapezoid rule on the velocity for flows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from distmatch.denoiser import Cond
+from distmatch.errors import UserError
 from distmatch.schedule import Schedule, expand
 
 Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
@@ -20,10 +23,44 @@ Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each step with `(step, x, x0)`."""
 
 
-def one_step(model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, t: float | None = None) -> Tensor:
-    """`G(z) = mu(prior_std z, t)` (DMD, Section 3.1): one evaluation; `t` is `t_max` unless told."""
-    time = z.new_full((len(z),), schedule.t_max if t is None else t)
-    return model(schedule.prior_std * z, time, cond)
+@dataclass(frozen=True)
+class Steps:
+    """The times at which a student is evaluated, falling.
+
+    One time is DMD's generator, `G(z) = mu(prior_std z, t)` (Section 3.1). With more, each image but the last is noised
+    to the next time, as in DMD2 (arXiv 2405.14867).
+    """
+
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.times or any(later >= time for time, later in pairwise(self.times)):
+            raise UserError(f"the student's times are {list(self.times)}; expected one or more, falling")
+
+    def __len__(self) -> int:
+        """Network evaluations (NFE) of one image."""
+        return len(self.times)
+
+    def sample(
+        self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The student's images f[B,*D] of `z f[B,*D]`; `noise` has one f[B,*D] for each step behind the first."""
+        last = len(self) - 1
+        return self.step(model, self.start(model, schedule, z, cond, noise, last), cond, last)
+
+    def start(
+        self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor], k: int
+    ) -> Tensor:
+        """What the student is given in step `k`, from 0, made by its own `k` earlier steps (DMD2's simulation)."""
+        x = schedule.prior_std * z
+        for step in range(k):
+            x0 = self.step(model, x, cond, step)
+            x = schedule.add_noise(x0, noise[step], x.new_full((len(x),), self.times[step + 1]))
+        return x
+
+    def step(self, model: Model, x: Tensor, cond: Cond | None, k: int) -> Tensor:
+        """The image `x0 f[B,*D]` of step `k`."""
+        return model(x, x.new_full((len(x),), self.times[k]), cond)
 
 
 def euler(

@@ -117,7 +117,8 @@ class Studio:
         if wish.prompt and pipe.around is not None and not self.cut:
             self.cut = bool(pipe.around.encode.cut([wish.prompt]))  # said once, not at every key
         cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
-        pixels = pipe.render(noise(pipe.info.shape, wish.seed, wish.other, wish.mix), cond)
+        z = noise(pipe.info.shape, wish.seed, wish.other, wish.mix)
+        pixels = pipe.render(z, cond, pipe.noise_of(wish.seed, [0]))
         return pixels, 1000 * (time.perf_counter() - began)
 
     def new_round(self, wish: Wish) -> dict[str, Any]:

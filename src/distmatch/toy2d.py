@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,17 +15,17 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from distmatch import build, rng
-from distmatch.conditions import WHOLE, Share
+from distmatch.conditions import Share
 from distmatch.config import load_recipe
-from distmatch.distill import Batch, Distiller, Images, Match, Term
+from distmatch.distill import Distiller
 from distmatch.files import write_atomic, write_json
 from distmatch.losses import matching_loss
 from distmatch.models.mixture import MIXTURES, Mixture
 from distmatch.ownership import owns_out
 from distmatch.progress import progress
 from distmatch.recipe_entries import Recipe
-from distmatch.sampler import one_step
 from distmatch.screen import console
+from distmatch.terms import Levels, Match, Samples, Start
 
 SIGMA = 0.25
 """Noise level at which `kl` compares the student's samples with the real distribution."""
@@ -33,7 +33,7 @@ SIGMA = 0.25
 BLUES, ORANGE = ("#e6eef7", "#c9dcee", "#a3c4e1", "#76a5cf", "#4a83b8"), "#d9541e"
 
 
-class RealScore(Term):
+class RealScore:
     """Follow the real score alone, panel (a): distribution matching without its fake score.
 
     The gradient is `w (x - mu_real(x_t))`. As `x_t - x` has mean zero, that is on average `-s_real(x_t)` times
@@ -43,17 +43,15 @@ class RealScore(Term):
     name = "real_score"
 
     def __init__(self, match: Match):
-        self.match, self.weight, self.batch = match, match.weight, match.batch
+        self.match, self.weight, self.reads = match, match.weight, match.reads
 
-    def draw(self, seed: int, index: int, turn: int = 0, share: Share = WHOLE) -> Batch:
-        return self.match.draw(seed, index, turn, share)
+    def draw(self, starts: Sequence[Start], share: Share) -> Levels:
+        return self.match.draw(starts, share)
 
-    def generator(self, batch: Batch, images: Images) -> Tensor:
-        m, t, eps, x = self.match, batch.t, batch.eps, images.x
-        assert t is not None
-        assert eps is not None
+    def student_loss(self, drawn: Levels, samples: Samples) -> Tensor:
+        m, t, x = self.match, drawn.t, samples.x
         with torch.no_grad():
-            x0_real = m.real(m.schedule.add_noise(x, eps, t), t, images.cond)
+            x0_real = m.real(m.schedule.add_noise(x, drawn.eps, t), t, samples.cond)
             w = m.weighting(x, x0_real, m.schedule.alpha(t), m.schedule.sigma(t))
         return matching_loss(x, x.detach(), x0_real, w)
 
@@ -125,7 +123,7 @@ def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
     if objective == "real score only":
         match = task.terms[0]
         assert isinstance(match, Match)
-        task.terms[:], task.fake = [RealScore(match)], None
+        task.objective, task.fake = replace(task.objective, terms=[RealScore(match)]), None
     return task
 
 
@@ -136,7 +134,7 @@ def figure3(recipe: Recipe, runs: Path, n: int = 4000) -> list[Panel]:
 
     @torch.no_grad()
     def sample(task: Distiller) -> Tensor:
-        return one_step(task.ema.network, task.student.schedule, z.to(task.device), None, task.t).cpu()
+        return task.steps.sample(task.ema.network, task.student.schedule, z.to(task.device), None).cpu()
 
     panels = []
     for objective in OBJECTIVES:

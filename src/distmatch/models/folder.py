@@ -7,6 +7,7 @@ the weights that it goes with.
 
 import math
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,11 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         if prediction.name == "iddpm" and config["schedule"]["type"] == "edm":
             config["schedule"]["type"] = "iddpm"  # imported before times were rounded to its levels
         denoiser = Denoiser(net, schedule_of(config["schedule"], schedule), prediction)
-        info = _info({f.name: config[f.name] for f in fields(Info) if f.name in config}, file, denoiser.schedule)
+        info = _info(
+            {name: config[name] for name in (*(f.name for f in fields(Info)), "t") if name in config},
+            file,
+            denoiser.schedule,
+        )
         weights = load_file(weights_file, config.get("weights"))
         net.load_state_dict(weights)
     except Damaged as error:
@@ -126,14 +131,21 @@ def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
 
 def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
     """`Info` of JSON, which has lists for tuples. Models of earlier versions lack some entries."""
+    entries = dict(entries)
     if entries.get("source"):  # of old, what had one was text-to-image on latents
         entries = {"text": True, "latent": True, **entries}
+    if "t" in entries:  # of old, one time or none
+        t = fitting(entries.pop("t"), f"{file}: t", float | None)
+        entries["times"] = [] if t is None else [t]
     info = fitting(entries, str(file), Info)
     if min(info.shape, default=0) < 1:
         raise UserError(f"{file}: shape is {info.shape}; expected (channels, height, width), all of them positive")
     limits.check(math.prod(info.shape), limits.SAMPLE, f"{file}: shape {info.shape}", "numbers")
-    if info.t is not None and not 0 < info.t <= schedule.t_max:
-        raise UserError(f"{file}: t is {info.t}; expected a time of its schedule, up to {schedule.t_max}")
+    for t in info.times:
+        if not 0 < t <= schedule.t_max:
+            raise UserError(f"{file}: t is {t}; expected a time of its schedule, up to {schedule.t_max}")
+    if any(later >= time for time, later in pairwise(info.times)):
+        raise UserError(f"{file}: times are {list(info.times)}; expected falling ones")
     return info
 
 

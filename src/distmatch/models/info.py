@@ -13,7 +13,7 @@ class Info:
     Args:
         shape: (C, H, W) of one image.
         classes: class names; empty for an unconditional model.
-        t: the time at which a one-step student is evaluated; `None` for a teacher.
+        times: at which a student is evaluated, falling, see `sampler.Steps`; none for a teacher.
         source: the model in diffusers' format whose text encoders and autoencoder go with this one, if there is one.
         guidance: the scales (low, high) that a student takes as an input; `None` for a student of one scale.
         scheduler: the settings of the model's own diffusers scheduler, if it came with one.
@@ -24,7 +24,7 @@ class Info:
 
     shape: tuple[int, ...]
     classes: tuple[str, ...] = ()
-    t: float | None = None
+    times: tuple[float, ...] = ()
     source: str = ""
     guidance: tuple[float, float] | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)

@@ -51,8 +51,8 @@ def find_model(
         denoiser, info = load_stable(rest)
     else:
         denoiser, info = load_model(model_folder(name, kind), net, schedule)
-    if (info.t is None) != (kind == "teacher"):
-        have = "teacher" if info.t is None else "one-step student"
+    if bool(info.times) != (kind == "student"):
+        have = "student" if info.times else "teacher"
         raise UserError(f"{name} is a {have}; a {kind} is needed here")
     return denoiser, info
 
