@@ -102,10 +102,15 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
     assert [line["step"] for line in losses] == list(range(1, recipe.steps + 1))
     for line in losses:
         assert expected <= line.keys()
-        assert not {"match", "regress", "fake"} - expected & line.keys()
+        assert not {"match/student", "regress/student", "match/fake"} - expected & line.keys()
         for key in expected:  # both scores start as one network, and the matching loss at zero
             # With guidance the real score is another from the start.
-            zero = key == "match" and line["step"] == 1 and not recipe.student.network and recipe.match.guidance == 1
+            zero = (
+                key == "match/student"
+                and line["step"] == 1
+                and not recipe.student.network
+                and recipe.match.guidance == 1
+            )
             assert (line[key] == 0) == zero, key
     shown = {*range(0, recipe.steps + 1, 3), *(stage.until for stage in recipe.stages)}
     previews = {f"step-{step:08d}.png" for step in shown}
