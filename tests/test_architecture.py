@@ -56,7 +56,7 @@ FLOORS = [
     ["checkpoint", "optim", "progress"],
     ["shards", "terminal"],
     ["digests"],
-    ["config"],
+    ["config", "recipe_docs"],
     ["recipe_entries"],
     ["recipe_mistakes"],
     ["files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],

@@ -31,7 +31,9 @@ def test_the_first_screen_names_every_command(capsys):
 def test_dry_run_prints_the_resolved_recipe_and_touches_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train("mnist", "match.weighting=eq8", "steps=7", dry_run=True)
-    printed = yaml.safe_load(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "\n# Updates of the student. " in out
+    printed = yaml.safe_load(out)
     assert printed["steps"] == 7
     assert printed["match"]["weighting"] == "eq8"
     assert printed["generator"]["betas"] == [0.9, 0.999]

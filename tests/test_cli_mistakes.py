@@ -102,7 +102,7 @@ def test_entries_are_the_recipes_own():
         value = resolved
         for name in entry.split("."):
             value = value and getattr(value, name)
-    assert {"steps", "match.weighting", "student.network.width", "stages"} <= set(entries())
+    assert {"steps", "match.weighting", "student.network.width", "stages", "own_terms"} <= set(entries())
     assert meant("lr") == ["generator.lr", "critic.lr"]
     assert meant("critic.steps") == ["critic.steps"]
     assert meant("steps") == ["steps"]

@@ -62,14 +62,26 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
 
 
 @app.command
-def recipes() -> None:
-    """List the recipes of the package."""
+def recipes(*, schema: bool = False) -> None:
+    """List the recipes of the package.
+
+    Parameters
+    ----------
+    schema
+        Print the JSON schema of a recipe file instead, with which an editor checks and completes one.
+    """
+    import json
+
     from rich.table import Table
 
+    from distmatch import recipe_docs
     from distmatch.config import load_recipe
     from distmatch.config import recipes as known
     from distmatch.screen import console
 
+    if schema:
+        print(json.dumps(recipe_docs.schema(), indent=2))
+        return
     table = Table("recipe", "what it is", box=None)
     for name in known():
         table.add_row(name, load_recipe(name).description)
@@ -103,12 +115,13 @@ def train(
         cpu-smoke: a trial of every code path in under a minute, in RUNS/cpu-smoke, with small random networks in place
         of what the recipe would fetch.
     dry_run
-        Print the resolved recipe and stop.
+        Print the resolved recipe, above each entry what it does, and stop.
     check
         Try what the run needs, from packages to disk space, at its smallest, say what was found, and stop. Every run
         begins with it.
     """
-    from distmatch.config import dump, load_recipe, run_name
+    from distmatch.config import load_recipe, run_name
+    from distmatch.recipe_docs import commented
 
     resolved = load_recipe(recipe, overrides)
     name = run_name(load_recipe(recipe), resolved)
@@ -120,7 +133,7 @@ def train(
         if not dry_run:
             make_networks(full, runs)
     if dry_run:
-        print(dump(resolved), end="")
+        print(commented(resolved), end="")
         return
     from distmatch.run import check as only_check
     from distmatch.run import distil

@@ -63,7 +63,7 @@ def marked(model: type[BaseModel], fact: str) -> dict[str, Any]:
 
 def group_of(annotation: Any) -> type[BaseModel] | None:
     """Return the group of entries that a field of this type is, optional or not; `None` where it is an entry."""
-    kinds = (annotation, *(() if get_origin(annotation) is list else get_args(annotation)))
+    kinds = (annotation, *(() if get_origin(annotation) in (list, dict) else get_args(annotation)))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
