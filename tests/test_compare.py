@@ -53,7 +53,7 @@ class Student:
         assert guidance_scale is None
         return Cond(text=torch.tensor([[[len(prompt) / 64]] for prompt in prompts]))
 
-    def make(self, z: Tensor, cond: Cond) -> Tensor:
+    def make(self, z: Tensor, cond: Cond, noise_of: object = None) -> Tensor:
         assert cond.text is not None
         return z[:, :3] + cond.text[..., None]
 

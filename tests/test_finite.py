@@ -53,8 +53,8 @@ def test_only_what_is_not_finite_is_refused():
 
 def test_an_image_that_overflows_is_an_error_and_not_black():
     teacher = tiny.teacher()
-    fine = Pipeline(teacher, tiny.INFO, lambda z, cond: z, nfe=1)
+    fine = Pipeline(teacher, tiny.INFO, lambda z, cond, _: z, nfe=1)
     fine(4)
-    broken = Pipeline(teacher, tiny.INFO, lambda z, cond: torch.where(z > 2, z / 0, z), nfe=1)
+    broken = Pipeline(teacher, tiny.INFO, lambda z, cond, _: torch.where(z > 2, z / 0, z), nfe=1)
     with pytest.raises(ValueError, match="are not finite"):
         broken(4)

@@ -42,7 +42,7 @@ def student() -> DistilledPipeline:
 
 
 def teacher() -> TeacherPipeline:
-    return TeacherPipeline(tiny.teacher(1), replace(INFO, t=None), steps=3)
+    return TeacherPipeline(tiny.teacher(1), replace(INFO, times=()), steps=3)
 
 
 class Slow(Pipeline):
@@ -53,7 +53,7 @@ class Slow(Pipeline):
         super().__init__(fast.denoiser, fast.info, fast.make, 1)
         self.seconds, self.made = seconds, []
 
-    def render(self, z, cond=None):
+    def render(self, z, cond=None, noise_of=None):
         time.sleep(self.seconds)
         self.made.append(int(cond.label[0]))
         return super().render(z, cond)
@@ -235,7 +235,7 @@ def test_a_flood_of_rounds_does_not_starve_a_visitor_who_draws():
 
 def test_a_model_that_fails_ends_neither_the_visitor_nor_the_server():
     class Failing(Slow):
-        def render(self, z, cond=None):
+        def render(self, z, cond=None, noise_of=None):
             if int(cond.label[0]) == 2:
                 raise RuntimeError("out of memory")
             return super().render(z, cond)
@@ -444,7 +444,7 @@ def test_models_that_do_not_fit_are_refused():
         make_app(points)
     for changed in ({"shape": (1, 16, 16)}, {"classes": ()}, {"classes": ("a", "b")}):
         with pytest.raises(ValueError, match="another student's"):
-            make_app(student(), TeacherPipeline(tiny.teacher(1), replace(INFO, t=None, **changed), steps=3))
+            make_app(student(), TeacherPipeline(tiny.teacher(1), replace(INFO, times=(), **changed), steps=3))
 
 
 # The command

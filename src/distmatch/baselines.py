@@ -51,7 +51,7 @@ class Method:
 
     name: str
     nfe: int
-    make: Callable[[list[str], Tensor, NoiseOf], Tensor]
+    make: Callable[..., Tensor]
 
 
 def methods(
@@ -102,7 +102,7 @@ def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Meth
     scheduler.set_timesteps(steps)
     calls = len(scheduler.timesteps)
 
-    def make(prompts: list[str], z: Tensor, _: NoiseOf) -> Tensor:
+    def make(prompts: list[str], z: Tensor, _: NoiseOf | None = None) -> Tensor:
         pipe.scheduler = scheduler
         images = pipe(
             prompts,
@@ -134,12 +134,17 @@ def digest(network: torch.nn.Module) -> str:
 
 
 def _ours(
-    student: Pipeline, guidance: float | None, dtype: torch.dtype, prompts: list[str], z: Tensor, noise_of: NoiseOf
+    student: Pipeline,
+    guidance: float | None,
+    dtype: torch.dtype,
+    prompts: list[str],
+    z: Tensor,
+    noise_of: NoiseOf | None = None,
 ) -> Tensor:
     cond = student.condition(len(prompts), prompts=prompts, guidance_scale=guidance)
     with torch.inference_mode():
         with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
-            x = student.make(z.to(student.device), cond, noise_of)
+            x = student.make(z.to(student.device), cond, noise_of or student.noise_of(0, range(len(z))))
         images = student.decoded(x.float())  # some decoders overflow in fp16
         check_images(images)
         return to_uint8(images).cpu()

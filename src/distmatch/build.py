@@ -96,7 +96,7 @@ def _scales(recipe: Recipe) -> list[float | None]:
     if recipe.student.guidance is not None:
         return [None]
     by_term = {"match": recipe.match.guidance, "regress": recipe.pairs.guidance}
-    return [by_term[term] for term in recipe.terms]
+    return [by_term[term] for term in recipe.terms if term in by_term]
 
 
 def _encode(recipe: Recipe, encoder: TextEncoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
@@ -196,7 +196,11 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         shard(subject.denoiser, recipe.precision)  # in the fake score's, or their difference would not start at zero
     inputs = example(subject, dev)
     forward = spread(trained, recipe.parallel, recipe.precision, inputs)
-    score = None if fake is None else spread(fake, recipe.parallel, recipe.precision, inputs)
+    score = fake
+    # DDP wants one forward pass for each backward pass. Where terms of one's own use the fake score as well, its
+    # gradients are averaged by the distiller instead.
+    if fake is not None and (recipe.parallel == "fsdp" or set(recipe.terms) <= TERMS.keys()):
+        score = spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
@@ -358,6 +362,12 @@ def trains_fake(recipe: Recipe) -> bool:
     return "match" in recipe.terms or any(hasattr(kind, "fake_loss") for kind in own)
 
 
+def reads_pairs(recipe: Recipe) -> bool:
+    """Whether a term of the recipe reads the teacher's pairs."""
+    own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
+    return "regress" in recipe.terms or any("pairs" in getattr(kind, "reads", ()) for kind in own)
+
+
 def own_class(entry: OwnTerm) -> type:
     """The class of a term of the user's. Raises `UserError` where it cannot be imported."""
     place, _, name = entry.source.partition(":")
@@ -419,7 +429,7 @@ def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) 
         fake,
         weighting=WEIGHTINGS[m.weighting],
         weight=m.weight,
-        reads=("noise", "pairs") if m.pairs and "regress" in recipe.terms else ("noise",),
+        reads=("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
         bins=m.bins,
         min_step=m.min_step,
         max_step=m.max_step,

@@ -153,6 +153,9 @@ class Distiller:
             made.append({name: one.detach() for name, one in samples.items()})
         norm = self.optimizer.step(index)
         self.ema.update()
+        for own in (self.fake_optimizer, *(trained.optimizer for trained in self.objective.trained.values())):
+            if own is not None:
+                own.clear()  # what the student's loss sent through the fake score, as a GAN's does
         return made, {**losses, "gradient_norm": norm}
 
     def update_fake(
@@ -171,6 +174,7 @@ class Distiller:
                     losses[f"{term.name}/fake"] += loss.detach()
                     total = total + loss
                 self.clock.backward(total)
+        average_gradients(self.fake)
         for trained in self.objective.trained.values():
             average_gradients(trained.network)
             trained.optimizer.step(index)

@@ -153,8 +153,8 @@ def replicate(network: nn.Module) -> None:
 
 
 def average_gradients(network: nn.Module) -> None:
-    """Make the gradients of `network`, which every process has all of, the mean over the processes."""
-    if dist.is_initialized():
+    """Make the gradients of `network` the mean over the processes, unless `spread` has it do so by itself."""
+    if dist.is_initialized() and not isinstance(network, DistributedDataParallel) and not _is_sharded(network):
         for parameter in network.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
@@ -164,7 +164,7 @@ def average_gradients(network: nn.Module) -> None:
 @contextmanager
 def summed(network: Any, last: bool) -> Iterator[None]:
     """Gradient accumulation: what is passed backward within it is summed over the processes only if `last`."""
-    if hasattr(network, "set_requires_gradient_sync"):  # FSDPModule, whose import takes seconds
+    if _is_sharded(network):
         network.set_requires_gradient_sync(last)
         yield
     elif isinstance(network, DistributedDataParallel) and not last:
@@ -172,6 +172,10 @@ def summed(network: Any, last: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _is_sharded(network: nn.Module) -> bool:
+    return hasattr(network, "set_requires_gradient_sync")  # FSDPModule, whose import takes seconds
 
 
 def unwrapped(network: nn.Module) -> Any:

@@ -51,8 +51,12 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = self.rate(index)
         self.adamw.step()
-        self.adamw.zero_grad()
+        self.clear()
         return whole(norm)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.adamw.zero_grad()
 
     def state_dict(self) -> dict:
         return self.adamw.state_dict()

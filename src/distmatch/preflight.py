@@ -114,7 +114,7 @@ class Flight:
     def pairs(self) -> dict[str, PairSpec]:
         """The largest store of pairs that the stages ask for at each place."""
         found: dict[str, PairSpec] = {}
-        for stage in (stage for stage in self.stages if "regress" in stage.terms):
+        for stage in filter(build.reads_pairs, self.stages):
             spec = build.pair_spec(stage, self.subject)
             place = build.pairs_folder(stage, spec, self.runs)
             found[place] = max(spec, found.get(place, spec), key=lambda spec: spec.count)

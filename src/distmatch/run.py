@@ -54,14 +54,14 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     parallel.first(lambda: _bind(recipe, subject, out))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
-        for stage in (stage for stage in stages if "regress" in stage.terms):
+        for stage in (stage for stage in stages if build.reads_pairs(stage)):
             _pairs(stage, subject, runs)
     watch = Clipping()
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
             continue  # a continued run lands in the stage where it was
-        pairs = _pairs(stage, subject, runs) if "regress" in stage.terms else None
+        pairs = _pairs(stage, subject, runs) if build.reads_pairs(stage) else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
             watch = distillation(distiller.student, distiller.steps.times[0], recipe.generator.clip, recipe.critic.clip)
