@@ -12,6 +12,7 @@ from test_parallel import together
 from distmatch import DistilledPipeline, build, parallel
 from distmatch.conditions import WHOLE
 from distmatch.config import load_recipe
+from distmatch.denoiser import Cond
 from distmatch.engine import blocks, features
 from distmatch.errors import Stopped
 from distmatch.models.folder import save_model
@@ -19,6 +20,7 @@ from distmatch.pipeline import side_by_side
 from distmatch.run import distil
 from distmatch.sampler import Steps
 from distmatch.schedule import EDM, VP, Flow
+from distmatch.terms import Samples
 
 OWN = Path(__file__).parent / "own_terms.py"
 JUDGE = (f"own_terms={{judge: {{source: '{OWN}:Judge', weight: 0.5}}}}", "terms=[match, regress, judge]")
