@@ -57,6 +57,9 @@ class Student:
         assert cond.text is not None
         return z[:, :3] + cond.text[..., None]
 
+    def noise_of(self, seed: int, rows: range) -> None:
+        """A student of one step needs none."""
+
     def decoded(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
@@ -195,7 +198,7 @@ def test_real_images_of_any_size_are_cut_to_the_square_in_their_middle(tmp_path)
     with pytest.raises(ValueError, match=r"1 of 3 images cannot be read: c.png"):
         squares(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no images .*; it has no files, expected .*.jpeg.*"):
+    with pytest.raises(ValueError, match=r"empty holds no images; it has no files, expected .*jpeg"):
         squares(tmp_path / "empty")
 
 
@@ -374,7 +377,7 @@ def test_refusals(teacher, tmp_path, quick):
 
 def test_a_students_column_is_its_pipeline(teacher, tmp_path, quick):
     denoiser, info = load_stable(teacher)
-    save_model(tmp_path / "student", denoiser, replace(info, t=float(denoiser.schedule.t_max)))
+    save_model(tmp_path / "student", denoiser, replace(info, times=(denoiser.schedule.t_max,)))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     command(teacher, str(tmp_path / "student"), tmp_path / "out", prompts=str(tmp_path / "p.txt"), seed=6, batch=2)
     direct = DistilledPipeline.from_pretrained(tmp_path / "student")(prompts=PROMPTS, seed=6, batch=2).images

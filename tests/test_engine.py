@@ -55,7 +55,7 @@ def train(folder, out, *changes, world=1, stop=None) -> None:
 
 
 def losses(out) -> list[dict]:
-    keys = ("step", "match", "regress", "fake", "gradient_norm", "fake_gradient_norm")
+    keys = ("step", "match/student", "regress/student", "match/fake", "gradient_norm", "fake_gradient_norm")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in keys} for line in lines]
 

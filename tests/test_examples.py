@@ -12,7 +12,8 @@ import tiny
 import torch
 from PIL import Image
 
-from distmatch import EDM, VP, Cond, Denoiser, Flow, Info, Prediction, Recipe, distil
+from distmatch import EDM, VP, Cond, Denoiser, DistilledPipeline, Flow, Info, Prediction, Recipe, distil
+from distmatch.config import load_recipe
 from distmatch.export import export_diffusers
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
@@ -34,6 +35,30 @@ def run(*arguments: object, cwd: Path) -> str:
     return done.stdout
 
 
+def test_algorithm_1_in_one_file_finds_both_modes(tmp_path):
+    script = ROOT / "examples" / "dmd_in_one_file.py"
+    assert len(script.read_text().splitlines()) <= 80
+    shares = [float(share) for share in re.findall(r"mode \d: ([\d.]+)%", run(script, cwd=tmp_path))]
+    assert shares == pytest.approx([75, 25], abs=6)
+
+
+def test_a_term_of_ones_own_makes_smoother_images(tmp_path):
+    """The example trains; with a large weight the student's images differ less from pixel to pixel than without."""
+    script = ROOT / "examples" / "own_term.py"
+    assert len(script.read_text().splitlines()) < 60
+    rough = []
+    for weight in (0.0, 50.0):
+        changes = [
+            f"own_terms={{smooth: {{source: '{script}:TotalVariation', weight: {weight}}}}}",
+            "terms=match,smooth",
+        ]
+        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [*changes, "generator.lr=3e-3"])
+        distil(recipe, tmp_path / f"run{weight}", tmp_path)
+        images = DistilledPipeline.from_pretrained(tmp_path / f"run{weight}")(16).pixels.float()
+        rough.append(images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean())
+    assert rough[1] < 0.8 * rough[0]
+
+
 def test_own_teacher(tmp_path):
     script = ROOT / "examples" / "own_teacher.py"
     assert len(script.read_text().splitlines()) < 25
@@ -41,7 +66,7 @@ def test_own_teacher(tmp_path):
     assert "Next: DistilledPipeline.from_pretrained('runs/own', net=MyNetwork(...))(n=16) in Python" in said
     assert Image.open(tmp_path / "runs" / "own" / "first.png").size == (16, 16)
     log = [json.loads(line) for line in (tmp_path / "runs" / "own" / "log.jsonl").read_text().splitlines()]
-    assert {"match", "regress", "fake"} <= log[-1].keys()
+    assert {"match/student", "regress/student", "match/fake"} <= log[-1].keys()
     assert log[-1]["step"] == 20
 
 
@@ -73,7 +98,7 @@ def test_any_prediction_on_any_schedule(tmp_path, schedule, prediction):
 def test_the_readmes_python(tmp_path):
     """In a folder where `one-step` is an exported student, as the text before the block says."""
     denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path / 'sd')}", "teacher")
-    save_model(tmp_path / "student", denoiser, replace(info, t=999.0))
+    save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
     export_diffusers(str(tmp_path / "student"), tmp_path / "one-step")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert blocks

@@ -33,7 +33,7 @@ def student(folders, kind, out, *, t=999.0, change=lambda net: net, **entries):
     net = change(denoiser.net)
     with torch.no_grad():
         net.unet.conv_out.weight.mul_(-0.7)
-    save_model(out, Denoiser(net, denoiser.schedule, denoiser.prediction), replace(info, t=t, **entries))
+    save_model(out, Denoiser(net, denoiser.schedule, denoiser.prediction), replace(info, times=(t,), **entries))
     return DistilledPipeline.from_pretrained(out)
 
 
@@ -90,7 +90,7 @@ def test_adapters_are_a_lora_of_the_teacher_and_merge_into_a_pipeline(folders, t
 
     denoiser, info = find_model(f"diffusers:{folders / 'eps'}", "teacher")
     adapted = Denoiser(change(denoiser.net), denoiser.schedule, denoiser.prediction)
-    save_model(tmp_path / "student", adapted, replace(info, t=999.0))
+    save_model(tmp_path / "student", adapted, replace(info, times=(999.0,)))
     pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
     z = rng.noise(0, range(2), pipe.info.shape)
 

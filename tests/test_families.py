@@ -25,10 +25,10 @@ def test_a_model_says_what_it_is_conditioned_on():
 
 def test_a_text_to_image_student_of_an_earlier_version_is_one_still(sd, tmp_path):
     denoiser, info = find_model(f"diffusers:{sd}", "teacher")
-    save_model(tmp_path, denoiser, replace(info, t=999.0))
+    save_model(tmp_path, denoiser, replace(info, times=(999.0,)))
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     assert (config.pop("text"), config.pop("latent")) == (True, True)
     del config["sha256"]
     file.write_text(json.dumps(config))
-    assert load_model(tmp_path)[1] == replace(info, t=999.0)
+    assert load_model(tmp_path)[1] == replace(info, times=(999.0,))

@@ -142,7 +142,10 @@ def found(out: Path) -> int:
 
 
 def lines(out: Path) -> list[tuple[int, float, float]]:
-    return [(d["step"], d["match"], d["fake"]) for d in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+    return [
+        (d["step"], d["match/student"], d["match/fake"])
+        for d in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    ]
 
 
 def same(folder: Path, name: str, undisturbed: str = "alone") -> None:

@@ -106,7 +106,7 @@ def test_a_wish_gives_the_pipelines_pixels(address):
 
 def test_a_text_model_answers_every_prompt(tmp_path):
     denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path)}", "teacher")
-    info = replace(info, t=999.0)
+    info = replace(info, times=(999.0,))
     pipe = DistilledPipeline(denoiser, info, around(info))
     with serving(pipe) as address, connect(f"ws://{address}/draw") as socket:
         for prompt in ("", "a", "a cat", "ünïcödé 猫"):

@@ -144,7 +144,7 @@ def test_the_networks_own_null_text_is_the_empty_prompts(folders):
 @pytest.mark.parametrize("kind", ["eps", "xl"])
 def test_a_student_survives_its_folder_and_starts_at_its_time(folders, tmp_path, kind):
     denoiser, info = teacher(folders / kind)
-    save_model(tmp_path, denoiser, replace(info, t=399.0))
+    save_model(tmp_path, denoiser, replace(info, times=(399.0,)))
     pipe = DistilledPipeline.from_pretrained(tmp_path)
     z = rng.noise(7, range(2), info.shape)
     cond = TextEncoder(str(folders / kind))(TEXTS[:2])
@@ -329,7 +329,7 @@ def test_a_loaded_student_predicts_as_the_one_saved(folders, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted = Denoiser(net, denoiser.schedule, denoiser.prediction)
-    save_model(tmp_path, adapted, replace(info, t=999.0))
+    save_model(tmp_path, adapted, replace(info, times=(999.0,)))
     loaded, _ = load_model(tmp_path)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 10.0])
     cond = TextEncoder(str(folders / "eps"))(TEXTS[:2])

@@ -120,7 +120,8 @@ def same(folder: Path, out: str, undisturbed: str = "alone") -> None:
     nets = [load_model(folder / name / "model")[0].state_dict() for name in (out, undisturbed)]
     assert all(torch.equal(nets[0][key], value) for key, value in nets[1].items())
     logs = [
-        [(d["step"], d["match"], d["fake"]) for d in read(folder / name / "log.jsonl")] for name in (out, undisturbed)
+        [(d["step"], d["match/student"], d["match/fake"]) for d in read(folder / name / "log.jsonl")]
+        for name in (out, undisturbed)
     ]
     assert logs[0] == logs[1]
     assert [step for step, *_ in logs[0]] == [1, 2, 3, 4]
