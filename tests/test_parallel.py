@@ -11,6 +11,7 @@ import torch
 from torch.multiprocessing.spawn import start_processes
 
 from distmatch import parallel, run, spaces
+from distmatch.errors import UserError
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
 
@@ -31,7 +32,7 @@ def together(world: int, task, *arguments) -> None:
 
 
 def _mistaken() -> None:
-    raise ValueError(f"a mistake of {parallel.rank()}")
+    raise UserError(f"a mistake of {parallel.rank()}")
 
 
 def _work(folder, count: int) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from distmatch import EDM, Denoiser, Info, Prediction, parallel
 from distmatch.cli import app
 from distmatch.config import load_recipe
+from distmatch.errors import UserError
 from distmatch.files import scratch, sweep
 from distmatch.models.folder import save_model
 from distmatch.pair_builder import build
@@ -254,7 +255,7 @@ def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path):
 
 def _one_fails() -> int:
     if parallel.rank() == 1:
-        raise ValueError("no such file")
+        raise UserError("no such file")
     return parallel.rank()
 
 
