@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
+from distmatch.errors import UserError
 from distmatch.files import write_atomic
 from distmatch.perceptual import FILES, Lpips, write_random_weights
 
@@ -54,7 +55,7 @@ def offline(monkeypatch, tmp_path):
     """No network and an empty cache, whatever the machine has."""
 
     def fail(*_, **__):
-        raise ValueError("no route to host")
+        raise UserError("no route to host")
 
     monkeypatch.setattr("distmatch.perceptual.download", fail)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
