@@ -34,7 +34,7 @@ OTHERS = (
     ("match.batch=128", "regress.batch=128"),
     ("terms=match",),
     ("terms=regress",),
-    ("critic.steps=3",),
+    ("fake.steps=3",),
     ("match.pairs=true",),
     ("match.guidance=2",),
     ("accumulate=4",),

@@ -36,7 +36,7 @@ def test_dry_run_prints_the_resolved_recipe_and_touches_nothing(capsys, tmp_path
     printed = yaml.safe_load(out)
     assert printed["steps"] == 7
     assert printed["match"]["weighting"] == "eq8"
-    assert printed["generator"]["betas"] == [0.9, 0.999]
+    assert printed["student"]["optimizer"]["betas"] == [0.9, 0.999]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,7 +35,7 @@ WRONG = {
     "train mnist --steps 100": "Unknown option: --steps. Entries of a recipe have no dashes: steps=100",
     "train mnist --match.weighting=eq8": "no dashes: match.weighting=eq8",
     "train mnist --match-weighting eq8": "no dashes: match.weighting=eq8",
-    "train mnist --lr 3e-4": "no dashes: generator.lr=3e-4 or critic.lr=3e-4",
+    "train mnist --lr 3e-4": "no dashes: student.optimizer.lr=3e-4 or fake.optimizer.lr=3e-4",
     "plan mnist --steps 5": "no dashes: steps=5",
     "pairs build mnist --count 5": "no dashes: pairs.count=5",
     "train mnist --frobnicate 3": "Unknown option: --frobnicate; see `distmatch train --help`",
@@ -49,7 +49,7 @@ WRONG = {
     "train mnist steps=": "steps= on the command line: steps = None: input should be a valid integer",
     "train mnist steps.x=8": "steps.x: steps is a value, not a group of entries",
     "train mnist match=5": "match=5 on the command line: match = 5: expected a group of entries",
-    "train mnist generator.betas=0.9": "generator.betas = 0.9: expected a list of values",
+    "train mnist student.optimizer.betas=0.9": "student.optimizer.betas = 0.9: expected a list of values",
     "train mnist match.max_step=2000": "match.max_step=2000 on the command line: expected min_step < max_step <= bins",
     "train mnist stages=[{until:_500}]": "stages=[{until: 500}] on the command line: stages end at [500]",
     "train mnist stages=[{until:_600,_chnage:_{}}]": "unknown key 'stages.0.chnage'; did you mean 'change'?",
@@ -103,8 +103,8 @@ def test_entries_are_the_recipes_own():
         for name in entry.split("."):
             value = value and getattr(value, name)
     assert {"steps", "match.weighting", "student.network.width", "stages", "own_terms"} <= set(entries())
-    assert meant("lr") == ["generator.lr", "critic.lr"]
-    assert meant("critic.steps") == ["critic.steps"]
+    assert meant("lr") == ["student.optimizer.lr", "fake.optimizer.lr"]
+    assert meant("fake.steps") == ["fake.steps"]
     assert meant("steps") == ["steps"]
     assert meant("zzz") == []
 

@@ -29,15 +29,15 @@ def test_the_share_is_that_of_the_steps_just_read():
 
 
 def test_it_is_said_once_when_most_of_the_last_steps_were_clipped():
-    watch = Clipping(Clipped("gradient_norm", 10.0, "Lower generator.lr."))
+    watch = Clipping(Clipped("gradient_norm", 10.0, "Lower student.optimizer.lr."))
     half = WINDOW // 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch(rows(*[300.0] * (WINDOW - 1)))  # a start that is rough is no finding
-        watch = Clipping(Clipped("gradient_norm", 10.0, "Lower generator.lr."))
+        watch = Clipping(Clipped("gradient_norm", 10.0, "Lower student.optimizer.lr."))
         watch(rows(*[300.0] * half, *[1.0] * half))  # half is not most
     with pytest.warns(
-        Notice, match=rf"^{half + 1} of the last {WINDOW} .* gradient_norm is 300 in .* to 10\. Lower gen"
+        Notice, match=rf"^{half + 1} of the last {WINDOW} .* gradient_norm is 300 in .* to 10\. Lower student.opt"
     ):
         watch(rows(*[300.0] * (half + 1)))
     with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def test_a_network_whose_output_is_multiplied_is_named_as_the_cause(prediction, 
         distillation(student, None, 10.0, 10.0)(rows(*[300.0] * WINDOW))
     text = str(said[0].message)
     assert (f"multiplied by {factor} (prediction {prediction})" in text) == (factor is not None)
-    assert ("Raise generator.clip" in text) == (factor is None)
+    assert ("Raise student.optimizer.clip" in text) == (factor is None)
 
 
 def test_a_runs_log_has_the_shares_of_its_own_norms(tmp_path):

@@ -1,5 +1,6 @@
 """Recipes: strict keys, overrides, errors that name the nearest neighbour."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,15 +26,17 @@ def test_every_number_of_the_demo_stands_in_its_file():
     written = yaml.safe_load(recipes()["mnist"].read_text())
     fields = set(Recipe.model_fields) - {"name"} - latent
     assert fields <= set(written)
-    for group in ("student", "match", "regress", "pairs", "generator", "critic", "log", "checkpoint", "evaluate"):
+    for group in ("student", "match", "regress", "pairs", "fake", "log", "checkpoint", "evaluate"):
         assert set(Recipe.model_fields[group].annotation.model_fields) - latent <= set(written[group]), group
 
 
 def test_overrides_reach_nested_entries_with_yaml_types():
-    recipe = load_recipe("mnist", ["terms=[match]", "match.weighting=dreamfusion", "generator.lr=1e-4", "seed=7"])
+    recipe = load_recipe(
+        "mnist", ["terms=[match]", "match.weighting=dreamfusion", "student.optimizer.lr=1e-4", "seed=7"]
+    )
     assert recipe.terms == ["match"]
     assert recipe.match.weighting == "dreamfusion"
-    assert recipe.generator.lr == pytest.approx(1e-4)
+    assert recipe.student.optimizer.lr == pytest.approx(1e-4)
     assert recipe.seed == 7
     assert load_recipe("mnist", ["terms=regress"]).terms == ["regress"]
 
@@ -47,7 +50,7 @@ def test_overrides_reach_nested_entries_with_yaml_types():
         ("steps=0", r"steps = 0: input should be greater than 0"),
         ("steps", r"override 'steps' is not of the form key=value"),
         ("seed.x=1", r"seed is a value, not a group"),
-        ("generator.lr=fast", r"generator.lr = 'fast'"),
+        ("student.optimizer.lr=fast", r"student.optimizer.lr = 'fast'"),
         ("terms=[]", r"terms = \[\]: list should have at least 1 item"),
         ("terms=match,match", r"a term is named twice: match, match"),
         ("match.bins=100", r"expected min_step < max_step <= bins, not 20, 980, 100"),
@@ -110,3 +113,21 @@ def test_the_pairs_depend_on_the_entries_that_are_marked_so():
     assert changed == set(entries) - {"path", "batch"}
     spec = pair_spec(load_recipe("mnist", ["student.guidance=[1, 4]", "pairs.shard=7"]), subject)
     assert (spec.guidance, spec.guidances, spec.shard_size) == (None, (1.0, 4.0), 7)
+
+
+def test_entries_by_their_earlier_names_are_the_same(tmp_path):
+    now = load_recipe("mnist", ["student.optimizer.lr=0.5", "fake.optimizer.betas=[0, 0.9]", "fake.steps=3"])
+    assert load_recipe("mnist", ["generator.lr=0.5", "critic.betas=[0, 0.9]", "critic.steps=3"]) == now
+    tree = now.model_dump(mode="json")
+    fake = tree.pop("fake")
+    tree |= {"generator": tree["student"].pop("optimizer"), "critic": {**fake.pop("optimizer"), **fake}}
+    earlier = deepcopy(tree)
+    assert parse_recipe(tree, "a run of an earlier version") == now
+    assert tree == earlier
+    variant = {"base": "mnist", "name": "mnist", "description": now.description, "generator": {"lr": 0.5}}
+    (tmp_path / "variant.yaml").write_text(yaml.safe_dump({**variant, "critic": {"betas": [0, 0.9], "steps": 3}}))
+    assert load_recipe(str(tmp_path / "variant.yaml")) == now
+    with pytest.raises(ValueError, match=r"generator.lr is the earlier name of student.optimizer.lr, which is given"):
+        parse_recipe(tree | {"student": {"optimizer": {"lr": 1}}}, "both")
+    with pytest.raises(ValueError, match=r"both: unknown key 'fake.optimizer.lrr'; did you mean 'lr'\?"):
+        parse_recipe(tree | {"critic": {"lrr": 1}}, "both")

@@ -128,7 +128,13 @@ def distiller(folder, *overrides) -> Distiller:
 
 def test_a_step_is_algorithm_1(tmp_path):
     """Two steps against Algorithm 1 written out with plain AdamW: the same weights of student and fake score."""
-    d = distiller(tmp_path, "generator.warmup=0", "generator.decay=0", "critic.warmup=0", "critic.decay=0")
+    d = distiller(
+        tmp_path,
+        "student.optimizer.warmup=0",
+        "student.optimizer.decay=0",
+        "fake.optimizer.warmup=0",
+        "fake.optimizer.decay=0",
+    )
     match = d.terms[0]
     student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.teacher))
     adam = [
@@ -197,8 +203,8 @@ def test_a_student_goes_on_from_an_earlier_one(tmp_path):
 
 @pytest.mark.parametrize("terms", ["[match, regress]", "[match]", "[regress]"])
 def test_accumulation_changes_nothing_but_rounding(tmp_path, terms):
-    whole = distiller(tmp_path, f"terms={terms}", "critic.steps=2")
-    parts = distiller(tmp_path, f"terms={terms}", "critic.steps=2", "accumulate=2")
+    whole = distiller(tmp_path, f"terms={terms}", "fake.steps=2")
+    parts = distiller(tmp_path, f"terms={terms}", "fake.steps=2", "accumulate=2")
     for index in range(2):
         a, b = whole.step(index), parts.step(index)
         assert a.keys() == b.keys()
@@ -218,7 +224,7 @@ def test_ablations_leave_out_what_they_say(tmp_path):
 
 
 def test_critic_steps_draw_fresh_fakes(tmp_path):
-    d = distiller(tmp_path, "critic.steps=3")
+    d = distiller(tmp_path, "fake.steps=3")
     d.step(0)
     steps = next(iter(d.fake_optimizer.adamw.state.values()))["step"]
     assert steps.item() == 3
@@ -292,7 +298,7 @@ def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
 
 def test_matching_sees_the_pairs_images_as_well(tmp_path):
     """`concat(x, x_ref)`: the step of Algorithm 1 for LAION, written out; accumulation changes nothing but rounding."""
-    d = distiller(tmp_path, "match.pairs=true", "generator.warmup=0", "critic.steps=2")
+    d = distiller(tmp_path, "match.pairs=true", "student.optimizer.warmup=0", "fake.steps=2")
     match = d.terms[0]
     student, fake, teacher = (copy.deepcopy(network) for network in (d.student, d.fake, match.teacher))
     part = d.draw(0, WHOLE)
@@ -309,7 +315,7 @@ def test_matching_sees_the_pairs_images_as_well(tmp_path):
     assert losses["match/student"].item() == pytest.approx(l_kl.item(), rel=1e-4, abs=1e-9)
     assert losses["regress/student"].item() == pytest.approx(nn.functional.mse_loss(x[4:], r.y).item(), rel=1e-4)
 
-    whole, parts = (distiller(tmp_path, "match.pairs=true", "critic.steps=2", f"accumulate={n}") for n in (1, 2))
+    whole, parts = (distiller(tmp_path, "match.pairs=true", "fake.steps=2", f"accumulate={n}") for n in (1, 2))
     for index in range(2):
         a, b = whole.step(index), parts.step(index)
         for name in a:

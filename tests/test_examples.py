@@ -52,7 +52,7 @@ def test_a_term_of_ones_own_makes_smoother_images(tmp_path):
             f"own_terms={{smooth: {{source: '{script}:TotalVariation', weight: {weight}}}}}",
             "terms=match,smooth",
         ]
-        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [*changes, "generator.lr=3e-3"])
+        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [*changes, "student.optimizer.lr=3e-3"])
         distil(recipe, tmp_path / f"run{weight}", tmp_path)
         images = DistilledPipeline.from_pretrained(tmp_path / f"run{weight}")(16).pixels.float()
         rough.append(images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean())

@@ -94,7 +94,7 @@ def test_yaml_is_otherwise_what_it_was():
         ("stages: [{until: 9, chnage: {}}]", "unknown key 'stages.0.chnage'; did you mean 'change'?"),
         ("match: 5", "match.batch: match is a value, not a group of entries"),
         ("match: {guidance: .nan}", "match.guidance = nan: input should be a finite number"),
-        ("generator: {betas: [1, .inf]}", "generator.betas.1 = inf"),
+        ("generator: {betas: [1, .inf]}", "student.optimizer.betas.1 = inf"),
         ("pairs: null", "pairs = None"),
         ("1: 2", "1 = 1: keys should be strings"),
         ("base: [x]", "recipe"),

@@ -103,7 +103,7 @@ def size(*networks, trained=False) -> int:
 SD = ("teacher=diffusers:{0}/sd", "prompts.path={0}/prompts.txt", "pairs.sampler=pndm", "match.batch=8")
 SETTINGS = [
     ("terms=regress", "student.guidance=[1, 4]"),
-    ("match.pairs=true", "accumulate=4", "critic.steps=3", "match.guidance=3"),
+    ("match.pairs=true", "accumulate=4", "fake.steps=3", "match.guidance=3"),
     ("regress.loss=lpips", "regress.size=32", "regress.weights={0}/weights"),
     ("teacher={0}/song",),
     # Not in bf16: what convolutions then take for themselves depends on the CPU.
@@ -168,8 +168,8 @@ def _spread(folder, changes, out) -> None:
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
-        (2, ("teacher={0}/song", "parallel=ddp", "accumulate=2", "critic.steps=2")),
-        (2, ("parallel=fsdp", "accumulate=2", "critic.steps=2", "match.guidance=2")),
+        (2, ("teacher={0}/song", "parallel=ddp", "accumulate=2", "fake.steps=2")),
+        (2, ("parallel=fsdp", "accumulate=2", "fake.steps=2", "match.guidance=2")),
         (3, ("parallel=fsdp", "precision=bf16", "gradient_checkpointing=true", "match.pairs=true")),  # 8 rows by three
     ],
     ids=lambda value: " ".join(value).replace("{0}/", "") if isinstance(value, tuple) else str(value),

@@ -87,7 +87,12 @@ def test_a_finished_store_and_run_are_read_verified_and_trained_from(read_only, 
     assert Checkpoints(read_only / "run" / "checkpoints", {}).steps() == [2]
     Checkpoints(read_only / "run" / "checkpoints", {}).verify(2)
     before = DistilledPipeline.from_pretrained(read_only / "run")(3, seed=1).pixels
-    changes = [f"pairs.path={read_only / 'pairs'}", f"student.init={read_only / 'run'}", "steps=1", "generator.lr=1e-9"]
+    changes = [
+        f"pairs.path={read_only / 'pairs'}",
+        f"student.init={read_only / 'run'}",
+        "steps=1",
+        "student.optimizer.lr=1e-9",
+    ]
     distil(load_recipe(str(read_only / "tiny.yaml"), changes), tmp_path / "run")
     after = DistilledPipeline.from_pretrained(tmp_path / "run")(3, seed=1).pixels
     assert (before.int() - after.int()).abs().max() <= 1, "it began where the other ended"

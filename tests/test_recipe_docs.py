@@ -67,7 +67,7 @@ def test_the_schema_knows_what_a_file_may_hold(capsys):
     for file in recipes().values():
         _check(yaml.safe_load(file.read_text()), printed, printed)
     assert printed["anyOf"] == [{"required": ["base"]}, {"required": ["teacher", "steps"]}]
-    for wrong in ({"critic": {"clipp": 1}}, {"step": 3}):
+    for wrong in ({"fake": {"optimizer": {"clipp": 1}}}, {"step": 3}):
         with pytest.raises(AssertionError):
             _check(wrong, printed, printed)
 

@@ -30,9 +30,9 @@ def test_the_papers_numbers(name):
     assert (recipe.steps, recipe.match.batch, recipe.regress.batch) == (iterations, batch, batch)
     assert (recipe.pairs.count, recipe.pairs.sampler, recipe.pairs.steps) == (count, "heun", steps)
     assert (recipe.regress.loss, recipe.regress.size, recipe.regress.weight) == ("lpips", 224, weight)
-    assert (recipe.match.weighting, recipe.match.weight, recipe.critic.steps) == ("algorithm2", 1.0, 1)
+    assert (recipe.match.weighting, recipe.match.weight, recipe.fake.steps) == ("algorithm2", 1.0, 1)
     assert (recipe.match.bins, recipe.match.min_step, recipe.match.max_step) == (1000, 20, 980)
-    for optimiser in (recipe.generator, recipe.critic):
+    for optimiser in (recipe.student.optimizer, recipe.fake.optimizer):
         assert optimiser.lr == (other_lr or lr)
         assert (optimiser.betas, optimiser.weight_decay, optimiser.clip) == ((0.9, 0.999), 0.01, 10.0)
     assert recipe.expected
@@ -52,7 +52,7 @@ def test_the_papers_numbers_of_laion():
         assert (recipe.match.pairs, recipe.match.weighting, recipe.match.bins) == (True, "algorithm2", 1000)
         assert (recipe.match.min_step, recipe.match.max_step) == (20, 980)
         assert (recipe.gradient_checkpointing, recipe.precision, recipe.student.times) == (True, "bf16", None)
-        for optimiser in (recipe.generator, recipe.critic):
+        for optimiser in (recipe.student.optimizer, recipe.fake.optimizer):
             assert (optimiser.lr, optimiser.betas, optimiser.weight_decay) == (1e-5, (0.9, 0.999), 0.01)
             assert optimiser.clip > 0
         assert recipe.expected
@@ -124,12 +124,11 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
 
 
 def test_a_base_is_merged_group_by_group(tmp_path):
-    (tmp_path / "mine.yaml").write_text("base: cifar10-cond-noreg\ndescription: mine\ngenerator: {clip: 1.0}\n")
-    mine, base = load_recipe(str(tmp_path / "mine.yaml"), ["critic.lr=3e-6"]), load_recipe("cifar10-cond-noreg")
-    changed = {"name": "mine", "description": "mine"}
-    changed["generator"] = base.generator.model_copy(update={"clip": 1.0})
-    changed["critic"] = base.critic.model_copy(update={"lr": 3e-6})
-    assert mine == base.model_copy(update=changed)
+    (tmp_path / "mine.yaml").write_text("base: cifar10-cond-noreg\ndescription: mine\nfake: {steps: 5}\n")
+    mine, base = load_recipe(str(tmp_path / "mine.yaml"), ["fake.optimizer.lr=3e-6"]), load_recipe("cifar10-cond-noreg")
+    optimizer = base.fake.optimizer.model_copy(update={"lr": 3e-6})
+    fake = base.fake.model_copy(update={"steps": 5, "optimizer": optimizer})
+    assert mine == base.model_copy(update={"name": "mine", "description": "mine", "fake": fake})
     (tmp_path / "lost.yaml").write_text("base: cifar10-con\n")
     with pytest.raises(ValueError, match="recipe 'cifar10-con' is unknown; did you mean 'cifar10-cond'"):
         load_recipe(str(tmp_path / "lost.yaml"))

@@ -127,7 +127,7 @@ def test_smoothing_is_a_mean_over_neighbours():
 
 def test_several_runs_differ_where_their_recipes_do(tmp_path):
     a = run_folder(tmp_path / "full")
-    b = run_folder(tmp_path / "no-match", "terms=[regress]", "generator.lr=1e-4")
+    b = run_folder(tmp_path / "no-match", "terms=[regress]", "student.optimizer.lr=1e-4")
     c = run_folder(tmp_path / "again", description="Under another name.")
     (c / "eval.json").unlink()
     with (c / "log.jsonl").open("a") as file:
@@ -139,7 +139,7 @@ def test_several_runs_differ_where_their_recipes_do(tmp_path):
         ["entry", "full", "no-match", "again"],
         ["description", "A run.", "A run.", "Under another name."],
         ["terms", both, only, both],
-        ["generator.lr", "0.001", "0.0001", "0.001"],
+        ["student.optimizer.lr", "0.001", "0.0001", "0.001"],
     ]
     head, *rows = table(section(page, "Ablation"))
     assert head[:4] == ["run", "changed", "steps", "minutes"]
@@ -149,7 +149,7 @@ def test_several_runs_differ_where_their_recipes_do(tmp_path):
         ["full", "–", "4 of 8", "3.0", "1.250", "0.750", "0.900", "0.457", "0.961"],
         [
             "no-match",
-            f"terms={only}; generator.lr=0.0001",
+            f"terms={only}; student.optimizer.lr=0.0001",
             "4 of 8",
             "3.0",
             "1.250",

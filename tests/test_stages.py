@@ -84,7 +84,10 @@ def test_impossible_stages_are_named(tmp_path):
     for stages, message in (
         ([{"until": 3}], r"stages end at \[3\]; expected rising iterations, the last of them `steps`, 12"),
         ([{"until": 5}, {"until": 5}, {"until": 12}], r"stages end at \[5, 5, 12\]"),
-        ([{"until": 12, "change": {"generator.lr": 1}}], "stage 1 changes 'generator.lr'; a stage can change match"),
+        (
+            [{"until": 12, "change": {"student.optimizer.lr": 1}}],
+            "stage 1 changes 'student.optimizer.lr'; a stage can change match",
+        ),
         ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'batch'"),
         ([{"until": 12, "change": {"match.batch": "a"}}], "stage 1: match.batch = 'a'"),
     ):

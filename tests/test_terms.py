@@ -39,7 +39,7 @@ def distiller(folder, *changes):
 
 def test_a_term_of_ones_own_trains_the_student_the_fake_score_and_its_head(tmp_path):
     """One step written out: the weighted sum for the student, the plain sum for fake score and head."""
-    d = distiller(tmp_path, *JUDGE, "generator.clip=0", "critic.clip=0")
+    d = distiller(tmp_path, *JUDGE, "student.optimizer.clip=0", "fake.optimizer.clip=0")
     judge = d.terms[2]
     part = d.draw(0, WHOLE)
     samples = {name: d.generate(start) for name, start in part.starts.items()}
@@ -56,7 +56,7 @@ def test_a_term_of_ones_own_trains_the_student_the_fake_score_and_its_head(tmp_p
     d.optimizer.lr = 0.0  # so that the fake score's losses are those of the same student
     losses = d.step(0)
     assert losses["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    fresh = distiller(tmp_path, *JUDGE, "generator.clip=0", "critic.clip=0")
+    fresh = distiller(tmp_path, *JUDGE, "student.optimizer.clip=0", "fake.optimizer.clip=0")
     terms = {term.name: term for term in fresh.terms}
     fakes = [terms[term.name].fake_loss(part.drawn[term.name], one) for term, one in apart]
     for name, loss in zip(("match", "judge"), fakes, strict=True):

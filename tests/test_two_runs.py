@@ -351,8 +351,11 @@ def test_an_empty_folder_does_not_stay_and_a_file_is_named(tmp_path):
         ([], "mnist"),
         (["terms=match"], "mnist-terms=match"),
         (["terms=match,regress", "log.every=3", "device=cpu", "pairs.path=/x", "accumulate=2"], "mnist"),
-        (["generator.lr=2e-4", "terms=match"], "mnist-terms=match-generator.lr=0.0002"),
-        (["teacher=runs/cats/", "generator.betas=[0, 0.9]"], "mnist-teacher=cats-generator.betas=0.0,0.9"),
+        (["student.optimizer.lr=2e-4", "terms=match"], "mnist-terms=match-student.optimizer.lr=0.0002"),
+        (
+            ["teacher=runs/cats/", "student.optimizer.betas=[0, 0.9]"],
+            "mnist-teacher=cats-student.optimizer.betas=0.0,0.9",
+        ),
         (["student.init=edm:a b"], "mnist-student.init=edm_a_b"),
         (["name=mine", "seed=3"], "mine-seed=3"),
     ],

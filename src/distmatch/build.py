@@ -208,8 +208,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         trained,
         score,
         objective(recipe, subject, score, pairs),
-        _optimizer(recipe.generator, trained, recipe.steps),
-        None if fake is None else _optimizer(recipe.critic, fake, recipe.steps * recipe.critic.steps),
+        _optimizer(recipe.student.optimizer, trained, recipe.steps),
+        None if fake is None else _optimizer(recipe.fake.optimizer, fake, recipe.steps * recipe.fake.steps),
         info=student_info(recipe, subject),
         teacher=subject.denoiser,
         forward=forward,
@@ -219,7 +219,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         steps=student_steps(recipe, subject.denoiser.schedule),
         ema=EMA(trained, recipe.student.ema, average),
         seed=recipe.seed,
-        fake_updates=recipe.critic.steps,
+        fake_updates=recipe.fake.steps,
         accumulate=recipe.accumulate,
         precision=recipe.precision,
     )
@@ -391,14 +391,14 @@ def own_class(entry: OwnTerm) -> type:
 def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
     """A term of the user's. Raises `UserError` where its class cannot be imported, or does not take its entries."""
     entry = recipe.own_terms[name]
-    steps = recipe.steps * recipe.critic.steps
+    steps = recipe.steps * recipe.fake.steps
     context = TermContext(
         name=name,
         teacher=subject.denoiser,
         fake=fake,
         shape=subject.info.shape,
         device=device(recipe.device),
-        optimizer=lambda network: _optimizer(recipe.critic, network, steps),
+        optimizer=lambda network: _optimizer(recipe.fake.optimizer, network, steps),
         seed=recipe.seed,
     )
     arguments = entry.model_extra or {}

@@ -106,7 +106,7 @@ def train(
     recipe
         Name of a recipe of the package (see `distmatch recipes`) or a YAML file.
     overrides
-        Entries to change, e.g. terms=match match.weighting=dreamfusion generator.lr=1e-4.
+        Entries to change, e.g. terms=match match.weighting=dreamfusion student.optimizer.lr=1e-4.
     out
         The run's folder; unless told RUNS/RECIPE with what was overridden, e.g. runs/mnist-terms=match.
     runs

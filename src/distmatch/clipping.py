@@ -66,7 +66,7 @@ def distillation(student: Denoiser, t: float, generator: float, critic: float) -
     schedule = student.schedule
     time = torch.tensor([t], dtype=torch.double)
     gain = student.prediction.coefficients(schedule.alpha(time), schedule.sigma(time))[1].abs().item()
-    turn = "Raise generator.clip, or lower generator.lr"
+    turn = "Raise student.optimizer.clip, or lower student.optimizer.lr"
     if gain > LOUD:
         turn = (
             f"At the student's time its network's output is multiplied by {gain:.3g} (prediction "
@@ -76,5 +76,5 @@ def distillation(student: Denoiser, t: float, generator: float, critic: float) -
         )
     return Clipping(
         Clipped("gradient_norm", generator, f"{turn}; see 'Sparse pictures' in docs/results.md"),
-        Clipped("fake_gradient_norm", critic, "Raise critic.clip, or lower critic.lr"),
+        Clipped("fake_gradient_norm", critic, "Raise fake.optimizer.clip, or lower fake.optimizer.lr"),
     )

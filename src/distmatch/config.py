@@ -16,7 +16,7 @@ from distmatch.entry import flat, marked, set_entry, walk
 from distmatch.errors import UserError
 from distmatch.paths import expand
 from distmatch.plain import fitting, read_yaml, yaml_of
-from distmatch.recipe_entries import Recipe
+from distmatch.recipe_entries import Recipe, present_name, renamed
 from distmatch.recipe_mistakes import explain, nearest
 
 
@@ -65,7 +65,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
         path = recipes()[name]
     elif not path.exists():
         raise UserError(f"recipe file {name} does not exist")
-    tree = read_yaml(path)
+    tree = renamed(read_yaml(path))
     if "base" in tree:
         base = str(tree.pop("base"))
         if base in (name, *above):
@@ -129,15 +129,15 @@ def free_entries() -> set[str]:
 
 def meant(name: str) -> list[str]:
     """The entries that `name` may stand for: itself, those of this last name, or else the nearest one."""
-    known = entries()
+    name, known = present_name(name), entries()
     same = [entry for entry in known if name in (entry, entry.rpartition(".")[2])]
     return [name] if name in same else same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
 
 def _trimmed(override: str) -> str:
-    """An override without the spaces that quotes let in."""
+    """An override without the spaces that quotes let in, by its entry's present name."""
     key, equals, value = override.partition("=")
-    return f"{key.strip()}{equals}{value.strip()}"
+    return f"{present_name(key.strip())}{equals}{value.strip()}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -125,7 +125,7 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     Gradients are reduced in fp32 with the last part of each update. FSDP2 gathers a network for every pass, forward
     and backward (activations that are recomputed gather nothing), and forgets it afterwards.
     """
-    updates = {"student": 1, "fake score": recipe.critic.steps}
+    updates = {"student": 1, "fake score": recipe.fake.steps}
     if recipe.parallel == "ddp" or n == 1:
         sums = sum(updates[name] * FP32 * numel(network, True) for name, network in trained.items())
         return Traffic(n, reduced=sums if n > 1 else 0)
@@ -133,7 +133,7 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     matched = "fake score" in trained
     guided = recipe.student.guidance is not None or recipe.match.guidance != 1
     # Of one part: two with a graph; one for both scores, and for the images of the fake score's further updates.
-    passes = {"student": 2 + (recipe.critic.steps - 1) * matched, "fake score": 1 + 2 * recipe.critic.steps}
+    passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
     gathered = sum(passes[name] * low * n * slices(network, n) for name, network in trained.items())
     gathered += matched * (1 + guided) * low * n * slices(teacher, n)
     scattered = sum(updates[name] * FP32 * n * slices(network, n, True) for name, network in trained.items())

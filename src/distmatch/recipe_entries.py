@@ -3,12 +3,13 @@
 Sections, equations, algorithms and tables are those of the paper (arXiv 2311.18828).
 """
 
+from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distmatch.entry import entry, facts_of, set_entry
+from distmatch.entry import entry, facts_of, flat, set_entry
 from distmatch.errors import UserError
 from distmatch.paths import expand
 from distmatch.recipe_mistakes import explain
@@ -48,9 +49,10 @@ class Optimiser(_Strict):
     )
 
 
-class Critic(Optimiser):
-    """The fake score's optimizer, and how many updates it makes per update of the student."""
+class Fake(_Strict):
+    """The fake score."""
 
+    optimizer: Optimiser = entry(Optimiser(), "AdamW of the fake score (Appendix B).")
     steps: Positive = entry(1, "Updates of the fake score per update of the student.", "Algorithm 1: 1")
 
 
@@ -93,6 +95,7 @@ class Student(_Strict):
         "Decay per step of the average of the student's weights, which is the result; 0: the last weights.",
         "ours",
     )
+    optimizer: Optimiser = entry(Optimiser(), "AdamW of the student (Appendix B).")
 
     @model_validator(mode="before")
     @classmethod
@@ -364,8 +367,7 @@ class Recipe(_Strict):
         RegressTerm(), "Regression to the teacher's images of the same noise (Section 3.3, Eq. 9).", stage=True
     )
     pairs: Pairs = entry(Pairs(), "Noise-image pairs, made by the teacher (Section 3.3).", stage=True)
-    generator: Optimiser = entry(Optimiser(), "AdamW of the student (Appendix B).")
-    critic: Critic = entry(Critic(), "AdamW of the fake score, and how often it is updated (Appendix B).")
+    fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
     stages: list[Stage] = entry(
         [], "Parts of the run in which terms and pairs differ; empty: the run is one.", "Table 5", unnamed=True
     )
@@ -411,6 +413,11 @@ class Recipe(_Strict):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, tree: Any) -> Any:
+        return renamed(tree) if isinstance(tree, dict) else tree
+
     @model_validator(mode="after")
     def _stages_in_order(self) -> Self:
         ends = [stage.until for stage in self.stages]
@@ -429,6 +436,32 @@ class Recipe(_Strict):
                 raise UserError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(changeable)}")
             set_entry(tree, key, value)
         return parse_recipe(tree, f"stage {number + 1}")
+
+
+EARLIER = {"generator": "student.optimizer", "critic.steps": "fake.steps", "critic": "fake.optimizer"}
+"""What entries and groups were called in recipes of earlier versions, which are still read."""
+
+
+def present_name(dotted: str) -> str:
+    """Return the name by which an entry goes now, given that or an earlier one."""
+    for earlier, now in EARLIER.items():
+        if f"{dotted}.".startswith(f"{earlier}."):
+            return now + dotted.removeprefix(earlier)
+    return dotted
+
+
+def renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested entries `tree` by their present names. Raises `UserError` where one has both its names."""
+    earlier = {group: tree[group] for group in ("generator", "critic") if group in tree}
+    if not earlier:
+        return tree
+    found = deepcopy({name: value for name, value in tree.items() if name not in earlier})
+    given = flat(found)
+    for name, value in flat(earlier).items():
+        if present_name(name) in given:
+            raise UserError(f"{name} is the earlier name of {present_name(name)}, which is given as well; leave it out")
+        set_entry(found, present_name(name), value)
+    return found
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:

@@ -276,7 +276,7 @@ class _Stage:
         if self.distiller.fake is not None:
             self.distiller.update_fake(0, parts, images)
             ledger.updated()
-            if self.recipe.critic.steps > 1:  # the others are like the second, which makes images of its own
+            if self.recipe.fake.steps > 1:  # the others are like the second, which makes images of its own
                 before = Counter(ledger.flops)
                 for part, made in zip(parts, images, strict=True):
                     self.distiller.renew(part, made, 0, 1, WHOLE)
@@ -284,7 +284,7 @@ class _Stage:
                 again = ledger.flops - before
                 ledger.flops = before
         names = dict.fromkeys([*ledger.flops, *again])
-        more = self.recipe.critic.steps - 1
+        more = self.recipe.fake.steps - 1
         return Counter({name: (ledger.flops[name] + more * again[name]) / self.turns for name in names})
 
     def example(self, n: int) -> Cond | None:

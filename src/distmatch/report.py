@@ -24,6 +24,7 @@ from distmatch.errors import UserError
 from distmatch.evaluation import columns
 from distmatch.files import check_writable, write_atomic
 from distmatch.plain import fitting, read_json, read_yaml
+from distmatch.recipe_entries import renamed
 
 STRIP = 8  # so many sample grids stand side by side; all of them are behind the slider
 STEP = re.compile(r"step-(\d+)\.png")
@@ -41,7 +42,7 @@ CURVES = {
         "Regression loss",
         "Distance to the teacher's image of the same noise. Falls fast, then slowly.",
     ),
-    "match/fake": ("Fake-score loss", "Levels off. A lasting rise hints that it lags the student: more critic.steps."),
+    "match/fake": ("Fake-score loss", "Levels off. A lasting rise hints that it lags the student: more fake.steps."),
     "gradient_norm": ("Student's gradient norm", "Before clipping. Unrest is usual, growth by decades is not."),
     "fake_gradient_norm": ("Fake score's gradient norm", "Before clipping. Unrest is usual, growth by decades is not."),
     "fid": ("FID", "Of the averaged student; few images, so it reads high. Falls, then levels off."),
@@ -103,7 +104,7 @@ def _load(folder: Path, name: str, colour: str) -> Run:
             f"{folder} is not a run: it has neither recipe.yaml nor settings.json. "
             "Name a folder that `distmatch train` or `distmatch teach` wrote"
         )
-    tree = read_json(recipe, dict[str, Any]) if recipe.suffix == ".json" else read_yaml(recipe)
+    tree = read_json(recipe, dict[str, Any]) if recipe.suffix == ".json" else renamed(read_yaml(recipe))
     return Run(name, folder, tree, log.read(folder / "log.jsonl"), _evaluated(folder / "eval.json"), colour)
 
 

@@ -64,7 +64,9 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         pairs = _pairs(stage, subject, runs) if build.reads_pairs(stage) else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
-            watch = distillation(distiller.student, distiller.steps.times[0], recipe.generator.clip, recipe.critic.clip)
+            watch = distillation(
+                distiller.student, distiller.steps.times[0], recipe.student.optimizer.clip, recipe.fake.optimizer.clip
+            )
         else:
             distiller.objective = build.objective(stage, subject, distiller.fake, pairs, distiller.objective)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
