@@ -43,7 +43,7 @@ WRONG = {
     "sample mnist 5": "Unexpected '5': options have names",
     "eval mnist n=5": "Unexpected 'n=5'",
     # The command line is to blame, not the packaged file.
-    "train mnist terms=mtach": "terms=mtach on the command line: terms.0 = 'mtach': input should be 'match' or",
+    "train mnist terms=mtach": "terms=mtach on the command line: terms has 'mtach'; expected match, regress, or",
     "train mnist match.wieghting=eq8": "match.wieghting=eq8 on the command line: unknown key 'match.wieghting'; did",
     "train mnist mtach.weighting=eq8": "mtach.weighting=eq8 on the command line: unknown key 'mtach'; did you mean",
     "train mnist steps=": "steps= on the command line: steps = None: input should be a valid integer",

@@ -52,7 +52,7 @@ def test_it_is_said_once_when_most_of_the_last_steps_were_clipped():
 def test_a_network_whose_output_is_multiplied_is_named_as_the_cause(prediction, schedule, factor):
     student = Denoiser(tiny.teacher().net, schedule, Prediction(prediction))
     with pytest.warns(Notice) as said:
-        distillation(student, None, 10.0, 10.0)(rows(*[300.0] * WINDOW))
+        distillation(student, student.schedule.t_max, 10.0, 10.0)(rows(*[300.0] * WINDOW))
     text = str(said[0].message)
     assert (f"multiplied by {factor} (prediction {prediction})" in text) == (factor is not None)
     assert ("Raise student.optimizer.clip" in text) == (factor is None)
