@@ -29,7 +29,7 @@ from distmatch.compare import lanczos, squares
 from distmatch.denoiser import Cond
 from distmatch.metrics import Moments, frechet
 from distmatch.models.folder import Info, save_model
-from distmatch.models.pretrained import load_stable
+from distmatch.models.library import find_model
 from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import DistilledPipeline
 
@@ -376,7 +376,7 @@ def test_refusals(teacher, tmp_path, quick):
 
 
 def test_a_students_column_is_its_pipeline(teacher, tmp_path, quick):
-    denoiser, info = load_stable(teacher)
+    denoiser, info = find_model(f"diffusers:{teacher}", "teacher")
     save_model(tmp_path / "student", denoiser, replace(info, times=(denoiser.schedule.t_max,)))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     command(teacher, str(tmp_path / "student"), tmp_path / "out", prompts=str(tmp_path / "p.txt"), seed=6, batch=2)

@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from distmatch import DistilledPipeline, rng
 from distmatch.denoiser import Denoiser
-from distmatch.export import export_diffusers, export_lora, one_step_scheduler
+from distmatch.export import export_diffusers, export_lora
+from distmatch.models.diffusers.schedulers import one_step_scheduler
 from distmatch.models.folder import save_model
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model

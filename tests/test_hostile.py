@@ -20,8 +20,9 @@ from distmatch import cli, limits, log
 from distmatch.config import load_recipe
 from distmatch.features import load_real, load_statistics
 from distmatch.models.classifier import Classifier
+from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import load_model
-from distmatch.models.hub import fetched, settings
+from distmatch.models.hub import fetched
 from distmatch.models.tiny import write_tiny_sd
 from distmatch.plain import json_of, read_json, read_yaml, yaml_of
 from distmatch.progress import progress
@@ -225,7 +226,7 @@ def test_a_model_in_diffusers_format_of_the_wrong_form_is_named(tmp_path):
         before = (source / name).read_text()
         (source / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name} "):
-            settings(str(source))
+            family_in(str(source)).settings(str(source))
         (source / name).write_text(before)
 
     def endless():

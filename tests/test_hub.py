@@ -8,16 +8,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny import text_encoder
 
 from distmatch import rng
 from distmatch.baselines import load_teacher
 from distmatch.denoiser import guided
 from distmatch.export import export_diffusers
-from distmatch.models.codec import Decoder
+from distmatch.models.codec import tiny_decoder
+from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import save_model
-from distmatch.models.hub import network, pipeline, settings
+from distmatch.models.hub import network
 from distmatch.models.library import find_model
-from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.solvers import solver
 
@@ -48,6 +49,10 @@ def change(folder: Path, part: str, **entries) -> Path:
         file = folder / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
     return folder
+
+
+def pipeline(folder: Path):
+    return family_in(str(folder)).pipeline(str(folder))
 
 
 def stock(folder: Path) -> DiffusionPipeline:
@@ -88,7 +93,7 @@ def test_what_changes_the_mathematics_is_refused_by_all_commands(sd, case):
     for command in (
         lambda: find_model(f"diffusers:{sd}", "teacher"),  # sample, train, pairs, serve
         lambda: load_teacher(str(sd), torch.device("cpu"), torch.float32),  # compare
-        lambda: pipeline(str(sd)),  # export
+        lambda: pipeline(sd),  # export
     ):
         with pytest.raises(ValueError, match=message):
             command()
@@ -110,7 +115,7 @@ def test_what_the_scheduler_says_is_followed(sd, entries):
     denoiser, info = find_model(f"diffusers:{change(sd, 'scheduler', **entries)}", "teacher")
     z = rng.noise(0, range(1), info.shape)
     with torch.no_grad():
-        cond = TextEncoder(str(sd))(["a cat"])
+        cond = text_encoder(str(sd))(["a cat"])
         x = solver("pndm", info.scheduler)(guided(denoiser, 3.0), denoiser.schedule, z, cond, 4)
     y = stock(sd)("a cat", latents=z, num_inference_steps=4, guidance_scale=3.0, output_type="latent").images
     assert (x - y).abs().max() < 5e-5 * y.abs().max()
@@ -121,7 +126,9 @@ def test_sdxls_means_are_followed(sdxl):
     vae, latents = AutoencoderKL.from_pretrained(sdxl / "vae"), torch.randn(1, 4, 8, 8)
     mean, std = (torch.tensor(vae.config[name])[None, :, None, None] for name in ("latents_mean", "latents_std"))
     with torch.no_grad():
-        assert torch.allclose(Decoder(str(sdxl))(latents), vae.decode(latents * std / 0.5 + mean).sample, atol=1e-5)
+        assert torch.allclose(
+            family_in(str(sdxl)).decoder(str(sdxl))(latents), vae.decode(latents * std / 0.5 + mean).sample, atol=1e-5
+        )
 
 
 def test_weights_in_half_precision_alone(sd, sdxl, tmp_path):
@@ -132,17 +139,17 @@ def test_weights_in_half_precision_alone(sd, sdxl, tmp_path):
     denoiser, _ = find_model(f"diffusers:{half}", "teacher")
     kept = load_file(half / "unet" / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
     assert all(torch.equal(v, kept[k].float()) for k, v in denoiser.net.unet.state_dict().items())
-    assert next(pipeline(str(half)).vae.parameters()).dtype == torch.float32
+    assert next(pipeline(half).vae.parameters()).dtype == torch.float32
     shutil.rmtree(half / "text_encoder")
     shutil.copytree(sd / "text_encoder", half / "text_encoder")
-    assert torch.equal(TextEncoder(str(half))(["a"]).text, TextEncoder(str(sd))(["a"]).text)
+    assert torch.equal(text_encoder(str(half))(["a"]).text, text_encoder(str(sd))(["a"]).text)
 
 
 def test_weights_as_pickles_are_refused_by_all_commands(sd):
     weights = load_file(sd / "unet" / WEIGHTS)
     torch.save(weights, sd / "unet" / "diffusion_pytorch_model.bin")
     (sd / "unet" / WEIGHTS).unlink()
-    for command in (lambda: find_model(f"diffusers:{sd}", "teacher"), lambda: pipeline(str(sd))):
+    for command in (lambda: find_model(f"diffusers:{sd}", "teacher"), lambda: pipeline(sd)):
         with pytest.raises(ValueError, match=r"unet has its weights in diffusion_pytorch_model.bin alone, a pickle"):
             command()
 
@@ -161,37 +168,37 @@ def test_a_network_that_lacks_weights_is_an_error(sd, part, fault):
         weights[name] = torch.zeros(1)
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"1 weights of {part} are missing, left over or of another shape, first .*"):
-        pipeline(str(sd))
+        pipeline(sd)
     if part == "unet":
         with pytest.raises(ValueError, match=rf"first {name}; diffusers would go on with random ones"):
             network(str(sd), "unet", UNet2DConditionModel)
 
 
 def test_a_tokenizer_that_does_not_say_its_length(sd):
-    expected = TextEncoder(str(sd))(["a cat"]).text
+    expected = text_encoder(str(sd))(["a cat"]).text
     file = sd / "tokenizer" / "tokenizer_config.json"
     entries = json.loads(file.read_text())
     entries.pop("model_max_length")
     file.write_text(json.dumps(entries))
-    assert torch.equal(TextEncoder(str(sd))(["a cat"]).text, expected)
+    assert torch.equal(text_encoder(str(sd))(["a cat"]).text, expected)
 
 
 def test_latents_that_are_not_square(sd):
-    known = settings(str(change(sd, "unet", sample_size=[8, 16])))
+    known = family_in(str(sd)).settings(str(change(sd, "unet", sample_size=[8, 16])))
     assert known.shape == (4, 8, 16)
     assert known.size == (64, 128)
     denoiser, info = find_model(f"diffusers:{sd}", "teacher")
     assert info.shape == (4, 8, 16)
     z = rng.noise(0, range(1), info.shape)
     with torch.no_grad():
-        x = solver("pndm", info.scheduler)(denoiser, denoiser.schedule, z, TextEncoder(str(sd))(["a"]), 3)
+        x = solver("pndm", info.scheduler)(denoiser, denoiser.schedule, z, text_encoder(str(sd))(["a"]), 3)
     y = stock(sd)("a", latents=z, num_inference_steps=3, guidance_scale=1.0, output_type="latent").images
     assert (x - y).abs().max() < 5e-5 * y.abs().max()
 
 
 def test_sdxl_is_told_height_and_width(sdxl):
     change(sdxl, "unet", sample_size=[8, 16])
-    assert TextEncoder(str(sdxl))(["a"]).extra["size"].tolist() == [[64, 128, 0, 0, 64, 128]]
+    assert text_encoder(str(sdxl))(["a"]).extra["size"].tolist() == [[64, 128, 0, 0, 64, 128]]
 
 
 def test_a_folder_without_its_safety_checker_is_exported(sd, tmp_path, capsys):
@@ -230,4 +237,4 @@ def test_a_tiny_autoencoder_of_other_latents_is_refused(tmp_path):
     write_tiny_vae(tmp_path / "tiny")
     change(tmp_path / "tiny", "", shift_factor=0.5)
     with pytest.raises(ValueError, match="has shift_factor"):
-        Decoder(str(tmp_path / "tiny"), tiny=True)
+        tiny_decoder(str(tmp_path / "tiny"))

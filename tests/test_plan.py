@@ -30,12 +30,12 @@ from distmatch.cost import Cost, Traffic, cost
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.models.edm import SongUNet
 from distmatch.models.folder import Info, save_model
+from distmatch.models.library import outline
 from distmatch.models.tiny import write_tiny_sd
 from distmatch.perceptual import write_random_weights
 from distmatch.plan import GPUS, Cluster, Gpu, pace, verdict
 from distmatch.rehearsal import _gpu_autocast
 from distmatch.schedule import EDM
-from distmatch.weightless import teacher_of
 
 EDM_NETWORK = {
     "img_resolution": 16,
@@ -72,7 +72,7 @@ def planner():
 
 def planned(file: str, changes: tuple[str, ...], processes: int = 1) -> Cost:
     recipe = load_recipe(file, changes)
-    return cost(recipe, *teacher_of(recipe), processes)
+    return cost(recipe, *outline(recipe.teacher), processes)
 
 
 def distiller(folder, changes):
@@ -224,7 +224,7 @@ def test_normalisations_are_in_fp32_as_on_gpus():
 
 
 def test_published_networks_are_known_without_their_weights():
-    denoiser, info = teacher_of(load_recipe("imagenet64-cond"))
+    denoiser, info = outline(load_recipe("imagenet64-cond").teacher)
     assert {p.device.type for p in denoiser.parameters()} == {"meta"}
     assert abs(sum(p.numel() for p in denoiser.parameters()) - 295.9e6) < 0.1e6
     assert (info.shape, len(info.classes)) == ((3, 64, 64), 1000)
@@ -233,7 +233,7 @@ def test_published_networks_are_known_without_their_weights():
 def told(file: str, share: float, changes: tuple[str, ...], gpus: int) -> tuple[str, float]:
     """The verdict on GPUs with room for `share` of the recipe's peak, and this room."""
     recipe = load_recipe(file, changes)
-    denoiser, info = teacher_of(recipe)
+    denoiser, info = outline(recipe.teacher)
     made = cost(recipe, denoiser, info, gpus)
     cluster = Cluster(gpus, Gpu(share * made.peak / 0.9, 1e15, 1e15, 1e11), 1e9, 0.4)
     return verdict(recipe, made, denoiser, info, cluster), share * made.peak

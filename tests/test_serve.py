@@ -27,9 +27,8 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from distmatch import DistilledPipeline, TeacherPipeline, rng
-from distmatch.models.around import around
 from distmatch.models.folder import Info
-from distmatch.models.library import find_model
+from distmatch.models.library import components, find_model
 from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import Pipeline
 from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise, serve
@@ -107,7 +106,7 @@ def test_a_wish_gives_the_pipelines_pixels(address):
 def test_a_text_model_answers_every_prompt(tmp_path):
     denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path)}", "teacher")
     info = replace(info, times=(999.0,))
-    pipe = DistilledPipeline(denoiser, info, around(info))
+    pipe = DistilledPipeline(denoiser, info, components(info))
     with serving(pipe) as address, connect(f"ws://{address}/draw") as socket:
         for prompt in ("", "a", "a cat", "ünïcödé 猫"):
             expected = pipe.render(rng.noise(5, [0], info.shape), pipe.condition(1, prompts=[prompt]))

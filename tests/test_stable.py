@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tiny import text_encoder
 
 from distmatch import rng
 from distmatch.conditions import Classes, Guided, Prompts
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.embeddings import embed
-from distmatch.models.codec import Decoded, Decoder
+from distmatch.models.codec import Decoded, tiny_decoder
+from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
-from distmatch.models.text import TextEncoder
 from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
@@ -55,7 +56,7 @@ def test_guided_pndm_is_the_stock_pipelines(folders, kind, steps):
     calls = []
     denoiser.net.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        cond = TextEncoder(str(folders / kind))(texts)
+        cond = text_encoder(str(folders / kind))(texts)
         x = solver("pndm", info.scheduler)(guided(denoiser, 8.0), denoiser.schedule, z, cond, steps)
     y = stock(folders / kind)(
         texts, latents=z, num_inference_steps=steps, guidance_scale=8.0, output_type="latent"
@@ -130,11 +131,11 @@ def test_x0_keeps_its_precision_where_alpha_is_small():
 
 def test_the_networks_own_null_text_is_the_empty_prompts(folders):
     denoiser, _ = teacher(folders / "eps")
-    cond = TextEncoder(str(folders / "eps"))([""])
+    cond = text_encoder(str(folders / "eps"))([""])
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
     with torch.no_grad():
         assert torch.equal(denoiser(x, t, cond.null()), denoiser(x, t, cond))
-        other = denoiser(x, t, TextEncoder(str(folders / "eps"))(["a cat"]))
+        other = denoiser(x, t, text_encoder(str(folders / "eps"))(["a cat"]))
     assert not torch.allclose(denoiser(x, t, cond), other, atol=1e-3)
     xl, _ = teacher(folders / "xl")
     assert not xl.net.null_text.any()  # SDXL's own: force_zeros_for_empty_prompt
@@ -147,10 +148,11 @@ def test_a_student_survives_its_folder_and_starts_at_its_time(folders, tmp_path,
     save_model(tmp_path, denoiser, replace(info, times=(399.0,)))
     pipe = DistilledPipeline.from_pretrained(tmp_path)
     z = rng.noise(7, range(2), info.shape)
-    cond = TextEncoder(str(folders / kind))(TEXTS[:2])
+    cond = text_encoder(str(folders / kind))(TEXTS[:2])
     with torch.no_grad():
         latents = denoiser(z, torch.full((2,), 399.0), cond)
-        assert torch.equal(pipe.sample(z, cond), Decoder(str(folders / kind))(latents))
+        decode = family_in(str(folders / kind)).decoder(str(folders / kind))
+        assert torch.equal(pipe.sample(z, cond), decode(latents))
         assert torch.equal(latents, Steps((399.0,)).sample(denoiser, denoiser.schedule, z, cond))
     assert torch.equal(pipe(prompts=TEXTS[:2], seed=7).pixels, pipe.render(z, cond))
     several, one = pipe(3, prompts="a cat", seed=7).pixels[0].int(), pipe(prompts=["a cat"], seed=7).pixels[0].int()
@@ -192,7 +194,7 @@ def test_conditions_by_number_and_at_random():
 def test_embeddings_are_computed_once_and_are_the_encoders(folders, tmp_path, monkeypatch, kind):
     monkeypatch.setattr("distmatch.embeddings.SHARD", 4)
     monkeypatch.setattr("distmatch.embeddings.BATCH", 3)
-    encoder = TextEncoder(str(folders / kind))
+    encoder = text_encoder(str(folders / kind))
     texts = [f"{i} things" for i in range(10)]
     seen = []
 
@@ -208,8 +210,8 @@ def test_embeddings_are_computed_once_and_are_the_encoders(folders, tmp_path, mo
     assert all(torch.equal(cond.extra[k], direct.extra[k].half().float()) for k in cond.extra)
     assert torch.equal(embed(tmp_path, texts, encode)([9, 0, 5]).text, cond.text)
     assert seen == texts
-    other = TextEncoder(str(write_tiny_sd(tmp_path / "other", seed=1)))
-    assert encoder.fingerprint() == TextEncoder(str(folders / kind)).fingerprint() != other.fingerprint()
+    other = text_encoder(str(write_tiny_sd(tmp_path / "other", seed=1)))
+    assert encoder.fingerprint() == text_encoder(str(folders / kind)).fingerprint() != other.fingerprint()
 
 
 # Pairs
@@ -237,7 +239,7 @@ def text_spec(denoiser, info, texts, **changes):
 def test_pairs_with_prompts(folders, tmp_path):
     """Latents in fp16, the prompts by number in one table; the same whatever the batch; other prompts are refused."""
     denoiser, info = teacher(folders / "eps")
-    encoder, texts = TextEncoder(str(folders / "eps")), ["a cat", "a\nline", "ünï"]
+    encoder, texts = text_encoder(str(folders / "eps")), ["a cat", "a\nline", "ünï"]
     conditions = Prompts(3, lambda numbers: encoder([texts[i] for i in numbers]))
     spec = text_spec(denoiser, info, texts)
     build(tmp_path / "a", spec, denoiser, conditions, prompts=texts, batch=2)
@@ -268,7 +270,7 @@ def test_pairs_with_prompts(folders, tmp_path):
 
 def test_pairs_of_their_own_guidance(folders, tmp_path):
     denoiser, info = teacher(folders / "eps")
-    encoder = TextEncoder(str(folders / "eps"))
+    encoder = text_encoder(str(folders / "eps"))
     conditions = Guided(Prompts(1, lambda numbers: encoder(["a cat"] * len(numbers))), 1.0, 8.0)
     spec = text_spec(denoiser, info, ["a cat"], guidance=None, guidances=(1.0, 8.0), count=3, dtype="float32")
     build(tmp_path, spec, denoiser, conditions, prompts=["a cat"])
@@ -294,16 +296,19 @@ def test_pndm_is_for_discrete_diffusions():
 
 def test_decoders_are_the_pipelines_and_pass_gradients(folders):
     latents = torch.randn(2, 4, 8, 8)
-    vae = stock(folders / "eps").vae
+    vae, full = stock(folders / "eps").vae, family_in(str(folders / "eps")).decoder
     with torch.no_grad():
         expected = vae.decode(latents / vae.config.scaling_factor).sample
-        assert torch.allclose(Decoder(str(folders / "eps"))(latents), expected, atol=1e-5)
-    for tiny, folder in ((False, folders / "eps"), (True, folders / "tiny")):
-        plain, frugal = (Decoder(str(folder), tiny=tiny, checkpointing=c) for c in (False, True))
+        assert torch.allclose(full(str(folders / "eps"))(latents), expected, atol=1e-5)
+    for decoder, folder in (
+        (family_in(str(folders / "eps")).decoder, folders / "eps"),
+        (tiny_decoder, folders / "tiny"),
+    ):
+        plain, frugal = (decoder(str(folder), checkpointing=c) for c in (False, True))
         gradients = []
-        for decoder in (plain, frugal):
+        for made in (plain, frugal):
             x = latents.clone().requires_grad_()
-            loss = Decoded(torch.nn.functional.mse_loss, decoder)(x, torch.zeros_like(x))
+            loss = Decoded(torch.nn.functional.mse_loss, made)(x, torch.zeros_like(x))
             gradients.append(torch.autograd.grad(loss, x)[0])
         assert gradients[0].abs().max() > 0
         assert torch.allclose(*gradients, rtol=1e-4, atol=1e-8)
@@ -311,7 +316,7 @@ def test_decoders_are_the_pipelines_and_pass_gradients(folders):
 
 
 def test_the_gradient_of_the_decoded_distance_is_the_true_one(folders):
-    decoder = Decoder(str(folders / "tiny"), tiny=True).double()
+    decoder = tiny_decoder(str(folders / "tiny")).double()
     loss = Decoded(torch.nn.functional.mse_loss, decoder)
     x, y, d = (torch.randn(1, 4, 8, 8, dtype=torch.float64) for _ in range(3))
     x.requires_grad_()
@@ -332,7 +337,7 @@ def test_a_loaded_student_predicts_as_the_one_saved(folders, tmp_path):
     save_model(tmp_path, adapted, replace(info, times=(999.0,)))
     loaded, _ = load_model(tmp_path)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 10.0])
-    cond = TextEncoder(str(folders / "eps"))(TEXTS[:2])
+    cond = text_encoder(str(folders / "eps"))(TEXTS[:2])
     with torch.no_grad():
         assert torch.equal(loaded(x, t, cond), adapted(x, t, cond))
         assert not torch.allclose(adapted(x, t, cond), denoiser(x, t, cond), atol=1e-3)

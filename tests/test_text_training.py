@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from tiny import text_encoder
 
 from distmatch import build
 from distmatch.conditions import WHOLE
@@ -87,7 +88,7 @@ def test_half_precision_files_train_and_export_in_fp32(folder, tmp_path):
     DiffusionPipeline.from_pretrained(folder / "sd").to(dtype=torch.float16).save_pretrained(tmp_path / "half")
     denoiser, info = find_model(f"diffusers:{tmp_path / 'half'}", "teacher")
     assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
-    assert TextEncoder(info.source)(["a cat"]).text.dtype == torch.float32
+    assert text_encoder(info.source)(["a cat"]).text.dtype == torch.float32
     save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
     export_diffusers(str(tmp_path / "student"), tmp_path / "out")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
 
 def test_prompts_that_the_encoder_cuts_are_counted_once_and_written_down(folder):
     """A prompt is cut where more words change nothing: found here by encoding them, there by counting tokens."""
-    encoder = TextEncoder(str(folder / "sd"))
+    encoder = text_encoder(str(folder / "sd"))
     limit = encoder.pipeline.tokenizer.model_max_length
     words = next(
         n

@@ -11,9 +11,16 @@ import yaml
 from PIL import Image
 
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import Info, save_model
 from distmatch.models.unet import UNet
 from distmatch.schedule import EDM
+
+
+def text_encoder(source: str):
+    """The text encoders of a model in diffusers' format."""
+    return family_in(source).text_encoder(source)
+
 
 INFO = Info(shape=(1, 8, 8), classes=("a", "b", "c"))
 

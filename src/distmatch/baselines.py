@@ -18,7 +18,7 @@ from distmatch.data import to_uint8
 from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.finite import check_images
-from distmatch.models.hub import pipeline, settings
+from distmatch.models.diffusers.families import family_in
 from distmatch.pipeline import NoiseOf, Pipeline
 from distmatch.solvers import STABLE_DIFFUSION
 
@@ -33,12 +33,6 @@ MODELS_OWN = (
 
 LCM_STEPS = (1, 2, 4)
 PNDM_STEPS = 50
-
-UNTOUCHED: dict[str, dict[str, Any]] = {
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
-"""The pipelines of teachers, and how to keep them from changing finished images."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,8 @@ def methods(
 
 def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The diffusers pipeline called `teacher`, quiet, with its images left as they are made."""
-    return pipeline(teacher, dtype, **UNTOUCHED[settings(teacher).pipeline]).to(device)
+    family = family_in(teacher)
+    return family.pipeline(teacher, dtype, **family.untouched).to(device)
 
 
 def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype) -> Any:

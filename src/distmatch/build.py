@@ -22,13 +22,12 @@ from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, repli
 from distmatch.entry import marked
 from distmatch.errors import UserError
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
-from distmatch.models.around import around
-from distmatch.models.codec import Decoded, Decoder
-from distmatch.models.folder import NETWORKS, Info
+from distmatch.models.codec import Decoded, tiny_decoder
+from distmatch.models.family import Encoder
+from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import with_guidance
-from distmatch.models.library import find_model
-from distmatch.models.stable import StableUNet
-from distmatch.models.text import TextEncoder
+from distmatch.models.info import Info
+from distmatch.models.library import components, family_of, find_model
 from distmatch.optim import Optimizer
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
@@ -82,10 +81,10 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
                 f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
             )
         prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
-        known = around(info, dev)
-        assert known is not None
-        cut = known.encode.cut(prompts)
-        conditions = Prompts(len(prompts), _encode(recipe, known.encode, prompts))
+        encoder = components(info, dev).encode
+        assert encoder is not None
+        cut = encoder.cut(prompts)
+        conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), prompts, cut)
@@ -99,7 +98,7 @@ def _scales(recipe: Recipe) -> list[float | None]:
     return [by_term[term] for term in recipe.terms if term in by_term]
 
 
-def _encode(recipe: Recipe, encoder: TextEncoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
+def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
     """Prompts by number to conditions: batch by batch, or from the cache, which is filled when first asked for any."""
     place = recipe.prompts.cache
     if place is None:
@@ -215,7 +214,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         forward=forward,
         process=(parallel.rank(), parallel.world()),
         conditions=subject.conditions,
-        decode=known.decode if (known := around(info, dev)) else None,
+        decode=components(info, dev).decode if info.latent else None,
         steps=student_steps(recipe, subject.denoiser.schedule),
         ema=EMA(trained, recipe.student.ema, average),
         seed=recipe.seed,
@@ -304,11 +303,12 @@ def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
 
 def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
     """The student with adapters of `rank`, which alone are trained."""
-    if type(denoiser.net) is not StableUNet:
+    with_adapters: Callable[[int], nn.Module] | None = getattr(denoiser.net, "with_adapters", None)
+    if with_adapters is None:
         raise UserError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same in every process
-        net = denoiser.net.with_adapters(rank)
+        net = with_adapters(rank)
     return Denoiser(net, denoiser.schedule, denoiser.prediction)
 
 
@@ -456,9 +456,11 @@ def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]
         return loss
     if not info.latent:
         raise UserError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
-    source = r.tiny if r.decoder == "tiny" else info.source
-    tiny, checkpointing = r.decoder == "tiny", recipe.gradient_checkpointing
-    decoder = _kept(Decoder, source, tiny, checkpointing).to(device(recipe.device))
+    if r.decoder == "tiny":
+        source, make = r.tiny, tiny_decoder
+    else:
+        source, make = info.source, family_of(info).decoder
+    decoder = _kept(make, source, recipe.gradient_checkpointing).to(device(recipe.device))
     channels = decoder.vae.config.latent_channels
     if channels != info.shape[0]:
         raise UserError(

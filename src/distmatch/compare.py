@@ -32,7 +32,7 @@ from distmatch.features import Reference, reference
 from distmatch.files import write_atomic, write_json
 from distmatch.images import Images, load_images
 from distmatch.metrics import Moments, frechet
-from distmatch.models.hub import settings as settings_of
+from distmatch.models.diffusers.families import family_in
 from distmatch.models.inception import load_inception
 from distmatch.models.text import notice_cut
 from distmatch.ownership import owns_out
@@ -159,7 +159,7 @@ def compare(
     pipe = load_teacher(teacher, device, dtype)
     notice_cut(pipe, prompts[:n])
     merged = None if lora is None else load_lora(teacher, lora, device, dtype)
-    shape = settings_of(teacher).shape
+    shape = family_in(teacher).settings(teacher).shape
     if student is not None and tuple(student.info.shape) != shape:
         raise UserError(
             f"the student makes samples of shape {tuple(student.info.shape)} and the teacher {teacher} of {shape}; "

@@ -12,10 +12,10 @@ from torch import nn
 from distmatch.denoiser import Denoiser
 from distmatch.engine import blocks
 from distmatch.errors import UserError
-from distmatch.models.folder import Info
+from distmatch.models.info import Info
+from distmatch.models.library import family_of
 from distmatch.recipe_entries import Recipe
 from distmatch.rehearsal import LOSSES, rehearse
-from distmatch.weightless import weights_around
 
 FP32 = 4
 """Bytes."""
@@ -69,7 +69,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     It is what tensors take; what the allocator, the kernels and the driver take besides is not in it.
 
     Args:
-        denoiser, info: the teacher; its weights are not used. See `weightless.teacher_of`.
+        denoiser, info: the teacher; its weights are not used. See `library.outline`.
 
     Raises `UserError` where the processes cannot share the batches in equal parts.
     """
@@ -88,7 +88,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     memory: dict[str, float] = {name: FP32 * slices(network, cuts) for name, network in done.networks.items()}
     memory["optimizer"] = sum(2 * FP32 * slices(network, cuts, trained=True) for network in trained.values())
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
-    memory["text encoder, decoder"] = FP32 * weights_around(info)
+    memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)
     if processes == 1:
         memory["gradients"], memory["activations"] = done.gradients, done.activations
     elif not sharded:  # DDP never gives its buckets back; sums over parts lie beside them until the last

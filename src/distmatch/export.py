@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
+from distmatch.denoiser import Denoiser
 from distmatch.digests import file_sha256
 from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.files import remove, together, write_json
-from distmatch.models.folder import Info, load_model
-from distmatch.models.hub import PREDICTIONS, pipeline, settings
+from distmatch.models.diffusers.families import family_in
+from distmatch.models.folder import load_model
+from distmatch.models.hub import index
+from distmatch.models.info import Info
 from distmatch.models.library import model_folder
-from distmatch.models.stable import StableUNet, write_adapters
 from distmatch.ownership import owns_out
 from distmatch.plain import read_json
-from distmatch.schedule import VP
 from distmatch.screen import console
 
 MARK = "distmatch.json"
@@ -38,19 +39,11 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     """
     _parts(out, "diffusers")
     need("diffusers", "transformers", by="export")
-    net, scheduler, info = _student(run)
-    source, dtype = source or info.source, torch.float16 if half else torch.float32
-    theirs, width = settings(source), "cross_attention_dim"
-    if (theirs.shape, theirs.unet.get(width)) != (info.shape, net.unet.config[width]):
-        raise UserError(
-            f"{source} makes latents {theirs.shape} of texts {theirs.unet.get(width)} wide, the student {info.shape} "
-            f"of {net.unet.config[width]}; expected the model that it was made from, {info.source}"
-        )
-    pipe = pipeline(source, dtype, unet=net.merged().unet)
-    pipe.register_modules(scheduler=scheduler)
-    pipe.to(dtype=dtype)  # all of one kind, whatever the source's files have
+    student, info = _student(run)
+    source = source or info.source
+    pipe = family_in(source).student_pipeline(student, info, source, torch.float16 if half else torch.float32)
     _write(out, "diffusers", "model_index.json", pipe.save_pretrained)
-    if "safety_checker" in theirs.parts and pipe.safety_checker is None:
+    if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
         console.print(f"{source} comes without its safety checker, and so does {out}")
     scale = "guidance_scale=1" if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     console.print(
@@ -67,14 +60,13 @@ def export_lora(run: str, out: Path) -> None:
     """
     _parts(out, "lora")
     need("diffusers", "transformers", "peft", by="export")
-    net, scheduler, info = _student(run)
-    if not net.lora:
-        raise UserError(f"{run} has no adapters: its student was trained without student.lora_rank; export diffusers")
-    if net.guidance:
-        raise UserError(f"{run} takes a guidance scale, which a LoRA cannot carry; export diffusers")
+    import diffusers
+
+    student, info = _student(run)
+    layers, scheduler = family_in(info.source).student_lora(student, info)
 
     def write(folder: Path) -> None:
-        write_adapters(net, folder)
+        getattr(diffusers, index(info.source)[0]).save_lora_weights(folder, **layers)
         scheduler.save_pretrained(folder / "scheduler")
 
     _write(out, "lora", "pytorch_lora_weights.safetensors", write)
@@ -109,38 +101,8 @@ def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any]) -> Non
         remove(out / name)
 
 
-def _student(run: str) -> tuple[StableUNet, Any, Info]:
-    """The student's network, its scheduler in diffusers, and what goes with it."""
+def _student(run: str) -> tuple[Denoiser, Info]:
     denoiser, info = load_model(model_folder(run, "student"))
-    if type(denoiser.net) is not StableUNet or type(denoiser.schedule) is not VP or not info.times:
+    if not info.source:
         raise UserError(f"{run} is no student of a model in diffusers' format; nothing else can be exported to it")
-    prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == denoiser.prediction.name)
-    if len(info.times) > 1:
-        raise UserError(
-            f"{run} makes an image in {len(info.times)} steps; only students of one step can be exported. "
-            "Use distmatch.DistilledPipeline"
-        )
-    return denoiser.net, one_step_scheduler(denoiser.schedule, info.times[0], prediction), info
-
-
-def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
-    """diffusers' DDIM with the one step of `G(z) = mu(z, t)`: at `t`, straight to `x0`.
-
-    With `trailing` spacing, a single step is at the last of the trained times: the betas behind `t` are cut off.
-
-    Raises `UserError` for a `t` that is no whole step.
-    """
-    need("diffusers", by="export")
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    if t != int(t) or not 0 < t <= schedule.t_max:
-        raise UserError(f"student.times is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
-    return DDIMScheduler(
-        num_train_timesteps=int(t) + 1,
-        trained_betas=schedule.table()[: int(t) + 1].tolist(),
-        clip_sample=False,
-        steps_offset=1,  # not used by this spacing; others are warned of
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-        prediction_type=prediction,
-    )
+    return denoiser, info

@@ -14,9 +14,9 @@ from distmatch.conditions import Conditions, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
 from distmatch.errors import UserError
 from distmatch.finite import check_images
-from distmatch.models.around import Around, around
-from distmatch.models.folder import Info
-from distmatch.models.library import find_model
+from distmatch.models.family import Components
+from distmatch.models.info import Info
+from distmatch.models.library import components, family_of, find_model
 from distmatch.sampler import Steps
 from distmatch.schedule import Schedule
 from distmatch.solvers import evaluations, solver
@@ -47,7 +47,7 @@ class Pipeline:
     Args:
         make: `(z f[B,*D], cond, noise_of) -> x f[B,*D]`.
         nfe: network evaluations of one image.
-        around: for a text-to-image model, what encodes its prompts and decodes its latents.
+        parts: what encodes the model's prompts and decodes its latents.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Pipeline:
         info: Info,
         make: Callable[[Tensor, Cond | None, NoiseOf], Tensor],
         nfe: int,
-        around: Around | None = None,
+        parts: Components | None = None,
     ):
-        self.denoiser, self.info, self.make, self.nfe, self.around = denoiser, info, make, nfe, around
+        self.denoiser, self.info, self.make, self.nfe, self.parts = denoiser, info, make, nfe, parts or Components()
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +96,8 @@ class Pipeline:
             raise UserError(f"{n} images in batches of {batch} cannot be made; expected n >= 0 and batch >= 1")
         numbers = self._labels(n, labels)
         texts = self._prompts(n, texts)
-        if texts and self.around is not None:
-            self.around.encode.cut(list(dict.fromkeys(texts)))
+        if texts and self.parts.encode is not None:
+            self.parts.encode.cut(list(dict.fromkeys(texts)))
         chunks = []
         for start in range(0, n, batch):
             rows = slice(start, min(start + batch, n))
@@ -133,8 +133,8 @@ class Pipeline:
         numbers = self._labels(n, labels)
         texts = self._prompts(n, [prompts] if isinstance(prompts, str) else prompts)
         cond = None if numbers is None else Cond(label=numbers)
-        if texts is not None and self.around is not None:
-            cond = self.around.encode(texts)
+        if texts is not None and self.parts.encode is not None:
+            cond = self.parts.encode(texts)
         scale = self._guidance(guidance_scale)
         if scale is not None:
             cond = with_guidance(cond, torch.full((n,), scale))
@@ -164,7 +164,7 @@ class Pipeline:
 
     def decoded(self, x: Tensor) -> Tensor:
         """What `make` makes, as images."""
-        return x if self.around is None else self.around.decode(x)
+        return self.parts.decode(x)
 
     def _labels(self, n: int, labels: Labels) -> Tensor | None:
         names = self.info.classes
@@ -214,7 +214,7 @@ class Pipeline:
 class DistilledPipeline(Pipeline):
     """A one-step or few-step generator: as many network evaluations per image as it has times."""
 
-    def __init__(self, denoiser: Denoiser, info: Info, surroundings: Around | None = None):
+    def __init__(self, denoiser: Denoiser, info: Info, parts: Components | None = None):
         if not info.times:
             raise UserError("this model is a teacher, not a student; use TeacherPipeline")
         steps = Steps(info.times)
@@ -223,7 +223,7 @@ class DistilledPipeline(Pipeline):
             noise = [noise_of(step).to(z) for step in range(1, len(steps))]
             return steps.sample(denoiser, denoiser.schedule, z, cond, noise)
 
-        super().__init__(denoiser, info, make, nfe=len(steps), around=surroundings)
+        super().__init__(denoiser, info, make, nfe=len(steps), parts=parts)
 
     @classmethod
     def from_pretrained(
@@ -239,7 +239,7 @@ class DistilledPipeline(Pipeline):
         A network of your own, which takes the weights, and a schedule of your own are given by `net` and `schedule`.
         """
         denoiser, info = find_model(str(path), "student", net, schedule)
-        return cls(denoiser.to(device), info, around(info, device))
+        return cls(denoiser.to(device), info, components(info, device))
 
 
 class TeacherPipeline(Pipeline):
@@ -252,7 +252,7 @@ class TeacherPipeline(Pipeline):
         self,
         denoiser: Denoiser,
         info: Info,
-        surroundings: Around | None = None,
+        parts: Components | None = None,
         *,
         sampler: str = "heun",
         steps: int = 18,
@@ -265,7 +265,7 @@ class TeacherPipeline(Pipeline):
             info,
             lambda z, cond, _: run(model, denoiser.schedule, z, cond, steps),
             nfe=evaluations(sampler, steps) * (1 if guidance == 1 else 2),
-            around=surroundings,
+            parts=parts,
         )
 
     @classmethod
@@ -285,8 +285,8 @@ class TeacherPipeline(Pipeline):
         The sampler is Heun, for models from diffusers PNDM, unless told. `net`, `schedule` as for a student.
         """
         denoiser, info = find_model(str(path), "teacher", net, schedule)
-        sampler = sampler or ("pndm" if info.source else "heun")
-        return cls(denoiser.to(device), info, around(info, device), sampler=sampler, steps=steps, guidance=guidance)
+        sampler, parts = sampler or family_of(info).sampler, components(info, device)
+        return cls(denoiser.to(device), info, parts, sampler=sampler, steps=steps, guidance=guidance)
 
 
 def side_by_side(

@@ -13,13 +13,13 @@ from distmatch.cost import Cost, cost
 from distmatch.denoiser import Denoiser
 from distmatch.engine import blocks
 from distmatch.errors import UserError
-from distmatch.models.folder import Info
+from distmatch.models.info import Info
+from distmatch.models.library import outline
 from distmatch.progress import progress
 from distmatch.recipe_entries import Recipe
 from distmatch.rehearsal import sampling_flops
 from distmatch.screen import console
 from distmatch.solvers import evaluations
-from distmatch.weightless import teacher_of
 
 MACHINE = 8
 """GPUs in one machine."""
@@ -111,7 +111,7 @@ def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float
             "arithmetic in 0..1, e.g. 0.4, and more than 0 GB/s"
         )
     cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
-    denoiser, info = teacher_of(recipe)
+    denoiser, info = outline(recipe.teacher)
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     kinds = list(dict.fromkeys(map(_kind, stages)))

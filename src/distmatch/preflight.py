@@ -26,8 +26,9 @@ from distmatch.evaluation import Space
 from distmatch.extras import need
 from distmatch.files import scratch
 from distmatch.log import TRACKERS
-from distmatch.models.around import around
-from distmatch.models.folder import Info, load_model, save_model
+from distmatch.models.folder import load_model, save_model
+from distmatch.models.info import Info
+from distmatch.models.library import components
 from distmatch.pair_builder import agree
 from distmatch.pairs import PairSpec
 from distmatch.plain import read_json
@@ -89,9 +90,9 @@ class Flight:
     @cached_property
     def cond(self) -> Cond | None:
         """The first sample's condition. A prompt is encoded for it; `prompts.cache` is filled later."""
-        known, scales = around(self.subject.info, self.device), self.recipe.student.guidance
-        cond = self.subject.conditions.at([0]) if known is None else known.encode(self.subject.prompts[:1])
-        if known is not None and scales is not None:
+        encode, scales = components(self.subject.info, self.device).encode, self.recipe.student.guidance
+        cond = self.subject.conditions.at([0]) if encode is None else encode(self.subject.prompts[:1])
+        if encode is not None and scales is not None:
             cond = with_guidance(cond, torch.tensor([scales[0]]))
         return cond and cond.to(self.device)
 
@@ -107,9 +108,8 @@ class Flight:
     @cached_property
     def pixels(self) -> Tensor:
         """The student's sample as a picture u8[1,C,H,W]."""
-        known = around(self.subject.info, self.device)
         with torch.no_grad():
-            return data.picture(self.sample if known is None else known.decode(self.sample))
+            return data.picture(components(self.subject.info, self.device).decode(self.sample))
 
     def pairs(self) -> dict[str, PairSpec]:
         """The largest store of pairs that the stages ask for at each place."""

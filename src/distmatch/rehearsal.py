@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from distmatch import build
-from distmatch.conditions import WHOLE, Share
+from distmatch.conditions import WHOLE, Share, with_guidance
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller
-from distmatch.models.folder import Info
+from distmatch.models.info import Info
+from distmatch.models.library import family_of
 from distmatch.recipe_entries import Recipe
 from distmatch.terms import Start
 from distmatch.weightless import regression
@@ -245,9 +246,7 @@ class _Stage:
             }
         )
         no_pairs: Any = object()
-        subject = build.Subject(
-            self.teacher, replace(info, source="", text=False, latent=False), _Examples(self.example), ""
-        )
+        subject = build.Subject(self.teacher, replace(info, source=""), _Examples(self.example), "")
         self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
         batches = {"noise": self.match, "pairs": self.regress}
         streams = {
@@ -293,16 +292,8 @@ class _Stage:
 
 def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Cond | None:
     """A condition of `n` samples; `guided`: with a guidance scale."""
-    net: Any = denoiser.net
-    text, extra = None, {}
-    if info.text:
-        text = torch.empty(n, *net.null_text.shape[1:])
-        if net.null_pooled.shape[1]:
-            extra = {"pooled": torch.empty(n, net.null_pooled.shape[1]), "size": torch.empty(n, 6)}
-    if guided:
-        extra["guidance"] = torch.empty(n)
-    label = torch.zeros(n, dtype=torch.long) if info.classes else None
-    return Cond(label, text, extra) if label is not None or text is not None or extra else None
+    cond = family_of(info).example_cond(denoiser.net, info, n)
+    return with_guidance(cond, torch.empty(n)) if guided else cond
 
 
 @dataclass

@@ -21,8 +21,9 @@ from distmatch.evaluation import Space, columns, hardware, judge, speed
 from distmatch.evaluation import evaluate as measure
 from distmatch.files import check_writable, write_atomic, write_json
 from distmatch.models import published
-from distmatch.models.around import around
-from distmatch.models.folder import Info, how_to_sample
+from distmatch.models.folder import how_to_sample
+from distmatch.models.info import Info
+from distmatch.models.library import components
 from distmatch.ownership import owns_out
 from distmatch.pairs import MANIFEST, PairStore, prompts_digest
 from distmatch.pipeline import DistilledPipeline, Pipeline, TeacherPipeline, side_by_side
@@ -99,11 +100,12 @@ def _train(
 ) -> None:
     """The run in `out` as far as `steps`, measured in `spaces` where there are any."""
     figures: Callable[[], dict[str, float]] | None = None
-    surroundings = around(subject.info, distiller.device) if recipe.evaluate.every else None
     if spaces:
 
         def frechet() -> dict[str, float]:
-            student = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
+            student = DistilledPipeline(
+                distiller.ema.network, distiller.info, components(subject.info, distiller.device)
+            )
             n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.latent else 256
             return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
 
@@ -125,9 +127,9 @@ def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distille
     """`teacher-student.png`: what both make of the same noise."""
     p, info = recipe.pairs, subject.info
     guidance = p.guidance if recipe.student.guidance is None else None
-    surroundings = around(info, distiller.device)
-    slow = TeacherPipeline(subject.denoiser, info, surroundings, sampler=p.sampler, steps=p.steps, guidance=guidance)
-    fast = DistilledPipeline(distiller.ema.network, distiller.info, surroundings)
+    parts = components(info, distiller.device)
+    slow = TeacherPipeline(subject.denoiser, info, parts, sampler=p.sampler, steps=p.steps, guidance=guidance)
+    fast = DistilledPipeline(distiller.ema.network, distiller.info, parts)
     columns, rows, zoom = (4, 2, 1) if info.latent else (10, 4, 2)
     picture = side_by_side(slow, fast, subject.conditions, columns, rows)
     if parallel.rank() == 0:

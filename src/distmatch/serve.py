@@ -114,8 +114,8 @@ class Studio:
         began = time.perf_counter()
         prompts = [wish.prompt or ""] if pipe.info.text else None if wish.prompt is None else [wish.prompt]
         scale = wish.guidance if pipe.info.guidance is not None else None
-        if wish.prompt and pipe.around is not None and not self.cut:
-            self.cut = bool(pipe.around.encode.cut([wish.prompt]))  # said once, not at every key
+        if wish.prompt and pipe.parts.encode is not None and not self.cut:
+            self.cut = bool(pipe.parts.encode.cut([wish.prompt]))  # said once, not at every key
         cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
         z = noise(pipe.info.shape, wish.seed, wish.other, wish.mix)
         pixels = pipe.render(z, cond, pipe.noise_of(wish.seed, [0]))

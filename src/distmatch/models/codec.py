@@ -7,33 +7,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distmatch.errors import UserError
 from distmatch.extras import need
-from distmatch.finite import check_weights
-from distmatch.models.hub import check_scaling, network
+from distmatch.models.hub import network, outline
 
 
 class Decoder(nn.Module):
-    """`(latents f[B,4,h,w]) -> images f[B,3,8h,8w]` in about [-1, 1], not clamped; gradients go through.
+    """`(latents f[B,C,h,w]) -> images f[B,3,8h,8w]` in about [-1, 1], not clamped; gradients go through.
 
     Latents are scaled as the diffusion model sees them.
 
     Args:
-        source: a model in diffusers' format, whose own autoencoder it is; or, `tiny`, a tiny autoencoder for its
-            latents such as madebyollin/taesd (folder or model id).
+        vae: diffusers' autoencoder, whose decoder is frozen and whose encoder goes.
         checkpointing: recompute activations in the backward pass instead of keeping them. At 512 x 512 the full decoder
             keeps some gigabytes per image otherwise.
     """
 
-    def __init__(self, source: str, tiny: bool = False, checkpointing: bool = False):
+    def __init__(self, vae: Any, checkpointing: bool = False):
         super().__init__()
-        need("diffusers", by=source)
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
-        vae: Any = network(source, "", AutoencoderTiny) if tiny else network(source, "vae", AutoencoderKL)
-        check_scaling(vae.config, source, means=not tiny)
         del vae.encoder
-        check_weights(vae.state_dict(), f"{source}, autoencoder")
         self.vae: Any = vae.eval().requires_grad_(False)
         self.checkpointing = checkpointing
 
@@ -49,6 +41,19 @@ class Decoder(nn.Module):
         return self.vae.decode(z, return_dict=False)[0]
 
 
+def tiny_decoder(source: str, checkpointing: bool = False, weights: bool = True) -> Decoder:
+    """The decoder of a tiny autoencoder such as madebyollin/taesd (folder or model id).
+
+    Without `weights` it is built from its settings alone.
+    """
+    need("diffusers", by=source)
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    vae = (network if weights else outline)(source, "", AutoencoderTiny)
+    check_scaling(vae.config, source, means=False)
+    return Decoder(vae, checkpointing)
+
+
 def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Latents f[B,C,h,w] as the autoencoder has them, from those that the diffusion model sees."""
     z = latents / config["scaling_factor"]
@@ -56,6 +61,18 @@ def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
         return z
     mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
     return z * std + mean
+
+
+def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:
+    """Raise `UserError` where an autoencoder's settings scale latents otherwise than the pipeline does.
+
+    Stable Diffusion's has `scaling_factor` alone, that of XL (`means`) also both of `latents_mean`, `latents_std`.
+    """
+    shift, mean, std = (vae.get(name) for name in ("shift_factor", "latents_mean", "latents_std"))
+    if shift:
+        raise UserError(f"{source}: its autoencoder has shift_factor {shift}, which its pipeline leaves out; set 0")
+    if (mean is None) != (std is None) or (mean is not None and not means):
+        raise UserError(f"{source}: its autoencoder has latents_mean {mean}, latents_std {std}; expected none")
 
 
 class Decoded:

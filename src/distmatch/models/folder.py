@@ -22,11 +22,11 @@ from distmatch.errors import UserError
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
+from distmatch.models.diffusers import families as diffusers
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.info import Info
 from distmatch.models.layout import build, shapes_in
 from distmatch.models.mlp import MLP
-from distmatch.models.stable import StableUNet
 from distmatch.models.unet import UNet
 from distmatch.plain import fitting, read_json
 from distmatch.schedule import EDM, VP, Flow, Schedule
@@ -39,7 +39,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "song": SongUNet,
     "dhariwal": DhariwalUNet,
-    "stable": StableUNet,
+    **diffusers.NETWORKS,
 }
 
 SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "iddpm": IDDPM, "vp": VP, "flow": Flow}

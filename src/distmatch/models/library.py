@@ -1,21 +1,32 @@
 """Models by name or path: `mnist` and other models of the package, a folder of a model or a run, `edm:FILE`,
-`diffusers:FOLDER_OR_ID`, `mixture:NAME`.
+`diffusers:FOLDER_OR_ID`, `mixture:NAME`; and the family of each.
 """
 
-import re
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from distmatch.config import recipes
 from distmatch.denoiser import Denoiser
 from distmatch.errors import UserError
-from distmatch.models.folder import Info, load_model
-from distmatch.models.mixture import MIXTURES
+from distmatch.models.diffusers.families import family_in
+from distmatch.models.family import Components, Family
+from distmatch.models.folder import load_model
+from distmatch.models.info import Info
+from distmatch.models.mixture import Mixtures
+from distmatch.models.published import Published
 from distmatch.paths import ASSETS, expand
 from distmatch.schedule import Schedule
 from distmatch.terminal import command
+
+FAMILIES: dict[str, Family] = {"mixture": Mixtures(), "edm": Published()}
+"""By scheme; those of `diffusers:` have a table of their own."""
+
+BARE = Family()
+"""Of models that are a network and nothing else."""
 
 
 def find_model(
@@ -32,29 +43,49 @@ def find_model(
 
     Raises `UserError` when nothing of that name exists, or when it is of the other kind.
     """
-    name = expand(name)
-    scheme, _, rest = name.partition(":")
-    if scheme == "mixture":
-        if rest not in MIXTURES:
-            raise UserError(f"mixture {rest!r} is unknown; expected one of {', '.join(MIXTURES)}")
-        mixture = MIXTURES[rest]()
-        return mixture, Info(shape=(mixture.dim,))
-    if scheme == "edm":
-        from distmatch.models.published import cached_edm
-
-        denoiser, info = cached_edm(rest)
-    elif scheme == "diffusers":
-        from distmatch.models.pretrained import load_stable
-
-        if not Path(rest).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", rest):  # or a hub would be asked for it
-            raise UserError(f"{name}: {rest!r} is neither a folder here nor a model id, OWNER/NAME")
-        denoiser, info = load_stable(rest)
-    else:
-        denoiser, info = load_model(model_folder(name, kind), net, schedule)
+    family, source = _by_scheme(name)
+    denoiser, info = family.load(source) if family else load_model(model_folder(source, kind), net, schedule)
     if bool(info.times) != (kind == "student"):
         have = "student" if info.times else "teacher"
         raise UserError(f"{name} is a {have}; a {kind} is needed here")
     return denoiser, info
+
+
+def outline(teacher: str) -> tuple[Denoiser, Info]:
+    """The teacher called `teacher` on the meta device, for plans.
+
+    Published checkpoints are known by name and models in diffusers' format by their settings; their weights are not
+    read. Raises `UserError` where a model is not known.
+    """
+    family, source = _by_scheme(teacher)
+    if family:
+        return family.outline(source)
+    denoiser, info = find_model(teacher, "teacher")
+    return denoiser.to("meta"), info
+
+
+def family_of(info: Info) -> Family:
+    """The family that answers for the model of `info`. Raises `UserError` where its source cannot be had."""
+    return family_in(info.source) if info.source else BARE
+
+
+def components(info: Info, device: torch.device | str = "cpu") -> Components:
+    """What the model of `info` has besides its network, loaded once per source and device."""
+    return _components(info.source, str(device)) if info.source else Components()
+
+
+@cache
+def _components(source: str, device: str) -> Components:
+    return family_in(source).components(source, device)
+
+
+def _by_scheme(name: str) -> tuple[Family | None, str]:
+    """The family that `name` says, and what it says of it; none for the name of a folder."""
+    name = expand(name)
+    scheme, _, source = name.partition(":")
+    if scheme == "diffusers":
+        return family_in(source), source
+    return (FAMILIES[scheme], source) if scheme in FAMILIES else (None, name)
 
 
 def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:

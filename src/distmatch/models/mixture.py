@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.errors import UserError
+from distmatch.models.family import Family
+from distmatch.models.info import Info
 from distmatch.schedule import EDM, Schedule
 
 
@@ -148,3 +150,13 @@ def _toy2d() -> Mixture:
 
 MIXTURES: dict[str, Callable[[], Mixture]] = {"toy2d": _toy2d}
 """Mixtures by name, for `teacher: mixture:NAME`."""
+
+
+class Mixtures(Family):
+    """Mixtures by name."""
+
+    def load(self, source: str) -> tuple[Denoiser, Info]:
+        if source not in MIXTURES:
+            raise UserError(f"mixture {source!r} is unknown; expected one of {', '.join(MIXTURES)}")
+        mixture = MIXTURES[source]()
+        return mixture, Info(shape=(mixture.dim,))

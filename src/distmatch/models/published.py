@@ -16,7 +16,9 @@ from distmatch.errors import UserError
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
 from distmatch.models.edm import DhariwalUNet, SongUNet
-from distmatch.models.folder import Info, load_model, save_model
+from distmatch.models.family import Family
+from distmatch.models.folder import load_model, save_model
+from distmatch.models.info import Info
 from distmatch.models.layout import build
 from distmatch.paths import CACHE, expand
 from distmatch.progress import console
@@ -49,6 +51,24 @@ FIXED = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "C_1": 0
 """Arguments of the preconditionings that are built in here."""
 UNUSED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "img_channels", "label_dropout", *FIXED}
 """Arguments that the network's constructor does not get: read elsewhere, or of no effect outside training."""
+
+
+class Published(Family):
+    """The EDM paper's networks, by a file or a URL."""
+
+    def load(self, source: str) -> tuple[Denoiser, Info]:
+        return cached_edm(source)
+
+    def outline(self, source: str) -> tuple[Denoiser, Info]:
+        """By the checkpoint's name: the file need not be there."""
+        name = Path(source).stem
+        if name not in PUBLISHED:
+            raise UserError(f"teacher 'edm:{source}' is no published checkpoint; import it and name its folder")
+        kind, arguments = PUBLISHED[name]
+        with torch.device("meta"):
+            net: Any = kind(**arguments)
+        info = Info((3, *[net.config["img_resolution"]] * 2), tuple(map(str, range(net.config["label_dim"]))))
+        return Denoiser(net, EDM(), Prediction("edm")), info
 
 
 def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:

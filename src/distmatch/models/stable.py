@@ -1,18 +1,43 @@
-"""The U-Net of Stable Diffusion 1.x, 2.x and XL as one of our networks, and its adapters."""
+"""Stable Diffusion 1.x, 2.x and XL: their U-Net as one of our networks, and what each of the two families answers.
+
+Everything is read from the model's own configurations; nothing is decided by its name.
+"""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from distmatch.denoiser import Cond
+from distmatch.denoiser import Cond, Denoiser, Prediction
+from distmatch.errors import UserError
 from distmatch.extras import need
+from distmatch.models.codec import check_scaling
+from distmatch.models.diffusers.family import DiffusersFamily
+from distmatch.models.diffusers.lora import adapters, add_adapters, merge_adapters
+from distmatch.models.diffusers.schedulers import PREDICTIONS, one_step_scheduler, prediction_of, schedule_of
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
+from distmatch.models.hub import Settings, config, index, network
+from distmatch.models.info import Info
+from distmatch.schedule import VP
 
-ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-"""The linear layers of the transformer blocks, which adapters are put beside."""
+TOKENS = 77
+"""The length of CLIP's texts."""
+
+TEXT_ALONE: dict[str, tuple[Any, ...]] = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "addition_embed_type": (None, "text_time"),
+}
+"""Settings of a U-Net's further inputs, and their values where it has none but SDXL's."""
+
+
+PLAIN = {"thresholding": False, "clip_sample": False, "skip_prk_steps": True}
+"""Settings of a scheduler that change what is sampled, and the values that are followed."""
 
 
 class StableUNet(nn.Module):
@@ -41,13 +66,13 @@ class StableUNet(nn.Module):
         self.null_pooled: Tensor
         self.register_buffer("null_text", torch.zeros(1, *text))
         self.register_buffer("null_pooled", torch.zeros(1, pooled))
-        self.lora, self.guidance = lora, guidance
+        self.lora, self.guidance = 0, guidance
         if guidance:
             embedding = self.unet.time_embedding
             embedding.cond_proj = GuidanceInput(embedding.linear_1.in_features)
             self.unet.register_to_config(time_cond_proj_dim=CHANNELS)
         if lora:
-            add_adapters(self.unet, lora)
+            self._adapt(lora)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,42 +96,171 @@ class StableUNet(nn.Module):
     def with_adapters(self, rank: int) -> "StableUNet":
         """The same function with adapters of `rank`; all but they is frozen."""
         net = copy.deepcopy(self)
-        net.lora = rank
-        add_adapters(net.unet, rank)
+        net._adapt(rank)
         return net
 
     def merged(self) -> "StableUNet":
         """The same function without adapters: they are added to the weights."""
         net = copy.deepcopy(self)
         if net.lora:
-            net.unet.fuse_lora()
-            net.unet.unload_lora()
+            merge_adapters(net.unet)
             net.lora = 0
         return net
 
-
-def add_adapters(unet: Any, rank: int) -> None:
-    """Adapters (LoRA, arXiv 2106.09685) beside the linear layers of the transformer blocks; the rest is frozen."""
-    need("peft", by="student.lora_rank")
-    from peft import LoraConfig
-
-    unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ADAPTED))
-    if unet.config.time_cond_proj_dim:  # a guidance scale that is an input has weights of its own
-        unet.time_embedding.cond_proj.requires_grad_(True)
+    def _adapt(self, rank: int) -> None:
+        self.lora = rank
+        add_adapters(self.unet, rank)
+        if self.guidance:  # a scale that is an input has weights of its own
+            self.unet.time_embedding.cond_proj.requires_grad_(True)
 
 
-def adapters(net: StableUNet) -> dict[str, Tensor]:
-    """The adapters' weights, named as diffusers' `save_lora_weights` takes them."""
-    need("peft", by="a LoRA")
-    from peft.utils.save_and_load import get_peft_model_state_dict
+class StableDiffusion(DiffusersFamily):
+    """Stable Diffusion 1.x and 2.x."""
 
-    return get_peft_model_state_dict(net.unet)
+    sampler = "pndm"
+    networks: ClassVar[Mapping[str, type[nn.Module]]] = {"stable": StableUNet}
+    kinds: ClassVar[Mapping[str, str]] = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    untouched: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    scheduler: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+    """What its pipeline sets in the scheduler, whatever the file says."""
+    means = False
+    """Whether its pipeline follows the autoencoder's `latents_mean` and `latents_std`."""
+
+    def settings(self, source: str) -> Settings:
+        _, parts = index(source)
+        scheduler = config(source, "scheduler_config.json", "scheduler")
+        schedule, prediction = schedule_of(scheduler, source), prediction_of(scheduler, source)
+        scheduler |= self.scheduler
+        for name, plain in PLAIN.items():
+            if scheduler.get(name, plain) != plain:
+                value = scheduler[name]
+                raise UserError(f"{source}: the scheduler's {name} {value!r} is not followed; set it to {plain}")
+        unet, vae = config(source, "config.json", "unet"), config(source, "config.json", "vae")
+        if vae.get("_class_name") != "AutoencoderKL":
+            raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
+        check_scaling(vae, source, self.means)
+        shape = _latents(unet, vae, source)
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return Settings(parts, scheduler, schedule, prediction, unet, shape, (shape[1] * factor, shape[2] * factor))
+
+    def load(self, source: str) -> tuple[Denoiser, Info]:
+        need("diffusers", by=source)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        if Path(source).is_dir():
+            source = str(Path(source).resolve())  # students name it, wherever they are used
+        known = self.settings(source)
+        unet: Any = network(source, "unet", UNet2DConditionModel)
+        null = self.text_encoder(source).null()
+        assert null.text is not None
+        pooled = null.extra.get("pooled")
+        net = StableUNet(unet, (null.text.shape[1], null.text.shape[2]), 0 if pooled is None else pooled.shape[1])
+        net.null_text.copy_(null.text)
+        if pooled is not None:
+            net.null_pooled.copy_(pooled)
+        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
+
+    def outline(self, source: str) -> tuple[Denoiser, Info]:
+        known = self.settings(source)
+        unet = known.network
+        time = unet.get("addition_time_embed_dim")
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * time if time else 0
+        with torch.device("meta"):
+            net = StableUNet(unet, (TOKENS, unet["cross_attention_dim"]), pooled)
+        return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+
+    def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
+        return Cond(text=_states(pipe, prompts, negative)[negative])
+
+    def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
+        return Cond(text=torch.empty(n, *_stable(net).null_text.shape[1:]))
+
+    def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
+        net, scheduler = self._exported(student, info)
+        theirs, width = self.settings(source), "cross_attention_dim"
+        if (theirs.shape, theirs.network.get(width)) != (info.shape, net.unet.config[width]):
+            raise UserError(
+                f"{source} makes latents {theirs.shape} of texts {theirs.network.get(width)} wide, the student "
+                f"{info.shape} of {net.unet.config[width]}; expected the model that it was made from, {info.source}"
+            )
+        pipe = self.pipeline(source, dtype, unet=net.merged().unet)
+        pipe.register_modules(scheduler=scheduler)
+        return pipe.to(dtype=dtype)  # all of one kind, whatever the source's files have
+
+    def student_lora(self, student: Denoiser, info: Info) -> tuple[dict[str, Any], Any]:
+        net, scheduler = self._exported(student, info)
+        if not net.lora:
+            raise UserError("the student has no adapters: it was trained without student.lora_rank; export diffusers")
+        if net.guidance:
+            raise UserError("the student takes a guidance scale, which a LoRA cannot carry; export diffusers")
+        return {"unet_lora_layers": adapters(net.unet)}, scheduler
+
+    def _exported(self, student: Denoiser, info: Info) -> tuple[StableUNet, Any]:
+        """The student's network, and the scheduler whose one step is its own."""
+        if type(student.schedule) is not VP or not info.times:
+            raise UserError("the student has another schedule than a Stable Diffusion has; it cannot be exported")
+        t, *later = info.times
+        if later:
+            raise UserError(
+                f"the student makes an image in {len(info.times)} steps; only students of one step can be exported. "
+                "Use distmatch.DistilledPipeline"
+            )
+        prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == student.prediction.name)
+        return _stable(student.net), one_step_scheduler(student.schedule, t, prediction)
 
 
-def write_adapters(net: StableUNet, folder: Path) -> None:
-    """The adapters as a LoRA in diffusers' format: `pytorch_lora_weights.safetensors`."""
-    need("diffusers", "transformers", by="a LoRA")
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL: two encoders, a pooled text, and the size that it was told of in training."""
 
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=dict(adapters(net)))
+    untouched: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
+    scheduler: ClassVar[Mapping[str, Any]] = {}
+    means = True
+
+    def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
+        """`text`, `extra["pooled"] f[B,P]`, and `extra["size"] f[B,6]`: an image neither scaled nor cropped."""
+        text, negative_text, pooled, negative_pooled = _states(pipe, prompts, negative)
+        size = torch.tensor([*known.size, 0, 0, *known.size], device=pipe.device, dtype=torch.float32)
+        size = size.expand(len(prompts), -1)
+        if negative:
+            return Cond(text=negative_text, extra={"pooled": negative_pooled, "size": size})
+        return Cond(text=text, extra={"pooled": pooled, "size": size})
+
+    def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
+        pooled = torch.empty(n, _stable(net).null_pooled.shape[1])
+        return Cond(text=super().example_cond(net, info, n).text, extra={"pooled": pooled, "size": torch.empty(n, 6)})
+
+
+def _stable(net: nn.Module) -> StableUNet:
+    if not isinstance(net, StableUNet):
+        raise UserError(f"the network {type(net).__name__} is none of Stable Diffusion's")
+    return net
+
+
+def _states(pipe: Any, prompts: list[str], negative: bool) -> Any:
+    """(text, negative text) and, for SDXL, (pooled, negative pooled) as well; negative ones on demand."""
+    return pipe.encode_prompt(
+        prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=negative
+    )
+
+
+def _info(source: str, known: Settings) -> Info:
+    card = {"diffusers": source}
+    return Info(known.shape, source=source, scheduler=known.scheduler, card=card, text=True, latent=True)
+
+
+def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int]:
+    """(C, h, w) of the latents, where the U-Net takes them, text, and nothing besides."""
+    channels = unet.get("in_channels", 4)
+    if not channels == unet.get("out_channels", 4) == vae.get("latent_channels", 4):
+        raise UserError(
+            f"{source}: its U-Net takes {channels} channels and makes {unet.get('out_channels', 4)} of latents of "
+            f"{vae.get('latent_channels', 4)}; models of inpainting, depth or instructions (Pix2Pix) are not known here"
+        )
+    for name, plain in TEXT_ALONE.items():
+        if unet.get(name) not in plain:
+            raise UserError(f"{source}: its U-Net has {name} {unet[name]!r}; expected a network of text alone")
+    side = unet.get("sample_size")
+    if side is None:
+        raise UserError(f"{source}: unet/config.json has no sample_size; add it: 64 for images of 512 x 512")
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return channels, height, width

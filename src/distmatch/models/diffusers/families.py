@@ -1,0 +1,34 @@
+"""The families in diffusers' format, by the class in their `model_index.json`: one line each."""
+
+import re
+from pathlib import Path
+
+from torch import nn
+
+from distmatch.errors import UserError
+from distmatch.models.diffusers.family import DiffusersFamily
+from distmatch.models.hub import index
+from distmatch.models.stable import StableDiffusion, StableDiffusionXL
+
+FAMILIES: dict[str, DiffusersFamily] = {
+    "StableDiffusionPipeline": StableDiffusion(),
+    "StableDiffusionXLPipeline": StableDiffusionXL(),
+}
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    name: network for family in FAMILIES.values() for name, network in family.networks.items()
+}
+"""Their networks by the names that they have in model folders."""
+
+
+def family_in(source: str) -> DiffusersFamily:
+    """The family of the model `source`, a folder in diffusers' format or a model id.
+
+    Raises `UserError` where there is no such model, or it is of none of `FAMILIES`.
+    """
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # or a hub would be asked for it
+        raise UserError(f"{source!r} is neither a folder here nor a model id, OWNER/NAME")
+    kind = index(source)[0]
+    if kind not in FAMILIES:
+        raise UserError(f"{source} is a {kind}; expected {' or '.join(FAMILIES)}")
+    return FAMILIES[kind]

@@ -1,0 +1,50 @@
+"""diffusers' schedulers: what their settings mean to us, and one whose only step is a student's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distmatch.errors import UserError
+from distmatch.extras import need
+from distmatch.schedule import VP
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+"""diffusers' `prediction_type` in our words."""
+
+
+def schedule_of(scheduler: Mapping[str, Any], source: str) -> VP:
+    """The noise schedule of a diffusers scheduler's settings. Raises `UserError` for one without betas."""
+    try:
+        return VP.from_scheduler(scheduler)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def prediction_of(scheduler: Mapping[str, Any], source: str) -> str:
+    """What the network of a model with this scheduler predicts."""
+    kind = str(scheduler.get("prediction_type", "epsilon"))
+    if kind not in PREDICTIONS:
+        raise UserError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
+    return PREDICTIONS[kind]
+
+
+def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
+    """diffusers' DDIM with the one step of `G(z) = mu(z, t)`: at `t`, straight to `x0`.
+
+    With `trailing` spacing, a single step is at the last of the trained times: the betas behind `t` are cut off.
+
+    Raises `UserError` for a `t` that is no whole step.
+    """
+    need("diffusers", by="export")
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    if t != int(t) or not 0 < t <= schedule.t_max:
+        raise UserError(f"student.times is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
+    return DDIMScheduler(
+        num_train_timesteps=int(t) + 1,
+        trained_betas=schedule.table()[: int(t) + 1].tolist(),
+        clip_sample=False,
+        steps_offset=1,  # not used by this spacing; others are warned of
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        prediction_type=prediction,
+    )
