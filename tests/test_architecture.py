@@ -75,7 +75,7 @@ FLOORS = [
     ["recipe_entries"],
     ["recipe_mistakes"],
     ["files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["entry", "watch", "betas", "options", "plain", "extras", "process", "paths"],
+    ["entry", "watch", "betas", "ranges", "options", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
     ["errors"],
 ]

@@ -172,7 +172,7 @@ def little_memory(most: int = 50 * limits.MB):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network": 5}, "is damaged"),
+        ({"network": 5}, "config.json has the wrong form: network: input should be a valid dictionary, not 5"),
         (
             {"network": {"type": "unet", "widths": [10**9, 10**9]}},
             "cannot be built: widths is 1000000000, and all",
@@ -188,6 +188,27 @@ def little_memory(most: int = 50 * limits.MB):
         ({"shape": [1, -8, 8]}, r"config.json: shape is \(1, -8, 8\); expected"),
         ({"shape": "abc"}, "config.json has the wrong form: shape"),
         ({"classes": [1, 2, 3]}, "config.json has the wrong form: classes.0"),
+        ({"classes": ["a", "b"]}, "config.json: its network is for 3 classes, and it says 2 of them"),
+        ({"classes": ["a", "b", "c", "d"]}, "its network is for 3 classes, and it says 4"),
+        ({"shape": [3, 8, 8]}, "its network is for 1 channels, and it says 3"),
+        (
+            {"network": "unet"},
+            "config.json has the wrong form: network: input should be a valid dictionary, not 'unet'",
+        ),
+        ({"schedule": "edm"}, "config.json has the wrong form: schedule: input should be a valid dictionary"),
+        ({"prediction": None}, "config.json has the wrong form: prediction"),
+        ({"prediction": {"sigma_data": "x"}}, "config.json: prediction: sigma_data is 'x'; expected a number"),
+        ({"prediction": {"sigma_data": 0}}, "config.json: prediction: sigma_data is 0; expected a positive number"),
+        ({"schedule": {"type": "edm", "sigma_min": 100}}, "config.json: EDM: sigma_min is 100 and sigma_max 80.0"),
+        ({"schedule": {"type": "edm", "sigma_min": "a"}}, "EDM: sigma_min is 'a'; expected a number"),
+        ({"schedule": {"type": "edm", "rho": 0}}, "EDM: rho is 0; expected 0.1 to 100"),
+        (
+            {"schedule": {"type": "vp", "steps": 10**11}},
+            "VP: steps is 100000000000; expected a whole number up to 100,000",
+        ),
+        ({"card": {"recipe": [1]}}, "config.json: card has the wrong form: recipe"),
+        ({"card": {"recipe": {"match": 3}}}, "config.json: card.recipe.match has the wrong form"),
+        ({"card": {"teach": "x"}}, "config.json: card has the wrong form: teach"),
         ({"t": float("nan")}, "config.json: t is nan; expected a time"),
         ({"t": 1e9}, "config.json: t is 1000000000.0; expected a time"),
     ],

@@ -20,7 +20,7 @@ from distmatch.files import scratch, sweep
 from distmatch.models.folder import save_model
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, fingerprint
-from distmatch.preflight import CHECKS, Flight, checks
+from distmatch.preflight import CHECKS, Flight, checks, compiler, pairs
 from distmatch.recipe_entries import Recipe
 from distmatch.run import check, distil
 
@@ -207,6 +207,28 @@ def test_a_tracker_without_a_key_is_found_at_the_start(tmp_path, monkeypatch):
         check(recipe(log={"track": ["wandb"]}), tmp_path / "run", tmp_path / "runs", mine())
 
 
+def test_a_missing_compiler_is_found_at_the_start(tmp_path, monkeypatch):
+    def compiled(function, dynamic):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    flight = Flight(recipe(compile=True), tmp_path / "run", tmp_path / "runs", mine())
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    assert compiler(flight) == "compiles a first function"
+    monkeypatch.setattr(torch, "compile", compiled)
+    message = (
+        "compile: true, which needs a C.. compiler .*: a first function, cannot be made: .*No working C.. .*found$"
+    )
+    with pytest.raises(UserError, match=message):
+        compiler(flight)
+
+
+def test_pairs_that_are_fewer_than_a_batch_are_told(tmp_path):
+    few = Flight(recipe(pairs={"count": 1, "steps": 2}), tmp_path / "run", tmp_path / "runs", mine())
+    assert str(pairs(few)).endswith("0 of 1 shards there, fewer than regress.batch, so that batches hold some twice")
+    enough = Flight(recipe(), tmp_path / "run", tmp_path / "runs", mine())
+    assert str(pairs(enough)).endswith("0 of 1 shards there")
+
+
 def test_the_disk_is_asked_for_what_is_still_to_be_written(tmp_path, monkeypatch):
     """Two states of 5 numbers and 3 of the fake score's ... are nothing beside the pairs: 4 of 8 x 8 x 4 bytes."""
     free = {"bytes": 0}
@@ -228,7 +250,7 @@ def test_check_says_what_it_found_and_leaves_nothing(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     found = dict(checks(Flight(load_recipe(str(file)), tmp_path / "runs" / "tiny", tmp_path / "runs")))
     assert [line.split()[:2] for line in told[:-1]] == [["✓", name] for name in found]
-    assert found.keys() == {c.__name__ for c in CHECKS} - {"packages", "trackers", "reference"}
+    assert found.keys() == {c.__name__ for c in CHECKS} - {"packages", "trackers", "compiler", "reference"}
     assert found["saving"].endswith("equal when read")
     assert sorted(tmp_path.rglob("*")) == before
 

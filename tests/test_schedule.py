@@ -18,6 +18,7 @@ from diffusers import (
 
 from distmatch import DistilledPipeline, Recipe, distil
 from distmatch.denoiser import Denoiser, Prediction
+from distmatch.errors import UserError
 from distmatch.iddpm import IDDPM, iddpm_sigmas
 from distmatch.models.folder import schedule_config, schedule_of
 from distmatch.pairs import fingerprint
@@ -94,6 +95,9 @@ def test_vp_is_diffusers_schedule(kind, settings):
         (CogVideoXDDIMScheduler(rescale_betas_zero_snr=False), "snr_shift_scale 3.0 shifts"),
         (DDPMScheduler(beta_schedule="laplace"), "beta_schedule 'laplace' is not known here; expected one of linear"),
         ({"beta_schedule": "linear", "beta_start": 0.1}, "says no num_train_timesteps"),
+        (DDPMScheduler().config | {"beta_start": [1]}, r"VP: beta_start is \[1\]; expected a number"),
+        (DDPMScheduler().config | {"num_train_timesteps": None}, "VP: steps is None; expected a number"),
+        (DDPMScheduler().config | {"beta_schedule": ["linear"]}, r"beta_schedule \['linear'\] is not known here"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -111,11 +115,37 @@ def test_schedulers_of_another_kind_are_refused_by_name(scheduler, message):
         ({"betas": [0.1, 1.0]}, "all between 0 and 1"),
         ({"beta_end": 2.0}, "all between 0 and 1"),
         ({"betas": [0.1, float("nan")]}, "all between 0 and 1"),
+        ({"betas": 5}, "VP: betas is 5; expected a list of numbers"),
+        ({"betas": [[0.1, 0.2]]}, "expected a list of numbers"),
+        ({"betas": "abc"}, "expected a list of numbers"),
+        ({"steps": 2.5}, "VP: steps is 2.5; expected a whole number up to 100,000"),
+        ({"steps": 10**9}, "VP: steps is 1000000000; expected"),
+        ({"steps": True}, "VP: steps is True; expected a number"),
+        ({"beta_start": None}, "VP: beta_start is None; expected a number"),
+        ({"beta_start": 0.02, "beta_end": 1e-4}, "VP: beta_start is 0.02, above beta_end, 0.0001"),
     ],
 )
 def test_what_is_no_vp_schedule_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         VP(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EDM(100, 80), "EDM: sigma_min is 100 and sigma_max 80; expected 0 < sigma_min < sigma_max"),
+        (lambda: EDM(-1, 80), "EDM: sigma_min is -1"),
+        (lambda: EDM(sigma_max=float("inf")), "EDM: sigma_max is inf; expected a number"),
+        (lambda: EDM(rho=0), "EDM: rho is 0; expected 0.1 to 100"),
+        (lambda: IDDPM(100), "sigma_min is 100"),
+        (lambda: Flow(2.0), "Flow: t_min is 2.0 and t_max 1.0; expected 0 < t_min < t_max <= 1"),
+        (lambda: Flow(t_max=1.5), "Flow: t_min is 0.001 and t_max 1.5"),
+        (lambda: Prediction("edm", -0.5), "prediction: sigma_data is -0.5; expected a positive number"),
+    ],
+)
+def test_numbers_that_make_no_schedule_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_iddpm_rounds_to_the_nearest_level():

@@ -68,5 +68,5 @@ def beta_settings(scheduler: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{kind}: beta_schedule {spacing!r} is not known here; expected one of {', '.join(SPACINGS)}")
     if absent := [name for name in ("num_train_timesteps", "beta_start", "beta_end") if name not in scheduler]:
         raise UserError(f"{kind} says no {absent[0]}; add it to its settings")
-    ends = {"beta_start": float(scheduler["beta_start"]), "beta_end": float(scheduler["beta_end"])}
-    return {**ends, "steps": int(scheduler["num_train_timesteps"]), "spacing": spacing}
+    ends = {name: scheduler[name] for name in ("beta_start", "beta_end")}
+    return {**ends, "steps": scheduler["num_train_timesteps"], "spacing": spacing}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.errors import UserError
 from distmatch.iddpm import iddpm_step
+from distmatch.ranges import check_sigma_data
 from distmatch.schedule import Schedule, expand
 
 
@@ -82,6 +83,7 @@ class Prediction:
     def __post_init__(self) -> None:
         if self.name not in PREDICTIONS:
             raise UserError(f"prediction {self.name!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
+        check_sigma_data(self.sigma_data)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """`(skip, out)`, each f[B]."""

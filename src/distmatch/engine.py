@@ -60,6 +60,12 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
         block.compile(backend=backend, dynamic=False)
 
 
+def try_compiler(device: torch.device) -> None:
+    """Compile one small function and its gradient, for whose lack of a compiler PyTorch raises one of many kinds."""
+    x = torch.ones(2, device=device, requires_grad=True)
+    torch.compile(lambda x: (2 * x + 1).sin(), dynamic=False)(x).sum().backward()
+
+
 def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]) -> nn.Module:
     """What to call in place of `network`, whose gradients are then the mean over the processes.
 

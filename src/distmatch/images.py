@@ -165,7 +165,7 @@ def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Te
         if numbers.max() >= len(names):
             raise UserError(f"label {numbers.max()} of {len(names)} classes, which have the numbers from 0 on")
         return numbers, names
-    order = names or _ordered(set(labels))
+    order: tuple[Any, ...] = names or _ordered(set(labels))
     number = {label: i for i, label in enumerate(order)}
     if strange := [label for label in labels if label not in number]:
         raise UserError(f"label {printable(strange[0])!r} is none of the classes {', '.join(map(str, order[:6]))}")

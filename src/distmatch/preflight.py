@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distmatch import build, data, parallel
 from distmatch.conditions import WHOLE, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
+from distmatch.engine import try_compiler
 from distmatch.errors import UserError
 from distmatch.evaluation import Space
 from distmatch.extras import need
@@ -180,6 +181,14 @@ def folder(flight: Flight) -> str | None:
     return f"{flight.out} can be written"
 
 
+def compiler(flight: Flight) -> str | None:
+    if not flight.recipe.compile:
+        return None
+    with tried("compile: true, which needs a C++ compiler and on a GPU also Triton: a first function"):
+        try_compiler(flight.device)
+    return "compiles a first function"
+
+
 def trackers(flight: Flight) -> str | None:
     if parallel.rank() == 0:
         for name in flight.recipe.log.track:
@@ -298,14 +307,15 @@ def saving(flight: Flight) -> str | None:
 
 def pairs(flight: Flight) -> str | None:
     """The stores that the stages ask for: none is another's, and they can be written where pairs are missing."""
-    found = []
+    recipe, found = flight.recipe, []
     for place, spec in flight.pairs().items():
         store = Folder(place)
         stored, sizes = agree(store, spec), store.sizes()
         there = min(spec.shards, sum(name.endswith(".safetensors") for name in sizes))
         if parallel.rank() == 0 and (stored is None or stored.count < spec.count or there < spec.shards):
             _writable(store)
-        found.append(f"{spec.count:,} in {place}, {there} of {spec.shards} shards there")
+        small = ", fewer than regress.batch, so that batches hold some twice" * (spec.count < recipe.regress.batch)
+        found.append(f"{spec.count:,} in {place}, {there} of {spec.shards} shards there{small}")
     return "; ".join(found)
 
 
@@ -333,6 +343,7 @@ CHECKS: Sequence[Check] = (
     batches,
     folder,
     trackers,
+    compiler,
     teacher,
     student,
     losses,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distmatch.betas import SPACINGS, beta_settings, log_alphas, spaced_betas
 from distmatch.errors import UserError
+from distmatch.ranges import betas_of, check_edm, check_flow, check_vp
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -55,6 +56,9 @@ class EDM(Schedule):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_edm(self.sigma_min, self.sigma_max, self.rho)
 
     @property
     def t_min(self) -> float:
@@ -103,8 +107,9 @@ class VP(Schedule):
         if self.spacing not in SPACINGS:
             raise UserError(f"VP: spacing {self.spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
         if self.betas is not None:
-            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+            object.__setattr__(self, "betas", betas_of(self.betas))
             object.__setattr__(self, "steps", len(self.betas))
+        check_vp(self.beta_start, self.beta_end, self.steps)
         betas = self.table() if self.steps > 0 else torch.empty(0)
         if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
             raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
@@ -145,6 +150,9 @@ class Flow(Schedule):
     t_min: float = 1e-3
     t_max: float = 1.0
     prior_std: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_flow(self.t_min, self.t_max)
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

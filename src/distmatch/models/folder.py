@@ -89,6 +89,12 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         config = read_json(file, dict[str, Any], AGAIN)
         if config.get("format") != FORMAT:
             raise UserError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
+        fitting(
+            {name: config.get(name) for name in ("network", "schedule", "prediction")},
+            str(file),
+            dict[str, dict[str, Any]],
+            AGAIN,
+        )
         network = dict(config["network"])
         kind: Any = network.pop("type")
         if kind is None and net is None:
@@ -101,15 +107,19 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         weights_file = folder / "model.safetensors"
         if net is None:
             net = build(f"{folder} is damaged: its network", NETWORKS[str(kind)], network, shapes_in(weights_file))
-        prediction = Prediction(**config["prediction"])
-        if prediction.name == "iddpm" and config["schedule"]["type"] == "edm":
-            config["schedule"]["type"] = "iddpm"  # imported before times were rounded to its levels
-        denoiser = Denoiser(net, schedule_of(config["schedule"], schedule), prediction)
+        try:
+            prediction = Prediction(**config["prediction"])
+            if prediction.name == "iddpm" and config["schedule"]["type"] == "edm":
+                config["schedule"]["type"] = "iddpm"  # imported before times were rounded to its levels
+            denoiser = Denoiser(net, schedule_of(config["schedule"], schedule), prediction)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
         info = _info(
             {name: config[name] for name in (*(f.name for f in fields(Info)), "t") if name in config},
             file,
             denoiser.schedule,
         )
+        _check_fit(network, info, file)
         weights = load_file(weights_file, config.get("weights"))
         net.load_state_dict(weights)
     except Damaged as error:
@@ -138,6 +148,9 @@ def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
         t = fitting(entries.pop("t"), f"{file}: t", float | None)
         entries["times"] = [] if t is None else [t]
     info = fitting(entries, str(file), Info)
+    made = {name: info.card[name] for name in ("teach", "imported", "recipe") if name in info.card}
+    fitting(made, f"{file}: card", dict[str, dict[str, Any]])
+    fitting(made.get("recipe", {}).get("match", {}), f"{file}: card.recipe.match", dict[str, Any])
     if min(info.shape, default=0) < 1:
         raise UserError(f"{file}: shape is {info.shape}; expected (channels, height, width), all of them positive")
     limits.check(math.prod(info.shape), limits.SAMPLE, f"{file}: shape {info.shape}", "numbers")
@@ -147,6 +160,19 @@ def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
     if any(later >= time for time, later in pairwise(info.times)):
         raise UserError(f"{file}: times are {list(info.times)}; expected falling ones")
     return info
+
+
+def _check_fit(network: dict[str, Any], info: Info, file: Path) -> None:
+    """Raise `UserError` where the settings of a `network` of ours are not for the images and classes of `info`."""
+    said = {
+        "classes": (network.get("classes", network.get("label_dim")), len(info.classes)),
+        "channels": (network.get("channels", network.get("in_channels")), info.shape[0]),
+        "rows": (network.get("img_resolution"), info.shape[1] if len(info.shape) == 3 else None),
+        "columns": (network.get("img_resolution"), info.shape[-1]),
+    }
+    for what, (takes, given) in said.items():
+        if takes is not None and takes != given:
+            raise UserError(f"{file}: its network is for {takes} {what}, and it says {given} of them. {AGAIN}")
 
 
 def schedule_config(schedule: Schedule) -> dict[str, Any]:
