@@ -148,7 +148,7 @@ def test_commands_from_classifier_to_figures(tmp_path):
     widths = ("--widths", 4, 6, 16)
     made = tiny.command("classifier", images, "-o", tmp_path / "c", "--steps", 30, "--batch", 8, *widths)
     assert made.returncode == 0, made.stderr
-    save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("dark", "light"), times=(80.0,)))
+    save_model(tmp_path / "student", tiny.teacher(classes=2), Info((1, 8, 8), ("dark", "light"), times=(80.0,)))
     arguments = ("eval", tmp_path / "student", "-n", 40, "--features", tmp_path / "c", "-o", tmp_path / "figures.json")
     done = tiny.command(*arguments, "--seed", 3)
     assert done.returncode == 0, done.stderr

@@ -25,10 +25,10 @@ def text_encoder(source: str):
 INFO = Info(shape=(1, 8, 8), classes=("a", "b", "c"))
 
 
-def teacher(seed: int = 0) -> Denoiser:
+def teacher(seed: int = 0, classes: int = 3) -> Denoiser:
     """A random network whose outputs depend on everything: no layer is left at its zero start."""
     torch.manual_seed(seed)
-    net = UNet(channels=1, classes=3, widths=(8, 16), blocks=1, patch=2)
+    net = UNet(channels=1, classes=classes, widths=(8, 16), blocks=1, patch=2)
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)

@@ -165,7 +165,8 @@ def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
 def _check_fit(network: dict[str, Any], info: Info, file: Path) -> None:
     """Raise `UserError` where the settings of a `network` of ours are not for the images and classes of `info`."""
     said = {
-        "classes": (network.get("classes", network.get("label_dim")), len(info.classes)),
+        # None at all is a model that takes no labels, of a network that does.
+        "classes": (network.get("classes", network.get("label_dim")) if info.classes else None, len(info.classes)),
         "channels": (network.get("channels", network.get("in_channels")), info.shape[0]),
         "rows": (network.get("img_resolution"), info.shape[1] if len(info.shape) == 3 else None),
         "columns": (network.get("img_resolution"), info.shape[-1]),
