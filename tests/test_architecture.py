@@ -74,8 +74,8 @@ FLOORS = [
     ["config", "recipe_docs"],
     ["recipe_entries"],
     ["recipe_mistakes"],
-    ["files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
-    ["entry", "watch", "betas", "ranges", "options", "plain", "extras", "process", "paths"],
+    ["ranges", "files", "rng", "ema", "clock", "finite", "unpickle", "parallel", "engine", "curves", "interrupt"],
+    ["entry", "watch", "betas", "options", "plain", "extras", "process", "paths"],
     ["limits", "disk", "screen"],
     ["errors"],
 ]

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
+from distmatch.betas import SPACINGS
 from distmatch.errors import UserError
 
 STEPS = 100_000
@@ -20,8 +23,10 @@ def check_edm(low: float, high: float, rho: float) -> None:
         raise UserError(f"EDM: rho is {rho}; expected 0.1 to 100, in the paper 7")
 
 
-def check_vp(start: float, end: float, steps: int) -> None:
-    """`beta_start <= beta_end`, and at most `STEPS` steps; what the betas are is looked at when they are there."""
+def check_vp(spacing: str, start: float, end: float, steps: int) -> None:
+    """A spacing that is known, `beta_start <= beta_end`, and at most `STEPS` steps."""
+    if spacing not in SPACINGS:
+        raise UserError(f"VP: spacing {spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
     _numbers("VP", beta_start=start, beta_end=end, steps=steps)
     if not isinstance(steps, int) or steps > STEPS:
         raise UserError(f"VP: steps is {steps}; expected a whole number up to {STEPS:,}")
@@ -35,6 +40,12 @@ def betas_of(values: Iterable[Any]) -> tuple[float, ...]:
         return tuple(map(float, values))
     except (TypeError, ValueError) as error:
         raise UserError(f"VP: betas is {values!r:.80}; expected a list of numbers") from error
+
+
+def check_betas(betas: Tensor) -> None:
+    """At least two, all between 0 and 1."""
+    if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
 
 
 def check_flow(low: float, high: float) -> None:

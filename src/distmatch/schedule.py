@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from distmatch.betas import SPACINGS, beta_settings, log_alphas, spaced_betas
+from distmatch.betas import beta_settings, log_alphas, spaced_betas
 from distmatch.errors import UserError
-from distmatch.ranges import betas_of, check_edm, check_flow, check_vp
+from distmatch.ranges import betas_of, check_betas, check_edm, check_flow, check_vp
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -104,15 +104,11 @@ class VP(Schedule):
     prior_std: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if self.spacing not in SPACINGS:
-            raise UserError(f"VP: spacing {self.spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
         if self.betas is not None:
             object.__setattr__(self, "betas", betas_of(self.betas))
             object.__setattr__(self, "steps", len(self.betas))
-        check_vp(self.beta_start, self.beta_end, self.steps)
-        betas = self.table() if self.steps > 0 else torch.empty(0)
-        if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-            raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
+        check_vp(self.spacing, self.beta_start, self.beta_end, self.steps)
+        check_betas(self.table() if self.steps > 0 else torch.empty(0))
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "VP":
