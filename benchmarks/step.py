@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distmatch import build
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond, Denoiser
-from distmatch.distill import Distiller, Regress
+from distmatch.distill import Distiller
 from distmatch.evaluation import hardware
 from distmatch.models.folder import Info, save_model
 from distmatch.recipe_entries import Recipe
@@ -100,18 +100,18 @@ def saved_for_backward(distiller: Distiller, info: Info, recipe: Recipe) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    n = sum(term.batch for term in distiller.terms) // recipe.accumulate
+    n = distiller.images_per_step // recipe.accumulate
     x, t, cond = inputs(n, info, distiller.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), distiller.autocast():
         alive = distiller.student(x, t + 1, cond)  # while it lives no storage is used twice
-        images = [alive[: term.batch // recipe.accumulate] for term in perceptual]
+        images = [alive[: recipe.regress.batch // recipe.accumulate] for _ in perceptual]
         also = [term.loss(x, torch.rand_like(x)) for term, x in zip(perceptual, images, strict=True)]
     del alive, also
     return sum(kept.values())
 
 
 def lpips_terms(distiller: Distiller, recipe: Recipe) -> list[Any]:
-    return [t for t in distiller.terms if isinstance(t, Regress) and recipe.regress.loss == "lpips"]
+    return [t for t in distiller.terms if t.name == "regress" and recipe.regress.loss == "lpips"]
 
 
 def inputs(n: int, info: Info, device: torch.device) -> tuple[Tensor, Tensor, Cond | None]:
@@ -142,7 +142,7 @@ def step(distiller) -> Callable[[], None]:
 def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) -> Callable[[], None]:
     device = distiller.device
     fake: Any = distiller.fake
-    both = sum(term.batch for term in distiller.terms)
+    both = distiller.images_per_step
     perceptual = lpips_terms(distiller, recipe)
 
     def backward(network: Denoiser, n: int) -> None:
@@ -153,7 +153,7 @@ def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) ->
         with distiller.autocast():
             backward(distiller.student, both)
             for term in perceptual:
-                x, y = (torch.rand(term.batch, *info.shape, device=device) for _ in range(2))
+                x, y = (torch.rand(recipe.regress.batch, *info.shape, device=device) for _ in range(2))
                 term.loss(x.requires_grad_(), y).backward()
             if fake is not None:
                 with torch.no_grad():

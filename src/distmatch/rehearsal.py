@@ -249,9 +249,7 @@ class _Stage:
         subject = build.Subject(self.teacher, replace(info, source=""), _Examples(self.example), "")
         self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
         batches = {"noise": self.match, "pairs": self.regress}
-        streams = {
-            name: _Examples(self.example, name, batches[name], info) for name in self.distiller.objective.streams
-        }
+        streams = {n: _Inputs(self.example, n, batches[n], info.shape) for n in self.distiller.objective.streams}
         self.distiller.objective = replace(self.distiller.objective, streams=streams)
         self.losses: list[nn.Module] = []
         for term in self.distiller.terms:
@@ -298,23 +296,32 @@ def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Con
 
 @dataclass
 class _Examples:
-    """Conditions, and a stream, without numbers; see `conditions.Conditions` and `terms.Stream`."""
+    """Conditions without numbers; see `conditions.Conditions`."""
 
     example: Callable[[int], Cond | None]
-    name: str = ""
-    batch: int = 0
-    info: Info | None = None
+
+    def at(self, numbers: Sequence[int]) -> Cond | None:
+        return self.example(len(numbers))
+
+    def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond | None:
+        return self.example(n)
+
+
+@dataclass
+class _Inputs:
+    """A stream without numbers; see `terms.Stream`."""
+
+    example: Callable[[int], Cond | None]
+    name: str
+    batch: int
+    shape: tuple[int, ...]
 
     @property
     def fresh(self) -> bool:
         return self.name == "noise"
 
-    def at(self, numbers: Sequence[int]) -> Cond | None:
-        return self.example(len(numbers))
-
     def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
-        assert self.info is not None
-        z, y = (torch.empty(self.batch, *self.info.shape) for _ in range(2))
+        z, y = (torch.empty(self.batch, *self.shape) for _ in range(2))
         return Start(z, self.example(self.batch), self.batch, torch.Generator(), None if self.fresh else y)
 
 

@@ -145,7 +145,8 @@ def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
     if entries.get("source"):  # of old, what had one was text-to-image on latents
         entries = {"text": True, "latent": True, **entries}
     if "t" in entries:  # of old, one time or none
-        t = fitting(entries.pop("t"), f"{file}: t", float | None)
+        one: Any = float | None
+        t = fitting(entries.pop("t"), f"{file}: t", one)
         entries["times"] = [] if t is None else [t]
     info = fitting(entries, str(file), Info)
     made = {name: info.card[name] for name in ("teach", "imported", "recipe") if name in info.card}
