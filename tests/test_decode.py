@@ -10,7 +10,8 @@ import torch
 from layouts import encoded, pixels, png, write
 from PIL import Image, PngImagePlugin
 
-from distmatch.images import load_images
+from distmatch.errors import UserError
+from distmatch.images import Images, load_images
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -44,6 +45,31 @@ def test_pictures_are_turned_upright(tmp_path, orientation):
     images = load_images(folder)
     assert np.array_equal(images.pixels[0].permute(1, 2, 0).numpy(), UPRIGHT[orientation](pixels(0)))
     assert ("1 turned upright by EXIF" in str(images)) == (orientation > 1)
+
+
+def test_an_orientation_in_xmp_alone_is_followed(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    images = load_images(write(tmp_path, {"a.png": encoded(pixels(0), pnginfo=info)}))
+    assert np.array_equal(images.pixels[0].permute(1, 2, 0).numpy(), UPRIGHT[6](pixels(0)))
+
+
+def test_masks_of_zero_and_one_are_told(tmp_path):
+    mask = np.eye(4, dtype=np.uint8)
+    images = load_images(write(tmp_path, {"a.png": encoded(mask)}))
+    assert "nearly black: no more than 1 of 255 in use" in str(images)
+    assert Images.of(torch.from_numpy(mask)[None]).account.notes == images.account.notes
+    assert Images.of(torch.from_numpy(16 * mask)[None]).account.notes == ()
+
+
+@pytest.mark.parametrize(("bits", "tag", "value", "words"), [(16, 262, 0, "0 is white"), (8, 339, 2, "are signed")])
+def test_tiffs_whose_numbers_mean_something_else_are_refused(tmp_path, bits, tag, value, words):
+    entries = {256: 4, 257: 4, 258: bits, 259: 1, 262: 1, 273: 134, 277: 1, 278: 4, 279: 2 * bits, 339: 1, tag: value}
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))  # TIFF 6.0: a header, a directory, the pixels
+    body = b"".join(struct.pack("<HHII", name, 4, 1, entry) for name, entry in sorted(entries.items()))
+    content = (head + body + bytes(4)).ljust(entries[273], b"\0") + bytes(2 * bits)
+    with pytest.raises(UserError, match=rf"a.tif \(.*{words}"):
+        load_images(write(tmp_path, {"a.tif": content}))
 
 
 def test_what_is_transparent_is_put_on_white(tmp_path):

@@ -133,6 +133,15 @@ def test_damaged_idx_files_are_named(tmp_path, name, content, message):
         load_images(write(tmp_path / "set", {**files, name: content}))
 
 
+def test_emnist_is_turned_upright_and_qmnist_refused(tmp_path):
+    images = load_images(write(tmp_path / "set", {f"emnist-letters-{n}": content for n, content in MNIST.items()}))
+    assert np.array_equal(images.pixels[:, 0].numpy(), DIGITS[:4].swapaxes(1, 2))
+    assert "rows and columns swapped, as EMNIST's" in str(images)
+    files = {"qmnist-test-images-idx3-ubyte": MNIST["t10k-images-idx3-ubyte"], "qmnist-test-labels-idx2-int": b""}
+    with pytest.raises(UserError, match="qmnist-test-labels-idx2-int holds QMNIST's labels"):
+        load_images(write(tmp_path / "q", files), "test")
+
+
 def parquet(rows: list[tuple[bytes | None, object]], label: str = "label", names: list[str] | None = None) -> bytes:
     """A table as Hugging Face's hub keeps them."""
     import io

@@ -33,6 +33,8 @@ ORIENTATION = 0x0112
 DEPTHS = (8, 10, 12, 14, 16)
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
+XMP = b"XML:com.adobe.xmp\0\0"
+"""How a note begins that may hold the orientation too, and is not compressed."""
 
 
 class Decoder:
@@ -102,13 +104,14 @@ class Decoder:
                 f"{self.place}: {_many(self.shallow, self.count)} have 16 bits per channel whose upper bits are empty, "
                 f"e.g. {printable(self.shallow[0])}, and would be nearly black; scale them to 8 bits first"
             )
-        return self.pixels, said
+        return self.pixels, said + dark(self.pixels)
 
     def _array(self, image: Image.Image, name: str, content: bytes | Image.Image) -> np.ndarray:
         """u8 or u16 [H,W] or u8[H,W,3]."""
         check(image.width * image.height, PIXELS, f"{image.width} x {image.height}", "pixels")
         several, turned = getattr(image, "is_animated", False), image.getexif().get(ORIENTATION, 1) in range(2, 9)
         deep = isinstance(content, bytes) and _deep(image, content)
+        _check_tiff(image)
         if turned:
             ImageOps.exif_transpose(image, in_place=True)
         plain, transparent = _plain(image)
@@ -134,6 +137,21 @@ class Decoder:
 
     def _bits(self) -> dict[str, list[str]]:
         return {f"{bits} bits": names for bits, names in self.depths.items()}
+
+
+def dark(pixels: np.ndarray) -> list[str]:
+    """What to say of `pixels u8[N,C,H,W]` that are nearly black, such as masks of 0 and 1."""
+    most = int(pixels.max(initial=0))
+    return [f"nearly black: no more than {most} of 255 in use"] if most < 16 else []
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """Raise `UserError` where Pillow would take a TIFF's numbers for others than they are."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(262) == 0 and image.mode.startswith("I"):
+        raise UserError("0 is white in it, at more than 8 bits; write it with 0 as black")
+    if 2 in tags.get(339, ()) and 8 in tags.get(258, ()):
+        raise UserError("its pixels are signed, of 8 bits; write them unsigned")
 
 
 def _plain(image: Image.Image) -> tuple[Image.Image, bool]:
@@ -167,13 +185,13 @@ def _formats() -> list[str]:
 
 
 def _without_text(content: bytes) -> bytes:
-    """A PNG without its notes, which may be of any size once unpacked; those that hold EXIF data stay."""
+    """A PNG without its notes, which may be of any size once unpacked; those that hold EXIF or XMP data stay."""
     if not content.startswith(PNG) or not any(kind in content for kind in TEXT):
         return content
     kept, at = [PNG], len(PNG)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4])
-        if content[at + 4 : at + 8] not in TEXT or content.startswith(b"Raw profile type", at + 8):
+        if content[at + 4 : at + 8] not in TEXT or content.startswith((b"Raw profile type", XMP), at + 8):
             kept.append(content[at:end])
         at = end
     return b"".join(kept)

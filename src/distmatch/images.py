@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distmatch.archives import Files, OneFile, open_files
 from distmatch.collect import as_pixels, collected, plain
-from distmatch.decode import SUFFIXES, Decoder
+from distmatch.decode import SUFFIXES, Decoder, dark
 from distmatch.errors import UserError
 from distmatch.layouts import arrange, visible
 from distmatch.screen import printable
@@ -95,6 +95,7 @@ class Images:
                 raise UserError("labels are given beside a data set; give them in it, as (image, label)")
             data, labels, classes, notes = collected(data, tuple(classes), value_range)
         pixels = as_pixels(torch.as_tensor(data), value_range)
+        notes = list(dict.fromkeys([*notes, *dark(pixels.numpy())]))
         if labels is None:
             return cls(pixels, None, (), Account("no classes: no labels were given", (), tuple(notes)))
         given = list(map(plain, plain(labels)))

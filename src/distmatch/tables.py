@@ -126,6 +126,10 @@ def _idx(files: Files, names: list[str], split: str) -> Table:
         raise UserError(f"{files.path} has idx files of several data sets: {every}; keep those of one")
     splits = {n: "train" if match[2] == "train" else "test" for n, match in found.items()}
     chosen, left_out = _of_split(files, splits, split)
+    if other := next((n for n in names if n.removesuffix(".gz").endswith("-labels-idx2-int")), None):
+        raise UserError(
+            f"{files.path}: {printable(other)} holds QMNIST's labels, of 8 numbers each, which are not read"
+        )
     arrays: dict[str, list[np.ndarray]] = {"images": [], "labels": []}
     for name, content in sorted(files.read(chosen)):
         dimensions = 3 if found[name][3] == "images" else 1
@@ -136,9 +140,12 @@ def _idx(files: Files, names: list[str], split: str) -> Table:
             f"{files.path}: {sum(map(len, images)):,} images and {sum(map(len, labels)):,} labels in "
             f"{printable(_bases(chosen))}; expected as many of both"
         )
+    pixels, notes = np.concatenate(images), []
+    if found[chosen[0]][1].lower().startswith("emnist"):
+        pixels, notes = pixels.swapaxes(1, 2), ["rows and columns swapped, as EMNIST's files have them"]
     given = np.concatenate(labels).tolist() if labels else None
     origin = f"from {_bases(chosen)}" if labels else f"no classes: {_bases(chosen)} alone"
-    return Table(np.concatenate(images)[:, None], given, (), origin, set(found), left_out)
+    return Table(pixels[:, None], given, (), origin, set(found), left_out, notes)
 
 
 def _idx_array(where: str, content: bytes, dimensions: int) -> np.ndarray:
