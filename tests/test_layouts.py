@@ -122,6 +122,10 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
         {"a.jpg.png": png(0), "a.cls": b"dog\n", "b.png": png(1), "b.cls": b"cat"}, "train",
         {0: "dog", 1: "cat"}, "cat, dog",
     ),
+    ".cls.txt": ({"a.png": png(0), "a.cls.txt": b"3", "b.png": png(1), "b.cls.txt": b"1"}, "train", {0: "3", 1: "1"},
+                 "2 classes from .cls files: 1, 3"),
+    "labels in JSON": ({"a.png": png(0), "a.json": b'{"label": 3}'}, "train", {0: None},
+                       "all in one folder (label in a.json and its like is not read; write .cls files)"),
     "hidden and of tools": (
         {**CATS, **{f"{f}/0.png": png(9) for f in (".thumbnails", "@eaDir", "__MACOSX", "cat/.ipynb_checkpoints")},
          "cat/._0.png": b"AppleDouble", "cat/.DS_Store": b""},
@@ -214,6 +218,9 @@ REFUSED = {
     ),
     "two numbers": ({"0.png": png(0), "dataset.json": b'{"labels": [["0.png", 0], ["0.png", 1]]}'}, "0.png has the"),
     "two .cls": ({"0.png": png(0), "0.cls": b"1", "0.x.cls": b"2"}, "0.png has the labels '1' and '2'"),
+    "a list of a split": ({**CATS, "meta/test.txt": b"cat/1"}, "meta/test.txt says which pictures are of a split"),
+    "a list of both": ({**CATS, "train_test_split.txt": b"1 0"}, "train_test_split.txt says which pictures are of a"),
+    "semicolons": ({"0.png": png(0), "metadata.csv": b"file_name;label\n0.png;cat\n"}, "something else than commas"),
     "two pictures of a sample": (
         {"0.png": png(0), "0.mask.png": png(1), "0.cls": b"1"}, "0.mask.png and 0.png share one .cls"
     ),

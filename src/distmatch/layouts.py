@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from posixpath import splitext
+from posixpath import basename, splitext
 
 from distmatch.archives import Files
 from distmatch.decode import SUFFIXES
@@ -36,6 +36,7 @@ KINDS = {
 }
 FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "dir", "folder"}
 """Words that stand beside the split's in names such as `train_images`, `seg_test`."""
+LISTS = {".txt", ".lst", ".list"}
 TOOLS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "lost+found", "$RECYCLE.BIN"}
 RUN = {"log.jsonl", "settings.json", "recipe.yaml"}
 """Files of a run, of which two, or one beside a folder of `RESULTS`, mark one."""
@@ -96,6 +97,7 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
     part = choose(place, pictures, split)
     if not part.settled:
         _check_deeper(place, part.names)
+        _check_lists(place, names)
     left_out = left_out + part.left_out
     found = read_labels(files, names, part.names)
     used = found.used if found else set()
@@ -217,6 +219,17 @@ def _check_deeper(place: str, names: Iterable[str]) -> None:
             raise UserError(
                 f"{place}: {printable(name)} stands in {printable(inner)} inside of other folders; splits are read "
                 "above the classes. Move them there (train/CLASS/...), or give --split all, which reads them all"
+            )
+
+
+def _check_lists(place: str, names: Iterable[str]) -> None:
+    """Refuse files such as `meta/test.txt` or `train_test_split.txt`, by which pictures of one folder are of splits."""
+    for name in names:
+        stem, suffix = splitext(basename(name))
+        if suffix.lower() in LISTS and (kind(stem) or {"train", "test"} <= set(re.findall("[a-z]+", stem.lower()))):
+            raise UserError(
+                f"{place}: {printable(name)} says which pictures are of a split, and such lists are not read. Put the "
+                "pictures into folders called train and test, or give --split all, which reads them all"
             )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -105,9 +106,9 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
 
 
 def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
-    cls = [n for n in names if n.endswith(".cls")]
+    cls = [n for n in names if n.endswith((".cls", ".cls.txt"))]
     if not cls:
-        return None
+        return _json(files, names, pictures)
     keys: dict[str, str] = {}
     for name in pictures:
         if (other := keys.setdefault(_key(name), name)) != name:
@@ -118,6 +119,20 @@ def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
     for name, content in files.read(cls):
         known.add(keys.get(_key(name), name), content.decode("utf-8", "replace").strip(), where)
     return Labels(known.of(pictures, where), "from .cls files", set(cls))
+
+
+def _json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
+    """A word on labels in a JSON beside each picture, which are not read."""
+    first = f"{_key(pictures[0])}.json" if pictures else ""
+    for name, content in files.read([first] if first in names else []):
+        try:
+            said: Any = json_of(content, name, object)
+        except UserError:
+            continue  # of another tool
+        if isinstance(said, dict) and (column := next((c for c in COLUMNS if c in said), None)):
+            seen = f"{column} in {printable(name)} and its like is not read; write .cls files"
+            return Labels(None, seen, final=False)
+    return None
 
 
 def _key(name: str) -> str:
@@ -133,7 +148,11 @@ def _rows(name: str, content: bytes, where: str) -> Iterator[Any]:
                 yield json_of(line, f"{where}, line {number}", object)
     elif name.endswith(".csv"):
         try:
-            yield from csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            heads = re.split(r"[;\t|]", next(iter(table.fieldnames or ()), ""))
+            if len(heads) > 1 and "file_name" in heads:
+                raise UserError(f"{where} is separated by something else than commas; expected file_name,label")
+            yield from table
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{where} is no CSV: {printable(error)}") from error
     else:
