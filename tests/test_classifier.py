@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from distmatch.files import write_json
 from distmatch.images import Images
-from distmatch.models.classifier import Classifier, _shifted, accuracy, train_classifier
+from distmatch.models.classifier import Classifier, Training, _shifted, accuracy, train_classifier
 from distmatch.models.library import ASSETS
 from distmatch.plain import read_json
 
@@ -25,7 +25,7 @@ def squares(n: int, seed: int) -> Images:
 
 def quick(**changes) -> Classifier:
     settings = {"steps": 60, "batch": 32, "lr": 5e-3, "seed": 0, **changes}
-    return train_classifier(squares(500, 1), squares(200, 2), **settings)
+    return train_classifier(squares(500, 1), squares(200, 2), Training(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ def test_folders_that_hold_no_classifier_are_refused(trained, tmp_path):
 
 def test_images_that_cannot_train_a_classifier_are_refused():
     good = squares(20, 1)
-    settings = {"steps": 1, "batch": 2, "lr": 1e-3, "seed": 0}
+    settings = Training(steps=1, batch=2, lr=1e-3)
     with pytest.raises(ValueError, match="the test images have no labels"):
-        train_classifier(good, Images(good.pixels, None, ()), **settings)
+        train_classifier(good, Images(good.pixels, None, ()), settings)
     with pytest.raises(ValueError, match=r"of 4 classes, test images \(1, 8, 8\) of 2"):
-        train_classifier(good, Images(good.pixels, good.labels, ("a", "b")), **settings)
+        train_classifier(good, Images(good.pixels, good.labels, ("a", "b")), settings)
     with pytest.raises(ValueError, match=r"\(1, 8, 8\) of 4 classes, test images \(1, 7, 8\)"):
-        train_classifier(good, Images(good.pixels[:, :, 1:], good.labels, good.classes), **settings)
+        train_classifier(good, Images(good.pixels[:, :, 1:], good.labels, good.classes), settings)
 
 
 def test_shifts_are_crops_of_the_edge_padded_image():

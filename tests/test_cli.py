@@ -6,7 +6,8 @@ import pytest
 import tiny
 import yaml
 
-from distmatch.cli import app, train
+from distmatch.cli import app
+from distmatch.commands.train import train
 
 COMMANDS = ["demo", "recipes", "train", "teach", "classifier", "pairs", "sample", "eval", "report"]
 

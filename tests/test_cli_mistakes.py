@@ -4,6 +4,7 @@ import inspect
 import re
 import signal
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,7 @@ import pytest
 import tiny
 from cyclopts import App
 
-from distmatch import build, cli, cli_models
+from distmatch import build, cli, options
 from distmatch.config import entries, load_recipe, meant
 from distmatch.features import load_real
 from distmatch.models.library import find_model
@@ -172,11 +173,9 @@ def test_what_commands_are_given_is_expanded_but_for_words_that_are_no_paths(hom
         return cli.app.parse_args(list(argv), exit_on_error=False, print_error=False)[1].arguments
 
     assert arguments("report", "~/a", "b", "--out=~/c") == {"runs": (home / "a", Path("b")), "out": home / "c"}
-    assert arguments("sample", "edm:~/a", "-p", "~/said", "-o", "~/o") == {
-        "model": f"edm:{home}/a",
-        "prompt": ["~/said"],
-        "out": home / "o",
-    }
+    found = arguments("sample", "edm:~/a", "-p", "~/said", "-o", "~/o")
+    said = found["options"]
+    assert (found["model"], said.prompt, said.out) == (f"edm:{home}/a", ["~/said"], home / "o")
     given = [
         "diffusers:~/sd",
         "~/student",
@@ -188,7 +187,8 @@ def test_what_commands_are_given_is_expanded_but_for_words_that_are_no_paths(hom
     ]
     found = arguments("compare", *given, "--features=inception:~/i")
     assert "~" not in str(found.values())
-    assert (found["teacher"], found["coco"], found["lora"]) == (f"diffusers:{home}/sd", home / "c", f"{home}/l")
+    said = found["options"]
+    assert (found["teacher"], said.coco, said.lora) == (f"diffusers:{home}/sd", home / "c", f"{home}/l")
 
 
 NO_PATHS = {"overrides", "label", "prompt", "column", "clip_model", "split", "device", "host", "gpu"}
@@ -197,12 +197,19 @@ NO_PATHS = {"overrides", "label", "prompt", "column", "clip_model", "split", "de
 def test_every_word_that_a_command_takes_is_a_path_or_known_to_be_none():
     """A new command's paths are expanded as well: a bare `str` or `Path` has to be named above."""
     for name, function in _commands(cli.app):
-        for parameter in inspect.signature(function).parameters.values():
+        for parameter in _parameters(function):
             kinds = [parameter.annotation, *get_args(parameter.annotation)]
             bare = {str, Path, str | None, Path | None, list[str] | None} & {k for k in kinds if _hashable(k)}
             marks = [mark for kind in kinds for mark in _marks(kind)]
-            marked = any(getattr(mark, "converter", None) is cli_models._place for mark in marks)
+            marked = any(getattr(mark, "converter", None) is options.place for mark in marks)
             assert marked or not bare or parameter.name in NO_PATHS, f"{name} {parameter.name}"
+
+
+def _parameters(function) -> list[inspect.Parameter]:
+    """What a command takes, the fields of its `Options` among them."""
+    own = list(inspect.signature(function).parameters.values())
+    inside = [inspect.signature(p.annotation).parameters.values() for p in own if is_dataclass(p.annotation)]
+    return [*own, *(parameter for parameters in inside for parameter in parameters)]
 
 
 def _commands(app: App, above: str = ""):
@@ -245,9 +252,9 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
     def interrupted(*_: object, **__: object):
         signal.raise_signal(signal.SIGINT)
 
-    for module, name in (("run", "sample"), ("lessons", "teach"), ("run", "pairs"), ("run", "pipeline")):
-        monkeypatch.setattr(f"distmatch.{module}.{name}", interrupted)
-    monkeypatch.setitem(__import__("distmatch.demo", fromlist=["DEMOS"]).DEMOS, "mnist", interrupted)
+    for work in ("sample.find_pipeline", "teach.train_teacher", "serve.find_pipeline", "demo.mnist"):
+        monkeypatch.setattr(f"distmatch.commands.{work}", interrupted)
+    monkeypatch.setattr("distmatch.run.pair_store", interrupted)
     code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
     assert code == 130
     assert said == f"distmatch: stopped; to go on: distmatch {line}" + (

@@ -23,9 +23,10 @@ from PIL import Image
 from test_parallel import together
 from torch import Tensor
 
-from distmatch import baselines, compare, parallel, rng, spaces
+from distmatch import baselines, comparison, evaluation, parallel, rng, spaces
 from distmatch.baselines import generators, load_lora, load_teacher, methods
-from distmatch.compare import lanczos, squares
+from distmatch.commands import compare
+from distmatch.comparison import Comparison, lanczos, squares
 from distmatch.denoiser import Cond
 from distmatch.metrics import Moments, frechet
 from distmatch.models.folder import Info, save_model
@@ -236,11 +237,11 @@ class Words:
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """No time for latencies, small feature spaces, and a reference in `real`."""
-    monkeypatch.setattr(compare, "SECONDS", 0.0)
-    monkeypatch.setattr(compare, "load_inception", lambda *_: Means())
+    monkeypatch.setattr(evaluation, "SECONDS", 0.0)
+    monkeypatch.setattr(comparison, "load_inception", lambda *_: Means())
     monkeypatch.setattr(spaces, "load_inception", lambda *_: Means())
-    monkeypatch.setattr(compare, "ClipScore", Words)
-    monkeypatch.setattr(compare, "reference", partial(compare.reference, cache=None))
+    monkeypatch.setattr("distmatch.clip.ClipScore", Words)
+    monkeypatch.setattr(comparison, "reference", partial(comparison.reference, cache=None))
     monkeypatch.setattr(baselines, "PNDM_STEPS", 5)
     monkeypatch.setattr(baselines, "SOLVERS", {"UniPC 4": baselines.SOLVERS["UniPC 4"]})
     (tmp_path / "real").mkdir()
@@ -248,7 +249,12 @@ def quick(monkeypatch, tmp_path):
     for i in range(6):
         pixels = generator.integers(0, 256, (3, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((300, 400)).save(tmp_path / "real" / f"{i}.png")
-    return {"features": "inception:w.pth", "reference": tmp_path / "real", "clip_weights": tmp_path / "clip"}
+    return {"features": "inception:w.pth", "reference": tmp_path / "real", "clip": tmp_path / "clip"}
+
+
+def compared(teacher: str, student: Any, prompts: list[str], out, **settings) -> list[dict[str, Any]]:
+    options = {"n": 30_000, "seed": 0, "device": "cpu", **settings}
+    return compare.compare_on(prompts, teacher, student, compare.Options(out=out, **options))
 
 
 def test_figures_are_those_of_the_reduced_images_and_stay_when_it_runs_again(
@@ -256,7 +262,7 @@ def test_figures_are_those_of_the_reduced_images_and_stay_when_it_runs_again(
 ):
     out = tmp_path / "out"
     settings = {"guidance": GUIDANCE, "n": 5, "seed": 4, "batch": 2, "picture": 3, **quick}
-    rows = compare.compare(teacher, STUDENT, PROMPTS, out, **settings)
+    rows = compared(teacher, STUDENT, PROMPTS, out, **settings)
     assert [row["name"] for row in rows] == ["student 1", "UniPC 4", "PNDM 5"]
     assert [row["nfe"] for row in rows] == [1, 8, 12]
     assert 0 < rows[0]["ms_per_image"] < rows[1]["ms_per_image"]
@@ -290,19 +296,19 @@ def test_figures_are_those_of_the_reduced_images_and_stay_when_it_runs_again(
     # Interrupted after two methods: they are not made again, and the third is the same as before.
     (out / "methods" / "pndm-5" / "figures.json").unlink()
     made = []
-    measured = compare.measure
+    measured = Comparison.measure
     monkeypatch.setattr(
-        compare, "measure", lambda method, *a, **k: made.append(method.name) or measured(method, *a, **k)
+        Comparison, "measure", lambda self, method, *a: made.append(method.name) or measured(self, method, *a)
     )
-    again = compare.compare(teacher, STUDENT, PROMPTS, out, **settings)
+    again = compared(teacher, STUDENT, PROMPTS, out, **settings)
     assert made == ["PNDM 5"]
     assert again[:2] == rows[:2]
     assert {**again[2], "ms_per_image": 0} == {**rows[2], "ms_per_image": 0}
     for change in ({"seed": 5}, {"guidance": 4.0}, {"n": 6}):
         with pytest.raises(ValueError, match=rf"other settings:\n  {next(iter(change))}: .* there, .* here"):
-            compare.compare(teacher, STUDENT, PROMPTS, out, **(settings | change))
+            compared(teacher, STUDENT, PROMPTS, out, **(settings | change))
     with pytest.raises(ValueError, match=r"prompts: "):
-        compare.compare(teacher, STUDENT, PROMPTS[::-1], out, **settings)
+        compared(teacher, STUDENT, PROMPTS[::-1], out, **settings)
     assert made == ["PNDM 5"]
 
 
@@ -320,7 +326,7 @@ def test_a_lora_leaves_the_teachers_columns_as_they_are(teacher, lora, columns):
 
 
 def test_without_features_only_the_picture_is_made(teacher, tmp_path, quick):
-    rows = compare.compare(teacher, None, PROMPTS, tmp_path / "out", n=1000, picture=2)
+    rows = compared(teacher, None, PROMPTS, tmp_path / "out", n=1000, picture=2)
     assert [set(row) for row in rows] == [{"name", "nfe", "images", "ms_per_image"}] * 2
     assert [row["images"] for row in rows] == [2, 2]
 
@@ -329,22 +335,22 @@ def test_the_last_column_is_tried_before_the_first_is_measured(teacher, tmp_path
     def none(*_):
         raise ValueError("no such scheduler")
 
-    found = compare.methods
-    monkeypatch.setattr(compare, "methods", lambda *a: [*found(*a)[:1], baselines.Method("last", 1, none)])
+    found = baselines.methods
+    monkeypatch.setattr(baselines, "methods", lambda *a: [*found(*a)[:1], baselines.Method("last", 1, none)])
     with pytest.raises(ValueError, match="no such scheduler"):
-        compare.compare(teacher, None, PROMPTS, tmp_path / "out", n=8, picture=2, **quick)
+        compared(teacher, None, PROMPTS, tmp_path / "out", n=8, picture=2, **quick)
     assert not (tmp_path / "out" / "methods").exists()
 
 
 def _compare_with_others(teacher: str, out, settings: dict[str, Any]) -> None:
     with parallel.joined():
-        rows = compare.compare(teacher, STUDENT, PROMPTS, out, **settings)
+        rows = compared(teacher, STUDENT, PROMPTS, out, **settings)
         assert bool(rows) == (parallel.rank() == 0)
 
 
 def test_two_processes_give_the_figures_and_pictures_of_one(teacher, tmp_path, quick):
     settings = {"guidance": GUIDANCE, "n": 5, "batch": 1, "picture": 3, **quick}
-    rows = compare.compare(teacher, STUDENT, PROMPTS, tmp_path / "1", **settings)
+    rows = compared(teacher, STUDENT, PROMPTS, tmp_path / "1", **settings)
     together(2, _compare_with_others, teacher, tmp_path / "2", settings)
     shared = json.loads((tmp_path / "2" / "compare.json").read_text())["rows"]
     assert [{**row, "ms_per_image": 0} for row in shared] == [{**row, "ms_per_image": 0} for row in rows]
@@ -356,7 +362,7 @@ def test_two_processes_give_the_figures_and_pictures_of_one(teacher, tmp_path, q
 def test_refusals(teacher, tmp_path, quick):
     def refused(message: str, teacher: str = teacher, student: Any = None, prompts=PROMPTS, **settings):
         with pytest.raises(ValueError, match=message):
-            compare.compare(teacher, student, prompts, tmp_path / "out", **({"picture": 1} | settings))
+            compared(teacher, student, prompts, tmp_path / "out", **({"picture": 1} | settings))
 
     refused("there are no prompts", prompts=[])
     refused("guidance 0.5 is below 1", guidance=0.5)
@@ -389,24 +395,20 @@ def test_a_students_column_is_its_pipeline(teacher, tmp_path, quick):
 
 
 def command(teacher: str, student: str | None, out, **changes) -> None:
-    settings = {
-        "prompts": "coco", "coco": None, "column": None, "guidance": 8.0, "n": None, "seed": 0, "lora": None,
-        "features": None, "reference": None, "clip": None, "clip_model": "m", "batch": 2, "picture": 7,
-        "precision": "fp32", "device": "cpu", **changes,
-    }  # fmt: skip
-    compare.command(teacher, student, out, **settings)
+    settings = {"guidance": 8.0, "seed": 0, "batch": 2, "device": "cpu", **changes}
+    compare.compare(teacher, student, options=compare.Options(out=out, **settings))
 
 
 def test_the_command_reads_prompts_and_draws_cocos_captions(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(compare, "compare", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(compare, "compare_on", lambda prompts, *_: calls.append((prompts, _[-1])))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     command("sd", None, tmp_path, prompts=str(tmp_path / "p.txt"), precision="bf16")
-    assert calls[0][0][2] == PROMPTS
-    assert (calls[0][1]["n"], calls[0][1]["picture"], calls[0][1]["dtype"]) == (3, 3, torch.bfloat16)
+    assert calls[0][0] == PROMPTS
+    assert (calls[0][1].n, calls[0][1].picture, calls[0][1].precision) == (3, 3, "bf16")
     captions = [{"caption": f"caption {i}"} for i in range(40)]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions}))
     command("sd", None, tmp_path, coco=tmp_path / "captions.json", n=12)
-    assert len(set(calls[1][0][2])) == calls[1][1]["n"] == 12
+    assert len(set(calls[1][0])) == calls[1][1].n == 12
     with pytest.raises(ValueError, match=r"--prompts coco needs the captions: --coco captions_val2014.json"):
         command("sd", None, tmp_path)

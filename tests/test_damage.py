@@ -13,7 +13,7 @@ import torch
 import web
 from test_published import write as write_edm
 
-from distmatch import compare, download, run, spaces, storage
+from distmatch import binding, comparison, download, spaces, storage
 from distmatch.checkpoint import Checkpoints
 from distmatch.conditions import Classes
 from distmatch.data import Images, png
@@ -106,11 +106,11 @@ class Settings:
     """What a run was started with; figures that are read again."""
 
     def make(self, folder: Path, seed: int) -> None:
-        run.same_settings({"lr": 1e-3 + seed, "steps": 30}, folder / "settings.json")
+        binding.same_settings({"lr": 1e-3 + seed, "steps": 30}, folder / "settings.json")
         write_json(folder / "eval.json", {"rows": [{"name": "student", "fid": 12.5}]})
 
     def read(self, folder: Path):
-        run.same_settings({"lr": 1e-3, "steps": 30}, folder / "settings.json")
+        binding.same_settings({"lr": 1e-3, "steps": 30}, folder / "settings.json")
         file, rows = folder / "eval.json", [{"name": "student", "fid": 12.5}]
         return read_json(file, dict).get("rows", rows) if file.exists() else rows
 
@@ -251,7 +251,7 @@ def test_damaged_figures_of_a_method_are_measured_again(tmp_path, capsys):
         content = file.read_bytes()
         for damaged in [*damages(content, random.Random(3), 16), (tmp_path / "other" / file.name).read_bytes()]:
             file.unlink() if damaged is None else file.write_bytes(damaged)
-            assert compare._finished(tmp_path / "euler", "Euler", 1) in (None, {"name": "Euler", "fid": 12.5})
+            assert comparison.finished(tmp_path / "euler", "Euler", 1) in (None, {"name": "Euler", "fid": 12.5})
             file.write_bytes(content)
     assert "Euler is measured again" in capsys.readouterr().out
 

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from distmatch import cli, log, pair_builder, run, storage
+from distmatch import binding, cli, log, pair_builder, run, storage
 from distmatch.checkpoint import Checkpoints
+from distmatch.commands.sample import Options, sample
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond
 from distmatch.disk import explained
@@ -150,7 +151,7 @@ def _figure(folder: Path):
 
 
 def _sample(folder: Path):
-    run.sample("mnist", folder, 2, 0, None, None, None, None, None, "cpu")
+    sample("mnist", Options(n=2, out=folder, device="cpu"))
 
 
 def _torch(folder: Path):
@@ -173,7 +174,7 @@ WRITERS = {
     "report": _report,
     "copy": _copy,
     "sample": _sample,
-    "settings": lambda folder: run.same_settings({"a": "x" * 9999}, folder / "settings.json"),
+    "settings": lambda folder: binding.same_settings({"a": "x" * 9999}, folder / "settings.json"),
 }
 
 

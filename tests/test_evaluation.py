@@ -11,7 +11,8 @@ import scipy.linalg
 import tiny
 import torch
 
-from distmatch import run, spaces
+from distmatch import evaluation, spaces
+from distmatch.commands import eval
 from distmatch.evaluation import evaluate, score
 from distmatch.features import reference
 from distmatch.images import load_images
@@ -87,9 +88,8 @@ def student(tmp_path):
 
 def figures_of(student, tmp_path, **changes):
     """What `distmatch eval` writes, less the timing."""
-    settings = {"model": str(student), "n": 40, "seed": 1, "steps": None, "guidance": 1.0, "batch": 16}
-    settings |= {"feature_name": "inception:weights.pth", "resize": "legacy", "real": None, "device": "cpu"}
-    run.evaluate(**settings | changes, out=tmp_path / "figures.json")
+    settings = {"n": 40, "guidance": 1.0, "batch": 16, "features": "inception:weights.pth", "device": "cpu"}
+    eval.evaluate(str(student), eval.Options(**settings | changes, out=tmp_path / "figures.json"))
     return json.loads((tmp_path / "figures.json").read_text())
 
 
@@ -97,7 +97,7 @@ def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path
     """The folder's images as files, as ADM's array, and as EDM's mu and sigma; only the last has no features."""
     asked = []
     monkeypatch.setattr(spaces, "load_inception", lambda file, resize: asked.append((file, resize)) or Sums())
-    monkeypatch.setattr(run, "speed", lambda *_: {})
+    monkeypatch.setattr(evaluation, "speed", lambda *_: {})
     monkeypatch.setattr(spaces, "reference", partial(reference, cache=None))
     folder = tiny.image_folder(tmp_path / "images", per_class=30)
     pixels = load_images(folder).pixels
@@ -106,7 +106,7 @@ def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path
     np.savez(tmp_path / "edm.npz", mu=values.mean(0), sigma=np.cov(values, rowvar=False))
     rows = {}
     for real in (folder, tmp_path / "adm.npz", tmp_path / "edm.npz"):
-        written = figures_of(student, tmp_path, real=str(real), resize="clean", n=60)
+        written = figures_of(student, tmp_path, reference=str(real), resize="clean", n=60)
         rows[real.name], chance = written["rows"]
         assert chance["name"] == "real images, expected"
         assert (written["reference"], written["resize"]) == (str(real), "clean")
@@ -134,13 +134,13 @@ def test_references_that_are_missing_or_do_not_fit_are_refused(student, tmp_path
     ):
         figures_of(student, tmp_path)
     with pytest.raises(ValueError, match=r"weights.pth does not exist"):
-        figures_of(student, tmp_path, real=tmp_path)
+        figures_of(student, tmp_path, reference=tmp_path)
     with pytest.raises(ValueError, match="resize 'clean' is for Inception; the features 'mnist' take images as they"):
-        figures_of(student, tmp_path, feature_name="mnist", resize="clean")
+        figures_of(student, tmp_path, features="mnist", resize="clean")
     np.savez(tmp_path / "edm.npz", mu=np.zeros(20), sigma=np.eye(20))
     monkeypatch.setattr(spaces, "load_inception", lambda *_: Sums())
     with pytest.raises(ValueError, match=r"edm.npz\) is of 20 features, the network has 8"):
-        figures_of(student, tmp_path, real=tmp_path / "edm.npz")
+        figures_of(student, tmp_path, reference=tmp_path / "edm.npz")
 
 
 def test_commands_from_classifier_to_figures(tmp_path):

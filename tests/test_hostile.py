@@ -17,6 +17,7 @@ from pyarrow import parquet
 from rich.table import Table
 
 from distmatch import cli, limits, log
+from distmatch.binding import same_settings
 from distmatch.config import load_recipe
 from distmatch.features import load_real, load_statistics
 from distmatch.models.classifier import Classifier
@@ -28,7 +29,6 @@ from distmatch.plain import json_of, read_json, read_yaml, yaml_of
 from distmatch.progress import progress
 from distmatch.prompts import read_prompts
 from distmatch.report import report
-from distmatch.run import same_settings
 from distmatch.screen import Screen, printable
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -6,17 +6,15 @@ import typing
 import pytest
 from cyclopts import ValidationError
 
-from distmatch import cli, cli_models
 from distmatch.cli import app
+from distmatch.commands import classifier, compare, eval, plan, sample, serve, teach
 from distmatch.config import load_recipe
 from distmatch.options import Range
 
-COMMANDS = (
-    cli.plan, cli.teach, cli.classifier, cli_models.sample, cli_models.evaluate, cli_models.compare, cli_models.serve
-)  # fmt: skip
+COMMANDS = (plan.plan, *(command.Options for command in (teach, classifier, sample, eval, compare, serve)))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__module__)
 def test_every_number_of_a_command_has_a_range(command):
     numbers = 0
     for name, hint in typing.get_type_hints(command, include_extras=True).items():

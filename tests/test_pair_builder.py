@@ -16,6 +16,7 @@ from test_pairs import contents, spec
 from test_parallel import together
 
 from distmatch import pairs, rng, run
+from distmatch.commands.pairs import build as build_pairs
 from distmatch.config import load_recipe
 from distmatch.models.folder import load_model
 from distmatch.pair_builder import build
@@ -82,7 +83,7 @@ def test_processes_that_are_killed_at_random_leave_a_complete_store(home, tmp_pa
 
 def _pairs(file, path) -> None:
     torch.set_num_threads(1)
-    run.pairs(load_recipe(file, [f"pairs.path={path}"]), path.parent)
+    build_pairs(file, f"pairs.path={path}", runs=path.parent)
 
 
 def test_one_two_and_three_processes_build_the_same_store(tmp_path):

@@ -10,7 +10,8 @@ import tiny
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from distmatch import parallel, run, spaces
+from distmatch import evaluation, parallel, spaces
+from distmatch.commands.eval import Options, evaluate
 from distmatch.errors import UserError
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
@@ -92,26 +93,16 @@ def test_any_number_of_processes_measure_what_one_does_to_the_last_bit(tmp_path,
     Classifier(1, (8, 8), ("a", "b", "c"), (8, 12, 16)).eval().save(tmp_path / "c" / "classifier")
     save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     images = tiny.image_folder(tmp_path / "images", per_class=30)
-    monkeypatch.setattr(run, "speed", lambda *_: {})
+    monkeypatch.setattr(evaluation, "speed", lambda *_: {})
     monkeypatch.setattr(spaces, "reference", partial(spaces.reference, cache=None))
     rows = []
     for world in (1, 2, 3):
         out = tmp_path / f"{world}.json"
         # 110 images are batches of 16 and one of 14, seven in all: no process count here divides them.
-        arguments = (
-            str(tmp_path / "student"),
-            110,
-            1,
-            None,
-            1.0,
-            str(tmp_path / "c"),
-            "legacy",
-            str(images),
-            16,
-            out,
-            "cpu",
+        options = Options(
+            n=110, guidance=1.0, features=str(tmp_path / "c"), reference=str(images), batch=16, out=out, device="cpu"
         )
-        together(world, run.evaluate, *arguments)
+        together(world, evaluate, str(tmp_path / "student"), options)
         rows += json.loads(out.read_text())["rows"]
         assert capfd.readouterr().out.count("Frechet distance (pooled)") == 1
     assert rows[:2] == rows[2:4] == rows[4:]

@@ -8,7 +8,8 @@ import tiny
 import torch
 from PIL import Image
 
-from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline, rng, run
+from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline, rng
+from distmatch.commands import sample as sampling
 from distmatch.conditions import Classes
 from distmatch.data import grid, to_uint8
 from distmatch.denoiser import Cond
@@ -130,7 +131,7 @@ def pictures(folder) -> list[str]:
 
 def test_a_sample_call_replaces_the_pictures_of_an_earlier_one_and_no_others(tmp_path, student):
     def sample(n: int, out=tmp_path / "out", seed: int = 0) -> None:
-        run.sample(str(student), out, n, seed, None, None, None, None, None, "cpu")
+        sampling.sample(str(student), sampling.Options(n=n, seed=seed, out=out, device="cpu"))
 
     sample(5, seed=1)
     sample(2)

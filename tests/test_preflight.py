@@ -188,7 +188,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(command, tmp_pat
     def work(*_):
         raise AssertionError("it has begun")
 
-    monkeypatch.setattr("distmatch.run.pipeline", work)
+    monkeypatch.setattr("distmatch.commands.eval.find_pipeline", work)
     monkeypatch.setattr("distmatch.report._load", work)
     for out, message in (
         (tmp_path, "is a folder; expected the name of a file"),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from distmatch.cli import train
+from distmatch.commands.train import train
 from distmatch.config import load_recipe, recipes
 from distmatch.models.folder import load_model
 from distmatch.models.library import find_model

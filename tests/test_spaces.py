@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 
-from distmatch import build, lessons, run
+from distmatch import build
+from distmatch.commands import classifier, eval
 from distmatch.config import load_recipe
 from distmatch.evaluation import chance, columns, evaluate, score
 from distmatch.features import Reference, image_fingerprint, reference
@@ -121,7 +122,7 @@ def test_too_few_images_are_no_basis_for_a_distance(tmp_path):
         recipe_spaces(evaluation, "mnist", info, torch.device("cpu"))
     images = tiny.image_folder(tmp_path / "images")
     with pytest.raises(ValueError, match=r"16 real images \(images, train\) are too few for distances in 32 features"):
-        lessons.classifier(str(images), tmp_path / "out", 3, {"steps": 10**9})
+        classifier.classifier(str(images), classifier.Options(steps=10**9, out=tmp_path / "out"))
 
 
 def test_only_a_model_of_its_images_is_compared_with_the_packages_reference(tmp_path):
@@ -131,12 +132,11 @@ def test_only_a_model_of_its_images_is_compared_with_the_packages_reference(tmp_
     other = Info((1, 28, 28), tuple("0123456789"), times=(80.0,), card={"pixels": "0" * 64})
     folder = tmp_path / "fashion"
     save_model(folder, find_model("mnist", "student")[0], other)
-    settings = {"n": 150, "seed": 1, "steps": None, "guidance": None, "resize": "legacy", "real": None, "batch": 50}
-    settings |= {"model": str(folder), "out": tmp_path / "figures.json", "device": "cpu"}
+    options = eval.Options(n=150, batch=50, out=tmp_path / "figures.json", device="cpu")
     for info in (other, replace(other, card={})):
         save_model(folder, find_model("mnist", "student")[0], info)
         with pytest.raises(ValueError, match=r"fashion has no card that says .* \(mnist\). Say what to compare with"):
-            run.evaluate(**settings, feature_name=None)
+            eval.evaluate(str(folder), options)
     evaluation = Evaluation(every=1, images=1000, features="mnist")
     with pytest.raises(ValueError, match="the teacher fashion is not known to be of the same images"):
         recipe_spaces(evaluation, "fashion", other, torch.device("cpu"))

@@ -18,7 +18,7 @@ from distmatch.models.folder import Info, load_model
 from distmatch.models.unet import UNet
 from distmatch.optim import Optimizer
 from distmatch.schedule import EDM
-from distmatch.teach import Teaching
+from distmatch.teach import Settings, Teaching
 
 SMALL = ("--widths", 8, 16, "--batch", 8, "--steps", 60, "--save-every", 5, "--preview-every", 0)
 
@@ -28,7 +28,8 @@ def test_the_step_is_edms_objective(tmp_path):
     images = load_images(tiny.image_folder(tmp_path))
     torch.manual_seed(0)
     denoiser = Denoiser(UNet(1, 2, widths=(8, 16)), EDM(), Prediction("edm")).train()
-    task = Teaching(denoiser, images, Optimizer(denoiser.parameters(), lr=1e-3), info=Info((1, 8, 8)), batch=4)
+    optimizer = Optimizer(denoiser.parameters(), lr=1e-3)
+    task = Teaching(denoiser, images, optimizer, Info((1, 8, 8)), Settings(batch=4))
     generator = rng.stream("cpu", 0, "teach", 0)
     rows = torch.from_numpy(rng.shuffled(0, len(images), 0, 4))
     x = images.pixels[rows].double() / 127.5 - 1

@@ -1,6 +1,9 @@
 """What the command line says of a call that it cannot read: what is wrong, and how it is written."""
 
 import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from cyclopts import CycloptsError
 from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
@@ -9,14 +12,23 @@ from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 def explain(error: CycloptsError) -> str:
     """Return one message on the mistake, with the option or the recipe entry that was probably meant."""
     error.verbose = False  # without the Python of it
-    parameters = inspect.signature(error.target).parameters if error.target else {}
+    parameters = _parameters(error.target) if error.target else []
     said = str(error).strip().removesuffix(".")
     if isinstance(error, UnknownOptionError) and "overrides" in parameters:
         said = _entry(error, said)
     elif isinstance(error, UnusedCliTokensError):
-        said = _surplus(error.unused_tokens or [], [name for name in parameters if len(name) > 1])
+        said = _surplus(error.unused_tokens or [], parameters)
     called = " ".join(["distmatch", *(error.command_chain or ())])
     return f"{said}; see `{called} --help`"
+
+
+def _parameters(command: Callable[..., Any]) -> list[str]:
+    """Return the names of what `command` takes, those within its `Options` too."""
+    found = []
+    for parameter in inspect.signature(command).parameters.values():
+        found += [field.name for field in fields(parameter.annotation)] if is_dataclass(parameter.annotation) else []
+        found.append(parameter.name)
+    return found
 
 
 def _entry(error: UnknownOptionError, said: str) -> str:

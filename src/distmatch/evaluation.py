@@ -12,9 +12,11 @@ A model is measured in several feature spaces at once, since each is blind to so
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from distmatch import parallel
@@ -23,6 +25,7 @@ from distmatch.errors import UserError
 from distmatch.features import FeatureSpace, Reference
 from distmatch.metrics import Moments, frechet, frechet_bias, kernel_distance, precision_recall
 from distmatch.pipeline import Pipeline
+from distmatch.screen import console
 
 COLUMNS = {
     "name": ("model", "{}"),
@@ -40,6 +43,9 @@ COLUMNS = {
     "ratio": ("ratio to the teacher", "{:.2f}"),
 }
 """Figures of a row: heading and format."""
+
+SECONDS = 3.0
+"""How long a latency is measured for, at least."""
 
 Space = tuple[FeatureSpace, Reference]
 
@@ -197,19 +203,42 @@ def evaluate(
     return score(make, labels, n, spaces, classes=classes, batch=batch, progress=progress, full=full)
 
 
-def speed(pipeline: Pipeline, batch: int = 256, seconds: float = 3.0) -> dict[str, float]:
-    """`ms_per_image`, the median latency at batch 1, and `images_per_second` at `batch`; warm, about `seconds` each."""
+def speed(pipeline: Pipeline, batch: int = 256) -> dict[str, float]:
+    """`ms_per_image`, the median latency at batch 1, and `images_per_second` at `batch`; warm."""
+    one, many = (median_seconds(lambda size=size: pipeline(size, batch=size)) for size in (1, batch))
+    return {"ms_per_image": 1000 * one, "images_per_second": batch / many}
 
-    def median(size: int) -> float:
-        times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < 4 or time.perf_counter() - began < seconds:
-            start = time.perf_counter()
-            pipeline(size, batch=size)  # ends on the host: the pixels are there
-            times.append(time.perf_counter() - start)
-        return sorted(times[1:])[(len(times) - 1) // 2]
 
-    return {"ms_per_image": 1000 * median(1), "images_per_second": batch / median(batch)}
+def median_seconds(call: Callable[[], Any]) -> float:
+    """Return the median time of `call`, which ends on the host, of at least 3 and of `SECONDS`, after one more."""
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - began < SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def named(model: str, nfe: int) -> str:
+    """Return the heading of a row's column."""
+    return f"{model}, {nfe} evaluation{'s' if nfe > 1 else ''}"
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table with one model per column, which fits any terminal; leave out figures that none has."""
+    table = Table("", *(row["name"] for row in rows))
+    for key, (heading, form) in columns(rows).items():
+        if key != "name":
+            table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in rows))
+    console.print(table)
+
+
+def show_spaces(name: str, spaces: Sequence[Space]) -> None:
+    """Print what was compared with what."""
+    for space, real in spaces:
+        count = f"{real.count:,} images, {real.source}" if real.count else real.source
+        console.print(f"{space.name}: {len(real.mu)} features of {name}, against {count}")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""Types of the commands' numbers: each says its range, and a number beyond it is refused before the command starts."""
+"""Types of the commands' options: numbers with their ranges, checked before a command starts, and paths with `~`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from distmatch.errors import UserError
+from distmatch.paths import expand
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,20 @@ Whole = Annotated[int, Parameter(validator=Range(0))]
 Rate = Annotated[float, Parameter(validator=Range(0, open="("))]
 Share = Annotated[float, Parameter(validator=Range(0, 1, open=")"))]
 Scale = Annotated[float, Parameter(validator=Range(0))]
+Images = Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))]
+"""A number of images, `-n`."""
+
+
+def place(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Put the home folder in place of `~`: all paths that commands are given pass through here."""
+    (token,) = tokens
+    return Path(expand(token.value)) if Path in (kind, *get_args(kind)) else expand(token.value)
+
+
+PLACE = Parameter(converter=place)
+Name = Annotated[str, PLACE]
+"""A model, by name, path or URL, or data by path or URL."""
+
+File = Annotated[Path, PLACE]
+Out = Annotated[Path | None, Parameter(name=["--out", "-o"], converter=place)]
+Runs = Annotated[File, Parameter(name="--runs")]

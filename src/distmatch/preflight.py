@@ -35,6 +35,7 @@ from distmatch.pairs import PairSpec
 from distmatch.plain import read_json
 from distmatch.recipe_entries import Recipe
 from distmatch.sampler import Steps
+from distmatch.screen import size
 from distmatch.solvers import solver
 from distmatch.spaces import recipe_spaces
 from distmatch.storage import Folder, filesystem, is_url
@@ -296,13 +297,13 @@ def saving(flight: Flight) -> str | None:
         net = copy.deepcopy(flight.student.net) if config["network"]["type"] is None else None
         schedule = flight.student.schedule if config["schedule"]["type"] is None else None
         back, _ = load_model(place, net, schedule)
-        size = sum(file.stat().st_size for file in place.iterdir())
+        nbytes = sum(file.stat().st_size for file in place.iterdir())
     here, there = flight.student.state_dict(), back.state_dict()
     for name, value in here.items():
         if name not in there or not torch.equal(there[name].cpu(), value.cpu().to(there[name].dtype)):
             raise UserError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")
     own = [name for name, part in (("net", net), ("schedule", schedule)) if part is not None]
-    return f"{_size(size)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
+    return f"{size(nbytes)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
 
 
 def pairs(flight: Flight) -> str | None:
@@ -322,18 +323,18 @@ def pairs(flight: Flight) -> str | None:
 def disk(flight: Flight) -> str | None:
     """There is room for what the run will write, disk by disk."""
     wanted = {}
-    for place, size in _sizes(flight):
-        wanted.setdefault(_mount(place), []).append((place, size))
+    for place, nbytes in _sizes(flight):
+        wanted.setdefault(_mount(place), []).append((place, nbytes))
     said = []
     for mount, parts in wanted.items():
-        total, free = sum(size for _, size in parts), shutil.disk_usage(mount).free
+        total, free = sum(nbytes for _, nbytes in parts), shutil.disk_usage(mount).free
         if total > free:
-            listed = ", ".join(f"{_size(size)} in {place}" for place, size in parts)
+            listed = ", ".join(f"{size(nbytes)} in {place}" for place, nbytes in parts)
             raise UserError(
-                f"the disk of {parts[0][0]} has {_size(free)} free, and the run writes {_size(total)}: {listed}. Make "
+                f"the disk of {parts[0][0]} has {size(free)} free, and the run writes {size(total)}: {listed}. Make "
                 "room, choose other folders (--out, --runs, pairs.path), or lower checkpoint.keep or pairs.count"
             )
-        said.append(f"{_size(total)} of {_size(free)} free")
+        said.append(f"{size(total)} of {size(free)} free")
     return "; ".join(said)
 
 
@@ -412,7 +413,3 @@ def _weights(network: nn.Module) -> str:
 
 def _kind(network: Denoiser) -> str:
     return f"the student's network {type(network.net).__name__}"
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"

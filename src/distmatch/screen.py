@@ -18,6 +18,11 @@ def printable(name: object, most: int = 120) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
+def size(nbytes: float) -> str:
+    """Return a number of bytes for people, e.g. "1.2 GB"."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
+
+
 class Screen(Console):
     """Rich's console for text from anywhere: neither markup nor control characters have an effect."""
 

@@ -16,7 +16,7 @@ from distmatch.evaluation import Space, chance, enough, fewest, score
 from distmatch.features import FeatureSpace, Reference, load_real, load_reference, load_statistics, reference
 from distmatch.files import remove, together, write_json
 from distmatch.images import Images
-from distmatch.models.classifier import WIDTHS, Classifier, train_classifier
+from distmatch.models.classifier import Classifier, Training, train_classifier
 from distmatch.models.folder import Info
 from distmatch.models.inception import load_inception
 from distmatch.models.pixels import Pixels, principal_components
@@ -158,14 +158,14 @@ def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torc
 
 
 def train_spaces(
-    real: Images, test: Images, out: Path, source: str, *, positions: int = 3, steps: int = 3000, **training: Any
+    real: Images, test: Images, out: Path, source: str, positions: int, training: Training
 ) -> list[dict[str, Any]]:
     """Make the spaces of `real` in `out`: a classifier that pools, one that keeps positions, and the pixels.
 
     Args:
         source: what `real` are, in words.
         positions: per side; 1 leaves out the second classifier. Small images have fewer: a part is 4 pixels at least.
-        training: see `train_classifier`.
+        training: of each classifier.
 
     Returns the figures of the `test` images as a row (see `save_spaces`). Raises `UserError` for too few images.
     """
@@ -173,12 +173,12 @@ def train_spaces(
     positions = min(positions, min(size) // 4)
     grids = {"positions": positions, "classifier": 1} if positions > 1 else {"classifier": 1}
     for kept in grids.values():
-        features = Classifier(channels, size, real.classes, training.get("widths", WIDTHS), kept).head.in_features
+        features = Classifier(channels, size, real.classes, training.widths, kept).head.in_features
         enough(features, len(real), f"real images ({source})")
     spaces: dict[str, Classifier | Pixels] = {"pixels": principal_components(real)}
     for part, kept in grids.items():
-        with progress(part, steps, unit="step") as advance:
-            spaces[part] = train_classifier(real, test, positions=kept, steps=steps, progress=advance, **training)
+        with progress(part, training.steps, unit="step") as advance:
+            spaces[part] = train_classifier(real, test, training, positions=kept, progress=advance)
     return save_spaces(spaces, real, test, out, source)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,65 +19,70 @@ from distmatch.models.folder import Info, save_model
 from distmatch.optim import Optimizer
 from distmatch.sampler import heun
 
+P_MEAN, P_STD = -1.2, 1.2
+"""Noise levels in training: `ln(sigma) ~ N(P_MEAN, P_STD^2)`."""
+
+PREVIEW_STEPS = 18
+"""Heun steps of the sample grids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a teacher is trained."""
+
+    batch: int = 128
+    """Images per step."""
+
+    seed: int = 0
+    """Seed of the order of the images and of all noise."""
+
+    ema: float = 0.999
+    """Decay of the moving average of the weights."""
+
+    label_dropout: float = 0.0
+    """Probability of training without the label, which makes the teacher fit for guidance."""
+
+    flip: bool = False
+    """Mirror every other image at random, the only augmentation."""
+
+    precision: str = "fp32"
+    """fp32, or bf16 for autocast around the network."""
+
 
 class Teaching:
     """The task of `distmatch teach`, for `train.train`.
 
     Args:
         denoiser: on its device, in training mode; its schedule is EDM's.
-        batch: images per step.
-        p_mean, p_std: `ln(sigma) ~ N(p_mean, p_std^2)`.
-        label_dropout: probability of training without the label, which makes the teacher fit for guidance.
-        flip: mirror every other image at random, the only augmentation.
-        precision: "fp32", or "bf16" for autocast around the network.
-        steps_preview: Heun steps of the sample grids.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        images: Images,
-        optimizer: Optimizer,
-        *,
-        info: Info,
-        batch: int = 128,
-        seed: int = 0,
-        ema: float = 0.999,
-        p_mean: float = -1.2,
-        p_std: float = 1.2,
-        label_dropout: float = 0.0,
-        flip: bool = False,
-        precision: str = "fp32",
-        steps_preview: int = 18,
-    ):
+    def __init__(self, denoiser: Denoiser, images: Images, optimizer: Optimizer, info: Info, settings: Settings):
         self.denoiser, self.images, self.optimizer, self.info = denoiser, images, optimizer, info
-        self.batch, self.seed, self.p_mean, self.p_std = batch, seed, p_mean, p_std
-        self.label_dropout, self.flip, self.precision = label_dropout, flip, precision
-        self.steps_preview = steps_preview
-        self.ema = EMA(denoiser, ema)
+        self.settings = settings
+        self.ema = EMA(denoiser, settings.ema)
         self.device = next(denoiser.parameters()).device
         self.pixels = images.pixels.to(self.device)
         self.labels = None if images.labels is None else images.labels.to(self.device)
         self.clock = Clock([denoiser], self.device)
-        self.images_per_step = batch
+        self.images_per_step = settings.batch
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
         return {"denoiser": self.denoiser, "ema": self.ema, "optimizer": self.optimizer}
 
     def step(self, index: int) -> dict[str, Tensor]:
-        generator = rng.stream(self.device, self.seed, "teach", index)
-        rows = torch.from_numpy(rng.shuffled(self.seed, len(self.images), index * self.batch, self.batch))
-        rows = rows.to(self.device)
+        how, batch = self.settings, self.settings.batch
+        generator = rng.stream(self.device, how.seed, "teach", index)
+        rows = torch.from_numpy(rng.shuffled(how.seed, len(self.images), index * batch, batch)).to(self.device)
         x = data.to_float(self.pixels[rows])
-        if self.flip:
-            mirror = torch.rand(self.batch, 1, 1, 1, generator=generator, device=self.device) < 0.5
+        if how.flip:
+            mirror = torch.rand(batch, 1, 1, 1, generator=generator, device=self.device) < 0.5
             x = torch.where(mirror, x.flip(-1), x)
         cond = None
         if self.labels is not None:
-            drop = torch.rand(self.batch, generator=generator, device=self.device) < self.label_dropout
+            drop = torch.rand(batch, generator=generator, device=self.device) < how.label_dropout
             cond = Cond(label=self.labels[rows].masked_fill(drop, len(self.images.classes)))
-        sigma = (self.p_mean + self.p_std * torch.randn(self.batch, generator=generator, device=self.device)).exp()
+        sigma = (P_MEAN + P_STD * torch.randn(batch, generator=generator, device=self.device)).exp()
         eps = torch.randn(x.shape, generator=generator, device=self.device)
         with self.autocast():
             x0 = self.denoiser(self.denoiser.schedule.add_noise(x, eps, sigma), sigma, cond)
@@ -88,13 +94,13 @@ class Teaching:
 
     @torch.no_grad()
     def preview(self) -> Tensor:
-        z = rng.noise(self.seed, range(64), self.info.shape).to(self.device)
+        z = rng.noise(self.settings.seed, range(64), self.info.shape).to(self.device)
         classes = len(self.info.classes)
         cond = Cond(label=torch.arange(64, device=self.device) % classes) if classes else None
-        return data.to_uint8(heun(self.ema.network, self.denoiser.schedule, z, cond, self.steps_preview))
+        return data.to_uint8(heun(self.ema.network, self.denoiser.schedule, z, cond, PREVIEW_STEPS))
 
     def export(self, folder: Path) -> None:
         save_model(folder, self.ema.network, self.info)
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")

@@ -8,6 +8,7 @@ classifier, whose features keep a grid of positions, sees both.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +144,34 @@ class Classifier(nn.Module):
         return net.eval().requires_grad_(False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a classifier is trained."""
+
+    steps: int = 3000
+    """The learning rate rises over their first tenth, and falls to zero by their end."""
+
+    batch: int = 128
+    """Images per step."""
+
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+
+    widths: Sequence[int] = WIDTHS
+    """See `Classifier`."""
+
+    flip: bool = False
+    """Mirror every other image at random."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and their shifts."""
+
+
 def train_classifier(
     images: Images,
     test: Images,
-    *,
-    steps: int = 3000,
-    batch: int = 128,
-    lr: float = 2e-3,
-    widths: Sequence[int] = WIDTHS,
+    training: Training,
     positions: int = 1,
-    flip: bool = False,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Classifier:
     """Train on `images` and measure the accuracy on `test`.
@@ -164,8 +182,7 @@ def train_classifier(
     rounding).
 
     Args:
-        widths, positions: see `Classifier`.
-        flip: mirror every other image at random.
+        positions: see `Classifier`.
         progress: called with 1 after every step.
 
     Raises `UserError` where labels are missing or `test` has other classes or another image shape.
@@ -179,27 +196,27 @@ def train_classifier(
             f"{tuple(test.pixels.shape[1:])} of {len(test.classes)}; expected the same shape and the same class names"
         )
     assert images.labels is not None
-    channels, *size = images.pixels.shape[1:]
+    t, (channels, *size) = training, images.pixels.shape[1:]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(seed, "classifier"))
-        net = Classifier(channels, size, images.classes, widths, positions)
-    optimizer = Optimizer(net.parameters(), lr=lr, weight_decay=0.05, warmup=steps // 10, steps=steps, decay=0.9)
-    for step in range(steps):
-        rows = torch.from_numpy(rng.shuffled(seed, len(images), step * batch, batch))
-        generator = rng.stream("cpu", seed, "shift", step)
+        torch.manual_seed(rng.key(t.seed, "classifier"))
+        net = Classifier(channels, size, images.classes, t.widths, positions)
+    optimizer = Optimizer(net.parameters(), lr=t.lr, weight_decay=0.05, warmup=t.steps // 10, steps=t.steps, decay=0.9)
+    for step in range(t.steps):
+        rows = torch.from_numpy(rng.shuffled(t.seed, len(images), step * t.batch, t.batch))
+        generator = rng.stream("cpu", t.seed, "shift", step)
         pixels = images.pixels[rows]
         if positions == 1:
             pixels = _shifted(pixels, min(size) // 14, generator)
-        if flip:
-            mirror = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        if t.flip:
+            mirror = torch.rand(t.batch, 1, 1, 1, generator=generator) < 0.5
             pixels = torch.where(mirror, pixels.flip(-1), pixels)
         F.cross_entropy(net(pixels), images.labels[rows]).backward()
         optimizer.step(step)
         if progress is not None:
             progress(1)
     net.eval().requires_grad_(False)
-    training = {"images": len(images), "steps": steps, "batch": batch, "lr": lr, "flip": flip, "seed": seed}
-    net.config |= {"accuracy": accuracy(net, test), "training": training}
+    said = {"images": len(images), "steps": t.steps, "batch": t.batch, "lr": t.lr, "flip": t.flip, "seed": t.seed}
+    net.config |= {"accuracy": accuracy(net, test), "training": said}
     return net
 
 

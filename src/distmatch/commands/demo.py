@@ -1,27 +1,52 @@
 """`distmatch demo`: small distillations from beginning to end, and what came out."""
 
-import time
 from pathlib import Path
+from typing import Literal
 
-import torch
+from distmatch.options import Out, Runs
 
-from distmatch import build, data
-from distmatch.config import load_recipe
-from distmatch.evaluation import evaluate, hardware, score, speed
-from distmatch.files import write_json
-from distmatch.models.folder import Info
-from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-from distmatch.progress import progress
-from distmatch.report import report
-from distmatch.run import distil, print_rows, say_spaces
-from distmatch.screen import console
-from distmatch.spaces import find_spaces, known_rows
-from distmatch.terminal import command
-from distmatch.toy2d import demo as toy2d
+
+def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
+    """Distil something small and look at it.
+
+    Parameters
+    ----------
+    which
+        mnist: the embedded teacher, pairs, distillation, evaluation, report; about ten minutes on two cores.
+        toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
+    out
+        Where the results go; default: runs/demo-WHICH.
+    runs
+        The folder that runs and pair stores share.
+    """
+    out = out or runs / f"demo-{which}"
+    if which == "mnist":
+        mnist(out, runs)
+    else:
+        from distmatch import toy2d
+
+        toy2d.demo(out, runs)
 
 
 def mnist(out: Path, runs: Path) -> None:
     """Distil the embedded teacher by the recipe `mnist`, measure teacher and student, write `out/report.html`."""
+    import time
+
+    import torch
+
+    from distmatch import build, data
+    from distmatch.config import load_recipe
+    from distmatch.evaluation import evaluate, hardware, score, show_rows, show_spaces, speed
+    from distmatch.files import write_json
+    from distmatch.models.folder import Info
+    from distmatch.pipeline import DistilledPipeline, TeacherPipeline
+    from distmatch.progress import progress
+    from distmatch.report import report
+    from distmatch.run import distil
+    from distmatch.screen import console
+    from distmatch.spaces import find_spaces, known_rows
+    from distmatch.terminal import command
+
     began = time.perf_counter()
     recipe = load_recipe("mnist")
     console.print(
@@ -59,8 +84,8 @@ def mnist(out: Path, runs: Path) -> None:
     write_json(out / "eval.json", {"hardware": hardware(fast.device), "rows": rows})
     page = report([out], out / "report.html")
 
-    print_rows(rows)
-    say_spaces("mnist", spaces)
+    show_rows(rows)
+    show_spaces("mnist", spaces)
     minutes = (time.perf_counter() - began) / 60
     console.print(f"{minutes:.1f} minutes. Look at {page.resolve()}")
     ablation = command("train", "mnist", "terms=match", "-o", runs / "match")
@@ -70,6 +95,3 @@ def mnist(out: Path, runs: Path) -> None:
         "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
         f"  {ablation}      an ablation; compare with distmatch report"
     )
-
-
-DEMOS = {"mnist": mnist, "toy2d": toy2d}

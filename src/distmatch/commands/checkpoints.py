@@ -1,0 +1,48 @@
+"""`distmatch checkpoints`."""
+
+from distmatch.errors import UserError
+from distmatch.options import File
+
+
+def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) -> None:
+    """List the checkpoints of a run, check them, or delete old ones.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    verify
+        Read every byte, and look for numbers that are not finite.
+    keep
+        Delete all but the latest KEEP and the best one.
+    """
+    from datetime import datetime
+
+    from rich.table import Table
+
+    from distmatch.checkpoint import Checkpoints
+    from distmatch.screen import console, size
+
+    if keep is not None and keep < 1:
+        raise UserError(f"--keep {keep}: at least the latest stays; give 1 or more")
+    found = Checkpoints(run / "checkpoints", {}, keep or 1)
+    if not found.steps():
+        raise UserError(f"{run} has no checkpoints; expected a run's folder, e.g. runs/mnist")
+    for step in found.prune() if keep else ():
+        console.print(f"deleted step {step}")
+    best, problems = found.best(), 0
+    table = Table("step", "size", "shards", "saved", "")
+    for step in found.steps():
+        files = list(found.path(step).glob("*.safetensors"))
+        saved = datetime.fromtimestamp((found.path(step) / "state.json").stat().st_mtime).isoformat(" ", "seconds")
+        remark = f"best, {best['score']:.3f}" if best and best["step"] == step else ""
+        if verify:
+            try:
+                found.verify(step)
+                remark += " complete and finite"
+            except UserError as error:
+                remark, problems = str(error), problems + 1
+        table.add_row(str(step), size(sum(f.stat().st_size for f in files)), str(len(files)), saved, remark.strip())
+    console.print(table)
+    if problems:
+        raise UserError(f"{problems} of {len(found.steps())} checkpoints cannot be used; delete them to go on without")

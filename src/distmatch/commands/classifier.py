@@ -1,0 +1,84 @@
+"""`distmatch classifier`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from distmatch.commands.shared import read_images
+from distmatch.errors import UserError
+from distmatch.options import Count, Name, Out, Range, Rate
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    out: Out = None
+    """The classifier's folder; default: runs/classifier-NAME."""
+
+    steps: Count = 3000
+    """Length of each classifier's training."""
+
+    batch: Count = 128
+    """Images per step."""
+
+    lr: Rate = 2e-3
+    """Peak learning rate of AdamW."""
+
+    widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True, validator=Range(1))] = (16, 32, 64)
+    """Channels at the half resolution (two layers) and at the quarter; the last is the number of features."""
+
+    positions: Count = 3
+    """Per side, of the second classifier's features; 1 leaves it out."""
+
+    flip: bool = False
+    """Mirror every other image."""
+
+    seed: int = 0
+    """Seed of the initial weights, and of the order of the images."""
+
+
+def classifier(images: Name, /, options: Options = Options()) -> None:
+    """Make the feature spaces that `distmatch eval` measures in, of images/train, tested on images/test.
+
+    Three unlike ones: two classifiers, of which one averages its features over the whole image and one keeps where
+    they are, and the pixels' principal components.
+
+    Parameters
+    ----------
+    images
+        A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png, or another of the layouts in
+        docs/data.md. Where there is no test, val is taken.
+    """
+    import time
+
+    from distmatch.evaluation import show_rows
+    from distmatch.models.classifier import Training
+    from distmatch.ownership import owned
+    from distmatch.screen import console
+    from distmatch.spaces import train_spaces
+    from distmatch.storage import name_of
+    from distmatch.terminal import command
+
+    out = options.out or Path("runs") / f"classifier-{name_of(images).split('.')[0]}"
+    training = Training(
+        steps=options.steps,
+        batch=options.batch,
+        lr=options.lr,
+        widths=options.widths,
+        flip=options.flip,
+        seed=options.seed,
+    )
+    with owned(out):
+        real, test = read_images(images, "train", out), read_images(images, "test", out)
+        console.print(f"trained on {real}\ntested on {test}")
+        if real.account.bits != test.account.bits:
+            raise UserError(
+                f"training images use {real.account.bits} bits per pixel and test images {test.account.bits}, of which "
+                "the upper 8 would be taken; bring them to one scale first"
+            )
+        began = time.perf_counter()
+        rows = train_spaces(real, test, out, f"{name_of(images)}, train", options.positions, training)
+        show_rows(rows)
+    console.print(f"{time.perf_counter() - began:.0f} s; in {out}. Next: {command('eval', 'MODEL', '--features', out)}")

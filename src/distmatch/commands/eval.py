@@ -1,0 +1,103 @@
+"""`distmatch eval`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cyclopts import Parameter
+
+from distmatch.commands.shared import find_pipeline
+from distmatch.errors import UserError
+from distmatch.options import Count, Images, Name, Out, Scale
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    n: Images = 50_000
+    """Number of images, classes in turn."""
+
+    seed: int = 1
+    """Of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise."""
+
+    steps: Count | None = None
+    """Measure the teacher called MODEL with so many Heun steps instead of the student."""
+
+    guidance: Scale | None = None
+    """Classifier-free guidance, uncond + w (cond - uncond); only with --steps."""
+
+    features: Name | None = None
+    """What images are compared in: a folder made by `distmatch classifier`, or mnist; pixels, the principal components
+    of --reference's; or inception:FILE for FID. Default: those of the package, if the model was taught on its images,
+    or pixels, if there is a --reference. FILE holds the weights: inception-2015-12-05.pt (TorchScript, a program that
+    is run: use one that you trust), a state dict of the PyTorch port (.pth, .safetensors), or NVIDIA's .pkl."""
+
+    resize: Literal["legacy", "clean"] = "legacy"
+    """How Inception's images are enlarged. legacy: as TensorFlow 1 did it, for FID as EDM and DMD report it; clean:
+    bicubic with antialiasing, as clean-fid does it."""
+
+    reference: Name | None = None
+    """Real images (folder, archive, or u8[N,H,W,C] in an .npy or .npz), or their statistics (.npz with mu and sigma,
+    made with the same features and resize); default: the reference that comes with FEATURES."""
+
+    batch: Count = 256
+    """Images per batch."""
+
+    out: Out = None
+    """A file: write the figures there as JSON as well."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def evaluate(model: Name, /, options: Options = Options()) -> None:
+    """Measure a model: Frechet and kernel distance, precision and recall, class accuracy, latency, throughput.
+
+    All in several feature spaces, beside real images: a model that is good in one and bad in another is not good.
+
+    FID by EDM's protocol: --features inception:FILE --reference STATISTICS.npz, 50,000 images. Several GPUs share the
+    images, and the figures stay the same: torchrun --nproc-per-node 8 -m distmatch eval ...
+
+    Parameters
+    ----------
+    model
+        A model or run folder, or a model of the package: mnist.
+    """
+    from distmatch import parallel
+
+    with parallel.joined():
+        _measure(model, options)
+
+
+def _measure(model: str, options: Options) -> None:
+    """Measure in each of the processes of `torchrun`, if it started this one; the first reports the result."""
+    from distmatch import parallel
+    from distmatch.evaluation import evaluate, hardware, judge, named, show_rows, show_spaces, speed
+    from distmatch.files import check_writable, write_json
+    from distmatch.progress import progress
+    from distmatch.screen import console
+    from distmatch.spaces import default_features, find_spaces, known_rows
+
+    if options.out is not None and parallel.rank() == 0:
+        check_writable(options.out)
+    pipe = find_pipeline(model, options.steps, options.guidance, options.device)
+    if pipe.info.text:
+        raise UserError(f"{model} makes images of prompts; `distmatch compare` measures such models")
+    features = options.features or ("pixels" if options.reference else default_features(model, pipe.info))
+    spaces = find_spaces(features, options.reference, options.resize, pipe.device, pipe.info.shape)
+    known = known_rows(features, pipe.info, spaces, options.n)
+    with progress(f"eval {model}", options.n, unit="image") as advance:
+        figures = evaluate(pipe, spaces, n=options.n, seed=options.seed, batch=options.batch, progress=advance)
+    if parallel.rank() > 0:
+        return
+    measured = {"name": named(model, pipe.nfe), "nfe": pipe.nfe, "images": options.n, "seed": options.seed}
+    rows = [{**measured, **figures, **speed(pipe, options.batch)}, *known]
+    show_rows(rows)
+    show_spaces(features, spaces)
+    if pipe.info.classes and judge(spaces, pipe.info.classes) is None:
+        console.print(
+            f"No class accuracy: no classifier here knows the classes {', '.join(pipe.info.classes[:6])}"
+            f"{', ...' if len(pipe.info.classes) > 6 else ''} by these names"
+        )
+    if options.out is not None:
+        used = {"features": features, "resize": options.resize, "reference": spaces[0][1].source}
+        write_json(options.out, {"hardware": hardware(pipe.device), **used, "rows": rows})

@@ -1,0 +1,48 @@
+"""`distmatch export diffusers` and `distmatch export lora`. The work is in `export`."""
+
+from pathlib import Path
+
+from cyclopts import App
+
+from distmatch.options import Name, Out
+
+app = App(name="export", help="Turn students into other libraries' formats.")
+
+
+@app.command
+def diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half: bool = False) -> None:
+    """Write a text-to-image student as a folder that DiffusionPipeline.from_pretrained opens.
+
+    It makes the student's image with num_inference_steps=1, guidance_scale=1: the student's time and prediction are
+    in the scheduler's settings. A student that learnt a range of guidance takes guidance_scale from that range.
+
+    Parameters
+    ----------
+    run
+        A run or model folder.
+    out
+        The folder; default: RUN-diffusers. An older export in it is replaced when the new one is written.
+    source
+        The teacher in diffusers' format whose text encoders and autoencoder go along; default: that of the run.
+    half
+        Weights in half precision.
+    """
+    from distmatch.export import export_diffusers
+
+    export_diffusers(run, out or Path(f"{run.rstrip('/')}-diffusers"), source, half)
+
+
+@app.command
+def lora(run: Name, /, *, out: Out = None) -> None:
+    """Write the adapters of a student trained with student.lora_rank as a LoRA in diffusers' format, and its scheduler.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    out
+        The folder; default: RUN-lora. An older export in it is replaced when the new one is written.
+    """
+    from distmatch.export import export_lora
+
+    export_lora(run, out or Path(f"{run.rstrip('/')}-lora"))

@@ -1,0 +1,47 @@
+"""`distmatch pairs build` and `distmatch pairs verify`."""
+
+from pathlib import Path
+
+from cyclopts import App
+
+from distmatch.options import Name, Out, Runs
+
+app = App(name="pairs", help="Build and check stores of noise-image pairs.")
+
+
+@app.command
+def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("runs")) -> None:
+    """Build the pairs of a recipe ahead of its training. Run again to continue; several processes may share the work.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe of the package or a YAML file.
+    overrides
+        Entries to change, e.g. pairs.count=1000 pairs.steps=40.
+    out
+        The store's folder; default: where `distmatch train` looks for it.
+    runs
+        The folder that runs and pair stores share.
+    """
+    from distmatch import parallel
+    from distmatch.build import subject
+    from distmatch.config import load_recipe
+    from distmatch.run import pair_store
+
+    resolved = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
+    with parallel.joined():
+        pair_store(resolved, subject(resolved), runs)
+
+
+@app.command
+def verify(store: Name, /) -> None:
+    """Check every byte of a store, a folder or a URL: images, and that the noise still comes out the same."""
+    from distmatch.pairs import PairStore
+    from distmatch.progress import progress
+    from distmatch.screen import console
+
+    pairs = PairStore.open(store)
+    with progress("verify", len(pairs), unit="pair") as advance:
+        pairs.verify(advance)
+    console.print(f"{store}: {len(pairs):,} pairs, every byte as it was written, noise regenerated and equal")

@@ -1,0 +1,21 @@
+"""`distmatch report`. The page is made by `report.report`."""
+
+from distmatch.errors import UserError
+from distmatch.options import File, Out
+
+
+def report(*runs: File, out: Out = None) -> None:
+    """Write one HTML page on one or several runs: curves, pictures over time, recipes side by side.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs.
+    out
+        The page; default: report.html in the first run.
+    """
+    from distmatch.report import report as write
+
+    if not runs:
+        raise UserError("no run was named; give one or more run folders, e.g. distmatch report runs/mnist")
+    print(write(list(runs), out or runs[0] / "report.html"))

@@ -1,0 +1,77 @@
+"""`distmatch sample`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from distmatch.commands.shared import find_pipeline
+from distmatch.options import Count, Images, Name, Out, Scale
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    n: Images = 64
+    """Number of images."""
+
+    seed: int = 0
+    """Seed of the noise."""
+
+    label: str | None = None
+    """Class name or number for all images; default: the classes in turn."""
+
+    prompt: Annotated[list[str] | None, Parameter(name=["--prompt", "-p"])] = None
+    """For a text-to-image model, what to draw; several take turns."""
+
+    out: Out = None
+    """Where the images go, in place of an earlier call's; default: samples/MODEL."""
+
+    steps: Count | None = None
+    """Sample the teacher called MODEL with so many steps of Heun (PNDM for Stable Diffusion) instead of the student."""
+
+    guidance: Scale | None = None
+    """Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student that learnt a range."""
+
+    batch: Count | None = None
+    """Images per batch; it does not change them."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def sample(model: Name, /, options: Options = Options()) -> None:
+    """Make images: a grid and single PNGs.
+
+    Parameters
+    ----------
+    model
+        A model or run folder, or a model of the package: mnist.
+    """
+    from distmatch import samples
+    from distmatch.ownership import owned
+    from distmatch.progress import progress
+    from distmatch.screen import console
+
+    n, label, prompts = options.n, options.label, options.prompt
+    out = options.out or Path("samples") / Path(model).name
+    with owned(out):
+        replaced = samples.earlier(out)
+        pipe = find_pipeline(model, options.steps, options.guidance, options.device)
+        with progress("sample", n, unit="image") as advance:
+            pixels = pipe(
+                n,
+                labels=label,
+                prompts=[prompts[i % len(prompts)] for i in range(n)] if prompts else None,
+                guidance_scale=options.guidance if pipe.info.guidance is not None else None,
+                seed=options.seed,
+                batch=options.batch,
+                progress=advance,
+            ).pixels
+        columns, zoom = max(1, min(len(pipe.info.classes) or 8, n)), 1 if pipe.info.latent else 2
+        made = {"model": model, "seed": options.seed, "label": label, "prompts": prompts}
+        samples.write(out, pixels, columns, zoom, made | {"steps": options.steps, "guidance": options.guidance})
+    instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
+    evaluations = "1 evaluation" if pipe.nfe == 1 else f"{pipe.nfe} evaluations"
+    console.print(f"{n} images, {evaluations} each, in {out}{instead}; see {out / samples.GRID}")

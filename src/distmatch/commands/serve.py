@@ -1,0 +1,57 @@
+"""`distmatch serve`. The page and its server are in `serve`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from distmatch.commands.shared import find_pipeline
+from distmatch.extras import need
+from distmatch.options import Count, Name, Range, Scale
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    teacher: Name | None = None
+    """Its teacher, for the game: a model folder, mnist, diffusers:FOLDER_OR_ID."""
+
+    steps: Count | None = None
+    """The teacher's sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
+
+    guidance: Scale | None = None
+    """The teacher's; default: that of the student's training."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Others than 127.0.0.1 let everybody in your network use the page."""
+
+    port: Annotated[int, Parameter(validator=Range(0, 65535))] = 7860
+    """Where it is taken, a free one is used."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    open_browser: bool = False
+    """Open the page in your browser."""
+
+
+def serve(model: Name, /, options: Options = Options()) -> None:
+    """Open a local web page that draws as you type, and asks which picture is the teacher's.
+
+    Parameters
+    ----------
+    model
+        A student: a model or run folder, or one of the package: mnist.
+    """
+    need("fastapi", "uvicorn", "websockets", by="the web page")
+    from distmatch.serve import serve as listen
+
+    student, teacher = find_pipeline(model, None, None, options.device), None
+    if options.teacher:
+        guidance = options.guidance
+        if guidance is None:
+            trained = student.info.card.get("recipe", {}).get("match", {}).get("guidance", 1.0)
+            guidance = sum(student.info.guidance) / 2 if student.info.guidance else trained
+        steps = options.steps or (50 if options.teacher.startswith("diffusers:") else 18)
+        teacher = find_pipeline(options.teacher, steps, guidance, options.device)
+    listen(student, teacher, options.host, options.port, options.open_browser)

@@ -1,0 +1,162 @@
+"""`distmatch teach`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from distmatch.commands.shared import read_images
+from distmatch.errors import UserError
+from distmatch.options import Count, Name, Out, Range, Rate, Share, Whole
+
+if TYPE_CHECKING:
+    from distmatch.images import Images
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a teacher is trained."""
+
+    steps: Count = 10_000
+    """Length of the training; the learning rate falls to zero over its last 30 %."""
+
+    batch: Count = 128
+    """Images per step."""
+
+    lr: Rate = 1e-3
+    """Peak learning rate of Adam."""
+
+    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))] = (32, 64)
+    """U-Net channels per resolution level."""
+
+    blocks: Count = 1
+    """Residual blocks per level and direction."""
+
+    patch: Count = 2
+    """Side of the space-to-depth stem; the image side must be a multiple of patch * 2 ** (levels - 1)."""
+
+    split: str = "train"
+    """Which images to read where there are splits: train (also folders called training, train2017, ...), test, val, the
+    name of a folder, or all, for which no folder is a split."""
+
+    label_dropout: Share = 0.0
+    """Share of the images shown without their label; 0.1 makes the teacher fit for guidance."""
+
+    flip: bool = False
+    """Mirror every other image."""
+
+    ema: Share = 0.999
+    """Decay of the moving average of the weights, which is what is kept."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast around the network; worth it on a GPU or a CPU with bf16 arithmetic."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the images, and all noise."""
+
+    save_every: Count = 500
+    """Steps between checkpoints."""
+
+    preview_every: Whole = 500
+    """Steps between pictures of samples; 0: none."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def teach(images: Name, /, *, out: Out = None, options: Options = Options()) -> None:
+    """Train a diffusion teacher on your own images (EDM's objective). Run again to continue.
+
+    Parameters
+    ----------
+    images
+        A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size, [train/]CLASS/NAME.png or flat;
+        labels may also stand in dataset.json, metadata.jsonl or .cls files. CIFAR's batches, MNIST's files and Parquet
+        are read too. An archive may be at a URL (s3://, gs://, hf://). All of it: docs/data.md.
+    out
+        The run's folder; default: runs/teach-NAME. The model ends up in its model/.
+    """
+    from distmatch.storage import name_of
+
+    train_teacher(images, out or Path("runs") / f"teach-{name_of(images).split('.')[0]}", options)
+
+
+def train_teacher(images: "str | Path | Images", out: Path, options: Options = Options()) -> None:
+    """Train a teacher on `images`, into `out`. Called again, it continues where it was.
+
+    Args:
+        images: a place to read (see `images.load_images`), or images at hand, e.g. `Images.of(tensor, labels)`.
+
+    Raises `UserError` where the images cannot be read or do not fit the network, and where `out` is a run with other
+    settings or images.
+    """
+    from distmatch.ownership import owned
+
+    with owned(out):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("distmatch teach runs in one process; start it without torchrun")
+        _train(images, out, options)
+
+
+def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
+    from hashlib import sha256
+
+    import torch
+
+    from distmatch import build, teach
+    from distmatch.binding import same_settings
+    from distmatch.clipping import Clipped, Clipping
+    from distmatch.denoiser import Denoiser, Prediction
+    from distmatch.features import image_fingerprint
+    from distmatch.images import Images
+    from distmatch.models.folder import Info
+    from distmatch.models.unet import UNet
+    from distmatch.optim import Optimizer
+    from distmatch.schedule import EDM
+    from distmatch.screen import console
+    from distmatch.storage import name_of
+    from distmatch.terminal import command
+    from distmatch.train import Plan, train
+
+    given = isinstance(images, Images)
+    name, real = ("given in Python", images) if given else (name_of(images), read_images(images, options.split, out))
+    shape = tuple(real.pixels.shape[1:])
+    multiple = options.patch * 2 ** (len(options.widths) - 1)
+    if shape[1] % multiple or shape[2] % multiple:
+        raise UserError(
+            f"images of {shape[1]}x{shape[2]} don't fit this network: the sides must be multiples of {multiple} "
+            "(patch * 2 ** (levels - 1)); change --patch or --widths"
+        )
+    console.print(str(real))
+    torch.manual_seed(options.seed)  # the initial weights
+    network = {"widths": list(options.widths), "blocks": options.blocks, "patch": options.patch}
+    net = UNet(channels=shape[0], classes=len(real.classes), **network)
+    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(options.device)).train()
+    how = teach.Settings(
+        batch=options.batch,
+        seed=options.seed,
+        ema=options.ema,
+        label_dropout=options.label_dropout,
+        flip=options.flip,
+        precision=options.precision,
+    )
+    settings = {"images": name, "split": options.split, "count": len(real), "steps": options.steps, "lr": options.lr}
+    settings |= {**vars(how), "objective": "EDM"}
+    labels = None if real.labels is None else sha256(real.labels.numpy().data).hexdigest()
+    content = {"pixels": image_fingerprint(real.pixels), "labels": labels, "classes": list(real.classes)}
+    same_settings({**settings, "network": network, **content}, out / "settings.json")
+    optimizer = Optimizer(
+        denoiser.parameters(), lr=options.lr, weight_decay=0.0, warmup=200, steps=options.steps, decay=0.3, clip=1.0
+    )
+    info = Info(shape, real.classes, card={"teach": settings, "pixels": content["pixels"]})
+    task = teach.Teaching(denoiser, real, optimizer, info, how)
+    plan = Plan(options.steps, log_every=50, save_every=options.save_every, preview_every=options.preview_every)
+    watch = Clipping(Clipped("gradient_norm", optimizer.clip, "Lower --lr"))
+    train(task, out, plan, watch=watch, config=settings, title="teach")
+    console.print(
+        f"The teacher is in {out / 'model'}. Next: {command('sample', out, '--steps', 18)}, "
+        f"{command('train', 'mnist', f'teacher={out}', 'evaluate.every=0')}"
+    )

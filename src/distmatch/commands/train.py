@@ -1,0 +1,58 @@
+"""`distmatch train`: a recipe to a finished student. The work is `run.distil`."""
+
+from pathlib import Path
+from typing import Literal
+
+from distmatch.options import Name, Out, Runs
+
+
+def train(
+    recipe: Name,
+    /,
+    *overrides: str,
+    out: Out = None,
+    runs: Runs = Path("runs"),
+    scale: Literal["full", "cpu-smoke"] = "full",
+    dry_run: bool = False,
+    check: bool = False,
+) -> None:
+    """Distil a teacher by a recipe. Run the same command again to continue an interrupted run.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe of the package (see `distmatch recipes`) or a YAML file.
+    overrides
+        Entries to change, e.g. terms=match match.weighting=dreamfusion student.optimizer.lr=1e-4.
+    out
+        The run's folder; default: RUNS/RECIPE with what was overridden, e.g. runs/mnist-terms=match.
+    runs
+        The folder that runs and pair stores share.
+    scale
+        cpu-smoke: a trial of every code path in under a minute, in RUNS/cpu-smoke, with small random networks in place
+        of what the recipe would fetch.
+    dry_run
+        Print the resolved recipe, above each entry what it does, and stop.
+    check
+        Try what the run needs, from packages to disk space, at its smallest, report what was found, and stop. Every
+        run begins with it.
+    """
+    from distmatch.config import load_recipe, run_name
+    from distmatch.recipe_docs import commented
+
+    resolved = load_recipe(recipe, overrides)
+    name = run_name(load_recipe(recipe), resolved)
+    if scale == "cpu-smoke":
+        from distmatch.smoke import cpu_smoke, make_networks
+
+        runs = runs / "cpu-smoke" / name
+        full, resolved = resolved, load_recipe(recipe, [*cpu_smoke(resolved, runs), *overrides])
+        if not dry_run:
+            make_networks(full, runs)
+    if dry_run:
+        print(commented(resolved), end="")
+        return
+    from distmatch import run
+
+    work = run.check if check else run.distil
+    work(resolved, out or runs / name, runs)
