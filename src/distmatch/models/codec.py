@@ -1,5 +1,6 @@
 """Latents to pixels: the autoencoder's decoder of a latent diffusion model, full or tiny."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,9 @@ def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:
 
     Stable Diffusion's has `scaling_factor` alone, that of XL (`means`) also both of `latents_mean`, `latents_std`.
     """
+    scale = vae.get("scaling_factor", 1.0)
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise UserError(f"{source}: its autoencoder has scaling_factor {scale!r:.80}; expected a positive number")
     shift, mean, std = (vae.get(name) for name in ("shift_factor", "latents_mean", "latents_std"))
     if shift:
         raise UserError(f"{source}: its autoencoder has shift_factor {shift}, which its pipeline leaves out; set 0")

@@ -6,9 +6,10 @@ Everything is read from the model's own configurations; nothing is decided by it
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from distmatch.denoiser import Cond, Denoiser, Prediction
@@ -21,6 +22,7 @@ from distmatch.models.diffusers.schedulers import PREDICTIONS, one_step_schedule
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 from distmatch.models.hub import Settings, config, index, network
 from distmatch.models.info import Info
+from distmatch.plain import fitting
 from distmatch.schedule import VP
 
 TOKENS = 77
@@ -38,6 +40,9 @@ TEXT_ALONE: dict[str, tuple[Any, ...]] = {
 
 PLAIN = {"thresholding": False, "clip_sample": False, "skip_prk_steps": True}
 """Settings of a scheduler that change what is sampled, and the values that are followed."""
+
+
+_Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
 
 
 class StableUNet(nn.Module):
@@ -140,7 +145,10 @@ class StableDiffusion(DiffusersFamily):
             raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
         check_scaling(vae, source, self.means)
         shape = _latents(unet, vae, source)
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        widths = fitting(
+            vae.get("block_out_channels"), f"{source}: vae/config.json: block_out_channels", tuple[_Count, ...]
+        )
+        factor = 2 ** (max(1, len(widths)) - 1)
         return Settings(parts, scheduler, schedule, prediction, unet, shape, (shape[1] * factor, shape[2] * factor))
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
@@ -262,5 +270,6 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tu
     side = unet.get("sample_size")
     if side is None:
         raise UserError(f"{source}: unet/config.json has no sample_size; add it: 64 for images of 512 x 512")
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    return channels, height, width
+    both = side if isinstance(side, list | tuple) else (side, side)
+    where = f"{source}: unet/config.json: in_channels and sample_size"
+    return fitting((channels, *both), where, tuple[_Count, _Count, _Count])
