@@ -85,6 +85,7 @@ FLOORS = [
     ["archives"],
     ["denoiser", "models.info", "models.layout", "arrays"],
     ["iddpm"],
+    ["schedule_config"],
     ["schedule", "log", "prompts", "storage", "download"],
     ["checkpoint", "optim", "progress"],
     ["shards", "terminal"],

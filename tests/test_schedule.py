@@ -20,9 +20,9 @@ from distmatch import DistilledPipeline, Recipe, distil
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.errors import UserError
 from distmatch.iddpm import IDDPM, iddpm_sigmas
-from distmatch.models.folder import schedule_config, schedule_of
 from distmatch.pairs import fingerprint
 from distmatch.schedule import EDM, VP, Flow, Schedule, expand
+from distmatch.schedule_config import schedule_config, schedule_of
 
 BETAS = np.linspace(0.01, 0.2, 100)
 ALL = [

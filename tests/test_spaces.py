@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from distmatch import build
+from distmatch.build import recipe_spaces
 from distmatch.commands import classifier, eval
 from distmatch.config import load_recipe
 from distmatch.evaluation import chance, columns, evaluate, score
@@ -23,7 +24,7 @@ from distmatch.models.pixels import Pixels, principal_components
 from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline
 from distmatch.recipe_entries import Evaluation
-from distmatch.spaces import default_features, find_spaces, known_rows, recipe_spaces
+from distmatch.spaces import default_features, find_spaces, known_rows
 
 
 def noise(n: int = 120, side: int = 8) -> Images:

@@ -21,6 +21,7 @@ from distmatch.embeddings import Embeddings, embed
 from distmatch.engine import blocks, checkpoint_gradients, compile_blocks, replicate, shard, spread
 from distmatch.entry import marked
 from distmatch.errors import UserError
+from distmatch.evaluation import Space
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.models.codec import Decoded, tiny_decoder
 from distmatch.models.family import Encoder
@@ -31,12 +32,13 @@ from distmatch.models.library import components, family_of, find_model
 from distmatch.optim import Optimizer
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
-from distmatch.paths import expand
+from distmatch.paths import ASSETS, expand
 from distmatch.progress import progress
 from distmatch.prompts import read_prompts
-from distmatch.recipe_entries import Optimiser, OwnTerm, Pairs, Recipe
+from distmatch.recipe_entries import Evaluation, Optimiser, OwnTerm, Pairs, Recipe
 from distmatch.sampler import Steps
 from distmatch.schedule import Schedule
+from distmatch.spaces import enough, find_spaces, of_its_images
 from distmatch.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term, TermContext
 
 
@@ -111,6 +113,26 @@ def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callabl
             return embed(folder, prompts, encoder, advance)
 
     return lambda numbers: states()(numbers)
+
+
+def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
+    """The spaces that a recipe's student is measured in while it is trained; none where the recipe names none.
+
+    Raises `UserError` where they are of other images than the teacher's, or `evaluate.images` are too few for them.
+    """
+    name = evaluation.features
+    if not evaluation.every or not name:
+        return []
+    packaged = not Path(name).is_dir() and (ASSETS / name).is_dir()
+    if packaged and evaluation.reference is None and not of_its_images(info, ASSETS / name):
+        raise UserError(
+            f"evaluate.features is {name}, and the teacher {teacher} is not known to be of the same images. Set "
+            "evaluate.features=FOLDER (`distmatch classifier IMAGES` makes one), or evaluate.every=0"
+        )
+    spaces = find_spaces(name, evaluation.reference, device=device, shape=info.shape)
+    for _, real in spaces:
+        enough(len(real.mu), evaluation.images, "images (evaluate.images)")
+    return spaces
 
 
 def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:

@@ -5,7 +5,6 @@ import json
 import re
 from copy import deepcopy
 from hashlib import sha256
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from distmatch.entry import flat, marked, set_entry, walk
 from distmatch.errors import UserError
-from distmatch.paths import expand
+from distmatch.paths import RECIPES, expand
 from distmatch.plain import fitting, read_yaml, yaml_of
 from distmatch.recipe_entries import Recipe, present_name, renamed
 from distmatch.recipe_mistakes import explain, nearest
@@ -22,8 +21,7 @@ from distmatch.recipe_mistakes import explain, nearest
 
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("distmatch"))) / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
 
 
 def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

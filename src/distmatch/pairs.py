@@ -27,8 +27,8 @@ from distmatch import rng
 from distmatch.denoiser import Denoiser
 from distmatch.digests import digest
 from distmatch.errors import UserError
-from distmatch.models.folder import schedule_config
 from distmatch.plain import json_digest
+from distmatch.schedule_config import schedule_config
 from distmatch.solvers import NAMES
 from distmatch.storage import Folder, limit
 

@@ -9,6 +9,9 @@ from distmatch.errors import UserError
 ASSETS = Path(str(resources.files("distmatch"))) / "assets"
 """Models, classifiers and references that come with the package."""
 
+RECIPES = ASSETS.parent / "recipes"
+"""The recipes that come with the package."""
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distmatch"
 """Where what can be made or fetched again is kept."""
 

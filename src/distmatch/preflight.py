@@ -37,7 +37,6 @@ from distmatch.recipe_entries import Recipe
 from distmatch.sampler import Steps
 from distmatch.screen import size
 from distmatch.solvers import solver
-from distmatch.spaces import recipe_spaces
 from distmatch.storage import Folder, filesystem, is_url
 from distmatch.terms import Samples, Start
 
@@ -68,7 +67,7 @@ class Flight:
     @cached_property
     def spaces(self) -> list[Space]:
         """Where the student is measured while it is trained, with the references."""
-        return recipe_spaces(self.recipe.evaluate, self.recipe.teacher, self.subject.info, self.device)
+        return build.recipe_spaces(self.recipe.evaluate, self.recipe.teacher, self.subject.info, self.device)
 
     @cached_property
     def fake(self) -> Denoiser:

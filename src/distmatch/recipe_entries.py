@@ -306,7 +306,7 @@ class Checkpointing(_Strict):
 
 
 class Evaluation(_Strict):
-    """Frechet distances of the averaged student while training; see `spaces.recipe_spaces`."""
+    """Frechet distances of the averaged student while training; see `build.recipe_spaces`."""
 
     every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
     images: Positive = entry(2000, "Images per evaluation; the distance of few images reads high.", "ours")

@@ -23,7 +23,6 @@ from distmatch.models.pixels import Pixels, principal_components
 from distmatch.paths import ASSETS
 from distmatch.plain import read_json
 from distmatch.progress import console, progress
-from distmatch.recipe_entries import Evaluation
 from distmatch.storage import local
 
 FILES = {
@@ -127,7 +126,7 @@ def default_features(model: str, info: Info) -> str:
     """
     packaged = sorted(file.parent for file in ASSETS.glob("*/reference.safetensors"))
     for folder in packaged:
-        if _of_its_images(info, folder):
+        if of_its_images(info, folder):
             return folder.name
     names = ", ".join(folder.name for folder in packaged)
     raise UserError(
@@ -135,26 +134,6 @@ def default_features(model: str, info: Info) -> str:
         "what to compare with: --features FOLDER (`distmatch classifier IMAGES` makes one), --reference IMAGES, or "
         f"--features {names} if it makes just such images"
     )
-
-
-def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
-    """The spaces that a recipe's student is measured in while it is trained; none where the recipe names none.
-
-    Raises `UserError` where they are of other images than the teacher's, or `evaluate.images` are too few for them.
-    """
-    name = evaluation.features
-    if not evaluation.every or not name:
-        return []
-    packaged = not Path(name).is_dir() and (ASSETS / name).is_dir()
-    if packaged and evaluation.reference is None and not _of_its_images(info, ASSETS / name):
-        raise UserError(
-            f"evaluate.features is {name}, and the teacher {teacher} is not known to be of the same images. Set "
-            "evaluate.features=FOLDER (`distmatch classifier IMAGES` makes one), or evaluate.every=0"
-        )
-    spaces = find_spaces(name, evaluation.reference, device=device, shape=info.shape)
-    for _, real in spaces:
-        enough(len(real.mu), evaluation.images, "images (evaluate.images)")
-    return spaces
 
 
 def train_spaces(
@@ -237,6 +216,6 @@ def _known(file: Path, spaces: Sequence[Space]) -> dict[str, list[Any]]:
     return known
 
 
-def _of_its_images(info: Info, folder: Path) -> bool:
+def of_its_images(info: Info, folder: Path) -> bool:
     """Whether the model's card says that it was taught on the images of the reference in `folder`."""
     return info.card.get("pixels") == load_reference(folder / FILES["classifier"][1]).images

@@ -21,7 +21,6 @@ from distmatch.engine import whole
 from distmatch.errors import UserError
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
-from distmatch.iddpm import IDDPM
 from distmatch.models.diffusers import families as diffusers
 from distmatch.models.edm import DhariwalUNet, SongUNet
 from distmatch.models.info import Info
@@ -29,7 +28,8 @@ from distmatch.models.layout import build, shapes_in
 from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 from distmatch.plain import fitting, read_json
-from distmatch.schedule import EDM, VP, Flow, Schedule
+from distmatch.schedule import Schedule
+from distmatch.schedule_config import schedule_config, schedule_of
 from distmatch.terminal import command
 
 FORMAT = "distmatch-model-1"
@@ -41,8 +41,6 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "dhariwal": DhariwalUNet,
     **diffusers.NETWORKS,
 }
-
-SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "iddpm": IDDPM, "vp": VP, "flow": Flow}
 
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
@@ -175,39 +173,3 @@ def _check_fit(network: dict[str, Any], info: Info, file: Path) -> None:
     for what, (takes, given) in said.items():
         if takes is not None and takes != given:
             raise UserError(f"{file}: its network is for {takes} {what}, and it says {given} of them. {AGAIN}")
-
-
-def schedule_config(schedule: Schedule) -> dict[str, Any]:
-    """The schedule as plain JSON data: its arguments, or the values of one that is none of `SCHEDULES`."""
-    for kind, known in SCHEDULES.items():
-        if type(schedule) is known:
-            entries: Any = schedule
-            return {"type": kind, **{k: v for k, v in asdict(entries).items() if v is not None}}
-    grid = schedule.grid(33)
-    columns = {"t": grid, "alpha": schedule.alpha(grid), "sigma": schedule.sigma(grid)}
-    values = {name: [float(f"{v:.6g}") for v in column.tolist()] for name, column in columns.items()}
-    return {"type": None, "class": type(schedule).__name__, "prior_std": schedule.prior_std, **values}
-
-
-def schedule_of(config: dict[str, Any], own: Schedule | None = None) -> Schedule:
-    """The inverse of `schedule_config`; `own` is the schedule where its type is none of `SCHEDULES`.
-
-    Raises `UserError` for an unknown type, and where `own` is missing or has other values.
-    """
-    entries = dict(config)
-    kind = entries.pop("type", None)
-    if kind is None and "class" in entries:
-        name = entries["class"]
-        if own is None:
-            raise UserError(
-                f"the model was saved with a schedule of its owner's, {name}; pass one: "
-                f"DistilledPipeline.from_pretrained(path, schedule={name}(...))"
-            )
-        if schedule_config(own) != config:
-            raise UserError(f"the model was saved with a schedule {name} of other values than {own}; pass that one")
-        return own
-    if kind not in SCHEDULES:
-        raise UserError(f"schedule type {kind!r} is unknown; expected one of {', '.join(SCHEDULES)}")
-    if own is not None:
-        raise UserError(f"the model has its own schedule, {kind}; leave `schedule` out")
-    return SCHEDULES[kind](**entries)

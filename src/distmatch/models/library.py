@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from distmatch.config import recipes
 from distmatch.denoiser import Denoiser
 from distmatch.errors import UserError
 from distmatch.models.diffusers.families import family_in
@@ -18,7 +17,7 @@ from distmatch.models.folder import load_model
 from distmatch.models.info import Info
 from distmatch.models.mixture import Mixtures
 from distmatch.models.published import Published
-from distmatch.paths import ASSETS, expand
+from distmatch.paths import ASSETS, RECIPES, expand
 from distmatch.schedule import Schedule
 from distmatch.terminal import command
 
@@ -98,7 +97,7 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
         raise UserError(f"{name} is an unfinished run: it has no model/ yet; run its command again to continue it")
     if (ASSETS / name / kind / "config.json").exists():
         return ASSETS / name / kind
-    if name in recipes():
+    if (RECIPES / f"{name}.yaml").exists():
         raise UserError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
     known = ", ".join(sorted(p.parent.parent.name for p in ASSETS.glob(f"*/{kind}/config.json")))
     raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package has {known or 'none'}")
