@@ -41,6 +41,7 @@ WRONG = {
     "pairs build mnist --count 5": "no dashes: pairs.count=5",
     "train mnist --frobnicate 3": "Unknown option: --frobnicate; see `distmatch train --help`",
     "sample mnist steps=5": "Unexpected 'steps=5': write --steps 5",
+    "sample mnist --steps 5": "--steps 5 is for a teacher: add --teacher",
     "sample mnist 5": "Unexpected '5': options have names",
     "eval mnist n=5": "Unexpected 'n=5'",
     # The command line is to blame, not the packaged file.
@@ -70,8 +71,8 @@ WRONG = {
     # What is not there.
     "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",
     "sample mnist --device meta": "device 'meta' is not available here; use auto or cpu",
-    "sample edm: --steps 3": "edm: is no file here",
-    "sample diffusers:/no/such/model --steps 3": "'/no/such/model' is neither a folder here nor a model id",
+    "sample edm: --teacher": "edm: is no file here",
+    "sample diffusers:/no/such/model --teacher": "'/no/such/model' is neither a folder here nor a model id",
     "teach nothing.zip": "nothing.zip does not exist",
     "train ~nobody-of-this-name/x.yaml": "~nobody-of-this-name is no user's home here",
 }

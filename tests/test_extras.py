@@ -74,7 +74,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
         ("pairs build sd15-laion-6.25 prompts.path=captions.txt", "diffusers"),
         ("pairs verify gs://bucket/pairs", "cloud"),
         ("teach s3://bucket/images.tar", "cloud"),
-        ("sample diffusers:owner/name --steps 5", "diffusers"),
+        ("sample diffusers:owner/name --teacher", "diffusers"),
         ("export diffusers anything", "diffusers"),
         ("export lora anything", "diffusers"),
         ("compare anything --prompts captions.txt", "diffusers"),

@@ -275,17 +275,18 @@ class TeacherPipeline(Pipeline):
         device: str | torch.device = "cpu",
         *,
         sampler: str | None = None,
-        steps: int = 18,
+        steps: int | None = None,
         guidance: float = 1.0,
         net: nn.Module | None = None,
         schedule: Schedule | None = None,
     ) -> "TeacherPipeline":
         """Load a model folder, a teacher that comes with the package ("mnist"), or `diffusers:FOLDER_OR_ID`.
 
-        The sampler is Heun, for models from diffusers PNDM, unless told. `net`, `schedule` as for a student.
+        Default: 18 steps of Heun, for Stable Diffusion 50 of PNDM. `net`, `schedule`: as for a student.
         """
         denoiser, info = find_model(str(path), "teacher", net, schedule)
-        sampler, parts = sampler or family_of(info).sampler, components(info, device)
+        family, parts = family_of(info), components(info, device)
+        sampler, steps = sampler or family.sampler, steps or family.steps
         return cls(denoiser.to(device), info, parts, sampler=sampler, steps=steps, guidance=guidance)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from distmatch.errors import UserError
+from distmatch.extras import need
 from distmatch.options import Count, File, Images, Name, Out, Range
 
 if TYPE_CHECKING:
@@ -82,9 +83,10 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
         A model or run folder; default: no student.
     """
     from distmatch import parallel
-    from distmatch.commands.shared import find_pipeline
+    from distmatch.commands.shared import find_student
     from distmatch.prompts import coco_prompts, read_prompts
 
+    need("diffusers", "transformers", by="a comparison")
     teacher = teacher.removeprefix("diffusers:")
     with parallel.joined():
         if options.prompts != "coco":
@@ -95,7 +97,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
             prompts = coco_prompts(options.coco, n, options.seed)
         else:
             raise UserError("--prompts coco needs the captions: --coco captions_val2014.json")
-        ours = None if student is None else find_pipeline(student, None, None, options.device)
+        ours = None if student is None else find_student(student, None, options.device)
         out = options.out or Path("runs") / f"compare-{Path(teacher).name}"
         compare_on(prompts, teacher, ours, replace(options, n=n, picture=min(options.picture, n), out=out))
 

@@ -19,11 +19,14 @@ class Options:
     seed: int = 1
     """Of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise."""
 
+    teacher: bool = False
+    """Measure the teacher called MODEL, instead of the student."""
+
     steps: Count | None = None
-    """Measure the teacher called MODEL with so many Heun steps instead of the student."""
+    """With --teacher: steps of Heun's sampler; default: 18."""
 
     guidance: Scale | None = None
-    """Classifier-free guidance, uncond + w (cond - uncond); only with --steps."""
+    """With --teacher: classifier-free guidance, uncond + w (cond - uncond)."""
 
     features: Name | None = None
     """What images are compared in: a folder made by `distmatch classifier`, or mnist; pixels, the principal components
@@ -79,7 +82,7 @@ def _measure(model: str, options: Options) -> None:
 
     if options.out is not None and parallel.rank() == 0:
         check_writable(options.out)
-    pipe = find_pipeline(model, options.steps, options.guidance, options.device)
+    pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
     if pipe.info.text:
         raise UserError(f"{model} makes images of prompts; `distmatch compare` measures such models")
     features = options.features or ("pixels" if options.reference else default_features(model, pipe.info))

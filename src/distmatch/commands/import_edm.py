@@ -32,5 +32,5 @@ def import_edm(source: Name, /, *, out: Out = None) -> None:
         console.print(
             f"{parameters:,} parameters, images {info.shape}, {len(info.classes) or 'no'} classes, "
             f"prediction {denoiser.prediction.name}; in {folder}. Next: "
-            f"{command('sample', folder, '--steps', 18, '-n', 16)}"
+            f"{command('sample', folder, '--teacher', '-n', 16)}"
         )

@@ -28,8 +28,11 @@ class Options:
     out: Out = None
     """Where the images go, in place of an earlier call's; default: samples/MODEL."""
 
+    teacher: bool = False
+    """Sample the teacher called MODEL, instead of the student."""
+
     steps: Count | None = None
-    """Sample the teacher called MODEL with so many steps of Heun (PNDM for Stable Diffusion) instead of the student."""
+    """With --teacher: its sampler's steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
 
     guidance: Scale | None = None
     """Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student that learnt a range."""
@@ -58,7 +61,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     out = options.out or Path("samples") / Path(model).name
     with owned(out):
         replaced = samples.earlier(out)
-        pipe = find_pipeline(model, options.steps, options.guidance, options.device)
+        pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
         with progress("sample", n, unit="image") as advance:
             pixels = pipe(
                 n,
@@ -71,7 +74,13 @@ def sample(model: Name, /, options: Options = Options()) -> None:
             ).pixels
         columns, zoom = max(1, min(len(pipe.info.classes) or 8, n)), 1 if pipe.info.latent else 2
         made = {"model": model, "seed": options.seed, "label": label, "prompts": prompts}
-        samples.write(out, pixels, columns, zoom, made | {"steps": options.steps, "guidance": options.guidance})
+        samples.write(
+            out,
+            pixels,
+            columns,
+            zoom,
+            made | {"teacher": options.teacher, "steps": options.steps, "guidance": options.guidance},
+        )
     instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
     evaluations = "1 evaluation" if pipe.nfe == 1 else f"{pipe.nfe} evaluations"
     console.print(f"{n} images, {evaluations} each, in {out}{instead}; see {out / samples.GRID}")

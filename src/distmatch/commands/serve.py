@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_pipeline
+from distmatch.commands.shared import find_student, find_teacher
 from distmatch.extras import need
 from distmatch.options import Count, Name, Range, Scale
 
@@ -46,12 +46,11 @@ def serve(model: Name, /, options: Options = Options()) -> None:
     need("fastapi", "uvicorn", "websockets", by="the web page")
     from distmatch.serve import serve as listen
 
-    student, teacher = find_pipeline(model, None, None, options.device), None
+    student, teacher = find_student(model, None, options.device), None
     if options.teacher:
         guidance = options.guidance
         if guidance is None:
             trained = student.info.card.get("recipe", {}).get("match", {}).get("guidance", 1.0)
             guidance = sum(student.info.guidance) / 2 if student.info.guidance else trained
-        steps = options.steps or (50 if options.teacher.startswith("diffusers:") else 18)
-        teacher = find_pipeline(options.teacher, steps, guidance, options.device)
+        teacher = find_teacher(options.teacher, options.steps, guidance, options.device)
     listen(student, teacher, options.host, options.port, options.open_browser)

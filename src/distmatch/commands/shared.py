@@ -10,19 +10,34 @@ if TYPE_CHECKING:
     from distmatch.pipeline import Pipeline
 
 
-def find_pipeline(model: str, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
-    """Return the student called `model`, or its teacher when `steps` of its sampler are given."""
-    from distmatch import build
-    from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-
+def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
+    """Return the student called `model`, or the `teacher` of that name with so many `steps` of its sampler."""
+    if teacher:
+        return find_teacher(model, steps, guidance, device)
     if steps is not None:
-        return TeacherPipeline.from_pretrained(
-            model, build.device(device), steps=steps, guidance=1.0 if guidance is None else guidance
+        raise UserError(
+            f"--steps {steps} is for a teacher: add --teacher. A student has the steps that it was trained for"
         )
+    return find_student(model, guidance, device)
+
+
+def find_teacher(model: str, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
+    from distmatch import build
+    from distmatch.pipeline import TeacherPipeline
+
+    scale = 1.0 if guidance is None else guidance
+    return TeacherPipeline.from_pretrained(model, build.device(device), steps=steps, guidance=scale)
+
+
+def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
+    """Return the student called `model`. Raises `UserError` for a `guidance` where the student has none to choose."""
+    from distmatch import build
+    from distmatch.pipeline import DistilledPipeline
+
     student = DistilledPipeline.from_pretrained(model, build.device(device))
     if guidance not in (None, 1.0) and student.info.guidance is None:
         raise UserError(
-            f"guidance {guidance} is for a teacher: give --steps too. This student's guidance is fixed by training"
+            f"guidance {guidance} is for a teacher: add --teacher. This student's guidance is fixed by training"
         )
     return student
 

@@ -50,7 +50,10 @@ class Family:
     """
 
     sampler: ClassVar[str] = "heun"
-    """The sampler of its teachers unless another is asked for."""
+    """The sampler of its teachers, unless another is asked for."""
+
+    steps: ClassVar[int] = 18
+    """How many of its steps, unless others are asked for."""
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
         """The teacher `source`, in evaluation mode. Raises `UserError` where it cannot be had or is none of these."""

@@ -122,7 +122,7 @@ class StableUNet(nn.Module):
 class StableDiffusion(DiffusersFamily):
     """Stable Diffusion 1.x and 2.x."""
 
-    sampler = "pndm"
+    sampler, steps = "pndm", 50
     networks: ClassVar[Mapping[str, type[nn.Module]]] = {"stable": StableUNet}
     kinds: ClassVar[Mapping[str, str]] = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     untouched: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
