@@ -129,7 +129,10 @@ def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torc
             f"evaluate.features is {name}, and the teacher {teacher} is not known to be of the same images. Set "
             "evaluate.features=FOLDER (`distmatch classifier IMAGES` makes one), or evaluate.every=0"
         )
-    spaces = find_spaces(name, evaluation.reference, device=device, shape=info.shape)
+    try:
+        spaces = find_spaces(name, evaluation.reference, device=device, shape=info.shape)
+    except UserError as error:
+        raise UserError(f"evaluate.features {name}, evaluate.reference {evaluation.reference}: {error}") from error
     for _, real in spaces:
         enough(len(real.mu), evaluation.images, "images (evaluate.images)")
     return spaces

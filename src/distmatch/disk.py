@@ -21,7 +21,7 @@ ADVICE = {
     errno.EROFS: "choose another place, e.g. with --out",
     errno.EACCES: "give yourself the right to it, or choose another place, e.g. with --out",
     errno.EPERM: "give yourself the right to it, or choose another place, e.g. with --out",
-    errno.ENOENT: "check its name",
+    errno.ENOENT: "check its name, or choose another place",
     errno.ENOTDIR: "a file is where a folder is wanted; move it, or choose another place, e.g. with --out",
     errno.EEXIST: "a file is where a folder is wanted; move it, or choose another place, e.g. with --out",
     errno.EISDIR: "a folder is where a file is wanted; move it, or choose another name",

@@ -200,7 +200,9 @@ def filesystem(url: str) -> tuple[Any, str]:
         need(package, by=url)
     try:
         fs, root = url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise UserError(f"{url} cannot be opened: {error}. Install with pip what is named there") from error
+    except (OSError, ValueError) as error:
         raise UserError(f"{url} cannot be opened: {error}") from error
     return fs, root.rstrip("/")
 
