@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import yaml
+from markupsafe import escape
 from PIL import Image
 
 from distmatch import data
@@ -133,8 +134,8 @@ def test_several_runs_differ_where_their_recipes_do(tmp_path):
     with (c / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "frechet/pixels": NaN}\n')  # no figure: the one before it counts
     page = page_of(tmp_path, a, b, c)
-    both = '["match", "regress"]'.replace('"', "&quot;")
-    only = both.replace("&quot;match&quot;, ", "")
+    both = '["match", "regress"]'.replace('"', "&#34;")
+    only = both.replace("&#34;match&#34;, ", "")
     assert table(section(page, "Where the recipes differ")) == [
         ["entry", "full", "no-match", "again"],
         ["description", "A run.", "A run.", "Under another name."],
@@ -175,7 +176,7 @@ def test_foreign_text_is_text(tmp_path):
     folder = run_folder(tmp_path / "<b>&", name=hostile, description=hostile, teacher=hostile, steps=hostile)
     other = run_folder(tmp_path / "$x_{")  # matplotlib would take this for mathematics
     (folder / "eval.json").write_text(json.dumps({"hardware": hostile, "rows": [{"name": hostile, "nfe": 1}]}))
-    escaped = "&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#x27;&amp; $title {body}"
+    escaped = str(escape(hostile))
     for page in (page_of(tmp_path, folder), page_of(tmp_path, folder, other)):
         assert "<script>alert" not in page
         assert "<b>" not in page
