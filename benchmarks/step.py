@@ -28,6 +28,7 @@ from distmatch import build
 from distmatch.config import load_recipe
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.distill import Distiller
+from distmatch.engine import autocast
 from distmatch.evaluation import hardware
 from distmatch.models.folder import Info, save_model
 from distmatch.recipe_entries import Recipe
@@ -102,7 +103,8 @@ def saved_for_backward(distiller: Distiller, info: Info, recipe: Recipe) -> int:
 
     n = distiller.images_per_step // recipe.accumulate
     x, t, cond = inputs(n, info, distiller.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), distiller.autocast():
+    counted = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with counted, autocast(distiller.device, distiller.precision):
         alive = distiller.student(x, t + 1, cond)  # while it lives no storage is used twice
         images = [alive[: recipe.regress.batch // recipe.accumulate] for _ in perceptual]
         also = [term.loss(x, torch.rand_like(x)) for term, x in zip(perceptual, images, strict=True)]
@@ -150,7 +152,7 @@ def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) ->
         out.backward(torch.ones_like(out))
 
     def run() -> None:
-        with distiller.autocast():
+        with autocast(distiller.device, distiller.precision):
             backward(distiller.student, both)
             for term in perceptual:
                 x, y = (torch.rand(recipe.regress.batch, *info.shape, device=device) for _ in range(2))

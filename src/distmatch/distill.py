@@ -1,7 +1,6 @@
 """The training step of Distribution Matching Distillation (Algorithm 1), over any streams and terms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from distmatch.clock import Clock
 from distmatch.conditions import WHOLE, Classes, Conditions, Share, rows
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.ema import EMA
-from distmatch.engine import average_gradients, summed, unwrapped
+from distmatch.engine import autocast, average_gradients, summed, unwrapped
 from distmatch.models.folder import Info, save_model
 from distmatch.optim import Optimizer
 from distmatch.sampler import Steps
@@ -143,7 +142,7 @@ class Distiller:
         losses = {f"{term.name}/student": torch.zeros((), device=self.device) for term in self.terms}
         for part in parts:
             total = torch.zeros((), device=self.device)
-            with self.autocast(), summed(self.forward, last=part is parts[-1]):
+            with autocast(self.device, self.precision), summed(self.forward, last=part is parts[-1]):
                 samples = self.generate_all(part.starts)
                 for term in self.terms:
                     loss = term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
@@ -168,7 +167,7 @@ class Distiller:
         losses = {f"{term.name}/fake": torch.zeros((), device=self.device) for term in terms}
         for part, made in zip(parts, images, strict=True):
             total = torch.zeros((), device=self.device)
-            with self.autocast(), summed(self.fake, last=part is parts[-1]):
+            with autocast(self.device, self.precision), summed(self.fake, last=part is parts[-1]):
                 for term in terms:
                     loss = term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
                     losses[f"{term.name}/fake"] += loss.detach()
@@ -196,7 +195,7 @@ class Distiller:
     @torch.no_grad()
     def generate(self, start: Start) -> Samples:
         """The student's images for `start`, without graph."""
-        with self.autocast():
+        with autocast(self.device, self.precision):
             return Samples(self.student_forward(start.z, start.cond, start.noise), start.cond)
 
     @torch.no_grad()
@@ -212,9 +211,6 @@ class Distiller:
 
     def export(self, folder: Path) -> None:
         save_model(folder, self.ema.network, self.info)
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def _read(term: Term, samples: Mapping[str, Samples]) -> Samples:

@@ -167,6 +167,11 @@ def average_gradients(network: nn.Module) -> None:
                 parameter.grad /= dist.get_world_size()
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which networks compute in `precision`, "fp32" or "bf16", whatever their weights have."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 @contextmanager
 def summed(network: Any, last: bool) -> Iterator[None]:
     """Gradient accumulation: what is passed backward within it is summed over the processes only if `last`."""

@@ -264,7 +264,7 @@ class TeacherPipeline(Pipeline):
             denoiser,
             info,
             lambda z, cond, _: run(model, denoiser.schedule, z, cond, steps),
-            nfe=evaluations(sampler, steps) * (1 if guidance == 1 else 2),
+            nfe=evaluations(sampler, steps, guidance),
             parts=parts,
         )
 

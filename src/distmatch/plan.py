@@ -216,10 +216,10 @@ def _tell_disk(recipe: Recipe, made: Cost) -> None:
 
 def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> None:
     p = stages[0].pairs
-    guided = 1 if p.guidance == 1 and stages[0].student.guidance is None else 2
+    guidance = p.guidance if stages[0].student.guidance is None else None
     count = max(stage.pairs.count for stage in stages)
     size = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
-    flops = count * evaluations(p.sampler, p.steps) * guided * sampling_flops(denoiser, info)
+    flops = count * evaluations(p.sampler, p.steps, guidance) * sampling_flops(denoiser, info)
     hours = cluster.arithmetic(flops, p.precision) / 3600
     console.print(f"pairs: {size / 1e9:,.1f} GB, {hours:,.1f} hours, {hours * cluster.gpus:,.0f} GPU-hours")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distmatch import build, data, parallel
 from distmatch.conditions import WHOLE, with_guidance
 from distmatch.denoiser import Cond, Denoiser, guided
-from distmatch.engine import try_compiler
+from distmatch.engine import autocast, try_compiler
 from distmatch.errors import UserError
 from distmatch.evaluation import Space
 from distmatch.extras import need
@@ -100,7 +100,7 @@ class Flight:
     @cached_property
     def sample(self) -> Tensor:
         """The student's, with its graph."""
-        with self.autocast(), tried("the student, one sample"):
+        with autocast(self.device, self.recipe.precision), tried("the student, one sample"):
             steps = Steps(self.info.times)
             noise = [self.z] * (len(steps) - 1)
             x = steps.sample(self.student, self.student.schedule, self.z, self.cond, noise)
@@ -120,9 +120,6 @@ class Flight:
             place = build.pairs_folder(stage, spec, self.runs)
             found[place] = max(spec, found.get(place, spec), key=lambda spec: spec.count)
         return found
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
 
 @contextmanager
@@ -214,7 +211,7 @@ def student(flight: Flight) -> str:
     """It starts from what the recipe says, and makes a sample, of which the fake score makes another."""
     made = flight.sample
     if build.trains_fake(flight.recipe):
-        with torch.no_grad(), flight.autocast(), tried("the fake score, one sample"):
+        with torch.no_grad(), autocast(flight.device, flight.recipe.precision), tried("the fake score, one sample"):
             t = torch.full((1,), flight.student.schedule.t_max, device=flight.device)
             checked(flight.fake(made.detach(), t, flight.cond), made, "the fake score")
     times = ", ".join(f"{t:g}" for t in flight.info.times)
@@ -228,7 +225,10 @@ def losses(flight: Flight) -> str:
     for stage in flight.stages:
         if "regress" in stage.terms:
             distance = build.regression(stage, flight.subject.info)
-            with flight.autocast(), tried(f"regress.loss {stage.regress.loss}, of one sample"):
+            with (
+                autocast(flight.device, flight.recipe.precision),
+                tried(f"regress.loss {stage.regress.loss}, of one sample"),
+            ):
                 value = distance(x, torch.zeros_like(x))
                 value.backward()
             found[f"{stage.regress.loss}, decoder {stage.regress.decoder}"] = value
@@ -255,7 +255,7 @@ def _own_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
         raise UserError(f"own_terms.{name} reads {unknown[0]!r}; expected {' or '.join(build.STREAMS)}")
     start = Start(flight.z, flight.cond, 1, generator, y=torch.zeros_like(x))
     cond = Cond.cat(*[flight.cond for _ in term.reads])
-    with flight.autocast(), tried(f"own_terms.{name}, of one sample"):
+    with autocast(flight.device, flight.recipe.precision), tried(f"own_terms.{name}, of one sample"):
         drawn = term.draw([start for _ in term.reads], WHOLE)
         value = term.student_loss(drawn, Samples(torch.cat([x for _ in term.reads]), cond))
         value.backward()

@@ -134,6 +134,6 @@ def pair_store(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
     spec = build.pair_spec(recipe, subject)
     folder = build.pairs_folder(recipe, spec, runs)
     if not Folder(folder).exists(MANIFEST):
-        nfe = evaluations(spec.sampler, spec.steps) * (1 if spec.guidance == 1 else 2)
+        nfe = evaluations(spec.sampler, spec.steps, spec.guidance)
         _say(f"{spec.count:,} pairs of {nfe} evaluations each, {size(spec.nbytes)}, in {folder}")
     return build.pair_store(recipe, subject, runs)

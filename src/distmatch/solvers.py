@@ -30,9 +30,13 @@ def solver(name: str, scheduler: Mapping[str, Any] | None = None) -> Sampler:
     return SAMPLERS[name] if name in SAMPLERS else pndm(scheduler or STABLE_DIFFUSION)
 
 
-def evaluations(name: str, steps: int) -> int:
-    """Network evaluations (NFE) of one image. PNDM looks twice at its second time."""
-    return {"euler": steps, "heun": 2 * steps - 1, "pndm": steps + 1 if steps > 1 else 1}[name]
+def evaluations(name: str, steps: int, guidance: float | None = 1.0) -> int:
+    """Return the network evaluations (NFE) of one image. PNDM looks twice at its second time.
+
+    Guidance other than 1 takes two per step, and so does a range, `None`.
+    """
+    calls = {"euler": steps, "heun": 2 * steps - 1, "pndm": steps + 1 if steps > 1 else 1}[name]
+    return calls if guidance == 1 else 2 * calls
 
 
 def pndm(settings: Mapping[str, Any]) -> Sampler:

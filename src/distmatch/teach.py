@@ -1,7 +1,6 @@
 """Training a teacher on images: the EDM objective (Karras et al. 2022, Section 5)."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from distmatch.checkpoint import Stateful
 from distmatch.clock import Clock
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.ema import EMA
+from distmatch.engine import autocast
 from distmatch.images import Images
 from distmatch.losses import denoising_loss
 from distmatch.models.folder import Info, save_model
@@ -84,7 +84,7 @@ class Teaching:
             cond = Cond(label=self.labels[rows].masked_fill(drop, len(self.images.classes)))
         sigma = (P_MEAN + P_STD * torch.randn(batch, generator=generator, device=self.device)).exp()
         eps = torch.randn(x.shape, generator=generator, device=self.device)
-        with self.autocast():
+        with autocast(self.device, self.settings.precision):
             x0 = self.denoiser(self.denoiser.schedule.add_noise(x, eps, sigma), sigma, cond)
         loss = denoising_loss(x0, x, self.denoiser.weight(sigma))
         self.clock.backward(loss)
@@ -101,6 +101,3 @@ class Teaching:
 
     def export(self, folder: Path) -> None:
         save_model(folder, self.ema.network, self.info)
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
