@@ -6,14 +6,13 @@ The teacher with PNDM, fast solvers, and LCM-LoRA: all of them make prompts of g
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distmatch import rng
+from distmatch import digests, rng
 from distmatch.data import to_uint8
 from distmatch.errors import UserError
 from distmatch.extras import need
@@ -115,17 +114,13 @@ def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Meth
 
 def generators(z: Tensor) -> list[torch.Generator]:
     """One per image, for the noise that LCM adds between its steps: a function of `z`, so that batches don't matter."""
-    seeds = [rng.key("between steps", sha256(row.numpy().tobytes()).hexdigest()) for row in z]
+    seeds = [rng.key("between steps", digests.digest(row)) for row in z]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def digest(network: torch.nn.Module) -> str:
     """SHA-256 of the network's weights, by name."""
-    digest = sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digests.weights_digest(dict(sorted(network.state_dict().items())))
 
 
 def _ours(

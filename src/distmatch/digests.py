@@ -81,6 +81,22 @@ def digest(*tensors: Tensor) -> str:
     return h.hexdigest()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and values."""
+    h = sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    h.update(_bytes(tensor))
+    return h.hexdigest()
+
+
+def weights_digest(weights: Mapping[str, Tensor], head: str = "") -> str:
+    """SHA-256 of `head`, and of the names and values of `weights` in their order."""
+    h = sha256(head.encode())
+    for name, value in weights.items():
+        h.update(name.encode())
+        h.update(_bytes(value))
+    return h.hexdigest()
+
+
 def file_sha256(file: Path) -> str:
     """As `sha256sum` prints it."""
     with file.open("rb") as stream:

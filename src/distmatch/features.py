@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmatch import limits, rng
 from distmatch.arrays import arrays
-from distmatch.digests import Damaged, read_file, save_file
+from distmatch.digests import Damaged, read_file, save_file, tensor_digest
 from distmatch.errors import UserError
 from distmatch.files import write_atomic
 from distmatch.images import Images, load_images
@@ -213,16 +213,10 @@ def load_real(path: Path) -> Images:
 
 def image_fingerprint(pixels: Tensor) -> str:
     """SHA-256 of the shape and the bytes of `pixels u8[N,C,H,W]`."""
-    return _digest(pixels).hexdigest()
+    return tensor_digest(pixels)
 
 
 def fingerprint(space: FeatureSpace) -> str:
     """SHA-256 over all that decides what `space` computes: its network and its weights."""
-    weights = {name: _digest(value).hexdigest() for name, value in sorted(space.state_dict().items())}
+    weights = {name: tensor_digest(value) for name, value in sorted(space.state_dict().items())}
     return sha256(json.dumps({"network": space.identity, "weights": weights}).encode()).hexdigest()
-
-
-def _digest(tensor: Tensor):
-    digest = sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest

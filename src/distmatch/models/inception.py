@@ -14,7 +14,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distmatch.digests import file_sha256
 from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.finite import check_weights
@@ -122,8 +122,7 @@ def load_inception(file: Path, resize: str = "legacy") -> Inception:
         )
     if _is_torchscript(file):
         archive = _archive(file)
-        with file.open("rb") as stream:
-            identity = {"inception": resize, "archive": file_digest(stream, "sha256").hexdigest()}
+        identity = {"inception": resize, "archive": file_sha256(file)}
         return Inception(archive, partial(archive, return_features=True), archive.layers, resize, identity)
     port = _port(_state(file), file)
     layers = nn.Sequential(*list(port.children())[:-1], nn.Flatten())  # registered in order; the last are the logits

@@ -1,12 +1,12 @@
 """Prompts to conditions, by the text encoders that a diffusers model comes with."""
 
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from typing import Any
 
 import torch
 
 from distmatch.denoiser import Cond
+from distmatch.digests import weights_digest
 from distmatch.terminal import notice
 
 
@@ -33,12 +33,9 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """SHA-256 of what decides the conditions: the encoders' weights and the tokenizers' sizes."""
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
-        h = sha256(str({name: len(part) for name, part in parts.items() if name.startswith("tokenizer")}).encode())
-        for name, part in parts.items():
-            for key, value in part.state_dict().items() if name.startswith("text_encoder") else ():
-                h.update(f"{name}.{key}".encode())
-                h.update(value.detach().float().cpu().contiguous().numpy().data)
-        return h.hexdigest()
+        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+        states = {f"{name}.{k}": v.float() for name, part in encoders.items() for k, v in part.state_dict().items()}
+        return weights_digest(states, str({name: len(p) for name, p in parts.items() if name.startswith("tokenizer")}))
 
     def cut(self, prompts: Sequence[str]) -> int:
         """How many of `prompts` are cut, of which `notice_cut` warns."""
