@@ -35,8 +35,8 @@ from distmatch import build, progress, rng
 from distmatch.data import to_uint8
 from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.evaluation import hardware
-from distmatch.models.hub import fetched
-from distmatch.models.stable import StableUNet
+from distmatch.models.diffusers.hub import fetched
+from distmatch.models.diffusers.stable import StableUNet
 from distmatch.sampler import Steps
 from distmatch.schedule import VP
 

@@ -11,7 +11,7 @@ import distmatch
 ROOT = Path(distmatch.__file__).parent
 
 ROOMS = {
-    "commands": "cli cli_mistakes run toy2d report serve comparison sheet binding export",
+    "commands": "cli cli_mistakes run toy2d report serve comparison sheet binding",
     "planning": "plan cost rehearsal preflight weightless",
     "recipe": "config recipe_entries recipe_mistakes entry build smoke recipe_docs",
     "evaluation": "metrics features spaces evaluation clip baselines samples",
@@ -74,10 +74,10 @@ WIDE = {
     "distill.Distiller.__init__",
     "sampler.heun",
     "pair_builder.build",
-    "models.edm.Block.__init__",
-    "models.edm._UNet.__init__",
-    "models.edm.SongUNet.__init__",
-    "models.edm.DhariwalUNet.__init__",
+    "models.edm.networks.Block.__init__",
+    "models.edm.networks._UNet.__init__",
+    "models.edm.networks.SongUNet.__init__",
+    "models.edm.networks.DhariwalUNet.__init__",
 }
 """Functions of more than eight parameters: the methods' own settings, and networks as they were published."""
 

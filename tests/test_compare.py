@@ -29,9 +29,9 @@ from distmatch.commands import compare
 from distmatch.comparison import Comparison, lanczos, squares
 from distmatch.denoiser import Cond
 from distmatch.metrics import Moments, frechet
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import find_model
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import DistilledPipeline
 
 PROMPTS = ["the inn of an ant", "a tin hat", "an island in the north"]

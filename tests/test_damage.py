@@ -20,11 +20,11 @@ from distmatch.data import Images, png
 from distmatch.denoiser import Cond
 from distmatch.digests import Damaged, load_file, read_file, save_file
 from distmatch.embeddings import embed
-from distmatch.export import _write, export_diffusers
 from distmatch.features import load_reference, reference
 from distmatch.files import together, write_atomic, write_json
-from distmatch.models import published
 from distmatch.models.classifier import Classifier
+from distmatch.models.diffusers.export import _write, export_diffusers
+from distmatch.models.edm import checkpoints
 from distmatch.models.folder import load_model
 from distmatch.models.pixels import Pixels, principal_components
 from distmatch.pair_builder import build
@@ -227,14 +227,14 @@ def test_damaged_embeddings_are_made_again(tmp_path, monkeypatch, capsys):
 
 
 def test_damaged_imports_are_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
     write_edm(tmp_path / "t.pkl", random_edm("edm-cifar10-32x32-uncond-vp")[0].net)
-    right = published.cached_edm(str(tmp_path / "t.pkl"))[0].state_dict()
+    right = checkpoints.cached_edm(str(tmp_path / "t.pkl"))[0].state_dict()
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 16
     file.write_bytes(content)
-    found = published.cached_edm(str(tmp_path / "t.pkl"))[0].state_dict()
+    found = checkpoints.cached_edm(str(tmp_path / "t.pkl"))[0].state_dict()
     assert all(torch.equal(found[name], value) for name, value in right.items())
     assert capsys.readouterr().err.count("It is imported again") == 1
 
@@ -273,18 +273,18 @@ def test_damaged_copies_of_remote_files_are_fetched_again(tmp_path, monkeypatch,
 
 
 def test_a_download_that_ends_early_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "CACHE", tmp_path)
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path)
     whole = bytes(range(256)) * 5000
     with web.serving({"/t.pkl": whole}, cut={"/t.pkl": 700_000}) as site:
         with pytest.raises(ValueError, match=r"t.pkl cannot be fetched: 700,000 of 1,280,000 bytes arrived.*elsewhere"):
-            published._local(f"{site.url}/t.pkl")
+            checkpoints._local(f"{site.url}/t.pkl")
         assert not files(tmp_path)
         site.cut.clear()
-        file = published._local(f"{site.url}/t.pkl")
+        file = checkpoints._local(f"{site.url}/t.pkl")
         assert file.read_bytes() == whole
         file.write_bytes(whole[:-9])
         storage._compared.clear()
-        assert published._local(f"{site.url}/t.pkl").read_bytes() == whole
+        assert checkpoints._local(f"{site.url}/t.pkl").read_bytes() == whole
         assert len(site.asked) == 3
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from distmatch.denoiser import Cond, Denoiser, Prediction
-from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.edm.checkpoints import PUBLISHED
+from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
-from distmatch.models.published import PUBLISHED
 from distmatch.schedule import EDM
 
 # Of each published checkpoint: the number of parameters, and a digest over names and shapes of the state dict.

@@ -16,11 +16,11 @@ from test_parallel import together
 from distmatch import run
 from distmatch.config import load_recipe
 from distmatch.engine import blocks
-from distmatch.models.edm import SongUNet
+from distmatch.models.diffusers.stable import StableUNet
+from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import load_model
 from distmatch.models.library import find_model
-from distmatch.models.stable import StableUNet
-from distmatch.models.tiny import write_tiny_sd
 
 FULL = {
     "match": {"batch": 12, "pairs": True},

@@ -8,12 +8,12 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from distmatch import DistilledPipeline, rng
 from distmatch.denoiser import Denoiser
-from distmatch.export import export_diffusers, export_lora
+from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.schedulers import one_step_scheduler
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.schedule import VP
 
 TEXTS = ["a cat", "two dogs on a sofa"]

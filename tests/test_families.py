@@ -10,11 +10,11 @@ import torch
 
 from distmatch.baselines import digest
 from distmatch.models.diffusers.families import FAMILIES, family_in
+from distmatch.models.diffusers.stable import StableDiffusion
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model, outline
-from distmatch.models.stable import StableDiffusion
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import TeacherPipeline
 
 

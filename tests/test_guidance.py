@@ -10,7 +10,7 @@ from distmatch.config import load_recipe
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.distill import Distiller
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
-from distmatch.models.edm import SongUNet
+from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
 from distmatch.models.guidance import embed_guidance
 from distmatch.models.guidance import with_guidance as taking_guidance

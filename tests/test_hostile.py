@@ -22,9 +22,9 @@ from distmatch.config import load_recipe
 from distmatch.features import load_real, load_statistics
 from distmatch.models.classifier import Classifier
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.hub import fetched
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model
-from distmatch.models.hub import fetched
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.plain import json_of, read_json, read_yaml, yaml_of
 from distmatch.progress import progress
 from distmatch.prompts import read_prompts

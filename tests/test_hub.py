@@ -13,13 +13,13 @@ from tiny import text_encoder
 from distmatch import rng
 from distmatch.baselines import load_teacher
 from distmatch.denoiser import guided
-from distmatch.export import export_diffusers
-from distmatch.models.codec import tiny_decoder
+from distmatch.models.diffusers.autoencoder import tiny_decoder
+from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.hub import network
+from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
-from distmatch.models.hub import network
 from distmatch.models.library import find_model
-from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.solvers import solver
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

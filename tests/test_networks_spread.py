@@ -19,9 +19,9 @@ from distmatch.conditions import WHOLE
 from distmatch.config import load_recipe
 from distmatch.denoiser import Denoiser, Prediction
 from distmatch.engine import blocks, compile_blocks, idle, unwrapped, whole
-from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, save_model
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.schedule import EDM
 
 CLASSES = ("a", "b", "c")

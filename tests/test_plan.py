@@ -28,10 +28,10 @@ from distmatch.cli import app
 from distmatch.config import load_recipe
 from distmatch.cost import Cost, Traffic, cost
 from distmatch.denoiser import Denoiser, Prediction
-from distmatch.models.edm import SongUNet
+from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import outline
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.perceptual import write_random_weights
 from distmatch.plan import GPUS, Cluster, Gpu, pace, verdict
 from distmatch.rehearsal import _gpu_autocast

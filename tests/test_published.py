@@ -15,10 +15,11 @@ from torch import nn
 
 from distmatch.denoiser import Cond
 from distmatch.iddpm import IDDPM
-from distmatch.models import library, published
-from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models import library
+from distmatch.models.edm import checkpoints
+from distmatch.models.edm.checkpoints import cached_edm, import_edm, read_edm
+from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import load_model
-from distmatch.models.published import cached_edm, import_edm, read_edm
 from distmatch.schedule import EDM
 from distmatch.smoke import random_edm
 
@@ -68,7 +69,7 @@ def write(file: Path, net: SongUNet | DhariwalUNet, precond: str = "EDMPrecond",
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -113,7 +114,7 @@ def test_teachers_in_recipes_are_imported_once(tmp_path, cache, monkeypatch):
     write(tmp_path / "t.pkl", random_edm("edm-cifar10-32x32-cond-vp")[0].net)
     first, _ = library.find_model(f"edm:{tmp_path / 't.pkl'}", "teacher")
     assert len(list(cache.glob("edm-*/config.json"))) == 1
-    monkeypatch.setattr(published, "read_edm", None)  # a second import would fail
+    monkeypatch.setattr(checkpoints, "read_edm", None)  # a second import would fail
     second, _ = cached_edm(str(tmp_path / "t.pkl"))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)

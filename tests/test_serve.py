@@ -27,9 +27,9 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from distmatch import DistilledPipeline, TeacherPipeline, rng
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import Info
 from distmatch.models.library import components, find_model
-from distmatch.models.tiny import write_tiny_sd
 from distmatch.pipeline import Pipeline
 from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise, serve
 

@@ -12,11 +12,11 @@ from distmatch import rng
 from distmatch.conditions import Classes, Guided, Prompts
 from distmatch.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.embeddings import embed
-from distmatch.models.codec import Decoded, tiny_decoder
+from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
-from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.pair_builder import build
 from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline

@@ -11,12 +11,12 @@ from tiny import text_encoder
 from distmatch import build
 from distmatch.conditions import WHOLE
 from distmatch.config import load_recipe
-from distmatch.export import export_diffusers, export_lora
 from distmatch.files import write_json
+from distmatch.models.diffusers.export import export_diffusers, export_lora
+from distmatch.models.diffusers.text import TextEncoder
+from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
-from distmatch.models.text import TextEncoder
-from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.plain import read_json
 from distmatch.preflight import Flight, checks
 from distmatch.run import distil

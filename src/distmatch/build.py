@@ -23,7 +23,7 @@ from distmatch.entry import marked
 from distmatch.errors import UserError
 from distmatch.evaluation import Space
 from distmatch.losses import REGRESSIONS, WEIGHTINGS
-from distmatch.models.codec import Decoded, tiny_decoder
+from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.family import Encoder
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import with_guidance

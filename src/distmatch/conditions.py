@@ -54,7 +54,7 @@ class Classes:
 
 
 class Prompts:
-    """`count` texts, and `encode`, which turns numbers of them into a condition (`models.text`, `embeddings`)."""
+    """`count` texts, and `encode`, which turns numbers of them into a condition (see `embeddings`)."""
 
     def __init__(self, count: int, encode: Callable[[Sequence[int]], Cond]):
         self.count, self.encode = count, encode

@@ -161,7 +161,7 @@ class MatchTerm(_Strict):
 
 
 class RegressTerm(_Strict):
-    """Regression to the teacher's samples; see `distill.Regress`, `perceptual.Lpips`, `models.codec.Decoder`."""
+    """Regression to the teacher's samples; see `distill.Regress`, `perceptual.Lpips`, `diffusers.autoencoder`."""
 
     weight: Factor = entry(
         0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"

@@ -14,9 +14,9 @@ from distmatch.denoiser import Denoiser, Prediction
 from distmatch.entry import marked
 from distmatch.errors import UserError
 from distmatch.files import write_atomic
+from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.models.edm.checkpoints import PUBLISHED
 from distmatch.models.folder import Info, save_model
-from distmatch.models.published import PUBLISHED
-from distmatch.models.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.recipe_entries import Recipe
 from distmatch.schedule import EDM
 

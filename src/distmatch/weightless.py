@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distmatch.extras import need
 from distmatch.losses import REGRESSIONS
-from distmatch.models.codec import Decoded, tiny_decoder
+from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
 from distmatch.perceptual import CHANNELS, LAYERS, Lpips

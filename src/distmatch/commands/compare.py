@@ -152,7 +152,7 @@ def _compare(
     from distmatch.evaluation import enough, hardware, show_rows, show_spaces
     from distmatch.files import write_atomic, write_json
     from distmatch.models.diffusers.families import family_in
-    from distmatch.models.text import notice_cut
+    from distmatch.models.diffusers.text import notice_cut
     from distmatch.pairs import fingerprint
     from distmatch.screen import console
     from distmatch.sheet import sheet

@@ -27,7 +27,7 @@ def diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half
     half
         Weights in half precision.
     """
-    from distmatch.export import export_diffusers
+    from distmatch.models.diffusers.export import export_diffusers
 
     export_diffusers(run, out or Path(f"{run.rstrip('/')}-diffusers"), source, half)
 
@@ -43,6 +43,6 @@ def lora(run: Name, /, *, out: Out = None) -> None:
     out
         The folder; default: RUN-lora. An older export in it is replaced when the new one is written.
     """
-    from distmatch.export import export_lora
+    from distmatch.models.diffusers.export import export_lora
 
     export_lora(run, out or Path(f"{run.rstrip('/')}-lora"))

@@ -20,14 +20,14 @@ def import_edm(source: Name, /, *, out: Out = None) -> None:
     out
         The model folder; default: models/NAME.
     """
-    from distmatch.models import published
+    from distmatch.models.edm import checkpoints
     from distmatch.ownership import owned
     from distmatch.screen import console
     from distmatch.terminal import command
 
     folder = out or Path("models") / Path(source).stem
     with owned(folder):
-        denoiser, info = published.import_edm(source, folder)
+        denoiser, info = checkpoints.import_edm(source, folder)
         parameters = sum(p.numel() for p in denoiser.parameters())
         console.print(
             f"{parameters:,} parameters, images {info.shape}, {len(info.classes) or 'no'} classes, "

@@ -22,7 +22,7 @@ from distmatch.errors import UserError
 from distmatch.files import together, write_json
 from distmatch.finite import check_weights
 from distmatch.models.diffusers import families as diffusers
-from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.info import Info
 from distmatch.models.layout import build, shapes_in
 from distmatch.models.mlp import MLP

@@ -12,11 +12,11 @@ from torch import nn
 from distmatch.denoiser import Denoiser
 from distmatch.errors import UserError
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.edm.checkpoints import Published
 from distmatch.models.family import Components, Family
 from distmatch.models.folder import load_model
 from distmatch.models.info import Info
 from distmatch.models.mixture import Mixtures
-from distmatch.models.published import Published
 from distmatch.paths import ASSETS, RECIPES, expand
 from distmatch.schedule import Schedule
 from distmatch.terminal import command

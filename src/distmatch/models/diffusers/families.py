@@ -7,8 +7,8 @@ from torch import nn
 
 from distmatch.errors import UserError
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.hub import index
-from distmatch.models.stable import StableDiffusion, StableDiffusionXL
+from distmatch.models.diffusers.hub import index
+from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
 
 FAMILIES: dict[str, DiffusersFamily] = {
     "StableDiffusionPipeline": StableDiffusion(),

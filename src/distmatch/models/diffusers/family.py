@@ -9,12 +9,12 @@ from torch import nn
 
 from distmatch.denoiser import Cond, Denoiser
 from distmatch.extras import need
-from distmatch.models import hub
-from distmatch.models.codec import Decoder, check_scaling
+from distmatch.models.diffusers import hub
+from distmatch.models.diffusers.autoencoder import Decoder, check_scaling
+from distmatch.models.diffusers.hub import Settings
+from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.family import Components, Family
-from distmatch.models.hub import Settings
 from distmatch.models.info import Info
-from distmatch.models.text import TextEncoder
 
 
 class DiffusersFamily(Family):

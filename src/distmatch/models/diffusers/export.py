@@ -17,8 +17,8 @@ from distmatch.errors import UserError
 from distmatch.extras import need
 from distmatch.files import remove, together, write_json
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.hub import index
 from distmatch.models.folder import load_model
-from distmatch.models.hub import index
 from distmatch.models.info import Info
 from distmatch.models.library import model_folder
 from distmatch.ownership import owns_out

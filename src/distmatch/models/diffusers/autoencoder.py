@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distmatch.errors import UserError
 from distmatch.extras import need
-from distmatch.models.hub import network, outline
+from distmatch.models.diffusers.hub import network, outline
 
 
 class Decoder(nn.Module):

@@ -15,7 +15,7 @@ from distmatch.download import download
 from distmatch.errors import UserError
 from distmatch.finite import check_weights
 from distmatch.iddpm import IDDPM
-from distmatch.models.edm import DhariwalUNet, SongUNet
+from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.family import Family
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info

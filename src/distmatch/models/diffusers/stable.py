@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from distmatch.denoiser import Cond, Denoiser, Prediction
 from distmatch.errors import UserError
 from distmatch.extras import need
-from distmatch.models.codec import check_scaling
+from distmatch.models.diffusers.autoencoder import check_scaling
 from distmatch.models.diffusers.family import DiffusersFamily
+from distmatch.models.diffusers.hub import Settings, config, index, network
 from distmatch.models.diffusers.lora import adapters, add_adapters, merge_adapters
 from distmatch.models.diffusers.schedulers import PREDICTIONS, one_step_scheduler, prediction_of, schedule_of
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
-from distmatch.models.hub import Settings, config, index, network
 from distmatch.models.info import Info
 from distmatch.plain import fitting
 from distmatch.schedule import VP
