@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from distmatch import digests
+from distmatch.system import digests
 
 
 def main() -> None:

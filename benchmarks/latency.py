@@ -31,14 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from distmatch import build, progress, rng
-from distmatch.data import to_uint8
-from distmatch.denoiser import Cond, Denoiser, Prediction
-from distmatch.evaluation import hardware
+from distmatch.data.imaging import to_uint8
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.schedule import VP
+from distmatch.evaluation.measure import hardware
 from distmatch.models.diffusers.hub import fetched
 from distmatch.models.diffusers.stable import StableUNet
-from distmatch.sampler import Steps
-from distmatch.schedule import VP
+from distmatch.recipe import build
+from distmatch.system import progress, rng
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULE = VP(0.00085, 0.012, 1000, "scaled_linear")

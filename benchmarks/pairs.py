@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from distmatch.denoiser import Cond, Denoiser, Prediction
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec, fingerprint
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
+from distmatch.diffusion.solvers import evaluations
 from distmatch.models.unet import UNet
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec, fingerprint
-from distmatch.schedule import EDM
-from distmatch.solvers import evaluations
 
 SHAPE, CLASSES = (1, 28, 28), 10
 

@@ -21,13 +21,13 @@ from step import bare, timed
 from step import step as stepping
 from torch.utils.flop_counter import FlopCounterMode
 
-from distmatch import build
-from distmatch.config import load_recipe
-from distmatch.cost import cost
-from distmatch.evaluation import hardware
-from distmatch.files import write_json
+from distmatch.evaluation.measure import hardware
 from distmatch.models.folder import save_model
-from distmatch.smoke import make_networks, random_edm
+from distmatch.planning.cost import cost
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.smoke import make_networks, random_edm
+from distmatch.system.files import write_json
 
 OTHERS = (
     ("match.batch=16", "regress.batch=16"),

@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 
-from distmatch.denoiser import Cond
-from distmatch.evaluation import hardware
+from distmatch.diffusion.denoiser import Cond
+from distmatch.evaluation.measure import hardware
 from distmatch.pipeline import DistilledPipeline
 
 SECONDS = 6.0

@@ -35,12 +35,13 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity, profile
 
-from distmatch import build, parallel
-from distmatch.config import load_recipe
-from distmatch.distill import Distiller
-from distmatch.evaluation import hardware
+from distmatch.evaluation.measure import hardware
+from distmatch.methods.distill import Distiller
 from distmatch.models.folder import save_model
-from distmatch.smoke import make_networks, random_edm
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.smoke import make_networks, random_edm
+from distmatch.system import parallel
 
 console = Console(width=100)
 

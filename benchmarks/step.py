@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distmatch import build
-from distmatch.config import load_recipe
-from distmatch.denoiser import Cond, Denoiser
-from distmatch.distill import Distiller
-from distmatch.engine import autocast
-from distmatch.evaluation import hardware
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.evaluation.measure import hardware
+from distmatch.methods.distill import Distiller
 from distmatch.models.folder import Info, save_model
-from distmatch.recipe_entries import Recipe
-from distmatch.smoke import make_networks, random_edm
+from distmatch.recipe import build
+from distmatch.recipe.entries import Recipe
+from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.smoke import make_networks, random_edm
+from distmatch.training.engine import autocast
 
 
 def main(recipe: str = "mnist", /, *overrides: str, rounds: int = 15) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import mse_loss
 
 from distmatch import Denoiser, Prediction
-from distmatch.losses import WEIGHTINGS, denoising_loss, matching_loss
+from distmatch.diffusion.losses import WEIGHTINGS, denoising_loss, matching_loss
+from distmatch.diffusion.sampler import Steps, heun
 from distmatch.models.mixture import MIXTURES
 from distmatch.models.mlp import MLP
-from distmatch.sampler import Steps, heun
 
 torch.manual_seed(0)
 STEPS, BATCH, LAMBDA = 800, 128, 4.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distmatch import Recipe, distil
-from distmatch.terms import Samples, Start, TermContext
+from distmatch.methods.terms import Samples, Start, TermContext
 
 
 class TotalVariation:

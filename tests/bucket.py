@@ -47,7 +47,7 @@ class Bucket(LocalFileSystem):
 
 def make(folder: Path, monkeypatch) -> Path:
     """`bucket://` is in `folder`, copies of what is in it in `folder/copies`."""
-    from distmatch import storage
+    from distmatch.system import storage
 
     (folder / "bucket").mkdir()
     monkeypatch.setattr(Bucket, "home", str(folder / "bucket"))
@@ -64,7 +64,7 @@ def fetched(home: Path) -> list[str]:
 
 def taken() -> int:
     """Bytes of the local copies."""
-    from distmatch import storage
+    from distmatch.system import storage
 
     total = 0
     for file in storage.COPIES.iterdir():

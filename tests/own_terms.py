@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distmatch.engine import features, unwrapped
-from distmatch.terms import Trained
+from distmatch.methods.terms import Trained
+from distmatch.training.engine import features, unwrapped
 
 
 class Judge:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from layouts import CONTAINERS, encoded, pixels, png, write
 
-from distmatch.images import Images, load_images
+from distmatch.data.images import Images, load_images
 
 FILES = {f"{kind}/{i}.png": png(5 * k + i) for k, kind in enumerate(("cat", "dog")) for i in range(5)}
 
@@ -145,8 +145,8 @@ def test_zips_that_python_cannot_open_name_the_file(tmp_path, place, value, mess
 def tight(monkeypatch):
     """Limits so low that tests of them are quick."""
     for name, value in (("FILE", 100_000), ("UNPACKED", 200_000)):
-        monkeypatch.setattr(f"distmatch.archives.{name}", value)
-    monkeypatch.setattr("distmatch.archives.EXPANSION", 2)
+        monkeypatch.setattr(f"distmatch.data.archives.{name}", value)
+    monkeypatch.setattr("distmatch.data.archives.EXPANSION", 2)
 
 
 @pytest.mark.usefixtures("tight")
@@ -216,6 +216,6 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("distmatch.archives.os.scandir", refuse)
+    monkeypatch.setattr("distmatch.data.archives.os.scandir", refuse)
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: Permission denied"):
         load_images(tmp_path)

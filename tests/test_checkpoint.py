@@ -12,10 +12,11 @@ import tiny
 import torch
 from test_parallel import together
 
-from distmatch import checkpoint, engine, parallel, shards
-from distmatch.checkpoint import Checkpoints
-from distmatch.files import write_atomic
-from distmatch.optim import Optimizer
+from distmatch.system import parallel
+from distmatch.system.files import write_atomic
+from distmatch.training import checkpoint, engine, shards
+from distmatch.training.checkpoint import Checkpoints
+from distmatch.training.optim import Optimizer
 
 
 def trained(steps: int):

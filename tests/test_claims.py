@@ -10,8 +10,8 @@ from pathlib import Path
 import bucket
 import pytest
 
-from distmatch.claims import Claims, latest, make_together
-from distmatch.storage import Folder
+from distmatch.system.claims import Claims, latest, make_together
+from distmatch.system.storage import Folder
 
 fork = multiprocessing.get_context("fork")
 EXPIRY = 1.0

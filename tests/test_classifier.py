@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distmatch.files import write_json
-from distmatch.images import Images
+from distmatch.data.images import Images
 from distmatch.models.classifier import Classifier, Training, _shifted, accuracy, train_classifier
 from distmatch.models.library import ASSETS
-from distmatch.plain import read_json
+from distmatch.system.files import write_json
+from distmatch.system.plain import read_json
 
 
 def squares(n: int, seed: int) -> Images:

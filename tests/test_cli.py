@@ -6,7 +6,7 @@ import pytest
 import tiny
 import yaml
 
-from distmatch.cli import app
+from distmatch.commands.cli import app
 from distmatch.commands.train import train
 
 COMMANDS = ["demo", "recipes", "train", "teach", "classifier", "pairs", "sample", "eval", "report"]

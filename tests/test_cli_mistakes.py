@@ -12,13 +12,15 @@ import pytest
 import tiny
 from cyclopts import App
 
-from distmatch import build, cli, options
-from distmatch.config import entries, load_recipe, meant
-from distmatch.features import load_real
+from distmatch.commands import cli
+from distmatch.evaluation.features import load_real
 from distmatch.models.library import find_model
-from distmatch.paths import expand
-from distmatch.storage import Folder
-from distmatch.terminal import command
+from distmatch.recipe import build
+from distmatch.recipe.loading import entries, load_recipe, meant
+from distmatch.system import options
+from distmatch.system.paths import expand
+from distmatch.system.storage import Folder
+from distmatch.system.terminal import command
 
 
 def run(monkeypatch, capsys, *argv: object) -> tuple[int, str]:
@@ -255,7 +257,7 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
 
     for work in ("sample.find_pipeline", "teach.train_teacher", "serve.find_pipeline", "demo.mnist"):
         monkeypatch.setattr(f"distmatch.commands.{work}", interrupted)
-    monkeypatch.setattr("distmatch.run.pair_store", interrupted)
+    monkeypatch.setattr("distmatch.commands.distillation.pair_store", interrupted)
     code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
     assert code == 130
     assert said == f"distmatch: stopped; to go on: distmatch {line}" + (
@@ -274,7 +276,7 @@ def test_an_error_of_ours_shows_where_it_is_and_how_to_report_it(monkeypatch, ca
     def broken(*_: object) -> None:
         dict(zip([1], [], strict=True))
 
-    monkeypatch.setattr("distmatch.config.recipes", broken)
+    monkeypatch.setattr("distmatch.recipe.loading.recipes", broken)
     monkeypatch.setattr("sys.argv", ["distmatch", "recipes"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from distmatch.clip import ClipScore
+from distmatch.evaluation.clip import ClipScore
 
 MODEL = "distmatch-test-tiny"
 CONFIG = {

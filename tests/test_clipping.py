@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from distmatch.clipping import WINDOW, Clipped, Clipping, distillation
-from distmatch.config import load_recipe
-from distmatch.denoiser import Denoiser, Prediction
-from distmatch.run import distil
-from distmatch.schedule import EDM, VP
-from distmatch.terminal import Notice
+from distmatch.commands.distillation import distil
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM, VP
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.terminal import Notice
+from distmatch.training.clipping import WINDOW, Clipped, Clipping, distillation
 
 
 def rows(*norms: float) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from layouts import pixels
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from distmatch.images import Images
+from distmatch.data.images import Images
 
 STACK = torch.from_numpy(np.stack([pixels(i) for i in range(4)])).permute(0, 3, 1, 2).contiguous()
 

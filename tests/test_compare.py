@@ -23,16 +23,17 @@ from PIL import Image
 from test_parallel import together
 from torch import Tensor
 
-from distmatch import baselines, comparison, evaluation, parallel, rng, spaces
-from distmatch.baselines import generators, load_lora, load_teacher, methods
-from distmatch.commands import compare
-from distmatch.comparison import Comparison, lanczos, squares
-from distmatch.denoiser import Cond
-from distmatch.metrics import Moments, frechet
+from distmatch.commands import compare, comparison
+from distmatch.commands.comparison import Comparison, lanczos, squares
+from distmatch.diffusion.denoiser import Cond
+from distmatch.evaluation import baselines, measure, spaces
+from distmatch.evaluation.baselines import generators, load_lora, load_teacher, methods
+from distmatch.evaluation.metrics import Moments, frechet
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import find_model
 from distmatch.pipeline import DistilledPipeline
+from distmatch.system import parallel, rng
 
 PROMPTS = ["the inn of an ant", "a tin hat", "an island in the north"]
 SHAPE = (4, 8, 8)
@@ -237,10 +238,10 @@ class Words:
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """No time for latencies, small feature spaces, and a reference in `real`."""
-    monkeypatch.setattr(evaluation, "SECONDS", 0.0)
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(comparison, "load_inception", lambda *_: Means())
     monkeypatch.setattr(spaces, "load_inception", lambda *_: Means())
-    monkeypatch.setattr("distmatch.clip.ClipScore", Words)
+    monkeypatch.setattr("distmatch.evaluation.clip.ClipScore", Words)
     monkeypatch.setattr(comparison, "reference", partial(comparison.reference, cache=None))
     monkeypatch.setattr(baselines, "PNDM_STEPS", 5)
     monkeypatch.setattr(baselines, "SOLVERS", {"UniPC 4": baselines.SOLVERS["UniPC 4"]})

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from distmatch.build import pair_spec
-from distmatch.config import dump, load_recipe, recipes
-from distmatch.entry import marked, walk
-from distmatch.recipe_entries import Pairs, Recipe, parse_recipe
+from distmatch.recipe.build import pair_spec
+from distmatch.recipe.entries import Pairs, Recipe, parse_recipe
+from distmatch.recipe.entry import marked, walk
+from distmatch.recipe.loading import dump, load_recipe, recipes
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -13,25 +13,27 @@ import torch
 import web
 from test_published import write as write_edm
 
-from distmatch import binding, comparison, download, spaces, storage
-from distmatch.checkpoint import Checkpoints
-from distmatch.conditions import Classes
-from distmatch.data import Images, png
-from distmatch.denoiser import Cond
-from distmatch.digests import Damaged, load_file, read_file, save_file
-from distmatch.embeddings import embed
-from distmatch.features import load_reference, reference
-from distmatch.files import together, write_atomic, write_json
+from distmatch.commands import binding, comparison
+from distmatch.data.embeddings import embed
+from distmatch.data.imaging import Images, png
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec, PairStore, fingerprint, prompts_digest
+from distmatch.diffusion.conditions import Classes
+from distmatch.diffusion.denoiser import Cond
+from distmatch.evaluation import spaces
+from distmatch.evaluation.features import load_reference, reference
 from distmatch.models.classifier import Classifier
 from distmatch.models.diffusers.export import _write, export_diffusers
 from distmatch.models.edm import checkpoints
 from distmatch.models.folder import load_model
 from distmatch.models.pixels import Pixels, principal_components
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
-from distmatch.plain import read_json
-from distmatch.smoke import random_edm
-from distmatch.storage import Folder, kept, local
+from distmatch.recipe.smoke import random_edm
+from distmatch.system import download, storage
+from distmatch.system.digests import Damaged, load_file, read_file, save_file
+from distmatch.system.files import together, write_atomic, write_json
+from distmatch.system.plain import read_json
+from distmatch.system.storage import Folder, kept, local
+from distmatch.training.checkpoint import Checkpoints
 
 
 def flat(value) -> list:
@@ -205,7 +207,7 @@ def test_damaged_references_are_made_again(tmp_path, capsys):
 
 
 def test_damaged_embeddings_are_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("distmatch.embeddings.SHARD", 4)
+    monkeypatch.setattr("distmatch.data.embeddings.SHARD", 4)
     texts, made = [str(i) for i in range(10)], []
 
     def encode(part):

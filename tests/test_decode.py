@@ -10,8 +10,8 @@ import torch
 from layouts import encoded, pixels, png, write
 from PIL import Image, PngImagePlugin
 
-from distmatch.errors import UserError
-from distmatch.images import Images, load_images
+from distmatch.data.images import Images, load_images
+from distmatch.system.errors import UserError
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -185,7 +185,7 @@ def test_a_bomb_is_named_and_the_limit_can_be_raised(tmp_path, monkeypatch):
     bomb = raw_png(np.zeros((1, 20_000), np.uint8), 8, 0, 20_000, 20_000)
     with pytest.raises(ValueError, match=r"1 of 2 images cannot be read: b.png \(20000 x 20000: 400,000,000 pixels"):
         read(tmp_path, {"a.png": png(0), "b.png": bomb})
-    monkeypatch.setattr("distmatch.decode.PIXELS", 29)
+    monkeypatch.setattr("distmatch.data.decode.PIXELS", 29)
     with pytest.raises(ValueError, match=r"30 pixels are more than the 29 that are read.* set DISTMATCH_LIMITS=2"):
         read(tmp_path / "small", {"a.png": png(0)})
     monkeypatch.setenv("DISTMATCH_LIMITS", "2")
@@ -193,7 +193,7 @@ def test_a_bomb_is_named_and_the_limit_can_be_raised(tmp_path, monkeypatch):
 
 
 def test_more_pictures_than_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("distmatch.decode.MEMORY", 3 * 90 - 1)
+    monkeypatch.setattr("distmatch.data.decode.MEMORY", 3 * 90 - 1)
     with pytest.raises(ValueError, match="3 images of 6x5: 270 bytes are more than the 269"):
         read(tmp_path, {f"{i}.png": png(i) for i in range(3)})
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from distmatch.denoiser import PREDICTIONS, Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.denoiser import PREDICTIONS, Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.schedule import EDM, VP, Flow
 from distmatch.models.mixture import mixture
-from distmatch.schedule import EDM, VP, Flow
 
 SCHEDULES = [EDM(), VP(), Flow()]
 B = 6

@@ -20,19 +20,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from distmatch import binding, cli, log, pair_builder, run, storage
-from distmatch.checkpoint import Checkpoints
+from distmatch.commands import binding, cli, distillation
+from distmatch.commands.report_page import report
 from distmatch.commands.sample import Options, sample
-from distmatch.config import load_recipe
-from distmatch.denoiser import Cond
-from distmatch.disk import explained
-from distmatch.embeddings import embed
-from distmatch.features import Reference
-from distmatch.files import write_atomic, write_json
+from distmatch.data import pair_builder
+from distmatch.data.embeddings import embed
+from distmatch.data.pairs import PairSpec, PairStore, fingerprint
+from distmatch.diffusion.denoiser import Cond
+from distmatch.evaluation.features import Reference
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import save_model
-from distmatch.pairs import PairSpec, PairStore, fingerprint
-from distmatch.report import report
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import storage
+from distmatch.system.disk import explained
+from distmatch.system.files import write_atomic, write_json
+from distmatch.training import log
+from distmatch.training.checkpoint import Checkpoints
 
 SIZE = 8 * 2**20
 
@@ -206,7 +209,7 @@ ROOMS = [8_192, 400_000]
 def test_a_run_whose_disk_fills_at_any_moment_goes_on_when_there_is_room(disk, tmp_path, monkeypatch, capsys):
     """By the command line: status 2 and one line; every file there is whole; the end is an undisturbed run's."""
     recipe = tiny.recipe_file(tmp_path, steps=3, log={"every": 1, "preview": 2}, checkpoint={"every": 2, "keep": 1})
-    run.distil(load_recipe(str(recipe)), tmp_path / "whole", tmp_path / "runs")
+    distillation.distil(load_recipe(str(recipe)), tmp_path / "whole", tmp_path / "runs")
     expected = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     codes = []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))  # it fills after it was looked at

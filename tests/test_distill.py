@@ -7,16 +7,17 @@ import tiny
 import torch
 from torch import nn
 
-from distmatch import build, log
-from distmatch.conditions import WHOLE, Classes
-from distmatch.config import load_recipe
-from distmatch.denoiser import Cond
-from distmatch.distill import Distiller
-from distmatch.losses import WEIGHTINGS
+from distmatch.diffusion.conditions import WHOLE, Classes
+from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.losses import WEIGHTINGS
+from distmatch.diffusion.schedule import EDM, VP, Flow
+from distmatch.methods.distill import Distiller
+from distmatch.methods.terms import Match, NoiseStream, Samples, Start
 from distmatch.models.folder import Info, save_model
 from distmatch.models.mixture import mixture
-from distmatch.schedule import EDM, VP, Flow
-from distmatch.terms import Match, NoiseStream, Samples, Start
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.training import log
 
 
 def one_dimensional(schedule):

@@ -7,11 +7,11 @@ from hashlib import sha256
 import pytest
 import torch
 
-from distmatch.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
 from distmatch.models.edm.checkpoints import PUBLISHED
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, load_model, save_model
-from distmatch.schedule import EDM
 
 # Of each published checkpoint: the number of parameters, and a digest over names and shapes of the state dict.
 LAYOUT = {

@@ -13,14 +13,14 @@ import tiny
 import torch
 from test_parallel import together
 
-from distmatch import run
-from distmatch.config import load_recipe
-from distmatch.engine import blocks
+from distmatch.commands import distillation
 from distmatch.models.diffusers.stable import StableUNet
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import load_model
 from distmatch.models.library import find_model
+from distmatch.recipe.loading import load_recipe
+from distmatch.training.engine import blocks
 
 FULL = {
     "match": {"batch": 12, "pairs": True},
@@ -35,15 +35,15 @@ FULL = {
 def _train(file: str, changes: list[str], out, stop: int | None) -> None:
     torch.set_num_threads(1)
     if stop is not None:  # leave after so many steps, as a killed run would
-        step = run.Distiller.step
+        step = distillation.Distiller.step
 
         def stops(self, index):
             if index == stop:
                 raise SystemExit(0)
             return step(self, index)
 
-        run.Distiller.step = stops
-    run.distil(load_recipe(file, changes), out, out.parent)
+        distillation.Distiller.step = stops
+    distillation.distil(load_recipe(file, changes), out, out.parent)
 
 
 def train(folder, out, *changes, world=1, stop=None) -> None:
@@ -98,10 +98,10 @@ def test_a_run_goes_on_with_other_processes_and_another_way_of_spreading(alone):
     """Two sharded, one alone, three replicated: as the undisturbed run."""
     out = alone / "moving"
     train(alone, out, "parallel=fsdp", world=2, stop=7)
-    assert max(run.Checkpoints(out / "checkpoints", {}).steps()) == 5
+    assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 5
     assert len(list((out / "checkpoints" / "step-00000005").glob("*.safetensors"))) == 2
     train(alone, out, "parallel=ddp", world=1, stop=12)
-    assert max(run.Checkpoints(out / "checkpoints", {}).steps()) == 10
+    assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 10
     train(alone, out, "parallel=ddp", world=3)
     same(alone / "alone", out, rel=2e-3, atol=1e-4)
 

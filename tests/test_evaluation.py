@@ -11,11 +11,11 @@ import scipy.linalg
 import tiny
 import torch
 
-from distmatch import evaluation, spaces
 from distmatch.commands import eval
-from distmatch.evaluation import evaluate, score
-from distmatch.features import reference
-from distmatch.images import load_images
+from distmatch.data.images import load_images
+from distmatch.evaluation import measure, spaces
+from distmatch.evaluation.features import reference
+from distmatch.evaluation.measure import evaluate, score
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
 from distmatch.pipeline import DistilledPipeline
@@ -97,7 +97,7 @@ def test_fid_is_the_same_from_a_folder_an_array_and_statistics(student, tmp_path
     """The folder's images as files, as ADM's array, and as EDM's mu and sigma; only the last has no features."""
     asked = []
     monkeypatch.setattr(spaces, "load_inception", lambda file, resize: asked.append((file, resize)) or Sums())
-    monkeypatch.setattr(evaluation, "speed", lambda *_: {})
+    monkeypatch.setattr(measure, "speed", lambda *_: {})
     monkeypatch.setattr(spaces, "reference", partial(reference, cache=None))
     folder = tiny.image_folder(tmp_path / "images", per_class=30)
     pixels = load_images(folder).pixels

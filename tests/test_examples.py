@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from distmatch import EDM, VP, Cond, Denoiser, DistilledPipeline, Flow, Info, Prediction, Recipe, distil
-from distmatch.config import load_recipe
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
+from distmatch.recipe.loading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 

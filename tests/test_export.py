@@ -6,15 +6,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from distmatch import DistilledPipeline, rng
-from distmatch.denoiser import Denoiser
+from distmatch import DistilledPipeline
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.schedule import VP
 from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.schedulers import one_step_scheduler
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
-from distmatch.schedule import VP
+from distmatch.system import rng
 
 TEXTS = ["a cat", "two dogs on a sofa"]
 

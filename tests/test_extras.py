@@ -8,8 +8,8 @@ import tomllib
 import pytest
 from test_architecture import ROOT, modules
 
-from distmatch.cli import app
-from distmatch.extras import EXTRAS, need
+from distmatch.commands.cli import app
+from distmatch.system.extras import EXTRAS, need
 
 IMPORTS = (ast.Import, ast.ImportFrom)
 

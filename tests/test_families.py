@@ -8,7 +8,7 @@ from hashlib import sha256
 import pytest
 import torch
 
-from distmatch.baselines import digest
+from distmatch.evaluation.baselines import digest
 from distmatch.models.diffusers.families import FAMILIES, family_in
 from distmatch.models.diffusers.stable import StableDiffusion
 from distmatch.models.diffusers.tiny import write_tiny_sd

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from distmatch.digests import read_file, save_file
-from distmatch.features import Reference, fingerprint, load_real, load_reference, load_statistics, reference
-from distmatch.images import Images
-from distmatch.metrics import frechet, kernel_distance, precision_recall
+from distmatch.data.images import Images
+from distmatch.evaluation.features import Reference, fingerprint, load_real, load_reference, load_statistics, reference
+from distmatch.evaluation.metrics import frechet, kernel_distance, precision_recall
 from distmatch.models.classifier import Classifier
 from distmatch.models.library import ASSETS
+from distmatch.system.digests import read_file, save_file
 
 
 def images(n: int = 120, seed: int = 0) -> Images:
@@ -198,7 +198,8 @@ def test_arrays_that_are_no_reference_are_refused(tmp_path):
 def test_the_default_cache_is_the_users(tmp_path, monkeypatch):
     import importlib
 
-    from distmatch import features, paths
+    from distmatch.evaluation import features
+    from distmatch.system import paths
 
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 
-from distmatch.finite import check_images, check_weights
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import load_model, save_model
 from distmatch.pipeline import Pipeline
+from distmatch.system.finite import check_images, check_weights
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

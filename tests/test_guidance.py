@@ -4,25 +4,25 @@ import pytest
 import tiny
 import torch
 
-from distmatch.build import subject
-from distmatch.conditions import Classes, Guided, with_guidance
-from distmatch.config import load_recipe
-from distmatch.denoiser import Cond, Denoiser, Prediction, guided
-from distmatch.distill import Distiller
-from distmatch.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec, PairStore, fingerprint
+from distmatch.diffusion.conditions import Classes, Guided, with_guidance
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.diffusion.sampler import heun
+from distmatch.diffusion.schedule import EDM
+from distmatch.methods.distill import Distiller
+from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress
 from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
 from distmatch.models.guidance import embed_guidance
 from distmatch.models.guidance import with_guidance as taking_guidance
 from distmatch.models.mixture import mixture
 from distmatch.models.mlp import MLP
-from distmatch.optim import Optimizer
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec, PairStore, fingerprint
 from distmatch.pipeline import TeacherPipeline
-from distmatch.sampler import heun
-from distmatch.schedule import EDM
-from distmatch.terms import Match, NoiseStream, Objective, PairStream, Regress
+from distmatch.recipe.build import subject
+from distmatch.recipe.loading import load_recipe
+from distmatch.training.optim import Optimizer
 
 SCHEDULE = EDM(sigma_min=0.02, sigma_max=40.0)
 
@@ -128,7 +128,7 @@ def test_the_embedding_tells_scales_apart():
 
 def test_a_recipe_trains_a_student_whose_guidance_is_chosen(tmp_path):
     from distmatch import DistilledPipeline
-    from distmatch.run import distil
+    from distmatch.commands.distillation import distil
 
     changes = ["student.guidance=[1, 4]", "steps=4", f"pairs.path={tmp_path / 'pairs'}"]
     recipe = load_recipe(str(tiny.recipe_file(tmp_path)), changes)

@@ -16,20 +16,22 @@ import yaml
 from pyarrow import parquet
 from rich.table import Table
 
-from distmatch import cli, limits, log
-from distmatch.binding import same_settings
-from distmatch.config import load_recipe
-from distmatch.features import load_real, load_statistics
+from distmatch.commands import cli
+from distmatch.commands.binding import same_settings
+from distmatch.commands.report_page import report
+from distmatch.data.prompts import read_prompts
+from distmatch.evaluation.features import load_real, load_statistics
 from distmatch.models.classifier import Classifier
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.hub import fetched
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model
-from distmatch.plain import json_of, read_json, read_yaml, yaml_of
-from distmatch.progress import progress
-from distmatch.prompts import read_prompts
-from distmatch.report import report
-from distmatch.screen import Screen, printable
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import limits
+from distmatch.system.plain import json_of, read_json, read_yaml, yaml_of
+from distmatch.system.progress import progress
+from distmatch.system.screen import Screen, printable
+from distmatch.training import log
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

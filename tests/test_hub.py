@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DCon
 from safetensors.torch import load_file, save_file
 from tiny import text_encoder
 
-from distmatch import rng
-from distmatch.baselines import load_teacher
-from distmatch.denoiser import guided
+from distmatch.diffusion.denoiser import guided
+from distmatch.diffusion.solvers import solver
+from distmatch.evaluation.baselines import load_teacher
 from distmatch.models.diffusers.autoencoder import tiny_decoder
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
@@ -20,7 +20,7 @@ from distmatch.models.diffusers.hub import network
 from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
-from distmatch.solvers import solver
+from distmatch.system import rng
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -236,7 +236,7 @@ def test_a_folder_without_its_safety_checker_is_exported(sd, tmp_path, capsys):
 
 def test_solvers_take_the_models_schedule_and_their_own_defaults(sd):
     """Whatever solver the folder came with: PNDM of an Euler folder is Stable Diffusion's PNDM."""
-    from distmatch.baselines import methods
+    from distmatch.evaluation.baselines import methods
 
     change(sd, "scheduler", _class_name="EulerDiscreteScheduler", use_karras_sigmas=True, skip_prk_steps=True)
     seen = {}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from distmatch.features import fingerprint
+from distmatch.evaluation.features import fingerprint
 from distmatch.models.inception import clean_resize, load_inception
 
 PIXELS = torch.randint(0, 256, (1, 3, 20, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

@@ -24,9 +24,10 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
-from distmatch import checkpoint, run, shards
-from distmatch.checkpoint import Checkpoints
-from distmatch.config import load_recipe
+from distmatch.commands import distillation
+from distmatch.recipe.loading import load_recipe
+from distmatch.training import checkpoint, shards
+from distmatch.training.checkpoint import Checkpoints
 
 STEPS = 9
 SHORT = {
@@ -90,7 +91,9 @@ def _train(folder: Path, name: str, tell: Callable[[str, Path], None] | None) ->
     torch.set_num_threads(1)
     if tell is not None:
         announce(tell)
-    run.distil(load_recipe(str(folder / "tiny.yaml"), [f"pairs.path={folder / 'pairs'}"]), folder / name, folder)
+    distillation.distil(
+        load_recipe(str(folder / "tiny.yaml"), [f"pairs.path={folder / 'pairs'}"]), folder / name, folder
+    )
 
 
 def _single(_: int, task: Callable[..., None], *arguments) -> None:
@@ -250,14 +253,14 @@ def test_a_full_disk_ends_the_run_with_its_name_and_the_next_one_goes_on(alone):
 
 def _leaves(folder: Path, name: str) -> None:
     """An error of the fourth step while the third is being saved, then an end that waits for no thread."""
-    step = run.Distiller.step
+    step = distillation.Distiller.step
 
     def fails(self, index):
         if index == 3:
             raise ArithmeticError
         return step(self, index)
 
-    run.Distiller.step = fails
+    distillation.Distiller.step = fails
     try:
         _train(folder, name, slowly)
     except ArithmeticError:

@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import lines, pixels, png, write
 
-from distmatch.images import load_images
-from distmatch.layouts import arrange, kind, visible
+from distmatch.data.images import load_images
+from distmatch.data.layouts import arrange, kind, visible
 
 NVLABS = {f"{i // 3:05d}/img{i:08d}.png": png(i) for i in range(6)}
 ODD = [[name, i % 2] for i, name in enumerate(NVLABS)]

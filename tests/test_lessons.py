@@ -12,11 +12,11 @@ import torch
 from layouts import encoded, write
 from safetensors.torch import load_file
 
-from distmatch.cli import app
 from distmatch.commands import classifier as classifying
 from distmatch.commands import teach as teaching
+from distmatch.commands.cli import app
 from distmatch.commands.teach import Options, train_teacher
-from distmatch.images import Images, load_images
+from distmatch.data.images import Images, load_images
 from distmatch.models.folder import load_model
 
 SMALL = Options(widths=(8, 16), steps=2, batch=4, preview_every=0)

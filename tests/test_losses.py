@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distmatch.losses import REGRESSIONS, WEIGHTINGS, matching_loss
+from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS, matching_loss
 
 x, fake, real = (
     torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from distmatch.metrics import Moments, frechet, kernel_distance, precision_recall
+from distmatch.evaluation.metrics import Moments, frechet, kernel_distance, precision_recall
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from distmatch.denoiser import Cond
+from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.schedule import EDM, VP, Flow
 from distmatch.models.mixture import mixture
-from distmatch.schedule import EDM, VP, Flow
 
 SCHEDULES = [EDM(), VP(), Flow()]
 ids = {"ids": lambda s: type(s).__name__}

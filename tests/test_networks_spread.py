@@ -14,15 +14,16 @@ from test_parallel import together
 from torch._dynamo.utils import counters
 from torch.profiler import profile
 
-from distmatch import build, parallel
-from distmatch.conditions import WHOLE
-from distmatch.config import load_recipe
-from distmatch.denoiser import Denoiser, Prediction
-from distmatch.engine import blocks, compile_blocks, idle, unwrapped, whole
+from distmatch.diffusion.conditions import WHOLE
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, save_model
-from distmatch.schedule import EDM
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
+from distmatch.training.engine import blocks, compile_blocks, idle, unwrapped, whole
 
 CLASSES = ("a", "b", "c")
 SMALL = {"img_resolution": 8, "label_dim": 3, "augment_dim": 9, "model_channels": 16, "num_blocks": 1}

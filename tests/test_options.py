@@ -6,10 +6,10 @@ import typing
 import pytest
 from cyclopts import ValidationError
 
-from distmatch.cli import app
 from distmatch.commands import classifier, compare, eval, plan, sample, serve, teach
-from distmatch.config import load_recipe
-from distmatch.options import Range
+from distmatch.commands.cli import app
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.options import Range
 
 COMMANDS = (plan.plan, *(command.Options for command in (teach, classifier, sample, eval, compare, serve)))
 

@@ -15,13 +15,15 @@ import torch
 from test_pairs import contents, spec
 from test_parallel import together
 
-from distmatch import pairs, rng, run
+from distmatch.commands import distillation
 from distmatch.commands.pairs import build as build_pairs
-from distmatch.config import load_recipe
+from distmatch.data import pairs
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairStore
 from distmatch.models.folder import load_model
-from distmatch.pair_builder import build
-from distmatch.pairs import PairStore
-from distmatch.storage import Folder
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import rng
+from distmatch.system.storage import Folder
 
 fork = multiprocessing.get_context("fork")
 
@@ -190,7 +192,7 @@ def test_a_run_with_pairs_at_a_url_is_the_run_with_pairs_on_the_disk(home, tmp_p
     file = str(tiny.recipe_file(tmp_path, steps=4))
     models = []
     for name, place in (("disk", str(tmp_path / "pairs")), ("url", "bucket://pairs")):
-        run.distil(load_recipe(file, [f"pairs.path={place}"]), tmp_path / name, tmp_path)
+        distillation.distil(load_recipe(file, [f"pairs.path={place}"]), tmp_path / name, tmp_path)
         models.append(torch.cat([p.flatten() for p in load_model(tmp_path / name / "model")[0].parameters()]))
     assert torch.equal(*models)
     assert len(Folder("bucket://pairs").sizes()) == 4

@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distmatch import rng
-from distmatch.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec, PairStore, fingerprint
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.sampler import euler, heun
+from distmatch.diffusion.schedule import EDM, Flow
 from distmatch.models.unet import UNet
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec, PairStore, fingerprint
-from distmatch.process import identity
-from distmatch.sampler import euler, heun
-from distmatch.schedule import EDM, Flow
+from distmatch.system import rng
+from distmatch.system.process import identity
 
 
 def spec(of: Denoiser, **changes) -> PairSpec:
@@ -241,8 +241,8 @@ SCRIPT = """
 import json, sys, time
 from pathlib import Path
 import tiny
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec
 folder, fields, ready = Path(sys.argv[1]), json.loads(sys.argv[2]), []
 spec = PairSpec(**{**fields, "shape": tuple(fields["shape"])})
 teacher = tiny.teacher()

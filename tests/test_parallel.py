@@ -10,11 +10,12 @@ import tiny
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from distmatch import evaluation, parallel, spaces
 from distmatch.commands.eval import Options, evaluate
-from distmatch.errors import UserError
+from distmatch.evaluation import measure, spaces
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
+from distmatch.system import parallel
+from distmatch.system.errors import UserError
 
 
 def _enter(rank: int, world: int, port: int, task, *arguments) -> None:
@@ -93,7 +94,7 @@ def test_any_number_of_processes_measure_what_one_does_to_the_last_bit(tmp_path,
     Classifier(1, (8, 8), ("a", "b", "c"), (8, 12, 16)).eval().save(tmp_path / "c" / "classifier")
     save_model(tmp_path / "student", tiny.teacher(), Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
     images = tiny.image_folder(tmp_path / "images", per_class=30)
-    monkeypatch.setattr(evaluation, "speed", lambda *_: {})
+    monkeypatch.setattr(measure, "speed", lambda *_: {})
     monkeypatch.setattr(spaces, "reference", partial(spaces.reference, cache=None))
     rows = []
     for world in (1, 2, 3):

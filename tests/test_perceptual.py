@@ -8,9 +8,9 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from distmatch.errors import UserError
-from distmatch.files import write_atomic
-from distmatch.perceptual import FILES, Lpips, write_random_weights
+from distmatch.models.perceptual import FILES, Lpips, write_random_weights
+from distmatch.system.errors import UserError
+from distmatch.system.files import write_atomic
 
 
 def write(folder, scale: float = 1.0, classifier: bool = False) -> dict:
@@ -57,7 +57,7 @@ def offline(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise UserError("no route to host")
 
-    monkeypatch.setattr("distmatch.perceptual.download", fail)
+    monkeypatch.setattr("distmatch.models.perceptual.download", fail)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.delenv("DISTMATCH_WEIGHTS", raising=False)
 
@@ -160,7 +160,7 @@ def test_what_no_folder_has_is_downloaded_to_the_cache(monkeypatch, tmp_path, fo
         name = url.rsplit("/", 1)[-1]
         write_atomic(target, lambda path: path.write_bytes((folder / name).read_bytes()))
 
-    monkeypatch.setattr("distmatch.perceptual.download", download)
+    monkeypatch.setattr("distmatch.models.perceptual.download", download)
     x, y = (v.detach() for v in images(1, 3, 8, 8))
     assert Lpips(size=48)(x, y) == lpips(x, y)
     assert [url.rsplit("/", 1)[-1] for url in asked] == list(FILES)

@@ -8,17 +8,18 @@ import tiny
 import torch
 from PIL import Image
 
-from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline, rng
+from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline
 from distmatch.commands import sample as sampling
-from distmatch.conditions import Classes
-from distmatch.data import grid, to_uint8
-from distmatch.denoiser import Cond
-from distmatch.errors import UserError
-from distmatch.files import write_json
+from distmatch.data.imaging import grid, to_uint8
+from distmatch.diffusion.conditions import Classes
+from distmatch.diffusion.denoiser import Cond
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.models.library import find_model
 from distmatch.pipeline import side_by_side
-from distmatch.plain import read_json
+from distmatch.system import rng
+from distmatch.system.errors import UserError
+from distmatch.system.files import write_json
+from distmatch.system.plain import read_json
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_foreign_and_damaged_folders_are_named(tmp_path, student):
 def test_the_shipped_models_make_digits_of_the_asked_class():
     """The student from one evaluation, the teacher from 35, judged by the shipped classifier."""
     from distmatch.models.classifier import Classifier
-    from distmatch.paths import ASSETS
+    from distmatch.system.paths import ASSETS
 
     classifier = Classifier.load(ASSETS / "mnist" / "classifier")
     labels = torch.arange(200) % 10

@@ -23,19 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from distmatch import build, parallel
-from distmatch.cli import app
-from distmatch.config import load_recipe
-from distmatch.cost import Cost, Traffic, cost
-from distmatch.denoiser import Denoiser, Prediction
+from distmatch.commands.cli import app
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import outline
-from distmatch.perceptual import write_random_weights
-from distmatch.plan import GPUS, Cluster, Gpu, pace, verdict
-from distmatch.rehearsal import _gpu_autocast
-from distmatch.schedule import EDM
+from distmatch.models.perceptual import write_random_weights
+from distmatch.planning.cost import Cost, Traffic, cost
+from distmatch.planning.plan import GPUS, Cluster, Gpu, pace, verdict
+from distmatch.planning.rehearsal import _gpu_autocast
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
 
 EDM_NETWORK = {
     "img_resolution": 16,

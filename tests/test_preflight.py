@@ -12,17 +12,18 @@ import torch
 from test_parallel import together
 from torch import nn
 
-from distmatch import EDM, Denoiser, Info, Prediction, parallel
-from distmatch.cli import app
-from distmatch.config import load_recipe
-from distmatch.errors import UserError
-from distmatch.files import scratch, sweep
+from distmatch import EDM, Denoiser, Info, Prediction
+from distmatch.commands.cli import app
+from distmatch.commands.distillation import check, distil
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec, fingerprint
 from distmatch.models.folder import save_model
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec, fingerprint
-from distmatch.preflight import CHECKS, Flight, checks, compiler, pairs
-from distmatch.recipe_entries import Recipe
-from distmatch.run import check, distil
+from distmatch.planning.preflight import CHECKS, Flight, checks, compiler, pairs
+from distmatch.recipe.entries import Recipe
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
+from distmatch.system.errors import UserError
+from distmatch.system.files import scratch, sweep
 
 
 def recipe(**changes) -> Recipe:
@@ -189,7 +190,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(command, tmp_pat
         raise AssertionError("it has begun")
 
     monkeypatch.setattr("distmatch.commands.eval.find_pipeline", work)
-    monkeypatch.setattr("distmatch.report._load", work)
+    monkeypatch.setattr("distmatch.commands.report_page._load", work)
     for out, message in (
         (tmp_path, "is a folder; expected the name of a file"),
         (_a_file(tmp_path), "Not a directory"),

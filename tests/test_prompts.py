@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from distmatch.prompts import coco_prompts, read_prompts
+from distmatch.data.prompts import coco_prompts, read_prompts
 
 PROMPTS = ["a red bus", "Zwölf Boxkämpfer", "“quoted, with a comma”"]
 PADDED = ["  a red bus ", "", "Zwölf Boxkämpfer\t", "   ", "“quoted, with a comma”"]

@@ -13,15 +13,15 @@ import web
 from tiny import command
 from torch import nn
 
-from distmatch.denoiser import Cond
-from distmatch.iddpm import IDDPM
+from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.iddpm import IDDPM
+from distmatch.diffusion.schedule import EDM
 from distmatch.models import library
 from distmatch.models.edm import checkpoints
 from distmatch.models.edm.checkpoints import cached_edm, import_edm, read_edm
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import load_model
-from distmatch.schedule import EDM
-from distmatch.smoke import random_edm
+from distmatch.recipe.smoke import random_edm
 
 
 def _reconstruct_persistent_obj(meta):

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from distmatch.checkpoint import Checkpoints
-from distmatch.config import load_recipe
-from distmatch.embeddings import embed
-from distmatch.files import sweep
-from distmatch.pairs import PairStore
+from distmatch.commands.distillation import distil
+from distmatch.data.embeddings import embed
+from distmatch.data.pairs import PairStore
 from distmatch.pipeline import DistilledPipeline
-from distmatch.process import identity
-from distmatch.run import distil
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.files import sweep
+from distmatch.system.process import identity
+from distmatch.training.checkpoint import Checkpoints
 
 frozen: list[Path] = []
 """The folders in which this process can change nothing."""
@@ -114,7 +114,7 @@ def test_files_of_others_stay_and_are_no_claims(finished):
 def test_text_that_is_cached_is_read_from_a_read_only_folder(tmp_path):
     import torch
 
-    from distmatch.denoiser import Cond
+    from distmatch.diffusion.denoiser import Cond
 
     texts = ["a", "b", "c"]
     embed(tmp_path / "cache", texts, lambda part: Cond(text=torch.ones(len(part), 2, 3)))

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
-from distmatch.cli import recipes as command
-from distmatch.config import load_recipe, recipes
-from distmatch.entry import walk
-from distmatch.recipe_docs import commented, page, schema
-from distmatch.recipe_entries import Recipe, Stage
+from distmatch.commands.cli import recipes as command
+from distmatch.recipe.docs import commented, page, schema
+from distmatch.recipe.entries import Recipe, Stage
+from distmatch.recipe.entry import walk
+from distmatch.recipe.loading import load_recipe, recipes
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 
 
 def test_the_page_is_what_the_entries_say():
-    assert PAGE.read_text() == page(), "write it again: python -m distmatch.recipe_docs > docs/recipe.md"
+    assert PAGE.read_text() == page(), "write it again: python -m distmatch.recipe.docs > docs/recipe.md"
 
 
 def test_every_entry_names_its_source():

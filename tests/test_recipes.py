@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from distmatch.commands.train import train
-from distmatch.config import load_recipe, recipes
 from distmatch.models.folder import load_model
 from distmatch.models.library import find_model
+from distmatch.recipe.loading import load_recipe, recipes
 
 # Appendix B: teacher, pairs, sampler steps, learning rate, batch, lambda, iterations.
 PAPER = {

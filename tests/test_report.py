@@ -11,9 +11,9 @@ import yaml
 from markupsafe import escape
 from PIL import Image
 
-from distmatch import data
-from distmatch.config import dump, load_recipe
-from distmatch.report import COLOURS, STRIP, report, smooth
+from distmatch.commands.report_page import COLOURS, STRIP, report, smooth
+from distmatch.data import imaging
+from distmatch.recipe.loading import dump, load_recipe
 
 PLACES = ("Frechet distance (pixels)", "Frechet distance (pooled)")
 
@@ -28,8 +28,8 @@ def run_folder(folder, *overrides, frames=3, **entries):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for i in range(frames):
         sheet = np.random.default_rng(i).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-        (folder / "previews" / f"step-{2 * i:08d}.png").write_bytes(data.png(sheet))
-    (folder / "teacher-student.png").write_bytes(data.png(np.arange(24, dtype=np.uint8).reshape(4, 6)))
+        (folder / "previews" / f"step-{2 * i:08d}.png").write_bytes(imaging.png(sheet))
+    (folder / "teacher-student.png").write_bytes(imaging.png(np.arange(24, dtype=np.uint8).reshape(4, 6)))
     rows = [
         {"name": "teacher, 18 Heun steps", "nfe": 35, "images": 5000, "frechet/pixels": 0.2318, "frechet/pooled": 0.3},
         {"name": "student, 1 step", "nfe": 1, "images": 5000, "frechet/pixels": 0.4567, "accuracy": 0.9612},

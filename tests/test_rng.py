@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from distmatch import rng
+from distmatch.system import rng
 
 
 def test_noise_of_an_index_does_not_depend_on_its_neighbours():

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from distmatch import rng
-from distmatch.denoiser import Cond, Denoiser, Prediction
-from distmatch.iddpm import IDDPM
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.iddpm import IDDPM
+from distmatch.diffusion.sampler import SAMPLERS, Steps, euler, heun
+from distmatch.diffusion.schedule import EDM, VP, Flow
+from distmatch.diffusion.solvers import evaluations
 from distmatch.models.mixture import mixture
-from distmatch.sampler import SAMPLERS, Steps, euler, heun
-from distmatch.schedule import EDM, VP, Flow
-from distmatch.solvers import evaluations
+from distmatch.system import rng
 
 SCHEDULES = [EDM(), VP(), Flow()]
 ids = {"ids": lambda s: type(s).__name__}

@@ -17,12 +17,12 @@ from diffusers import (
 )
 
 from distmatch import DistilledPipeline, Recipe, distil
-from distmatch.denoiser import Denoiser, Prediction
-from distmatch.errors import UserError
-from distmatch.iddpm import IDDPM, iddpm_sigmas
-from distmatch.pairs import fingerprint
-from distmatch.schedule import EDM, VP, Flow, Schedule, expand
-from distmatch.schedule_config import schedule_config, schedule_of
+from distmatch.data.pairs import fingerprint
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.iddpm import IDDPM, iddpm_sigmas
+from distmatch.diffusion.schedule import EDM, VP, Flow, Schedule, expand
+from distmatch.diffusion.schedule_config import schedule_config, schedule_of
+from distmatch.system.errors import UserError
 
 BETAS = np.linspace(0.01, 0.2, 100)
 ALL = [

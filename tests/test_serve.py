@@ -26,12 +26,13 @@ import websockets
 from PIL import Image
 from websockets.sync.client import connect
 
-from distmatch import DistilledPipeline, TeacherPipeline, rng
+from distmatch import DistilledPipeline, TeacherPipeline
+from distmatch.commands.web_page import LARGEST, ROUNDS, encode, make_app, noise, serve
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import Info
 from distmatch.models.library import components, find_model
 from distmatch.pipeline import Pipeline
-from distmatch.serve import LARGEST, ROUNDS, encode, make_app, noise, serve
+from distmatch.system import rng
 
 INFO = Info((1, 8, 8), ("a", "b", "c"), times=(80.0,))
 
@@ -401,7 +402,7 @@ def test_the_game_shows_both_models_pictures_and_tells_afterwards(address):
 
 
 def test_open_rounds_are_bounded(address, monkeypatch):
-    monkeypatch.setattr("distmatch.serve.ROUNDS", 3)
+    monkeypatch.setattr("distmatch.commands.web_page.ROUNDS", 3)
     dealt = [deal(address, seed=i)["round"] for i in range(4)]
     answers = [httpx.post(f"http://{address}/rounds/{name}", json={"teacher": 0}).status_code for name in dealt]
     assert answers == [404, 200, 200, 200]
@@ -409,7 +410,7 @@ def test_open_rounds_are_bounded(address, monkeypatch):
 
 
 def test_visitors_who_send_no_wish_take_no_place_in_the_game(address, monkeypatch):
-    monkeypatch.setattr("distmatch.serve.PATIENCE", 0.5)
+    monkeypatch.setattr("distmatch.commands.web_page.PATIENCE", 0.5)
     host, port = address.split(":")
     head = f"POST /rounds HTTP/1.1\r\nHost: {address}\r\nContent-Length: 50\r\n\r\n".encode()
     stalled = [socket.create_connection((host, int(port))) for _ in range(8)]

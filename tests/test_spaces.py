@@ -9,22 +9,22 @@ import pytest
 import tiny
 import torch
 
-from distmatch import build
-from distmatch.build import recipe_spaces
 from distmatch.commands import classifier, eval
-from distmatch.config import load_recipe
-from distmatch.evaluation import chance, columns, evaluate, score
-from distmatch.features import Reference, image_fingerprint, reference
-from distmatch.images import Images, load_images
-from distmatch.metrics import frechet, frechet_bias
+from distmatch.data.images import Images, load_images
+from distmatch.evaluation.features import Reference, image_fingerprint, reference
+from distmatch.evaluation.measure import chance, columns, evaluate, score
+from distmatch.evaluation.metrics import frechet, frechet_bias
+from distmatch.evaluation.spaces import default_features, find_spaces, known_rows
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import find_model
 from distmatch.models.pixels import Pixels, principal_components
-from distmatch.paths import ASSETS
 from distmatch.pipeline import DistilledPipeline
-from distmatch.recipe_entries import Evaluation
-from distmatch.spaces import default_features, find_spaces, known_rows
+from distmatch.recipe import build
+from distmatch.recipe.build import recipe_spaces
+from distmatch.recipe.entries import Evaluation
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.paths import ASSETS
 
 
 def noise(n: int = 120, side: int = 8) -> Images:

@@ -8,21 +8,21 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny import text_encoder
 
-from distmatch import rng
-from distmatch.conditions import Classes, Guided, Prompts
-from distmatch.denoiser import Cond, Denoiser, Prediction, guided
-from distmatch.embeddings import embed
+from distmatch.data.embeddings import embed
+from distmatch.data.pair_builder import build
+from distmatch.data.pairs import PairSpec, PairStore, fingerprint, prompts_digest
+from distmatch.diffusion.conditions import Classes, Guided, Prompts
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.schedule import EDM, VP
+from distmatch.diffusion.solvers import evaluations, solver
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
-from distmatch.pair_builder import build
-from distmatch.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-from distmatch.sampler import Steps
-from distmatch.schedule import EDM, VP
-from distmatch.solvers import evaluations, solver
+from distmatch.system import rng
 
 TEXTS = ["a cat", "two dogs on a sofa", ""]
 
@@ -192,8 +192,8 @@ def test_conditions_by_number_and_at_random():
 
 @pytest.mark.parametrize("kind", ["eps", "xl"])
 def test_embeddings_are_computed_once_and_are_the_encoders(folders, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("distmatch.embeddings.SHARD", 4)
-    monkeypatch.setattr("distmatch.embeddings.BATCH", 3)
+    monkeypatch.setattr("distmatch.data.embeddings.SHARD", 4)
+    monkeypatch.setattr("distmatch.data.embeddings.BATCH", 3)
     encoder = text_encoder(str(folders / kind))
     texts = [f"{i} things" for i in range(10)]
     seen = []

@@ -5,10 +5,10 @@ import json
 import pytest
 import tiny
 
-from distmatch import run
-from distmatch.config import load_recipe
-from distmatch.errors import Stopped
+from distmatch.commands import distillation
 from distmatch.models.folder import load_model
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.errors import Stopped
 
 STAGES = [
     {"until": 4, "change": {"pairs.count": 10, "regress.weight": 0.5}},
@@ -30,9 +30,9 @@ def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
         seen.append((steps, title, regress.weight, match.max_step, noise.batch, pairs.batch, len(pairs.store)))
         return train(recipe, subject, distiller, spaces, out, steps, title, watch)
 
-    train = run._train
-    monkeypatch.setattr(run, "_train", spy)
-    run.distil(recipe(tmp_path), tmp_path / "run", tmp_path)
+    train = distillation._train
+    monkeypatch.setattr(distillation, "_train", spy)
+    distillation.distil(recipe(tmp_path), tmp_path / "run", tmp_path)
     assert seen == [
         (4, "tiny, stage 1 of 3", 0.5, 980, 4, 4, 10),
         (7, "tiny, stage 2 of 3", 1.0, 500, 2, 4, 20),
@@ -45,9 +45,9 @@ def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [2, 4, 5, 7, 11])
 def test_a_run_stopped_anywhere_ends_as_the_undisturbed(tmp_path, monkeypatch, stop):
     """Within a stage, and between two: the same weights to the last bit."""
-    run.distil(recipe(tmp_path), tmp_path / "whole", tmp_path)
+    distillation.distil(recipe(tmp_path), tmp_path / "whole", tmp_path)
     stopping = {"left": stop}
-    step = run.Distiller.step
+    step = distillation.Distiller.step
 
     def stops(self, index):
         if index == stopping.get("left"):
@@ -55,10 +55,10 @@ def test_a_run_stopped_anywhere_ends_as_the_undisturbed(tmp_path, monkeypatch, s
             raise Stopped("by the test")
         return step(self, index)
 
-    monkeypatch.setattr(run.Distiller, "step", stops)
+    monkeypatch.setattr(distillation.Distiller, "step", stops)
     with pytest.raises(Stopped):
-        run.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
-    run.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
+        distillation.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
+    distillation.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
     whole, parts = (load_model(tmp_path / name / "model")[0].state_dict() for name in ("whole", "parts"))
     assert all(parts[name].equal(value) for name, value in whole.items())
 
@@ -74,7 +74,7 @@ def test_an_override_holds_in_every_stage(tmp_path):
 def test_batches_of_later_stages_are_checked_before_anything_runs(tmp_path):
     stages = [{"until": 4}, {"until": 12, "change": {"regress.batch": 3}}]
     with pytest.raises(ValueError, match=r"regress.batch 3 is not a multiple of accumulate 2"):
-        run.distil(
+        distillation.distil(
             load_recipe(str(tiny.recipe_file(tmp_path, stages=stages, accumulate=2))), tmp_path / "run", tmp_path
         )
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -9,10 +9,10 @@ from contextlib import suppress
 import bucket
 import pytest
 
-from distmatch import storage
-from distmatch.files import write_atomic
-from distmatch.process import identity
-from distmatch.storage import Folder, local
+from distmatch.system import storage
+from distmatch.system.files import write_atomic
+from distmatch.system.process import identity
+from distmatch.system.storage import Folder, local
 
 fork = multiprocessing.get_context("fork")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from layouts import encoded, pixels, png, write
 
-from distmatch.errors import UserError
-from distmatch.images import load_images
+from distmatch.data.images import load_images
+from distmatch.system.errors import UserError
 
 random = np.random.default_rng(0)
 BATCHES = [(random.integers(0, 256, (4, 3072), dtype=np.uint8), [3, 0, 1, int(i)]) for i in range(3)]

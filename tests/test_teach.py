@@ -9,16 +9,17 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from distmatch import log, rng
-from distmatch.denoiser import Denoiser, Prediction
-from distmatch.features import image_fingerprint
-from distmatch.images import load_images
-from distmatch.losses import denoising_loss
+from distmatch.data.images import load_images
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.losses import denoising_loss
+from distmatch.diffusion.schedule import EDM
+from distmatch.evaluation.features import image_fingerprint
+from distmatch.methods.teach import Settings, Teaching
 from distmatch.models.folder import Info, load_model
 from distmatch.models.unet import UNet
-from distmatch.optim import Optimizer
-from distmatch.schedule import EDM
-from distmatch.teach import Settings, Teaching
+from distmatch.system import rng
+from distmatch.training import log
+from distmatch.training.optim import Optimizer
 
 SMALL = ("--widths", 8, 16, "--batch", 8, "--steps", 60, "--save-every", 5, "--preview-every", 0)
 
@@ -36,7 +37,7 @@ def test_the_step_is_edms_objective(tmp_path):
     torch.rand(4, generator=generator)
     sigma = torch.exp(-1.2 + 1.2 * torch.randn(4, generator=generator)).double()[:, None, None, None]
     x_t = x + sigma * torch.randn(x.shape, generator=generator).double()
-    from distmatch.denoiser import Cond
+    from distmatch.diffusion.denoiser import Cond
 
     network = denoiser.net(
         (x_t / (sigma**2 + 0.25).sqrt()).float(), sigma.flatten().float().log() / 4, Cond(label=images.labels[rows])

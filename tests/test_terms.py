@@ -9,18 +9,20 @@ import torch
 from safetensors.torch import load_file
 from test_parallel import together
 
-from distmatch import DistilledPipeline, build, parallel
-from distmatch.conditions import WHOLE
-from distmatch.config import load_recipe
-from distmatch.denoiser import Cond
-from distmatch.engine import blocks, features
-from distmatch.errors import Stopped
+from distmatch import DistilledPipeline
+from distmatch.commands.distillation import distil
+from distmatch.diffusion.conditions import WHOLE
+from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.schedule import EDM, VP, Flow
+from distmatch.methods.terms import Samples
 from distmatch.models.folder import save_model
 from distmatch.pipeline import side_by_side
-from distmatch.run import distil
-from distmatch.sampler import Steps
-from distmatch.schedule import EDM, VP, Flow
-from distmatch.terms import Samples
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
+from distmatch.system.errors import Stopped
+from distmatch.training.engine import blocks, features
 
 OWN = Path(__file__).parent / "own_terms.py"
 JUDGE = (f"own_terms={{judge: {{source: '{OWN}:Judge', weight: 0.5}}}}", "terms=[match, regress, judge]")

@@ -8,19 +8,19 @@ import yaml
 from diffusers import DiffusionPipeline
 from tiny import text_encoder
 
-from distmatch import build
-from distmatch.conditions import WHOLE
-from distmatch.config import load_recipe
-from distmatch.files import write_json
+from distmatch.commands.distillation import distil
+from distmatch.diffusion.conditions import WHOLE
 from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
-from distmatch.plain import read_json
-from distmatch.preflight import Flight, checks
-from distmatch.run import distil
-from distmatch.terminal import Notice
+from distmatch.planning.preflight import Flight, checks
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.files import write_json
+from distmatch.system.plain import read_json
+from distmatch.system.terminal import Notice
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 from scipy.integrate import dblquad
 
-from distmatch import build, data, rng, toy2d
-from distmatch.conditions import WHOLE, Classes
-from distmatch.config import load_recipe
-from distmatch.losses import WEIGHTINGS
+from distmatch.commands import toy2d
+from distmatch.commands.toy2d import OBJECTIVES, RealScore, distiller, figure3, kl, panel
+from distmatch.data import imaging
+from distmatch.diffusion.conditions import WHOLE, Classes
+from distmatch.diffusion.losses import WEIGHTINGS
+from distmatch.diffusion.schedule import EDM
+from distmatch.methods.terms import Match, NoiseStream, Samples
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES, mixture
 from distmatch.pipeline import TeacherPipeline
-from distmatch.schedule import EDM
-from distmatch.terms import Match, NoiseStream, Samples
-from distmatch.toy2d import OBJECTIVES, RealScore, distiller, figure3, kl, panel
-from distmatch.train import Plan, train
+from distmatch.recipe import build
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import rng
+from distmatch.training.train import Plan, train
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_a_teacher_without_weights_needs_a_network_for_the_student():
 
 
 def test_points_become_one_picture_with_the_second_axis_up():
-    pixels = data.picture(torch.tensor([[-5.99, 5.99], [0.01, 0.01], [7.0, 0.0]]))
+    pixels = imaging.picture(torch.tensor([[-5.99, 5.99], [0.01, 0.01], [7.0, 0.0]]))
     assert pixels.shape == (1, 1, 128, 128)
     assert (pixels[0, 0] == 0).nonzero().tolist() == [[0, 0], [63, 64]]
 

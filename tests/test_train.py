@@ -7,15 +7,15 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from distmatch import log
-from distmatch.clock import Clock
-from distmatch.config import load_recipe
-from distmatch.ema import EMA
-from distmatch.errors import Diverged
-from distmatch.optim import Optimizer
-from distmatch.plain import read_json
-from distmatch.run import distil
-from distmatch.train import Plan, train
+from distmatch.commands.distillation import distil
+from distmatch.recipe.loading import load_recipe
+from distmatch.system.errors import Diverged
+from distmatch.system.plain import read_json
+from distmatch.training import log
+from distmatch.training.clock import Clock
+from distmatch.training.ema import EMA
+from distmatch.training.optim import Optimizer
+from distmatch.training.train import Plan, train
 
 
 class Quadratic:

@@ -14,16 +14,17 @@ import pytest
 import tiny
 import torch
 
-from distmatch import claims, cli, ownership, pair_builder, run
-from distmatch.claims import latest
-from distmatch.commands import compare
-from distmatch.config import load_recipe, run_name
-from distmatch.log import read
+from distmatch.commands import cli, compare, distillation
+from distmatch.commands.distillation import distil
+from distmatch.data import pair_builder
 from distmatch.models.folder import load_model
-from distmatch.ownership import owned
-from distmatch.process import identity, is_dead
-from distmatch.run import distil
-from distmatch.storage import Folder
+from distmatch.recipe.loading import load_recipe, run_name
+from distmatch.system import claims, ownership
+from distmatch.system.claims import latest
+from distmatch.system.ownership import owned
+from distmatch.system.process import identity, is_dead
+from distmatch.system.storage import Folder
+from distmatch.training.log import read
 
 fork = multiprocessing.get_context("fork")
 SHORT = {
@@ -38,7 +39,11 @@ ELSEWHERE = "01234567-42-4711"
 """The identity of a process of which nothing can be known here."""
 
 
-MOMENTS = {"pairs": (pair_builder, "_make"), "step": (run.Distiller, "step"), "end": (run, "_teacher_student")}
+MOMENTS = {
+    "pairs": (pair_builder, "_make"),
+    "step": (distillation.Distiller, "step"),
+    "end": (distillation, "_teacher_student"),
+}
 """What a job is about to call."""
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distmatch.unpickle import Stub, load, network, read_state
+from distmatch.system.unpickle import Stub, load, network, read_state
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -541,7 +541,7 @@ def test_repetition_is_held_against_the_size_of_the_file():
 
 
 def test_programs_without_end_end(monkeypatch):
-    monkeypatch.setattr("distmatch.unpickle.INSTRUCTIONS", 5000)
+    monkeypatch.setattr("distmatch.system.unpickle.INSTRUCTIONS", 5000)
     with pytest.raises(ValueError, match="asks for more than 5,000 instructions"):
         load(raw(b"\x8f" * 6000))
 

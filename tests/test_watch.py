@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from distmatch import parallel, watch
+from distmatch.system import heartbeat, parallel
 
 fork = multiprocessing.get_context("fork")
 
@@ -16,7 +16,7 @@ fork = multiprocessing.get_context("fork")
 def _enter(rank, world, port, silent, log) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    watch.EVERY, watch.SILENCE = 0.1, 1.5
+    heartbeat.EVERY, heartbeat.SILENCE = 0.1, 1.5
     with parallel.joined():
         parallel.barrier()
         if rank == silent:

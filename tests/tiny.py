@@ -10,11 +10,11 @@ import torch
 import yaml
 from PIL import Image
 
-from distmatch.denoiser import Denoiser, Prediction
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import Info, save_model
 from distmatch.models.unet import UNet
-from distmatch.schedule import EDM
 
 
 def text_encoder(source: str):

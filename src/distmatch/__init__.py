@@ -9,34 +9,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from distmatch.denoiser import Cond as Cond
-    from distmatch.denoiser import Denoiser as Denoiser
-    from distmatch.denoiser import Prediction as Prediction
-    from distmatch.images import Images as Images
-    from distmatch.images import load_images as load_images
+    from distmatch.commands.distillation import distil as distil
+    from distmatch.data.images import Images as Images
+    from distmatch.data.images import load_images as load_images
+    from distmatch.diffusion.denoiser import Cond as Cond
+    from distmatch.diffusion.denoiser import Denoiser as Denoiser
+    from distmatch.diffusion.denoiser import Prediction as Prediction
+    from distmatch.diffusion.schedule import EDM as EDM
+    from distmatch.diffusion.schedule import VP as VP
+    from distmatch.diffusion.schedule import Flow as Flow
     from distmatch.models.info import Info as Info
     from distmatch.pipeline import DistilledPipeline as DistilledPipeline
     from distmatch.pipeline import TeacherPipeline as TeacherPipeline
-    from distmatch.recipe_entries import Recipe as Recipe
-    from distmatch.run import distil as distil
-    from distmatch.schedule import EDM as EDM
-    from distmatch.schedule import VP as VP
-    from distmatch.schedule import Flow as Flow
+    from distmatch.recipe.entries import Recipe as Recipe
 
 _HOME = {
-    "Cond": "denoiser",
-    "Denoiser": "denoiser",
+    "Cond": "diffusion.denoiser",
+    "Denoiser": "diffusion.denoiser",
     "DistilledPipeline": "pipeline",
-    "EDM": "schedule",
-    "Flow": "schedule",
-    "Images": "images",
+    "EDM": "diffusion.schedule",
+    "Flow": "diffusion.schedule",
+    "Images": "data.images",
     "Info": "models.info",
-    "Prediction": "denoiser",
-    "Recipe": "recipe_entries",
+    "Prediction": "diffusion.denoiser",
+    "Recipe": "recipe.entries",
     "TeacherPipeline": "pipeline",
-    "VP": "schedule",
-    "distil": "run",
-    "load_images": "images",
+    "VP": "diffusion.schedule",
+    "distil": "commands.distillation",
+    "load_images": "data.images",
 }
 __all__ = [
     "EDM",

@@ -1,5 +1,5 @@
 """`python -m distmatch`."""
 
-from distmatch.cli import main
+from distmatch.commands.cli import main
 
 main()

@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distmatch import data, rng
-from distmatch.conditions import Conditions, with_guidance
-from distmatch.denoiser import Cond, Denoiser, guided
-from distmatch.errors import UserError
-from distmatch.finite import check_images
+from distmatch.data import imaging
+from distmatch.diffusion.conditions import Conditions, with_guidance
+from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.schedule import Schedule
+from distmatch.diffusion.solvers import evaluations, solver
 from distmatch.models.family import Components
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
-from distmatch.sampler import Steps
-from distmatch.schedule import Schedule
-from distmatch.solvers import evaluations, solver
+from distmatch.system import rng
+from distmatch.system.errors import UserError
+from distmatch.system.finite import check_images
 
 NoiseOf = Callable[[int], Tensor]
 """Noise f[B,*D] of a batch's rows for a step behind the first, from 1."""
@@ -155,7 +156,7 @@ class Pipeline:
         """
         x = self.sample(z.to(self.device), None if cond is None else cond.to(self.device), noise_of)
         check_images(x)
-        return data.to_uint8(x).cpu()
+        return imaging.to_uint8(x).cpu()
 
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
@@ -297,7 +298,7 @@ def side_by_side(
     z = rng.noise(seed, range(rows * columns), teacher.info.shape)
     cond = conditions.at(range(rows * columns))
     images = [_in_parts(pipe, z, cond, columns, seed) for pipe in (teacher, student)]
-    return data.grid(torch.cat([row for pair in zip(*images, strict=True) for row in pair]), columns=columns)
+    return imaging.grid(torch.cat([row for pair in zip(*images, strict=True) for row in pair]), columns=columns)
 
 
 def _in_parts(pipe: Pipeline, z: Tensor, cond: Cond | None, size: int, seed: int) -> list[Tensor]:

@@ -1,4 +1,1 @@
-"""One file per command: its options, its help, its work.
-
-What is slow to import is imported when a command runs, so that `--help` answers at once.
-"""
+"""One file per command of the command line."""

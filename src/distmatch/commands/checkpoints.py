@@ -1,7 +1,7 @@
 """`distmatch checkpoints`."""
 
-from distmatch.errors import UserError
-from distmatch.options import File
+from distmatch.system.errors import UserError
+from distmatch.system.options import File
 
 
 def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) -> None:
@@ -20,8 +20,8 @@ def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) 
 
     from rich.table import Table
 
-    from distmatch.checkpoint import Checkpoints
-    from distmatch.screen import console, size
+    from distmatch.system.screen import console, size
+    from distmatch.training.checkpoint import Checkpoints
 
     if keep is not None and keep < 1:
         raise UserError(f"--keep {keep}: at least the latest stays; give 1 or more")

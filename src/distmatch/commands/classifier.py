@@ -7,8 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from distmatch.commands.shared import read_images
-from distmatch.errors import UserError
-from distmatch.options import Count, Name, Out, Range, Rate
+from distmatch.system.errors import UserError
+from distmatch.system.options import Count, Name, Out, Range, Rate
 
 
 @Parameter(name="*")
@@ -53,13 +53,13 @@ def classifier(images: Name, /, options: Options = Options()) -> None:
     """
     import time
 
-    from distmatch.evaluation import show_rows
+    from distmatch.evaluation.measure import show_rows
+    from distmatch.evaluation.spaces import train_spaces
     from distmatch.models.classifier import Training
-    from distmatch.ownership import owned
-    from distmatch.screen import console
-    from distmatch.spaces import train_spaces
-    from distmatch.storage import name_of
-    from distmatch.terminal import command
+    from distmatch.system.ownership import owned
+    from distmatch.system.screen import console
+    from distmatch.system.storage import name_of
+    from distmatch.system.terminal import command
 
     out = options.out or Path("runs") / f"classifier-{name_of(images).split('.')[0]}"
     training = Training(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from distmatch.errors import UserError
-from distmatch.extras import need
-from distmatch.options import Count, File, Images, Name, Out, Range
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.options import Count, File, Images, Name, Out, Range
 
 if TYPE_CHECKING:
     from distmatch.pipeline import Pipeline
@@ -82,9 +82,9 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     student
         A model or run folder; default: no student.
     """
-    from distmatch import parallel
     from distmatch.commands.shared import find_student
-    from distmatch.prompts import coco_prompts, read_prompts
+    from distmatch.data.prompts import coco_prompts, read_prompts
+    from distmatch.system import parallel
 
     need("diffusers", "transformers", by="a comparison")
     teacher = teacher.removeprefix("diffusers:")
@@ -115,7 +115,7 @@ def compare_on(prompts: list[str], teacher: str, student: "Pipeline | None", opt
 
     Raises `UserError` for what is missing or does not fit, and where `out` has figures of other settings.
     """
-    from distmatch.ownership import owned
+    from distmatch.system.ownership import owned
 
     n, picture, batch = options.n, options.picture, options.batch
     assert options.out is not None
@@ -144,18 +144,20 @@ def _compare(
 
     import torch
 
-    from distmatch import build, data, parallel
-    from distmatch.baselines import digest, load_lora, load_teacher, methods
-    from distmatch.binding import same_settings
-    from distmatch.clip import ClipScore
-    from distmatch.comparison import Comparison, fid_space, finished, method_folder
-    from distmatch.evaluation import enough, hardware, show_rows, show_spaces
-    from distmatch.files import write_atomic, write_json
+    from distmatch.commands.binding import same_settings
+    from distmatch.commands.comparison import Comparison, fid_space, finished, method_folder
+    from distmatch.commands.sheet import sheet
+    from distmatch.data import imaging
+    from distmatch.data.pairs import fingerprint
+    from distmatch.evaluation.baselines import digest, load_lora, load_teacher, methods
+    from distmatch.evaluation.clip import ClipScore
+    from distmatch.evaluation.measure import enough, hardware, show_rows, show_spaces
     from distmatch.models.diffusers.families import family_in
     from distmatch.models.diffusers.text import notice_cut
-    from distmatch.pairs import fingerprint
-    from distmatch.screen import console
-    from distmatch.sheet import sheet
+    from distmatch.recipe import build
+    from distmatch.system import parallel
+    from distmatch.system.files import write_atomic, write_json
+    from distmatch.system.screen import console
 
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     device, dtype, picture = build.device(options.device), precisions[options.precision], options.picture
@@ -206,14 +208,14 @@ def _compare(
             done = {"name": method.name, "nfe": method.nfe, "images": count, "ms_per_image": latency, **figures}
             if parallel.rank() == 0:
                 for i, image in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
-                    write_atomic(folder / f"{i:06d}.png", lambda p, image=image: p.write_bytes(data.png(image)))
+                    write_atomic(folder / f"{i:06d}.png", lambda p, image=image: p.write_bytes(imaging.png(image)))
                 write_json(folder / "figures.json", done)  # last: from now on the method is finished
         rows.append(done)
     if parallel.rank() > 0:
         return []
     write_json(out / "compare.json", {"hardware": hardware(device), **settings, "rows": rows})
     shown = sheet(out, rows, [prompts[i % len(prompts)] for i in range(picture)])
-    write_atomic(out / "compare.png", lambda p: p.write_bytes(data.png(shown)))
+    write_atomic(out / "compare.png", lambda p: p.write_bytes(imaging.png(shown)))
     show_rows(rows)
     if space is not None:
         show_spaces(options.features or "", [space])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from distmatch.options import Out, Runs
+from distmatch.system.options import Out, Runs
 
 
 def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
@@ -23,7 +23,7 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
     if which == "mnist":
         mnist(out, runs)
     else:
-        from distmatch import toy2d
+        from distmatch.commands import toy2d
 
         toy2d.demo(out, runs)
 
@@ -34,18 +34,19 @@ def mnist(out: Path, runs: Path) -> None:
 
     import torch
 
-    from distmatch import build, data
-    from distmatch.config import load_recipe
-    from distmatch.evaluation import evaluate, hardware, score, show_rows, show_spaces, speed
-    from distmatch.files import write_json
+    from distmatch.commands.distillation import distil
+    from distmatch.commands.report_page import report
+    from distmatch.data import imaging
+    from distmatch.evaluation.measure import evaluate, hardware, score, show_rows, show_spaces, speed
+    from distmatch.evaluation.spaces import find_spaces, known_rows
     from distmatch.models.folder import Info
     from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-    from distmatch.progress import progress
-    from distmatch.report import report
-    from distmatch.run import distil
-    from distmatch.screen import console
-    from distmatch.spaces import find_spaces, known_rows
-    from distmatch.terminal import command
+    from distmatch.recipe import build
+    from distmatch.recipe.loading import load_recipe
+    from distmatch.system.files import write_json
+    from distmatch.system.progress import progress
+    from distmatch.system.screen import console
+    from distmatch.system.terminal import command
 
     began = time.perf_counter()
     recipe = load_recipe("mnist")
@@ -66,7 +67,7 @@ def mnist(out: Path, runs: Path) -> None:
     with progress("evaluation", 2 * n, unit="image") as advance:
         # The pairs are the teacher's images: no need to sample it again.
         taught = score(
-            lambda a, b: data.to_uint8(pairs.images(a, b)), labels, n, spaces, classes=info.classes, progress=advance
+            lambda a, b: imaging.to_uint8(pairs.images(a, b)), labels, n, spaces, classes=info.classes, progress=advance
         )
         learnt = evaluate(fast, spaces, n=n, seed=1, progress=advance)
     ratios = {f"ratio/{space.name}": learnt[space.distance] / taught[space.distance] for space, _ in spaces}

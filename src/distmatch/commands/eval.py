@@ -6,8 +6,8 @@ from typing import Literal
 from cyclopts import Parameter
 
 from distmatch.commands.shared import find_pipeline
-from distmatch.errors import UserError
-from distmatch.options import Count, Images, Name, Out, Scale
+from distmatch.system.errors import UserError
+from distmatch.system.options import Count, Images, Name, Out, Scale
 
 
 @Parameter(name="*")
@@ -65,7 +65,7 @@ def evaluate(model: Name, /, options: Options = Options()) -> None:
     model
         A model or run folder, or a model of the package: mnist.
     """
-    from distmatch import parallel
+    from distmatch.system import parallel
 
     with parallel.joined():
         _measure(model, options)
@@ -73,12 +73,12 @@ def evaluate(model: Name, /, options: Options = Options()) -> None:
 
 def _measure(model: str, options: Options) -> None:
     """Measure in each of the processes of `torchrun`, if it started this one; the first reports the result."""
-    from distmatch import parallel
-    from distmatch.evaluation import evaluate, hardware, judge, named, show_rows, show_spaces, speed
-    from distmatch.files import check_writable, write_json
-    from distmatch.progress import progress
-    from distmatch.screen import console
-    from distmatch.spaces import default_features, find_spaces, known_rows
+    from distmatch.evaluation.measure import evaluate, hardware, judge, named, show_rows, show_spaces, speed
+    from distmatch.evaluation.spaces import default_features, find_spaces, known_rows
+    from distmatch.system import parallel
+    from distmatch.system.files import check_writable, write_json
+    from distmatch.system.progress import progress
+    from distmatch.system.screen import console
 
     if options.out is not None and parallel.rank() == 0:
         check_writable(options.out)

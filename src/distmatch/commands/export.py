@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from distmatch.options import Name, Out
+from distmatch.system.options import Name, Out
 
 app = App(name="export", help="Turn students into other libraries' formats.")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from distmatch.options import Name, Out
+from distmatch.system.options import Name, Out
 
 app = App(name="import", help="Turn foreign checkpoints into model folders. Nothing in them is executed.")
 
@@ -21,9 +21,9 @@ def import_edm(source: Name, /, *, out: Out = None) -> None:
         The model folder; default: models/NAME.
     """
     from distmatch.models.edm import checkpoints
-    from distmatch.ownership import owned
-    from distmatch.screen import console
-    from distmatch.terminal import command
+    from distmatch.system.ownership import owned
+    from distmatch.system.screen import console
+    from distmatch.system.terminal import command
 
     folder = out or Path("models") / Path(source).stem
     with owned(folder):

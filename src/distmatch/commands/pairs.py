@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from distmatch.options import Name, Out, Runs
+from distmatch.system.options import Name, Out, Runs
 
 app = App(name="pairs", help="Build and check stores of noise-image pairs.")
 
@@ -24,10 +24,10 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     runs
         The folder that runs and pair stores share.
     """
-    from distmatch import parallel
-    from distmatch.build import subject
-    from distmatch.config import load_recipe
-    from distmatch.run import pair_store
+    from distmatch.commands.distillation import pair_store
+    from distmatch.recipe.build import subject
+    from distmatch.recipe.loading import load_recipe
+    from distmatch.system import parallel
 
     resolved = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
     with parallel.joined():
@@ -37,9 +37,9 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
 @app.command
 def verify(store: Name, /) -> None:
     """Check every byte of a store, a folder or a URL: images, and that the noise still comes out the same."""
-    from distmatch.pairs import PairStore
-    from distmatch.progress import progress
-    from distmatch.screen import console
+    from distmatch.data.pairs import PairStore
+    from distmatch.system.progress import progress
+    from distmatch.system.screen import console
 
     pairs = PairStore.open(store)
     with progress("verify", len(pairs), unit="pair") as advance:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from distmatch.options import Count, Name, Range, Rate
+from distmatch.system.options import Count, Name, Range, Rate
 
 
 def plan(
@@ -35,7 +35,7 @@ def plan(
     network
         GB/s per GPU and direction between machines of eight; 50 is one card of 400 Gb/s for each.
     """
-    from distmatch.config import load_recipe
-    from distmatch.plan import show
+    from distmatch.planning.plan import show
+    from distmatch.recipe.loading import load_recipe
 
     show(load_recipe(recipe, overrides), gpus, gpu, utilisation, network)

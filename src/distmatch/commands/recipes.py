@@ -13,13 +13,13 @@ def recipes(*, schema: bool = False) -> None:
 
     from rich.table import Table
 
-    from distmatch import recipe_docs
-    from distmatch.config import load_recipe
-    from distmatch.config import recipes as known
-    from distmatch.screen import console
+    from distmatch.recipe import docs
+    from distmatch.recipe.loading import load_recipe
+    from distmatch.recipe.loading import recipes as known
+    from distmatch.system.screen import console
 
     if schema:
-        print(json.dumps(recipe_docs.schema(), indent=2))
+        print(json.dumps(docs.schema(), indent=2))
         return
     table = Table("recipe", "what it is", box=None)
     for name in known():

@@ -1,7 +1,7 @@
 """`distmatch report`. The page is made by `report.report`."""
 
-from distmatch.errors import UserError
-from distmatch.options import File, Out
+from distmatch.system.errors import UserError
+from distmatch.system.options import File, Out
 
 
 def report(*runs: File, out: Out = None) -> None:
@@ -14,7 +14,7 @@ def report(*runs: File, out: Out = None) -> None:
     out
         The page; default: report.html in the first run.
     """
-    from distmatch.report import report as write
+    from distmatch.commands.report_page import report as write
 
     if not runs:
         raise UserError("no run was named; give one or more run folders, e.g. distmatch report runs/mnist")

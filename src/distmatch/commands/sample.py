@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from distmatch.commands.shared import find_pipeline
-from distmatch.options import Count, Images, Name, Out, Scale
+from distmatch.system.options import Count, Images, Name, Out, Scale
 
 
 @Parameter(name="*")
@@ -52,10 +52,10 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     model
         A model or run folder, or a model of the package: mnist.
     """
-    from distmatch import samples
-    from distmatch.ownership import owned
-    from distmatch.progress import progress
-    from distmatch.screen import console
+    from distmatch.evaluation import samples
+    from distmatch.system.ownership import owned
+    from distmatch.system.progress import progress
+    from distmatch.system.screen import console
 
     n, label, prompts = options.n, options.label, options.prompt
     out = options.out or Path("samples") / Path(model).name

@@ -6,8 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from distmatch.commands.shared import find_student, find_teacher
-from distmatch.extras import need
-from distmatch.options import Count, Name, Range, Scale
+from distmatch.system.extras import need
+from distmatch.system.options import Count, Name, Range, Scale
 
 
 @Parameter(name="*")
@@ -44,7 +44,7 @@ def serve(model: Name, /, options: Options = Options()) -> None:
         A student: a model or run folder, or one of the package: mnist.
     """
     need("fastapi", "uvicorn", "websockets", by="the web page")
-    from distmatch.serve import serve as listen
+    from distmatch.commands.web_page import serve as listen
 
     student, teacher = find_student(model, None, options.device), None
     if options.teacher:

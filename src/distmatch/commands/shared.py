@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distmatch.errors import UserError
+from distmatch.system.errors import UserError
 
 if TYPE_CHECKING:
-    from distmatch.images import Images
+    from distmatch.data.images import Images
     from distmatch.pipeline import Pipeline
 
 
@@ -22,8 +22,8 @@ def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float 
 
 
 def find_teacher(model: str, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
-    from distmatch import build
     from distmatch.pipeline import TeacherPipeline
+    from distmatch.recipe import build
 
     scale = 1.0 if guidance is None else guidance
     return TeacherPipeline.from_pretrained(model, build.device(device), steps=steps, guidance=scale)
@@ -31,8 +31,8 @@ def find_teacher(model: str, steps: int | None, guidance: float | None, device: 
 
 def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
     """Return the student called `model`. Raises `UserError` for a `guidance` where the student has none to choose."""
-    from distmatch import build
     from distmatch.pipeline import DistilledPipeline
+    from distmatch.recipe import build
 
     student = DistilledPipeline.from_pretrained(model, build.device(device))
     if guidance not in (None, 1.0) and student.info.guidance is None:
@@ -44,9 +44,9 @@ def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
 
 def read_images(place: str | Path, split: str, out: Path) -> "Images":
     """Return the images of a split. Raises `UserError` where results are to be written among them."""
-    from distmatch.images import load_images
-    from distmatch.screen import console
-    from distmatch.storage import is_url
+    from distmatch.data.images import load_images
+    from distmatch.system.screen import console
+    from distmatch.system.storage import is_url
 
     if not is_url(place) and Path(place).resolve() == out.resolve():
         raise UserError(f"{out} holds the images; choose another folder for the results with --out")

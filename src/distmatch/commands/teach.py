@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from distmatch.commands.shared import read_images
-from distmatch.errors import UserError
-from distmatch.options import Count, Name, Out, Range, Rate, Share, Whole
+from distmatch.system.errors import UserError
+from distmatch.system.options import Count, Name, Out, Range, Rate, Share, Whole
 
 if TYPE_CHECKING:
-    from distmatch.images import Images
+    from distmatch.data.images import Images
 
 
 @Parameter(name="*")
@@ -79,7 +79,7 @@ def teach(images: Name, /, *, out: Out = None, options: Options = Options()) -> 
     out
         The run's folder; default: runs/teach-NAME. The model ends up in its model/.
     """
-    from distmatch.storage import name_of
+    from distmatch.system.storage import name_of
 
     train_teacher(images, out or Path("runs") / f"teach-{name_of(images).split('.')[0]}", options)
 
@@ -93,7 +93,7 @@ def train_teacher(images: "str | Path | Images", out: Path, options: Options = O
     Raises `UserError` where the images cannot be read or do not fit the network, and where `out` is a run with other
     settings or images.
     """
-    from distmatch.ownership import owned
+    from distmatch.system.ownership import owned
 
     with owned(out):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -106,20 +106,21 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
 
     import torch
 
-    from distmatch import build, teach
-    from distmatch.binding import same_settings
-    from distmatch.clipping import Clipped, Clipping
-    from distmatch.denoiser import Denoiser, Prediction
-    from distmatch.features import image_fingerprint
-    from distmatch.images import Images
+    from distmatch.commands.binding import same_settings
+    from distmatch.data.images import Images
+    from distmatch.diffusion.denoiser import Denoiser, Prediction
+    from distmatch.diffusion.schedule import EDM
+    from distmatch.evaluation.features import image_fingerprint
+    from distmatch.methods import teach
     from distmatch.models.folder import Info
     from distmatch.models.unet import UNet
-    from distmatch.optim import Optimizer
-    from distmatch.schedule import EDM
-    from distmatch.screen import console
-    from distmatch.storage import name_of
-    from distmatch.terminal import command
-    from distmatch.train import Plan, train
+    from distmatch.recipe import build
+    from distmatch.system.screen import console
+    from distmatch.system.storage import name_of
+    from distmatch.system.terminal import command
+    from distmatch.training.clipping import Clipped, Clipping
+    from distmatch.training.optim import Optimizer
+    from distmatch.training.train import Plan, train
 
     given = isinstance(images, Images)
     name, real = ("given in Python", images) if given else (name_of(images), read_images(images, options.split, out))

@@ -1,9 +1,9 @@
-"""`distmatch train`: a recipe to a finished student. The work is `run.distil`."""
+"""`distmatch train`: a recipe to a finished student. The work is `distillation.distil`."""
 
 from pathlib import Path
 from typing import Literal
 
-from distmatch.options import Name, Out, Runs
+from distmatch.system.options import Name, Out, Runs
 
 
 def train(
@@ -37,13 +37,13 @@ def train(
         Try what the run needs, from packages to disk space, at its smallest, report what was found, and stop. Every
         run begins with it.
     """
-    from distmatch.config import load_recipe, run_name
-    from distmatch.recipe_docs import commented
+    from distmatch.recipe.docs import commented
+    from distmatch.recipe.loading import load_recipe, run_name
 
     resolved = load_recipe(recipe, overrides)
     name = run_name(load_recipe(recipe), resolved)
     if scale == "cpu-smoke":
-        from distmatch.smoke import cpu_smoke, make_networks
+        from distmatch.recipe.smoke import cpu_smoke, make_networks
 
         runs = runs / "cpu-smoke" / name
         full, resolved = resolved, load_recipe(recipe, [*cpu_smoke(resolved, runs), *overrides])
@@ -52,7 +52,7 @@ def train(
     if dry_run:
         print(commented(resolved), end="")
         return
-    from distmatch import run
+    from distmatch.commands import distillation
 
-    work = run.check if check else run.distil
+    work = distillation.check if check else distillation.distil
     work(resolved, out or runs / name, runs)

@@ -1,1 +1,1 @@
-"""Networks and teachers."""
+"""Networks, the families of teachers, and model folders."""

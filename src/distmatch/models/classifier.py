@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmatch import data, rng
-from distmatch.digests import Damaged, load_file, save_file
-from distmatch.errors import UserError
-from distmatch.files import together, write_json
-from distmatch.finite import check_weights
-from distmatch.images import Images
+from distmatch.data import imaging
+from distmatch.data.images import Images
 from distmatch.models.layout import build, shapes_in
-from distmatch.optim import Optimizer
-from distmatch.plain import read_json
+from distmatch.system import rng
+from distmatch.system.digests import Damaged, load_file, save_file
+from distmatch.system.errors import UserError
+from distmatch.system.files import together, write_json
+from distmatch.system.finite import check_weights
+from distmatch.system.plain import read_json
+from distmatch.training.optim import Optimizer
 
 FORMAT = "distmatch-classifier-1"
 NETWORK = ("channels", "size", "classes", "widths", "positions")
@@ -99,12 +100,12 @@ class Classifier(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """Penultimate activations, f[B,F]: the last layer's channels, averaged over each part of the image."""
         if pixels.dtype != torch.uint8:
-            raise UserError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see data.to_uint8")
+            raise UserError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see imaging.to_uint8")
         shape = (self.config["channels"], *self.config["size"])
         if tuple(pixels.shape[1:]) != shape:
             expected = f"(B, {', '.join(map(str, shape))})"
             raise UserError(f"pixels are {tuple(pixels.shape)}; this classifier takes {expected}")
-        x = data.to_float(pixels.to(self.head.weight.device))
+        x = imaging.to_float(pixels.to(self.head.weight.device))
         return self.body(x.contiguous(memory_format=torch.channels_last))
 
     def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from distmatch.denoiser import Cond, Denoiser
-from distmatch.errors import UserError
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.info import Info
+from distmatch.system.errors import UserError
 
 
 class Encoder(Protocol):

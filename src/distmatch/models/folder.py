@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from distmatch import limits, parallel
-from distmatch.denoiser import Denoiser, Prediction
-from distmatch.digests import Damaged, load_file, save_file
-from distmatch.engine import whole
-from distmatch.errors import UserError
-from distmatch.files import together, write_json
-from distmatch.finite import check_weights
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import Schedule
+from distmatch.diffusion.schedule_config import schedule_config, schedule_of
 from distmatch.models.diffusers import families as diffusers
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.info import Info
 from distmatch.models.layout import build, shapes_in
 from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
-from distmatch.plain import fitting, read_json
-from distmatch.schedule import Schedule
-from distmatch.schedule_config import schedule_config, schedule_of
-from distmatch.terminal import command
+from distmatch.system import limits, parallel
+from distmatch.system.digests import Damaged, load_file, save_file
+from distmatch.system.errors import UserError
+from distmatch.system.files import together, write_json
+from distmatch.system.finite import check_weights
+from distmatch.system.plain import fitting, read_json
+from distmatch.system.terminal import command
+from distmatch.training.engine import whole
 
 FORMAT = "distmatch-model-1"
 AGAIN = "Make the model again: the command that made it continues from its last checkpoint, or get a new copy"

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distmatch.denoiser import Cond
-from distmatch.errors import UserError
+from distmatch.diffusion.denoiser import Cond
+from distmatch.system.errors import UserError
 
 CHANNELS = 256
 """Width of the embedding, that of published guidance-conditioned U-Nets (`time_cond_proj_dim`)."""

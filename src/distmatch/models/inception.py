@@ -23,10 +23,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distmatch.digests import file_sha256
-from distmatch.errors import UserError
-from distmatch.extras import need
-from distmatch.finite import check_weights
+from distmatch.system.digests import file_sha256
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.finite import check_weights
 
 SIDE = 299
 FEATURES = 2048
@@ -167,7 +167,7 @@ def _archive(file: Path) -> torch.jit.ScriptModule:
 def _state(file: Path) -> dict[str, Tensor]:
     """The tensors in `file` by name, in its order."""
     if file.suffix == ".pkl":
-        from distmatch.unpickle import read_state
+        from distmatch.system.unpickle import read_state
 
         return read_state(file)
     try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distmatch.errors import UserError
+from distmatch.system.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module
 
-from distmatch.digests import Damaged
-from distmatch.errors import UserError
+from distmatch.system.digests import Damaged
+from distmatch.system.errors import UserError
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -9,17 +9,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from distmatch.denoiser import Denoiser
-from distmatch.errors import UserError
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.schedule import Schedule
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.edm.checkpoints import Published
 from distmatch.models.family import Components, Family
 from distmatch.models.folder import load_model
 from distmatch.models.info import Info
 from distmatch.models.mixture import Mixtures
-from distmatch.paths import ASSETS, RECIPES, expand
-from distmatch.schedule import Schedule
-from distmatch.terminal import command
+from distmatch.system.errors import UserError
+from distmatch.system.paths import ASSETS, RECIPES, expand
+from distmatch.system.terminal import command
 
 FAMILIES: dict[str, Family] = {"mixture": Mixtures(), "edm": Published()}
 """By scheme; those of `diffusers:` have a table of their own."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from distmatch.denoiser import Cond, Denoiser, Prediction
-from distmatch.errors import UserError
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM, Schedule
 from distmatch.models.family import Family
 from distmatch.models.info import Info
-from distmatch.schedule import EDM, Schedule
+from distmatch.system.errors import UserError
 
 
 class Mixture(Denoiser):

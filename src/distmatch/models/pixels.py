@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmatch import data, rng
-from distmatch.digests import load_file, save_file
-from distmatch.errors import UserError
-from distmatch.files import together, write_json
-from distmatch.images import Images
-from distmatch.plain import read_json
+from distmatch.data import imaging
+from distmatch.data.images import Images
+from distmatch.system import rng
+from distmatch.system.digests import load_file, save_file
+from distmatch.system.errors import UserError
+from distmatch.system.files import together, write_json
+from distmatch.system.plain import read_json
 
 FORMAT = "distmatch-pixels-1"
 COMPONENTS = 64
@@ -53,7 +54,7 @@ class Pixels(nn.Module):
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape:
             expected = f"uint8 (B, {', '.join(map(str, self.shape))})"
             raise UserError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; the real images are {expected}")
-        x = data.to_float(pixels.to(self.basis.device)).flatten(1)
+        x = imaging.to_float(pixels.to(self.basis.device)).flatten(1)
         return (x - self.mean) @ self.basis, None
 
     def save(self, folder: Path) -> None:
@@ -85,7 +86,7 @@ def principal_components(images: Images, components: int = COMPONENTS, sample: i
     if len(images) < 2:
         raise UserError(f"principal components of {len(images)} image were asked for; at least 2 are needed")
     rows = torch.from_numpy(rng.shuffled(0, len(images), 0, min(sample, len(images))))
-    x = data.to_float(images.pixels[rows]).flatten(1)
+    x = imaging.to_float(images.pixels[rows]).flatten(1)
     mean = x.mean(0)
     most = min(components, x.shape[1], len(images) // 2)
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmatch.denoiser import Cond
+from distmatch.diffusion.denoiser import Cond
 from distmatch.models.guidance import GuidanceInput
 
 

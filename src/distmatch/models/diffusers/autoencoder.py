@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distmatch.errors import UserError
-from distmatch.extras import need
 from distmatch.models.diffusers.hub import network, outline
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
 
 
 class Decoder(nn.Module):

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from distmatch.denoiser import Denoiser
-from distmatch.digests import file_sha256
-from distmatch.errors import UserError
-from distmatch.extras import need
-from distmatch.files import remove, together, write_json
+from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.hub import index
 from distmatch.models.folder import load_model
 from distmatch.models.info import Info
 from distmatch.models.library import model_folder
-from distmatch.ownership import owns_out
-from distmatch.plain import read_json
-from distmatch.screen import console
+from distmatch.system.digests import file_sha256
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.files import remove, together, write_json
+from distmatch.system.ownership import owns_out
+from distmatch.system.plain import read_json
+from distmatch.system.screen import console
 
 MARK = "distmatch.json"
 FORMAT = "distmatch-export-1"

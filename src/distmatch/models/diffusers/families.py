@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from distmatch.errors import UserError
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import index
 from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
+from distmatch.system.errors import UserError
 
 FAMILIES: dict[str, DiffusersFamily] = {
     "StableDiffusionPipeline": StableDiffusion(),

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from distmatch.denoiser import Cond, Denoiser
-from distmatch.extras import need
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers import hub
 from distmatch.models.diffusers.autoencoder import Decoder, check_scaling
 from distmatch.models.diffusers.hub import Settings
 from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.family import Components, Family
 from distmatch.models.info import Info
+from distmatch.system.extras import need
 
 
 class DiffusersFamily(Family):

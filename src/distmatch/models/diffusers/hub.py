@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from distmatch import limits
-from distmatch.errors import UserError
-from distmatch.extras import need
-from distmatch.finite import check_weights
+from distmatch.diffusion.schedule import Schedule
 from distmatch.models.layout import at_most
-from distmatch.plain import read_json
-from distmatch.schedule import Schedule
+from distmatch.system import limits
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.finite import check_weights
+from distmatch.system.plain import read_json
 
 T = TypeVar("T")
 

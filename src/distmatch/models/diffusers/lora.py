@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distmatch.extras import need
+from distmatch.system.extras import need
 
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 """The linear layers of the transformer blocks, which adapters are put beside."""

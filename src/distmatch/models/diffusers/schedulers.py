@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from distmatch.errors import UserError
-from distmatch.extras import need
-from distmatch.schedule import VP
+from distmatch.diffusion.schedule import VP
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 """diffusers' `prediction_type` in our words."""

@@ -12,9 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmatch.denoiser import Cond, Denoiser, Prediction
-from distmatch.errors import UserError
-from distmatch.extras import need
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.schedule import VP
 from distmatch.models.diffusers.autoencoder import check_scaling
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import Settings, config, index, network
@@ -22,8 +21,9 @@ from distmatch.models.diffusers.lora import adapters, add_adapters, merge_adapte
 from distmatch.models.diffusers.schedulers import PREDICTIONS, one_step_scheduler, prediction_of, schedule_of
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 from distmatch.models.info import Info
-from distmatch.plain import fitting
-from distmatch.schedule import VP
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.plain import fitting
 
 TOKENS = 77
 """The length of CLIP's texts."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from distmatch.denoiser import Cond
-from distmatch.digests import weights_digest
-from distmatch.terminal import notice
+from distmatch.diffusion.denoiser import Cond
+from distmatch.system.digests import weights_digest
+from distmatch.system.terminal import notice
 
 
 class TextEncoder:

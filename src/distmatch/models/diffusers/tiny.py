@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from distmatch.extras import need
+from distmatch.system.extras import need
 
 MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
 """The pieces that the tokenizer knows besides single bytes."""

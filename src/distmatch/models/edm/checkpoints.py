@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-from distmatch import unpickle
-from distmatch.denoiser import Denoiser, Prediction
-from distmatch.digests import file_sha256
-from distmatch.download import download
-from distmatch.errors import UserError
-from distmatch.finite import check_weights
-from distmatch.iddpm import IDDPM
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.iddpm import IDDPM
+from distmatch.diffusion.schedule import EDM
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.family import Family
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info
 from distmatch.models.layout import build
-from distmatch.paths import CACHE, expand
-from distmatch.progress import console
-from distmatch.schedule import EDM
-from distmatch.storage import keep, kept
+from distmatch.system import unpickle
+from distmatch.system.digests import file_sha256
+from distmatch.system.download import download
+from distmatch.system.errors import UserError
+from distmatch.system.finite import check_weights
+from distmatch.system.paths import CACHE, expand
+from distmatch.system.progress import console
+from distmatch.system.storage import keep, kept
 
 _CIFAR = {"channel_mult": [2, 2, 2], "dropout": 0.13, "augment_dim": 9}
 _FACES = {"img_resolution": 64, "channel_mult": [1, 2, 2, 2], "augment_dim": 9}

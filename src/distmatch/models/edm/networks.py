@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmatch.denoiser import Cond
-from distmatch.errors import UserError
+from distmatch.diffusion.denoiser import Cond
+from distmatch.system.errors import UserError
 
 HALF = math.sqrt(0.5)
 """Keeps the variance of a sum of two."""

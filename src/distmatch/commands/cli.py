@@ -1,0 +1,139 @@
+"""The command line. The commands are in `commands`; what ends one early is shown here."""
+
+import os
+import select
+import shlex
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, CycloptsError
+from cyclopts.help import DefaultFormatter, InlineText
+from rich.text import Text
+
+from distmatch.commands import export, import_edm, pairs
+from distmatch.commands.checkpoints import checkpoints
+from distmatch.commands.classifier import classifier
+from distmatch.commands.compare import compare
+from distmatch.commands.demo import demo
+from distmatch.commands.eval import evaluate
+from distmatch.commands.mistakes import explain
+from distmatch.commands.plan import plan
+from distmatch.commands.recipes import recipes
+from distmatch.commands.report import report
+from distmatch.commands.sample import sample
+from distmatch.commands.serve import serve
+from distmatch.commands.teach import teach
+from distmatch.commands.train import train
+from distmatch.system.errors import Agreed, Diverged, Lost, Stopped, UserError
+
+LONGEST = 4000
+"""Characters of an error's message that are shown."""
+
+
+class Flowing(DefaultFormatter):
+    """Help whose lines break where the terminal ends, not where the lines of our source do."""
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        for entry in panel.entries:
+            if isinstance(entry.description, InlineText):
+                flowing = " ".join(str(entry.description.primary_renderable).split())
+                entry.description.primary_renderable = Text(flowing)
+        super().__call__(console, options, panel)
+
+
+app = App(
+    name="distmatch",
+    help="""Turn a pretrained diffusion model into a one-step generator (Distribution Matching Distillation).
+
+First look:  distmatch demo            the main job on MNIST, minutes on a CPU
+             distmatch sample mnist    images from the student in the package
+Own model:   distmatch teach IMAGES    a small teacher from a folder of images
+             distmatch train RECIPE    distil a teacher
+""",
+    help_format="plaintext",
+    help_formatter=Flowing(),
+    suppress_keyboard_interrupt=False,  # it would end in silence; see `main`
+)
+for command in (demo, recipes, train, plan, teach, classifier, checkpoints, sample, compare, serve, report):
+    app.command(command)
+app.command(evaluate, name="eval")
+for group in (pairs, import_edm, export):
+    app.command(group.app)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one message without traceback (set DISTMATCH_DEBUG=1 for one); a bug has its."""
+    # Waiting OpenMP threads that spin cost a busy CPU more than they save; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if os.environ.get("DISTMATCH_DEBUG"):
+        app()
+        return
+    try:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show
+                app(sys.argv[1:], exit_on_error=False, print_error=False)
+        finally:
+            sys.stdout.flush()  # what a full disk refuses of it is an error now, rather than after the end
+    except CycloptsError as error:
+        _fail(explain(error), 2)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains, as it exits
+        raise SystemExit(141) from None  # as of programs that SIGPIPE ends, such as with `| head`
+    except UserError as error:
+        if isinstance(error, Agreed) and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None  # the first process says it
+        _fail(str(error), 2)
+    except (Diverged, Lost) as error:
+        _fail(str(error), 1)
+    except Stopped as error:
+        _fail(f"{error}; to go on: {_command()}", 130)
+    except KeyboardInterrupt:  # wherever it comes: in imports, while pairs are built, in an evaluation
+        _fail(f"stopped; to go on: {_command()}", 130)
+    except Exception as error:
+        from distmatch.system.disk import explained
+
+        if (message := explained(error)) is not None:
+            _fail(message, 2)
+        traceback.print_exc()
+        _fail(
+            f"the {type(error).__name__} above is a bug in distmatch or in a package that it uses, not a mistake of "
+            f"yours. Please report it with all these lines and the command: {_command()}",
+            1,
+        )
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """Show our own notices as a line, and other packages' warnings as Python does."""
+    if category.__name__ == "Notice":
+        from distmatch.system.screen import escaped
+
+        print(f"distmatch: {escaped(message)[:LONGEST]}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
+
+
+def _command() -> str:
+    """The command line as the user gave it."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([*(["python", "-m", "distmatch"] if name == "__main__.py" else [name]), *sys.argv[1:]])
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _fail(message: str, code: int) -> None:
+    from distmatch.system.screen import escaped
+
+    print(f"distmatch: {escaped(message)[:LONGEST]}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,142 @@
+"""`distil`: a recipe to a finished student, in a folder of its own."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distmatch.commands import binding
+from distmatch.data import imaging
+from distmatch.data.pairs import MANIFEST, PairStore
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.solvers import evaluations
+from distmatch.evaluation.measure import Space
+from distmatch.evaluation.measure import evaluate as measure
+from distmatch.methods.distill import Distiller
+from distmatch.models.folder import how_to_sample
+from distmatch.models.info import Info
+from distmatch.models.library import components
+from distmatch.pipeline import DistilledPipeline, TeacherPipeline, side_by_side
+from distmatch.planning.preflight import Flight, checks, cleared
+from distmatch.recipe import build
+from distmatch.recipe.entries import Recipe
+from distmatch.system import parallel
+from distmatch.system.files import write_atomic
+from distmatch.system.ownership import owns_out
+from distmatch.system.screen import console, size
+from distmatch.system.storage import Folder
+from distmatch.system.terminal import command
+from distmatch.training.checkpoint import Checkpoints
+from distmatch.training.clipping import Clipping, distillation
+from distmatch.training.train import Plan, train
+
+
+@parallel.joined()
+@owns_out
+def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
+    """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`.
+
+    Args:
+        runs: the folder where pair stores are shared.
+        teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
+    """
+    parallel.first(lambda: binding.same_recipe(recipe, out))
+    flight = Flight(recipe, out, runs, teacher)
+    stages, (subject, spaces) = flight.stages, cleared(flight)
+    del flight  # and the networks that were tried
+    parallel.first(lambda: binding.bind(recipe, subject, out))
+    ends = [stage.until for stage in recipe.stages] or [recipe.steps]
+    if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
+        for stage in filter(build.reads_pairs, stages):
+            pair_store(stage, subject, runs)
+    watch = Clipping()
+    distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
+    for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
+        if end <= done and end < recipe.steps:
+            continue  # a continued run lands in the stage where it was
+        pairs = pair_store(stage, subject, runs) if build.reads_pairs(stage) else None
+        if distiller is None:
+            distiller = build.distiller(stage, subject, pairs)
+            watch = distillation(
+                distiller.student, distiller.steps.times[0], recipe.student.optimizer.clip, recipe.fake.optimizer.clip
+            )
+        else:
+            distiller.objective = build.objective(stage, subject, distiller.fake, pairs, distiller.objective)
+        title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
+        _train(recipe, subject, distiller, spaces, out, end, title, watch)
+    assert distiller is not None
+    if len(subject.info.shape) == 3:
+        _teacher_student(recipe, subject, distiller, out)
+    look = how_to_sample(out, distiller.student.net, distiller.info)
+    _say(f"The student is in {out / 'model'}. Next: {look}, {command('report', out)}")
+
+
+@parallel.joined()
+def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
+    """`distmatch train --check`: what `distil` would do first, told line by line, and nothing else."""
+    parallel.first(lambda: binding.same_recipe(recipe, out))
+    for name, found in checks(Flight(recipe, out, runs, teacher)):
+        _say(f"✓ {name:<10} {found}")
+    _say("Nothing stands in the way of this run")
+
+
+def _train(
+    recipe: Recipe,
+    subject: build.Subject,
+    distiller: Distiller,
+    spaces: Sequence[Space],
+    out: Path,
+    steps: int,
+    title: str,
+    watch: Clipping,
+) -> None:
+    """The run in `out` as far as `steps`, measured in `spaces` where there are any."""
+    figures: Callable[[], dict[str, float]] | None = None
+    if spaces:
+
+        def frechet() -> dict[str, float]:
+            student = DistilledPipeline(
+                distiller.ema.network, distiller.info, components(subject.info, distiller.device)
+            )
+            n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.latent else 256
+            return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
+
+        figures = frechet
+
+    plan = Plan(
+        steps,
+        log_every=recipe.log.every,
+        save_every=recipe.checkpoint.every,
+        preview_every=recipe.log.preview,
+        evaluate_every=recipe.evaluate.every,
+        keep=recipe.checkpoint.keep,
+    )
+    config = recipe.model_dump(mode="json")
+    train(distiller, out, plan, evaluate=figures, watch=watch, trackers=recipe.log.track, config=config, title=title)
+
+
+def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path) -> None:
+    """`teacher-student.png`: what both make of the same noise."""
+    p, info = recipe.pairs, subject.info
+    guidance = p.guidance if recipe.student.guidance is None else None
+    parts = components(info, distiller.device)
+    slow = TeacherPipeline(subject.denoiser, info, parts, sampler=p.sampler, steps=p.steps, guidance=guidance)
+    fast = DistilledPipeline(distiller.ema.network, distiller.info, parts)
+    columns, rows, zoom = (4, 2, 1) if info.latent else (10, 4, 2)
+    picture = side_by_side(slow, fast, subject.conditions, columns, rows)
+    if parallel.rank() == 0:
+        write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(imaging.png(picture, zoom=zoom)))
+
+
+def _say(text: str) -> None:
+    """Tell it once, however many processes there are."""
+    if parallel.rank() == 0:
+        console.print(text)
+
+
+def pair_store(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
+    """The recipe's pairs. What they will take is said before they are built."""
+    spec = build.pair_spec(recipe, subject)
+    folder = build.pairs_folder(recipe, spec, runs)
+    if not Folder(folder).exists(MANIFEST):
+        nfe = evaluations(spec.sampler, spec.steps, spec.guidance)
+        _say(f"{spec.count:,} pairs of {nfe} evaluations each, {size(spec.nbytes)}, in {folder}")
+    return build.pair_store(recipe, subject, runs)

@@ -1,0 +1,55 @@
+"""What the command line says of a call that it cannot read: what is wrong, and how it is written."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from cyclopts import CycloptsError
+from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
+
+
+def explain(error: CycloptsError) -> str:
+    """Return one message on the mistake, with the option or the recipe entry that was probably meant."""
+    error.verbose = False  # without the Python of it
+    parameters = _parameters(error.target) if error.target else []
+    said = str(error).strip().removesuffix(".")
+    if isinstance(error, UnknownOptionError) and "overrides" in parameters:
+        said = _entry(error, said)
+    elif isinstance(error, UnusedCliTokensError):
+        said = _surplus(error.unused_tokens or [], parameters)
+    called = " ".join(["distmatch", *(error.command_chain or ())])
+    return f"{said}; see `{called} --help`"
+
+
+def _parameters(command: Callable[..., Any]) -> list[str]:
+    """Return the names of what `command` takes, those within its `Options` too."""
+    found = []
+    for parameter in inspect.signature(command).parameters.values():
+        found += [field.name for field in fields(parameter.annotation)] if is_dataclass(parameter.annotation) else []
+        found.append(parameter.name)
+    return found
+
+
+def _entry(error: UnknownOptionError, said: str) -> str:
+    """`--steps 100`, where a recipe's entry is meant: `steps=100`."""
+    from distmatch.recipe.loading import meant  # not before it is needed: --help answers at once
+
+    option, _, value = (error.token.keyword or error.token.value).partition("=")
+    if not value:
+        words = error.root_input_tokens or []
+        behind = words[words.index(option) + 1 :][:1] if option in words else []
+        value = next((word for word in behind if not word.startswith("--")), "VALUE")
+    entries = meant(option.lstrip("-").replace("-", "_"))
+    if not entries:
+        return said
+    written = " or ".join(f"{entry}={value}" for entry in entries)
+    return f"Unknown option: {option}. Entries of a recipe have no dashes: {written}"
+
+
+def _surplus(tokens: list[str], options: list[str]) -> str:
+    """Words too many; of `steps=5`, where an option is meant, `--steps 5`."""
+    key, equals, value = tokens[0].partition("=") if tokens else ("", "", "")
+    if equals and key.lstrip("-") in options:
+        return f"Unexpected {tokens[0]!r}: write --{key.lstrip('-').replace('_', '-')} {value}"
+    return f"Unexpected {', '.join(map(repr, tokens))}: options have names, e.g. --seed 3"

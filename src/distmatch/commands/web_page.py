@@ -1,0 +1,361 @@
+"""`distmatch serve`: a local web page that draws as one types, and plays the paper's Figure 1: which is which?
+
+One thread runs the models. A visitor has at most one place in its queue, whatever he sends, and when his turn comes the
+newest of his wishes is drawn: frames are dropped rather than queued, and visitors are served in turn. The rounds of the
+game have one place in that queue together.
+"""
+
+import asyncio
+import io
+import ipaddress
+import json
+import logging
+import secrets
+import socket
+import struct
+import time
+import webbrowser
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from fastapi import FastAPI, HTTPException, Request, WebSocket, WebSocketDisconnect
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+from torch import Tensor
+
+from distmatch.pipeline import Output, Pipeline
+from distmatch.system import rng
+from distmatch.system.errors import UserError
+from distmatch.system.paths import ASSETS
+from distmatch.system.screen import console
+
+log = logging.getLogger("uvicorn.error")
+Result = TypeVar("Result")
+Asked = TypeVar("Asked", bound=BaseModel)
+
+LOSSLESS = 128
+"""Sides of up to so many pixels are sent as PNG; longer ones as JPEG, which is encoded many times faster."""
+
+ROUNDS = 1000
+"""Open rounds of the game that are kept; the oldest go."""
+
+WAITING = 8
+"""Rounds that may be waiting for the models; further ones are refused until there is room."""
+
+SHARE = 2
+"""How many of them one address may have waiting."""
+
+PATIENCE = 10.0
+"""Seconds in which a request's body must be here."""
+
+LARGEST = 16_384
+"""Bytes of a message or a request's body."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Wish(BaseModel):
+    """A picture that the page asks for: between the noises `seed` and `other` at `mix`, under a condition."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    id: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    prompt: Annotated[str, Field(max_length=1000)] | None = None
+    label: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    guidance: float | None = None
+    seed: Seed = 0
+    other: Seed = 1
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Guess(BaseModel):
+    """Which of the round's two pictures, 0 or 1, is the teacher's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    teacher: Annotated[int, Field(ge=0, le=1)]
+
+
+def read(kind: type[Asked], text: str | bytes) -> Asked:
+    """What a message or a body asks for. Raises `UserError` with its first mistake, which never quotes it."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
+
+
+@dataclass
+class Studio:
+    """The models, and the thread that runs them."""
+
+    student: Pipeline
+    teacher: Pipeline | None = None
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
+    rounds: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
+    waiting: Counter[str] = field(default_factory=Counter)
+    cut: bool = False
+    dealing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """`work()` in the models' thread, when all that was asked before is done."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    def draw(self, pipe: Pipeline, wish: Wish) -> tuple[Tensor, float]:
+        """`(pixels u8[1,C,H,W], milliseconds)`. Raises `UserError` for what the model does not take."""
+        began = time.perf_counter()
+        prompts = [wish.prompt or ""] if pipe.info.text else None if wish.prompt is None else [wish.prompt]
+        scale = wish.guidance if pipe.info.guidance is not None else None
+        if wish.prompt and pipe.parts.encode is not None and not self.cut:
+            self.cut = bool(pipe.parts.encode.cut([wish.prompt]))  # said once, not at every key
+        cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
+        z = noise(pipe.info.shape, wish.seed, wish.other, wish.mix)
+        pixels = pipe.render(z, cond, pipe.noise_of(wish.seed, [0]))
+        return pixels, 1000 * (time.perf_counter() - began)
+
+    def new_round(self, wish: Wish) -> dict[str, Any]:
+        """Both models' pictures of one wish, in random order. Who made which stays here until the guess."""
+        assert self.teacher is not None
+        made = [(*self.draw(pipe, wish), pipe.nfe) for pipe in (self.student, self.teacher)]
+        teacher = secrets.randbelow(2)
+        name, order = secrets.token_urlsafe(12), [made[1], made[0]] if teacher == 0 else made
+        self.rounds[name] = {
+            "teacher": teacher,
+            "milliseconds": [ms for _, ms, _ in order],
+            "evaluations": [nfe for _, _, nfe in order],
+        }
+        while len(self.rounds) > ROUNDS:
+            self.rounds.popitem(last=False)
+        pictures = [encode(pixels) for pixels, _, _ in order]
+        return {"round": name, "type": pictures[0][0], "pictures": [data.hex() for _, data in pictures]}
+
+
+def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
+    """Noise f[1,*D] on the great circle from that of `seed` (mix 0) to that of `other` (mix 1)."""
+    a = rng.noise(seed, [0], shape)
+    if mix == 0 or seed == other:
+        return a
+    b = rng.noise(other, [0], shape)
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    return (torch.sin((1 - mix) * angle) * a + torch.sin(mix * angle) * b) / torch.sin(angle)
+
+
+def encode(pixels: Tensor) -> tuple[str, bytes]:
+    """`(media type, file)` of one picture u8[1,C,H,W]."""
+    kind = "png" if max(pixels.shape[2:]) <= LOSSLESS else "jpeg"
+    file = io.BytesIO()
+    options = {"compress_level": 1} if kind == "png" else {"quality": 95}
+    Output(pixels).images[0].save(file, kind, **options)
+    return f"image/{kind}", file.getvalue()
+
+
+class OwnPage:
+    """Lets only this server's own page in, over HTTP and websockets.
+
+    A browser shows foreign pages' websockets to no one but the server, so it is the server that has to look at where
+    they come from: `Origin` is the page's address and must be ours. A foreign page may have its own name resolved to
+    this machine (DNS rebinding) and have an equal `Host`; so that must be an address, which cannot be rebound, or one
+    of our `names`.
+    """
+
+    def __init__(self, app: ASGIApp, names: tuple[str, ...]):
+        self.app, self.names = app, {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._ours(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: the client gets 403
+        else:
+            await PlainTextResponse("open the address that distmatch serve printed", 403)(scope, receive, send)
+
+    def _ours(self, headers: Headers) -> bool:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            known = name in self.names or bool(ipaddress.ip_address(name))
+        except ValueError:  # neither a name of ours nor an address, or nothing like either
+            return False
+        return known and origin in (None, f"http://{host}", f"https://{host}")
+
+
+def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[str, ...] = ()) -> FastAPI:
+    """The page and what it asks for.
+
+    Args:
+        names: what the server may be called besides "localhost" and addresses; see `OwnPage`.
+
+    Raises `UserError` for a student of something other than images, or a teacher of another kind of images.
+    """
+    if len(student.info.shape) != 3:
+        raise UserError(f"this model makes samples of shape {student.info.shape}, not images; there is nothing to show")
+    if teacher is not None and (ours := _kind(student)) != (theirs := _kind(teacher)):
+        raise UserError(f"the teacher is another student's: it makes {theirs}, this student {ours}")
+    studio = Studio(student, teacher)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        studio.thread.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+
+    @app.middleware("http")
+    async def small(request: Request, call_next: Callable[[Request], Any]) -> Any:
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > LARGEST or "transfer-encoding" in request.headers:
+            return JSONResponse({"detail": f"at most {LARGEST} bytes, of a stated length"}, 413)
+        return await call_next(request)
+
+    app.add_middleware(OwnPage, names=names)  # the last one added is asked first
+
+    @app.get("/")
+    def page() -> HTMLResponse:
+        return HTMLResponse((ASSETS / "page.html").read_text(encoding="utf-8"))
+
+    @app.get("/model")
+    def model() -> dict[str, Any]:
+        info = student.info
+        return {
+            "classes": info.classes,
+            "prompts": info.text,
+            "guidance": info.guidance,
+            "evaluations": student.nfe,
+            "teacher": None if teacher is None else teacher.nfe,
+        }
+
+    @app.post("/rounds")
+    async def new_round(request: Request) -> dict[str, Any]:
+        if teacher is None:
+            raise HTTPException(404, "no teacher is served; start with --teacher")
+        wish = await _asked(Wish, request)  # before it takes a place, or who sends nothing would keep it
+        visitor = request.client.host if request.client else ""
+        if studio.waiting.total() >= WAITING or studio.waiting[visitor] >= SHARE:
+            raise HTTPException(429, "too many rounds are waiting; try again")
+        studio.waiting[visitor] += 1
+        try:
+            async with studio.dealing:  # the others wait here, not between a visitor and the models
+                return await studio.run(lambda: studio.new_round(wish))
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+        finally:
+            studio.waiting[visitor] -= 1
+            studio.waiting += Counter()  # forgets who has none waiting
+
+    @app.post("/rounds/{name}")
+    async def guess(name: str, request: Request) -> dict[str, Any]:
+        guess = await _asked(Guess, request)
+        answer = studio.rounds.pop(name, None)
+        if answer is None:
+            raise HTTPException(404, "this round is not open: unknown, answered, or too long ago")
+        return {**answer, "right": guess.teacher == answer["teacher"]}
+
+    @app.websocket("/draw")
+    async def draw(socket: WebSocket) -> None:
+        await socket.accept()
+        await _visitor(socket, studio)
+
+    return app
+
+
+async def _asked(kind: type[Asked], request: Request) -> Asked:
+    """What a request's body asks for. Raises `HTTPException` for what cannot be read, or comes too slowly."""
+    try:
+        return read(kind, await asyncio.wait_for(request.body(), PATIENCE))
+    except TimeoutError as error:
+        raise HTTPException(408, f"the request was not here within {PATIENCE:.0f} seconds") from error
+    except UserError as error:
+        raise HTTPException(422, str(error)) from error
+
+
+def _kind(pipe: Pipeline) -> str:
+    """What a round's two models have to share."""
+    made = "x".join(map(str, pipe.info.shape))
+    classes = f" of {len(pipe.info.classes)} classes" if pipe.info.classes else ""
+    return made + classes + " of prompts" * pipe.info.text
+
+
+async def _visitor(socket: WebSocket, studio: Studio) -> None:
+    """Draw what one visitor asks for, the newest first, until he leaves."""
+    newest: deque[Wish] = deque(maxlen=1)
+    arrived = asyncio.Event()
+
+    def answer() -> dict[str, Any]:
+        """In the models' thread, when his turn has come: what is newest then."""
+        wish = newest.pop()
+        try:
+            pixels, ms = studio.draw(studio.student, wish)
+        except UserError as error:
+            return _refusal(wish.id, 422, str(error))
+        except Exception as error:  # such as a GPU without memory: the next wish may do better
+            log.exception("a picture failed")
+            return _refusal(wish.id, 500, f"{type(error).__name__}: {error}")
+        kind, picture = encode(pixels)
+        header = json.dumps({"id": wish.id, "milliseconds": ms, "type": kind}).encode()
+        return {"type": "websocket.send", "bytes": struct.pack(">I", len(header)) + header + picture}
+
+    async def draw() -> None:
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            if newest:  # unless the turn before took it already
+                await socket.send(await studio.run(answer))
+
+    drawing = asyncio.create_task(draw())
+    try:
+        while (message := await socket.receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            if text is None or len(text) > LARGEST:
+                await socket.send(_refusal(None, 400, f"expected text of at most {LARGEST} characters"))
+                continue
+            try:
+                newest.append(read(Wish, text))
+                arrived.set()
+            except UserError as error:
+                await socket.send(_refusal(None, 422, str(error)))
+    except WebSocketDisconnect:
+        pass
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+
+def _refusal(number: int | None, status: int, why: str) -> dict[str, Any]:
+    return {"type": "websocket.send", "text": json.dumps({"id": number, "status": status, "error": why})}
+
+
+def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, open_browser: bool = False) -> None:
+    """Serve the page until Ctrl-C, at `port` or, where it is taken, at a free one.
+
+    Raises `UserError` for a port or a host that cannot be, and for models that `make_app` refuses.
+    """
+    import uvicorn
+
+    if not 0 <= port < 65536:
+        raise UserError(f"--port {port}: expected 0 to 65535; 0 takes any free one")
+    app = make_app(student, teacher, (host, socket.gethostname()))
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as taken:
+            try:
+                listener.bind((host, 0))
+            except OSError:
+                raise UserError(f"--host {host}: {taken.strerror}; give an address of this machine") from taken
+        listener.listen()  # from here on whoever opens the address waits for the page instead of being refused
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}"
+        console.print(f"Look at {address} (Ctrl-C ends it)")
+        if open_browser:
+            webbrowser.open(address)
+        config = uvicorn.Config(app, log_level="warning", ws_max_size=4 * LARGEST, timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,1 @@
+"""What is trained on: data sets of images, prompts, noise-image pairs."""

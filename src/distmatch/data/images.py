@@ -1,0 +1,198 @@
+"""Data sets of images: from folders, archives and tables, or from Python, to one uint8 tensor with labels."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distmatch.data.archives import Files, OneFile, open_files
+from distmatch.data.collect import as_pixels, collected, plain
+from distmatch.data.decode import SUFFIXES, Decoder, dark
+from distmatch.data.layouts import arrange, visible
+from distmatch.data.sidecars import labels_of
+from distmatch.data.tables import read_table
+from distmatch.system.errors import UserError
+from distmatch.system.screen import printable
+from distmatch.system.storage import local
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a data set was taken for.
+
+    Args:
+        labels: where classes and split come from, in words.
+        left_out: files that are no part of it, by reason.
+        notes: what was done to the pixels.
+        bits: of each pixel, those in use, of which the upper 8 were taken.
+    """
+
+    labels: str = ""
+    left_out: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+    bits: int = 8
+
+    def __str__(self) -> str:
+        total = sum(number for _, number in self.left_out)
+        left_out = ", ".join(f"{number:,} {printable(what, 40)}" for what, number in self.left_out[:8])
+        parts = [self.labels, f"{total:,} files left out: {left_out}" if total else "", *self.notes]
+        return "; ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Images:
+    """`pixels u8[N,C,H,W]`; `labels i64[N]` and their `classes`, or `None` and `()`; what they were read from."""
+
+    pixels: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    account: Account = Account()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __str__(self) -> str:
+        """One line: how many, of what size, of which classes, what was left out."""
+        _, channels, height, width = self.pixels.shape
+        account = f": {self.account}" if str(self.account) else ""
+        return f"{len(self):,} images {height}x{width}, {'grey' if channels == 1 else 'RGB'}{account}"
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        labels: Any = None,
+        *,
+        classes: Sequence[str] = (),
+        value_range: tuple[float, float] | None = None,
+    ) -> "Images":
+        """Data of your own as images.
+
+        Args:
+            data: one of
+                a tensor or array [N,C,H,W] or [N,H,W], C of 1 or 3: uint8 in 0..255, or floats in `value_range`;
+                a `torch.utils.data.Dataset` or list of images, or of `(image, label)`;
+                one split of a Hugging Face data set with a column `image` and perhaps `label`.
+                An image is a Pillow image, or a tensor or array [C,H,W] or [H,W].
+            labels: of a tensor's images, numbers or names.
+            classes: names of the classes by number; those of the data set unless given, else the numbers.
+            value_range: of floats, e.g. `(-1, 1)` or `(0, 1)`: black and white.
+
+        Raises `UserError` for anything else, for values outside of the range, and where labels and images differ in
+        number.
+        """
+        if isinstance(data, Images):
+            return data
+        notes: list[str] = []
+        if not isinstance(data, Tensor | np.ndarray):
+            if labels is not None:
+                raise UserError("labels are given beside a data set; give them in it, as (image, label)")
+            data, labels, classes, notes = collected(data, tuple(classes), value_range)
+        pixels = as_pixels(torch.as_tensor(data), value_range)
+        notes = list(dict.fromkeys([*notes, *dark(pixels.numpy())]))
+        if labels is None:
+            return cls(pixels, None, (), Account("no classes: no labels were given", (), tuple(notes)))
+        given = list(map(plain, plain(labels)))
+        if len(given) != len(pixels):
+            raise UserError(f"{len(pixels):,} images and {len(given):,} labels; expected as many of both")
+        numbers, names = _numbered(labels_of(given, "labels"), tuple(map(str, classes)))
+        return cls(pixels, numbers, names, _account(names, "given in Python", Counter(), notes))
+
+
+def load_images(
+    place: str | Path,
+    split: str = "train",
+    *,
+    without: Path | None = None,
+    fit: Callable[[Image.Image], Image.Image] | None = None,
+) -> Images:
+    """Read the images of one split in `place`, with their labels.
+
+    Args:
+        place: a folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of pictures, of CIFAR's batches, of MNIST's files
+            or of Parquet tables, or one such table; an archive or table may be at a URL. Which files count, what a
+            split is and where classes come from: `distmatch.layouts`; what becomes of pixels: `distmatch.decode`.
+        split: `train`, `test`, `val`, the name of a folder, or `all`, for which no folder is a split.
+        without: a folder that is passed over, such as the one that results go to.
+        fit: brings a picture to its size; without it all pictures must have one size.
+
+    Raises `UserError` for what is missing, damaged, too large (`distmatch.limits`) or can be read in two ways.
+    """
+    path = local(place)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a folder or an archive of images")
+    files = OneFile(path) if path.suffix == ".parquet" else open_files(path, without)
+    names, left_out = visible(files.sizes)
+    left_out += files.left_out
+    if (table := read_table(files, names, split)) is not None:
+        left_out += table.left_out + _suffixes(set(names) - table.used)
+        numbers, classes = (None, ()) if table.labels is None else _numbered(table.labels, table.names)
+        return Images(
+            torch.from_numpy(np.ascontiguousarray(table.pixels)), numbers, classes,
+            _account(classes, table.origin, left_out, table.notes),
+        )  # fmt: skip
+    if not any(name.lower().endswith(tuple(SUFFIXES)) for name in names):
+        raise UserError(_nothing(files, names, left_out))
+    layout = arrange(files, names, split, left_out)
+    rows = {name: row for row, name in enumerate(layout.names)}
+    decoder = Decoder(path, len(rows), fit)
+    for name, content in files.read(layout.names):
+        decoder.add(rows[name], name, content)
+    pixels, notes = decoder.finish()
+    numbers, classes = (None, ()) if layout.labels is None else _numbered(layout.labels, ())
+    account = replace(_account(classes, layout.origin, layout.left_out, [*layout.notes, *notes]), bits=decoder.bits)
+    return Images(torch.from_numpy(pixels), numbers, classes, account)
+
+
+def _account(classes: Sequence[str], origin: str, left_out: Counter[str], notes: Sequence[str]) -> Account:
+    if classes:
+        names = ", ".join(printable(name, 30) for name in classes[:6]) + ", ..." * (len(classes) > 6)
+        origin = f"{len(classes):,} class{'es' * (len(classes) > 1)} {origin}: {names}"
+    return Account(origin, tuple(left_out.most_common()), tuple(notes))
+
+
+def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
+    """`i64[N]` into the classes: `names` by number where they are known, else those that occur, in order."""
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{printable(twice[0])!r} is the name of two classes; give classes=[...] of names that differ")
+    if names and all(type(label) is int for label in labels):
+        numbers = torch.tensor(labels)
+        if numbers.max() >= len(names):
+            raise UserError(f"label {numbers.max()} of {len(names)} classes, which have the numbers from 0 on")
+        return numbers, names
+    order: tuple[Any, ...] = names or _ordered(set(labels))
+    number = {label: i for i, label in enumerate(order)}
+    if strange := [label for label in labels if label not in number]:
+        raise UserError(f"label {printable(strange[0])!r} is none of the classes {', '.join(map(str, order[:6]))}")
+    return torch.tensor([number[label] for label in labels]), tuple(map(str, order))
+
+
+def _ordered(labels: Set[Any]) -> tuple[Any, ...]:
+    """Numbers, written as text or not, in their order; names alphabetically."""
+    if all(type(label) is int or label.isdecimal() for label in labels):
+        return tuple(sorted(labels, key=lambda label: (int(label), str(label))))
+    return tuple(sorted(labels))
+
+
+def _nothing(files: Files, names: list[str], left_out: Counter[str]) -> str:
+    seen = {**_suffixes(names), **left_out}
+    found = ", ".join(f"{number:,} {printable(what, 40)}" for what, number in list(seen.items())[:8]) or "no files"
+    hint = ""
+    if "dataset_info.json" in names or any(name.endswith(".arrow") for name in names):
+        hint = ". A data set saved by Hugging Face's `datasets`: load it there and give it to Images.of (docs/data.md)"
+    elif any(name.endswith(".npy") for name in names):
+        hint = ". Arrays are taken in Python: Images.of(numpy.load(FILE)[NAME], labels) (docs/data.md)"
+    elif any(name.endswith((".tar", ".zip", ".tar.gz", ".tgz")) for name in names):
+        hint = ". Give one of the archives, or unpack them into one folder"
+    expected = f"{', '.join(sorted(SUFFIXES))}, CIFAR's python batches, MNIST's idx files or Parquet tables"
+    return f"{files.path} holds no images; it has {found}, expected {expected}{hint}"
+
+
+def _suffixes(names: Any) -> Counter[str]:
+    return Counter(Path(name).suffix.lower() or "without suffix" for name in names)

@@ -1,0 +1,163 @@
+"""Building a store of noise-image pairs: by any number of processes and machines that come and go."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from distmatch.data.pairs import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    PRECISIONS,
+    PROMPTS,
+    VERSIONS,
+    PairSpec,
+    Progress,
+    fingerprint,
+    is_there,
+    read_manifest,
+    shard_meta,
+    shard_name,
+)
+from distmatch.diffusion.conditions import Classes, Conditions
+from distmatch.diffusion.denoiser import Denoiser, guided
+from distmatch.diffusion.solvers import solver
+from distmatch.system.claims import EXPIRY, Claims, make_together
+from distmatch.system.errors import UserError
+from distmatch.system.plain import json_digest
+from distmatch.system.storage import Folder
+
+
+def build(
+    folder: str | Path,
+    spec: PairSpec,
+    teacher: Denoiser,
+    conditions: Conditions | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    expiry: float = EXPIRY,
+) -> int:
+    """Make what is missing of the first `spec.count` pairs in `folder`; returns how many pairs this call sampled.
+
+    Any number of processes on any machines that reach `folder`, a path or a URL, may run the same build at once, and
+    come and go: each shard is made by the one that claims it (see `claims`). Shards appear whole or not at all and
+    finished ones are kept, so after any interruption the same call continues. A store grows by a build with a larger
+    `count`; a last shard that was not full is then replaced by its full version.
+
+    Args:
+        teacher: on `device`; put into evaluation mode.
+        conditions: of the pairs by number; the classes in turn unless told.
+        prompts: of the teacher's pairs, for the table beside them.
+        batch: images per evaluation, cut at fixed places in each shard. It changes nothing but rounding.
+        progress: called with the number of pairs that became ready, first with those that were there.
+        expiry: seconds after which a shard's claim that does not change is taken over: its process died.
+
+    Raises:
+        UserError: `folder` holds pairs of another teacher or other settings, a shard is damaged, or the teacher made
+            an image that is not finite. Nothing is ever deleted.
+    """
+    advance = progress or (lambda _: None)
+    conditions = conditions or Classes(spec.classes)
+    store = Folder(folder)
+    stored = _settle(store, spec, expiry)
+    if prompts and not store.exists(PROMPTS):
+        store.write(PROMPTS, lambda path: _write_prompts(path, prompts))
+    shards = {shard_name(shard): shard for shard in range(spec.shards)}
+    sampled = 0
+
+    def present(name: str, sizes: Mapping[str, int]) -> bool:
+        return is_there(store, stored, shards[name], sizes)
+
+    def found(names: Collection[str]) -> None:
+        advance(sum(len(spec.rows(shards[name])) for name in names))
+
+    def make(name: str) -> None:
+        nonlocal sampled
+        assert sampled or fingerprint(teacher) == spec.fingerprint, "the specification is of another teacher"
+        _make(store, stored, shards[name], teacher.eval(), conditions, batch, device, advance)
+        sampled += len(stored.rows(shards[name]))
+
+    make_together(store, list(shards), present, make, found, expiry)
+    return sampled
+
+
+def _make(
+    folder: Folder,
+    spec: PairSpec,
+    shard: int,
+    teacher: Denoiser,
+    conditions: Conditions,
+    batch: int,
+    device: torch.device | str,
+    advance: Progress,
+) -> None:
+    """Sample one shard and write it. The caller holds the claim on it."""
+    rows = spec.rows(shard)
+    model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
+    low = PRECISIONS[spec.precision]
+    y = torch.empty(len(rows), *spec.shape, dtype=DTYPES[spec.dtype])
+    seen = []
+    for start in range(0, len(rows), batch):
+        cut = rows[start : start + batch]
+        z, cond = spec.noise(cut), conditions.at(cut)
+        cond = None if cond is None else cond.to(device)
+        with torch.no_grad(), torch.autocast(torch.device(device).type, low, enabled=low != torch.float32):
+            part = sample(model, teacher.schedule, z.to(device), cond, spec.steps).to(y)
+        if not part.isfinite().all():
+            raise UserError(
+                f"pairs {cut[0]}..{cut[-1]}: the teacher made an image that is not finite in {spec.dtype}. "
+                "Check the teacher and its guidance, or choose float32"
+            )
+        y[start : start + batch] = part
+        seen.append(z)
+        advance(len(cut))
+    meta = shard_meta(spec, shard, y, *seen)
+    folder.write(shard_name(shard), lambda p: save_file({"y": y}, p, metadata={"distmatch": json.dumps(meta)}))
+
+
+def _write_prompts(path: Path, prompts: Sequence[str]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
+
+
+def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
+    """What `folder` holds, at least `spec`: the manifest is written where it is missing or has a smaller count.
+
+    Raises `UserError` where the store there is a different one.
+    """
+    stored = agree(folder, spec)
+    if stored is None or stored.count < spec.count:  # else without a write: the folder may be read-only
+        with Claims(folder, expiry).waited(MANIFEST):
+            stored = agree(folder, spec)
+            if stored is None or stored.count < spec.count:
+                stored = spec
+                versions = {name: version(name) for name in VERSIONS}
+                content = {"format": FORMAT, "spec": asdict(spec), "versions": versions}
+                text = json.dumps({**content, "sha256": json_digest(content)}, indent=2) + "\n"
+                folder.write(MANIFEST, lambda path: path.write_text(text))
+    return stored
+
+
+def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
+    """What `folder` holds, if anything, which binds as `spec` does; else `UserError` with every difference."""
+    if not folder.exists(MANIFEST):
+        return None
+    stored, _ = read_manifest(folder)
+    there, here = stored.binding(), spec.binding()
+    names = dict.fromkeys([*there, *here])
+    differing = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names if there.get(k) != here.get(k)]
+    if differing:
+        raise UserError(
+            f"{folder} holds other pairs (teacher {stored.teacher!r} there, {spec.teacher!r} here):\n"
+            + "\n".join(differing)
+            + "\nChoose another folder, or delete this one if its pairs are no longer needed"
+        )
+    return stored

@@ -1,0 +1,163 @@
+"""Prompts of text-to-image models: lists of them in files of several kinds, and random captions of MS-COCO."""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from distmatch.system import limits, rng
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.plain import json_of
+from distmatch.system.screen import printable
+
+KEYS = ("prompt", "caption", "text")
+"""What the prompt of a record is called unless told: the first of these that the first record has."""
+
+
+def read_prompts(path: Path, column: str | None = None) -> list[str]:
+    """The prompts in `path` in their order, without white space around them; empty and missing ones are left out.
+
+    Args:
+        path: one of
+            .txt: one prompt per line, UTF-8;
+            .jsonl: one JSON object per line;
+            .parquet: a table with a column of strings;
+            .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
+        column: the key of a JSON object or the name of a table's column; `prompt`, `caption` or `text` unless told.
+
+    Raises `UserError` that names the file and the line where it is missing, damaged, without prompts, holds something
+    other than text, or more than `limits.PROMPT` and `limits.PROMPTS`.
+    """
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)})")
+    if column is not None and path.suffix == ".txt":
+        raise UserError(f"{path} is plain text, which has no column {column!r}; leave the column out")
+    limits.check(path.stat().st_size, limits.PROMPTS, str(path))
+    prompts = []
+    for place, value in READERS[path.suffix](path, column):
+        if not isinstance(value, str | None):
+            raise UserError(f"{path}, {place}: expected text, found {value!r:.80}")
+        if value and value.strip():
+            prompts.append(value.strip())
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def coco_prompts(path: Path, n: int, seed: int) -> list[str]:
+    """`n` random captions of the MS-COCO captions file `path`, a function of `seed` (DMD, Appendix D).
+
+    Drawn one by one without repetition until all are used, then all over again.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; expected captions_val2014.json of MS-COCO, which is in "
+            "annotations_trainval2014.zip (images.cocodataset.org/annotations, 241 MB)"
+        )
+    captions = read_prompts(path)
+    return [captions[i] for i in rng.shuffled(seed, len(captions), 0, n)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        most = limits.limit(limits.PROMPT)
+        for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
+            if len(line) > most:
+                limits.check(_rest(file, len(line)), limits.PROMPT, f"{path}, line {number}")
+            try:
+                yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number} is not UTF-8 text: {error.reason}") from error
+
+
+def _rest(file: BinaryIO, length: int) -> int:
+    """The length of the line whose first `length` bytes were read, without keeping it."""
+    while not (part := file.readline(2**20)).endswith(b"\n") and part:
+        length += len(part)
+    return length + len(part)
+
+
+def _plain(path: Path, _: None) -> Iterator[tuple[str, Any]]:
+    yield from _lines(path)
+
+
+def _json_lines(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    for place, line in _lines(path):
+        if not line.strip():
+            continue
+        record = json_of(line, f"{path}, {place}", dict[str, Any])
+        column = column or _key(record, f"{path}, {place}")
+        if column not in record:
+            raise UserError(f"{path}, {place} has no {column!r}; it has {_names(record)}")
+        yield place, record[column]
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    need("pyarrow", by=str(path))
+    from pyarrow import ArrowException, types
+    from pyarrow.compute import binary_length as value_lengths  # type: ignore[reportAttributeAccessIssue]
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as table:
+            names, kinds = table.schema_arrow.names, table.schema_arrow.types
+        column = column or _key(names, str(path))
+        if column not in names:
+            raise UserError(f"{path} has no column {column!r}; it has {_names(names)}")
+        kind = kinds[names.index(column)]
+        if types.is_nested(kind):
+            raise UserError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
+        # Read as a dictionary, a value that a million rows share is unpacked once.
+        with ParquetFile(path, read_dictionary=[column]) as table:
+            where, row = f"{path}, column {column!r}", 0
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+            unpacked = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+            limits.check(unpacked, limits.PROMPTS, where)
+            for part in table.iter_batches(columns=[column]):
+                values: Any = part.column(0)
+                if types.is_dictionary(values.type):
+                    for size in value_lengths(values.dictionary).to_pylist():
+                        limits.check(size or 0, limits.PROMPT, f"{where}, rows from {row + 1}")
+                    texts = values.dictionary.to_pylist()
+                    values = [None if number is None else texts[number] for number in values.indices.to_pylist()]
+                else:
+                    values = values.to_pylist()
+                for value in values:
+                    row += 1
+                    yield f"row {row}", value
+    except ArrowException as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _coco(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    expected = 'expected captions of MS-COCO, {"annotations": [{"caption": ...}, ...]}; JSON lines are called .jsonl'
+    content = json_of(path.read_bytes(), str(path), dict[str, Any], expected[0].upper() + expected[1:])
+    if not isinstance(content.get("annotations"), list):
+        raise UserError(f"{path} has no list `annotations`; {expected}")
+    column = column or "caption"
+    for number, entry in enumerate(content["annotations"]):
+        if not isinstance(entry, dict) or column not in entry:
+            raise UserError(f"{path}, annotation {number} has no {column!r}: {entry!s:.80}; {expected}")
+        yield f"annotation {number}", entry[column]
+
+
+def _key(names: Any, place: str) -> str:
+    found = next((key for key in KEYS if key in names), None)
+    if found is None:
+        raise UserError(f"{place} has none of {', '.join(KEYS)}; it has {_names(names)}: name a column")
+    return found
+
+
+def _names(names: Collection[str]) -> str:
+    return ", ".join(printable(name, 40) for name in list(names)[:12]) + ", ..." * (len(names) > 12) or "nothing"
+
+
+READERS: dict[str, Callable[[Path, Any], Iterator[tuple[str, Any]]]] = {
+    ".txt": _plain,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".json": _coco,
+}

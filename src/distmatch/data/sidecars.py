@@ -1,0 +1,207 @@
+"""Labels that stand beside the pictures: `dataset.json`, `metadata.*`, WebDataset's `.cls`."""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from posixpath import basename
+from typing import Any
+
+from distmatch.data import parquet
+from distmatch.data.archives import Files
+from distmatch.system.errors import UserError
+from distmatch.system.plain import json_of
+from distmatch.system.screen import printable
+
+COLUMNS = ("label", "labels", "class", "class_name", "category")
+"""What the label of a row is called: the first of these that is there."""
+IMAGES = ("image", "img", "picture", "png", "jpg")
+"""What the column of images in a table is called."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of the classes of some pictures.
+
+    Args:
+        labels: of each picture, or `None`.
+        origin: where they come from, in words.
+        used: the files that say so.
+        final: whether folders say nothing more.
+        notes: what else there is to say of them.
+    """
+
+    labels: list[int] | list[str] | None
+    origin: str
+    used: set[str] = field(default_factory=set)
+    final: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def read_labels(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
+    """The labels of `pictures` that stand in files among `names`; `None` where there are no such files.
+
+    Raises `UserError` where such a file is damaged, has no label for one of the pictures, or two that differ.
+    """
+    for find in (_dataset_json, _metadata, _cls):
+        if found := find(files, names, pictures):
+            return found
+    return None
+
+
+def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
+    known = _Known()
+    used, said = set(), False
+    for name, content in files.read([n for n in names if basename(n) == "dataset.json"]):
+        where = f"{files.path}: {printable(name)}"
+        data: Any = json_of(content, where, object)
+        if not isinstance(data, dict) or "labels" not in data:
+            continue  # of another tool
+        used.add(name)
+        if data["labels"] is None:
+            continue
+        said = True
+        try:
+            rows = [(file, label) for file, label in data["labels"]]
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{where}: labels are not {{"labels": [["name.png", 0], ...]}}') from error
+        for file, label in rows:
+            known.add(_beside(name, file), label, where)
+    if not used:
+        return None
+    if not said:  # its folders are running thousands, never classes
+        return Labels(None, "no classes: dataset.json has none", used)
+    labels = known.of(pictures, f"{files.path}: dataset.json")
+    return Labels(labels, "from dataset.json", used, notes=known.lost(names))
+
+
+def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
+    known, used = _Known(), set[str]()
+    columns: set[str] = set()
+    column = None
+    for name, content in files.read([n for n in names if basename(n) in METADATA]):
+        where = f"{files.path}: {printable(name)}"
+        rows = list(_rows(name, content, where))
+        if not any(isinstance(row, dict) and "file_name" in row for row in rows):
+            continue  # of another tool
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise UserError(f"{where}: {printable(row)} has no file_name")
+            columns |= row.keys()
+            column = column or next((c for c in COLUMNS if c in row), None)
+            if column in row:
+                known.add(_beside(name, row["file_name"]), row[column], where)
+        used.add(name)
+    if not used:
+        return None
+    files_used = " and ".join(sorted({basename(name) for name in used}))
+    if column is None:
+        seen = printable(", ".join(sorted(map(str, columns))))
+        return Labels(None, f"{files_used} has {seen} and no label", used, final=False)
+    labels = known.of(pictures, f"{files.path}: {files_used}")
+    return Labels(labels, f"from {column} in {files_used}", used, notes=known.lost(names))
+
+
+def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
+    cls = [n for n in names if n.endswith((".cls", ".cls.txt"))]
+    if not cls:
+        return _json(files, names, pictures)
+    keys: dict[str, str] = {}
+    for name in pictures:
+        if (other := keys.setdefault(_key(name), name)) != name:
+            raise UserError(
+                f"{files.path}: {printable(other)} and {printable(name)} share one .cls; keep one picture per sample"
+            )
+    known, where = _Known(), f"{files.path}: the .cls files"
+    for name, content in files.read(cls):
+        known.add(keys.get(_key(name), name), content.decode("utf-8", "replace").strip(), where)
+    return Labels(known.of(pictures, where), "from .cls files", set(cls))
+
+
+def _json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
+    """A word on labels in a JSON beside each picture, which are not read."""
+    first = f"{_key(pictures[0])}.json" if pictures else ""
+    for name, content in files.read([first] if first in names else []):
+        try:
+            said: Any = json_of(content, name, object)
+        except UserError:
+            continue  # of another tool
+        if isinstance(said, dict) and (column := next((c for c in COLUMNS if c in said), None)):
+            seen = f"{column} in {printable(name)} and its like is not read; write .cls files"
+            return Labels(None, seen, final=False)
+    return None
+
+
+def _key(name: str) -> str:
+    """What the files of one sample share: the path up to the first dot of its last part."""
+    folder, separator, base = name.rpartition("/")
+    return folder + separator + base.partition(".")[0]
+
+
+def _rows(name: str, content: bytes, where: str) -> Iterator[Any]:
+    if name.endswith(".jsonl"):
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                yield json_of(line, f"{where}, line {number}", object)
+    elif name.endswith(".csv"):
+        try:
+            table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            heads = re.split(r"[;\t|]", next(iter(table.fieldnames or ()), ""))
+            if len(heads) > 1 and "file_name" in heads:
+                raise UserError(f"{where} is separated by something else than commas; expected file_name,label")
+            yield from table
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{where} is no CSV: {printable(error)}") from error
+    else:
+        yield from parquet.rows(io.BytesIO(content), where)
+
+
+def _beside(file: str, name: Any) -> str:
+    """The path of what `file` calls `name`."""
+    return str(PurePosixPath(file).parent / PurePosixPath(str(name).replace("\\", "/")))
+
+
+class _Known:
+    """Labels by picture, as files say them."""
+
+    def __init__(self) -> None:
+        self.labels: dict[str, Any] = {}
+
+    def add(self, picture: str, label: Any, where: str) -> None:
+        """Note a label. Raises `UserError` where `picture` has another one already."""
+        before = self.labels.setdefault(picture, label)
+        if str(before).strip() != str(label).strip():
+            raise UserError(
+                f"{where}: {printable(picture)} has the labels {printable(before)!r} and {printable(label)!r}; keep one"
+            )
+
+    def of(self, pictures: list[str], where: str) -> list[int] | list[str]:
+        return labels_of(map(self.labels.get, pictures), where, pictures)
+
+    def lost(self, names: list[str]) -> tuple[str, ...]:
+        """What to say of labels whose pictures are not among `names`."""
+        lost = sorted(self.labels.keys() - set(names))
+        return (f"{len(lost):,} labels are of pictures that are not there, e.g. {printable(lost[0])}",) if lost else ()
+
+
+def labels_of(values: Iterable[Any], where: str, names: Sequence[str] = ()) -> list[int] | list[str]:
+    """Labels as whole numbers if all of them are, written as text or not, else as names.
+
+    Raises `UserError` where an image, called by its name or else its number, has none, and for anything that is no
+    label, such as a list of several.
+    """
+    values = list(values)
+    missing = [row for row, value in enumerate(values) if value is None or str(value).strip() == ""]
+    if missing:
+        first = names[missing[0]] if names else f"number {missing[0]}"
+        raise UserError(f"{where} has no label for {len(missing):,} of {len(values):,} images, e.g. {printable(first)}")
+    for value in values:
+        if type(value) not in (int, str) or (type(value) is int and value < 0):
+            raise UserError(f"{where}: {printable(value)!r} is no label; expected a whole number or a name")
+    texts = [str(value).strip() for value in values]
+    if all(text.isdecimal() and text.isascii() and len(text) < 10 for text in texts):
+        return [int(text) for text in texts]
+    return texts

@@ -1,0 +1,72 @@
+"""Betas of discrete diffusions, by diffusers' names and from the settings of its schedulers."""
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.system.errors import UserError
+
+SPACINGS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+def spaced_betas(spacing: str, start: float, end: float, steps: int) -> Tensor:
+    """Betas f64[steps] by diffusers' `beta_schedule`.
+
+    `linear` is DDPM's, `scaled_linear` Stable Diffusion's (linear in sqrt(beta)), `squaredcos_cap_v2` the cosine of
+    Nichol and Dhariwal 2021 (arXiv 2102.09672, Eq. 17, at most 0.999; it has no start and end), `sigmoid` GeoDiff's.
+    """
+    match spacing:
+        case "linear":
+            return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
+        case "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
+        case "sigmoid":
+            return torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid() * (end - start) + start
+        case _:
+            angle = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008 * math.pi / 2
+            alpha_bar = angle.cos() ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+@cache
+def log_alphas(vp: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)` of a `schedule.VP`, summed in float64."""
+    return (0.5 * torch.log1p(-vp.table()).cumsum(0)).to(device, dtype)
+
+
+MARGINALS = {
+    "rescale_betas_zero_snr": (False, "ends at alpha = 0, where x0 cannot be told from eps"),
+    "snr_shift_scale": (1.0, "shifts the signal-to-noise ratio"),
+    "use_flow_sigmas": (False, "is flow matching, which has no betas"),
+    "timestep_type": ("discrete", "is a network that takes noise levels, not steps"),
+}
+"""Entries of diffusers' schedulers that give their betas another meaning: the value that does not, and the meaning."""
+
+
+def beta_settings(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `schedule.VP` in the settings of a diffusers scheduler.
+
+    Raises `UserError` for one that has no betas (flow matching, EDM), or that does not go by them alone.
+    """
+    kind = scheduler.get("_class_name", "this scheduler")
+    for name, (plain, meaning) in MARGINALS.items():
+        if scheduler.get(name) not in (None, plain):
+            raise UserError(f"{kind}: {name} {scheduler[name]!r} {meaning}; expected {plain!r}")
+    if scheduler.get("trained_betas") is not None:
+        return {"betas": scheduler["trained_betas"]}
+    spacing = scheduler.get("beta_schedule")
+    if spacing is None:
+        raise UserError(
+            f"{kind} has no betas: its model is of flow matching, EDM or another kind that is not known here; expected "
+            "a scheduler with a beta_schedule, such as DDIMScheduler or PNDMScheduler"
+        )
+    if spacing not in SPACINGS:
+        raise UserError(f"{kind}: beta_schedule {spacing!r} is not known here; expected one of {', '.join(SPACINGS)}")
+    if absent := [name for name in ("num_train_timesteps", "beta_start", "beta_end") if name not in scheduler]:
+        raise UserError(f"{kind} says no {absent[0]}; add it to its settings")
+    ends = {name: scheduler[name] for name in ("beta_start", "beta_end")}
+    return {**ends, "steps": scheduler["num_train_timesteps"], "spacing": spacing}

@@ -1,0 +1,161 @@
+"""Samplers: pure functions of (denoiser, x, grid) for any schedule.
+
+All of them walk the probability-flow ODE written without its singular quotients: `dx = x0 d(alpha) + eps d(sigma)` with
+the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DDIM, Heun on it is EDM's solver for
+`alpha = 1` and the trapezoid rule on the velocity for flows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.schedule import Schedule, expand
+from distmatch.system.errors import UserError
+
+Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
+"""`(x f[B,*D], t f[B], cond) -> x0 f[B,*D]`: a `Denoiser`, or one under guidance."""
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called after each step with `(step, x, x0)`."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The times at which a student is evaluated, falling.
+
+    One time is DMD's generator, `G(z) = mu(prior_std z, t)` (Section 3.1). With more, each image but the last is noised
+    to the next time, as in DMD2 (arXiv 2405.14867).
+    """
+
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.times or any(later >= time for time, later in pairwise(self.times)):
+            raise UserError(f"the student's times are {list(self.times)}; expected one or more, falling")
+
+    def __len__(self) -> int:
+        """Network evaluations (NFE) of one image."""
+        return len(self.times)
+
+    def sample(
+        self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The student's images f[B,*D] of `z f[B,*D]`; `noise` has one f[B,*D] for each step behind the first."""
+        last = len(self) - 1
+        return self.step(model, self.start(model, schedule, z, cond, noise, last), cond, last)
+
+    def start(
+        self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor], k: int
+    ) -> Tensor:
+        """What the student is given in step `k`, from 0, made by its own `k` earlier steps (DMD2's simulation)."""
+        x = schedule.prior_std * z
+        for step in range(k):
+            x0 = self.step(model, x, cond, step)
+            x = schedule.add_noise(x0, noise[step], x.new_full((len(x),), self.times[step + 1]))
+        return x
+
+    def step(self, model: Model, x: Tensor, cond: Cond | None, k: int) -> Tensor:
+        """The image `x0 f[B,*D]` of step `k`."""
+        return model(x, x.new_full((len(x),), self.times[k]), cond)
+
+
+def euler(
+    model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, steps: int, callback: Callback | None = None
+) -> Tensor:
+    """First order, `steps` evaluations, from `z ~ N(0, I)` to a clean image. DDIM in other words."""
+    grid = schedule.grid(steps)
+    x = schedule.prior_std * z
+    for i in range(steps):
+        t = _at(grid[i], z)
+        x0 = model(x, t, cond)
+        x = _move(schedule, x, x0, t, _at(grid[i + 1], z)) if i + 1 < steps else x0
+        if callback is not None:
+            callback(i, x, x0)
+    return x
+
+
+def heun(
+    model: Model,
+    schedule: Schedule,
+    z: Tensor,
+    cond: Cond | None,
+    steps: int,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, float("inf")),
+    churn_noise: float = 1.0,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Second order, `2 * steps - 1` evaluations (Karras et al. 2022, Algorithm 2; 1 with `churn = 0`).
+
+    Args:
+        z: f[B,*D], standard normal; the same `z` gives the same image when `churn` is 0.
+        churn: S_churn; noise is put back at times within `churn_range` (S_tmin, S_tmax), scaled by `churn_noise`
+            (S_noise), from `generator`. The first step of VP and Flow gets none: they have no time beyond `t_max`.
+    """
+    grid = schedule.grid(steps)
+    gamma = min(churn / steps, 2**0.5 - 1)
+    x = schedule.prior_std * z
+    for i in range(steps):
+        t = _at(grid[i], z)
+        if gamma > 0 and churn_range[0] <= grid[i] <= churn_range[1]:
+            noisier = schedule.nearest(grid[i : i + 1] * (1 + gamma))[0]
+            if noisier > grid[i]:
+                x, t = _renoise(schedule, x, t, _at(noisier, z), churn_noise, generator)
+        x0 = model(x, t, cond)
+        if i + 1 < steps:
+            t_next = _at(grid[i + 1], z)
+            ahead = _move(schedule, x, x0, t, t_next)
+            x = _move(schedule, x, x0, t, t_next, ahead, model(ahead, t_next, cond))
+        else:
+            x = x0
+        if callback is not None:
+            callback(i, x, x0)
+    return x
+
+
+Sampler = Callable[..., Tensor]
+"""`(model, schedule, z f[B,*D], cond, steps, callback=None) -> x f[B,*D]`, from `z ~ N(0, I)` to clean samples."""
+
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
+
+
+def _at(t: Tensor, z: Tensor) -> Tensor:
+    return t.to(z).expand(len(z))
+
+
+def _eps(schedule: Schedule, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    return (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x)
+
+
+def _move(
+    schedule: Schedule,
+    x: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    ahead: Tensor | None = None,
+    x0_ahead: Tensor | None = None,
+) -> Tensor:
+    """One step of `dx = x0 d(alpha) + eps d(sigma)`: Euler, or the trapezoid given the prediction at `ahead`."""
+    d_alpha = expand(schedule.alpha(t_next) - schedule.alpha(t), x)
+    d_sigma = expand(schedule.sigma(t_next) - schedule.sigma(t), x)
+    eps = _eps(schedule, x, x0, t)
+    if ahead is not None and x0_ahead is not None:
+        x0 = (x0 + x0_ahead) / 2
+        eps = (eps + _eps(schedule, ahead, x0_ahead, t_next)) / 2
+    return x + d_alpha * x0 + d_sigma * eps
+
+
+def _renoise(
+    schedule: Schedule, x: Tensor, t: Tensor, t_up: Tensor, scale: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """`x_t` carried up to the noisier time `t_up` by the forward process."""
+    ratio = schedule.alpha(t_up) / schedule.alpha(t)
+    added = (schedule.sigma(t_up) ** 2 - (ratio * schedule.sigma(t)) ** 2).clamp(min=0).sqrt()
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return expand(ratio, x) * x + scale * expand(added, x) * eps, t_up

@@ -1,0 +1,163 @@
+"""Noise schedules: `x_t = alpha(t) x0 + sigma(t) eps` (DMD, Eq. 3).
+
+A schedule owns its time coordinate `t`; larger is noisier in all of them. EDM: `t` is sigma itself. VP: `t` is the step
+number of a discrete diffusion, read continuously. Flow: `t` runs from data (0) to noise (1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from distmatch.diffusion.betas import beta_settings, log_alphas, spaced_betas
+from distmatch.diffusion.ranges import betas_of, check_betas, check_edm, check_flow, check_vp
+from distmatch.system.errors import UserError
+
+
+def expand(v: Tensor, x: Tensor) -> Tensor:
+    """`v f[B]` with the trailing axes that make it broadcast against `x f[B,*D]`."""
+    return v.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Schedule(Protocol):
+    """What a schedule has. One of your own inherits the last three methods from here, or has them all.
+
+    `t_max` is where sampling and the one-step student start: from `prior_std * z`, `z ~ N(0, I)`.
+    """
+
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    @property
+    def prior_std(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...  # f[B] -> f[B], and so is sigma
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def grid(self, n: int) -> Tensor:
+        """Falling times f64[n] from `t_max` to `t_min`: the sampler's steps and, reversed, the paper's T bins."""
+        return _linspace(self.t_max, self.t_min, n)
+
+    def nearest(self, t: Tensor) -> Tensor:
+        """The times f[B] nearest to `t f[B]` that the schedule's networks know."""
+        return t.clamp(self.t_min, self.t_max)
+
+    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """`x_t f[B,*D]` of `x f[B,*D]`, `eps f[B,*D]`, `t f[B]` (Eq. 3)."""
+        return expand(self.alpha(t), x) * x + expand(self.sigma(t), x) * eps
+
+
+@dataclass(frozen=True)
+class EDM(Schedule):
+    """`alpha = 1`, `sigma = t` (Karras et al. 2022, arXiv 2206.00364), with its rho-spaced grid (Eq. 5 there)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_edm(self.sigma_min, self.sigma_max, self.rho)
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    @property
+    def prior_std(self) -> float:
+        return self.t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def grid(self, n: int) -> Tensor:
+        ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return _linspace(*ends, n) ** self.rho
+
+    def nearest(self, t: Tensor) -> Tensor:
+        return t  # beyond sigma_max too: churn starts from there (Algorithm 2)
+
+
+@dataclass(frozen=True)
+class VP(Schedule):
+    """Variance preserving, `alpha^2 + sigma^2 = 1`, from the betas of a discrete diffusion (Ho et al. 2020).
+
+    `linear` from 1e-4 to 2e-2 is DDPM, `scaled_linear` from 0.00085 to 0.012 Stable Diffusion; for the others see
+    `betas.spaced_betas`. `betas`, where given, hold in place of the other four arguments. `t` in [0, steps - 1];
+    `log alpha` is interpolated linearly between whole steps. Raises `UserError` unless all 0 < beta < 1.
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    steps: int = 1000
+    spacing: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
+    betas: Sequence[float] | None = None
+    t_min: ClassVar[float] = 0.0
+    prior_std: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.betas is not None:
+            object.__setattr__(self, "betas", betas_of(self.betas))
+            object.__setattr__(self, "steps", len(self.betas))
+        check_vp(self.spacing, self.beta_start, self.beta_end, self.steps)
+        check_betas(self.table() if self.steps > 0 else torch.empty(0))
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "VP":
+        """The schedule of a diffusers scheduler, or of its settings. Raises `UserError` for one without betas."""
+        config = getattr(scheduler, "config", scheduler)
+        return cls(**beta_settings({"_class_name": type(scheduler).__name__, **config}))
+
+    @property
+    def t_max(self) -> float:
+        return float(self.steps - 1)
+
+    def table(self) -> Tensor:
+        """The betas, f64[steps]."""
+        if self.betas is not None:
+            return torch.tensor(self.betas, dtype=torch.float64, device="cpu")
+        return spaced_betas(self.spacing, self.beta_start, self.beta_end, self.steps)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        table = log_alphas(self, t.device, t.dtype)
+        low = t.floor().clamp(0, self.steps - 2)
+        index = low.long()
+        return torch.lerp(table[index], table[index + 1], t - low)
+
+
+@dataclass(frozen=True)
+class Flow(Schedule):
+    """Straight paths, `alpha = 1 - t`, `sigma = t` (rectified flow, flow matching)."""
+
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    prior_std: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_flow(self.t_min, self.t_max)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+
+def _linspace(start: float, end: float, n: int) -> Tensor:
+    if n < 1:
+        raise UserError(f"a grid has {n} steps; expected at least 1")
+    return torch.linspace(start, end, n, dtype=torch.float64)

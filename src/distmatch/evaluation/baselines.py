@@ -1,0 +1,145 @@
+"""What a text-to-image student is compared with (DMD, arXiv 2311.18828, Appendix C.3), by diffusers' own pipelines.
+
+The teacher with PNDM, fast solvers, and LCM-LoRA: all of them make prompts of given noise into images of 8 bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmatch.data.imaging import to_uint8
+from distmatch.diffusion.solvers import STABLE_DIFFUSION
+from distmatch.models.diffusers.families import family_in
+from distmatch.pipeline import NoiseOf, Pipeline
+from distmatch.system import digests, rng
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.finite import check_images
+
+SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
+"""The paper's fast solvers, with diffusers' defaults (Appendix C.3), and their steps."""
+
+MODELS_OWN = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
+)
+"""What a solver takes from the scheduler that the model came with: all that is not of the solver itself."""
+
+LCM_STEPS = (1, 2, 4)
+PNDM_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Method:
+    """A column: `make(prompts, z f32[B,C,H,W], noise_of) -> pixels u8[B,3,H',W']` on the CPU, in `nfe` evaluations per
+    image. `noise_of` is for students of several steps, see `pipeline.NoiseOf`.
+
+    Evaluations are of the U-Net: guidance costs two per step.
+    """
+
+    name: str
+    nfe: int
+    make: Callable[..., Tensor]
+
+
+def methods(
+    pipe: Any, merged: Any | None, student: Pipeline | None, guidance: float, dtype: torch.dtype = torch.float32
+) -> list[Method]:
+    """The columns from left to right as in Figure 6: ours, the fast ones, the teacher.
+
+    Args:
+        pipe, merged: of `load_teacher` and `load_lora`.
+        dtype: what the student's network computes in, by autocast.
+    """
+    columns = []
+    if student is not None:
+        ours = partial(_ours, student, guidance if student.info.guidance else None, dtype)
+        columns.append(Method(f"student {student.nfe}", student.nfe, ours))
+    columns += [solver(pipe, name, kind, steps, guidance) for name, (kind, steps) in SOLVERS.items()]
+    if merged is not None:
+        columns += [solver(merged, f"LCM-LoRA {steps}", "LCMScheduler", steps, 1.0) for steps in LCM_STEPS]
+    return [*columns, solver(pipe, f"PNDM {PNDM_STEPS}", "PNDMScheduler", PNDM_STEPS, guidance)]
+
+
+def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline called `teacher`, quiet, with its images left as they are made."""
+    family = family_in(teacher)
+    return family.pipeline(teacher, dtype, **family.untouched).to(device)
+
+
+def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Another copy of the teacher with the LoRA called `lora` merged into its weights, as it would be served."""
+    pipe = load_teacher(teacher, device, dtype)
+    try:
+        pipe.load_lora_weights(lora, use_safetensors=True)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise UserError(
+            f"LoRA {lora!r} cannot be loaded into {teacher}: {str(error).splitlines()[0]:.300}. Expected "
+            "pytorch_lora_weights.safetensors or its folder, or a name on Hugging Face: "
+            "latent-consistency/lcm-lora-sdv1-5 for Stable Diffusion 1.5, latent-consistency/lcm-lora-sdxl for SDXL"
+        ) from error
+    return pipe
+
+
+def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Method:
+    """diffusers' pipeline `pipe` with its scheduler called `kind`, of `steps` steps; PNDM evaluates its first twice."""
+    of_the_model = {name: pipe.scheduler.config[name] for name in MODELS_OWN if name in pipe.scheduler.config}
+    plain = STABLE_DIFFUSION if kind == "PNDMScheduler" else {}
+    scheduler = getattr(_diffusers(), kind).from_config({**plain, **of_the_model})
+    scheduler.set_timesteps(steps)
+    calls = len(scheduler.timesteps)
+
+    def make(prompts: list[str], z: Tensor, _: NoiseOf | None = None) -> Tensor:
+        pipe.scheduler = scheduler
+        images = pipe(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=z.to(pipe.device, pipe.unet.dtype),
+            generator=generators(z),
+            output_type="pt",
+        ).images
+        check_images(images)
+        return (images.float() * 255).round().to(torch.uint8).cpu()
+
+    return Method(name, calls * (1 if guidance == 1 else 2), make)
+
+
+def generators(z: Tensor) -> list[torch.Generator]:
+    """One per image, for the noise that LCM adds between its steps: a function of `z`, so that batches don't matter."""
+    seeds = [rng.key("between steps", digests.digest(row)) for row in z]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def digest(network: torch.nn.Module) -> str:
+    """SHA-256 of the network's weights, by name."""
+    return digests.weights_digest(dict(sorted(network.state_dict().items())))
+
+
+def _ours(
+    student: Pipeline,
+    guidance: float | None,
+    dtype: torch.dtype,
+    prompts: list[str],
+    z: Tensor,
+    noise_of: NoiseOf | None = None,
+) -> Tensor:
+    cond = student.condition(len(prompts), prompts=prompts, guidance_scale=guidance)
+    with torch.inference_mode():
+        with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
+            x = student.make(z.to(student.device), cond, noise_of or student.noise_of(0, range(len(z))))
+        images = student.decoded(x.float())  # some decoders overflow in fp16
+        check_images(images)
+        return to_uint8(images).cpu()
+
+
+def _diffusers() -> Any:
+    need("diffusers", "transformers", by="a comparison")
+    return import_module("diffusers")

@@ -1,0 +1,222 @@
+"""The training step of Distribution Matching Distillation (Algorithm 1), over any streams and terms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.data import imaging
+from distmatch.diffusion.conditions import WHOLE, Classes, Conditions, Share, rows
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.sampler import Steps
+from distmatch.methods.terms import Objective, Samples, Start, Stream, Term
+from distmatch.models.folder import Info, save_model
+from distmatch.system import rng
+from distmatch.training.checkpoint import Stateful
+from distmatch.training.clock import Clock
+from distmatch.training.ema import EMA
+from distmatch.training.engine import autocast, average_gradients, summed, unwrapped
+from distmatch.training.optim import Optimizer
+
+
+@dataclass
+class Part:
+    """One part of a step's batch: what its streams start from, and what its terms draw. By name."""
+
+    starts: dict[str, Start]
+    drawn: dict[str, Any]
+
+
+class Distiller:
+    """The task of `distmatch train`: one step of Algorithm 1, over any objective.
+
+    Args:
+        student, fake: trained copies of the teacher; `fake` and its optimizer are `None` where no term trains it.
+        teacher: whose passes the clock counts as time in networks.
+        forward: what to call in place of the student, where it is spread over processes.
+        process: `(rank, world)`; a process makes its share of every batch, and the gradients are those of the whole.
+        conditions, decode: of the previews; default: classes in turn, and no decoding.
+        steps: the student's times; default: the schedule's `t_max` alone.
+        fake_updates: updates of the fake score per update of the student; the first uses the student's images of the
+            same step (Algorithm 1), the others fresh ones.
+        accumulate: parts that each batch is cut into; gradients are summed over them.
+        precision: "fp32", or "bf16" for autocast around the networks; weights and preconditioning stay fp32.
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        fake: nn.Module | None,
+        objective: Objective,
+        optimizer: Optimizer,
+        fake_optimizer: Optimizer | None,
+        *,
+        info: Info,
+        teacher: Denoiser | None = None,
+        forward: nn.Module | None = None,
+        process: Share = WHOLE,
+        conditions: Conditions | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        steps: Steps | None = None,
+        ema: float | EMA[Denoiser] = 0.999,
+        seed: int = 0,
+        fake_updates: int = 1,
+        accumulate: int = 1,
+        precision: str = "fp32",
+    ):
+        self.student, self.fake, self.objective = student, fake, objective
+        self.forward = student if forward is None else forward
+        self.optimizer, self.fake_optimizer = optimizer, fake_optimizer
+        self.info, self.seed = info, seed
+        self.steps = Steps((student.schedule.t_max,)) if steps is None else steps
+        self.conditions, self.decode = conditions or Classes(len(info.classes)), decode
+        self.fake_updates, self.precision = fake_updates, precision
+        rank, world = process
+        self.shares = [(rank * accumulate + cut, world * accumulate) for cut in range(accumulate)]
+        self.ema = ema if isinstance(ema, EMA) else EMA(student, ema)
+        self.device = next(student.parameters()).device
+        self.clock = Clock([network for network in (student, fake, teacher) if network is not None], self.device)
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        return self.objective.terms
+
+    @property
+    def images_per_step(self) -> int:
+        return sum(stream.batch for stream in self.objective.streams.values())
+
+    @property
+    def parts(self) -> Mapping[str, Stateful]:
+        parts: dict[str, Stateful] = {"student": self.student, "ema": self.ema, "generator": self.optimizer}
+        if self.fake is not None and self.fake_optimizer is not None:
+            parts |= {"fake": unwrapped(self.fake), "critic": self.fake_optimizer}
+        for name, trained in self.objective.trained.items():
+            parts |= {name: trained.network, f"{name}.optimizer": trained.optimizer}
+        return parts
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        parts = [self.draw(index, share) for share in self.shares]
+        images, losses = self.update_student(index, parts)
+        if self.fake is None:
+            return losses
+        for turn in range(self.fake_updates):
+            if turn > 0:
+                for part, made, share in zip(parts, images, self.shares, strict=True):
+                    self.renew(part, made, index, turn, share)
+            losses |= self.update_fake(index * self.fake_updates + turn, parts, images)
+        return losses
+
+    def draw(self, index: int, share: Share) -> Part:
+        """Everything random in one part of step `index`."""
+        starts = {name: self.start(stream, index, 0, share) for name, stream in self.objective.streams.items()}
+        return Part(starts, {term.name: term.draw([starts[name] for name in term.reads], share) for term in self.terms})
+
+    def start(self, stream: Stream, index: int, turn: int, share: Share) -> Start:
+        """A share of the stream's batch. Which of the student's steps makes its images is drawn for all of it."""
+        start = stream.draw(self.seed, index, turn, share)
+        if len(self.steps) == 1:
+            return start
+        k = rng.key(self.seed, "student step", index, turn) % len(self.steps)
+        generator = rng.stream(self.device, self.seed, "student noise", stream.name, index, turn)
+        shape = (stream.batch, *start.z.shape[1:])
+        noise = [torch.randn(shape, generator=generator, device=self.device) for _ in range(k)]
+        return replace(start, noise=tuple(rows(one, share) for one in noise))
+
+    def renew(self, part: Part, made: dict[str, Samples], index: int, turn: int, share: Share) -> None:
+        """Draw a part again for a further update of the fake score: fresh images, and what its terms do with them."""
+        for name, stream in self.objective.streams.items():
+            if stream.fresh:
+                part.starts[name] = self.start(stream, index, turn, share)
+                made[name] = self.generate(part.starts[name])
+        for term in self.objective.fake_terms:
+            part.drawn[term.name] = term.draw([part.starts[name] for name in term.reads], share)
+
+    def update_student(self, index: int, parts: Sequence[Part]) -> tuple[list[dict[str, Samples]], dict[str, Tensor]]:
+        """Lines 5-13 of Algorithm 1: images of all streams in one forward pass, summed losses, one update.
+
+        Returns the images of each part by stream, without graph, and the unweighted losses.
+        """
+        made: list[dict[str, Samples]] = []
+        losses = {f"{term.name}/student": torch.zeros((), device=self.device) for term in self.terms}
+        for part in parts:
+            total = torch.zeros((), device=self.device)
+            with autocast(self.device, self.precision), summed(self.forward, last=part is parts[-1]):
+                samples = self.generate_all(part.starts)
+                for term in self.terms:
+                    loss = term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
+                    losses[f"{term.name}/student"] += loss.detach()
+                    total = total + term.weight * loss
+                self.clock.backward(total)
+            made.append({name: one.detach() for name, one in samples.items()})
+        norm = self.optimizer.step(index)
+        self.ema.update()
+        for own in (self.fake_optimizer, *(trained.optimizer for trained in self.objective.trained.values())):
+            if own is not None:
+                own.clear()  # what the student's loss sent through the fake score, as a GAN's does
+        return made, {**losses, "gradient_norm": norm}
+
+    def update_fake(
+        self, index: int, parts: Sequence[Part], images: Sequence[Mapping[str, Samples]]
+    ) -> dict[str, Tensor]:
+        """Lines 15-19 of Algorithm 1: one update of the fake score, and of the terms' own networks, part by part."""
+        assert self.fake is not None
+        assert self.fake_optimizer is not None
+        terms = self.objective.fake_terms
+        losses = {f"{term.name}/fake": torch.zeros((), device=self.device) for term in terms}
+        for part, made in zip(parts, images, strict=True):
+            total = torch.zeros((), device=self.device)
+            with autocast(self.device, self.precision), summed(self.fake, last=part is parts[-1]):
+                for term in terms:
+                    loss = term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
+                    losses[f"{term.name}/fake"] += loss.detach()
+                    total = total + loss
+                self.clock.backward(total)
+        average_gradients(self.fake)
+        for trained in self.objective.trained.values():
+            average_gradients(trained.network)
+            trained.optimizer.step(index)
+        return {**losses, "fake_gradient_norm": self.fake_optimizer.step(index)}
+
+    def generate_all(self, starts: Mapping[str, Start]) -> dict[str, Samples]:
+        """The student's images of several streams in one forward pass."""
+        z, cond = torch.cat([one.z for one in starts.values()]), Cond.cat(*(one.cond for one in starts.values()))
+        noise = [torch.cat(step) for step in zip(*(one.noise for one in starts.values()), strict=True)]
+        images = self.student_forward(z, cond, noise).split([len(one.z) for one in starts.values()])
+        return {name: Samples(x, start.cond) for (name, start), x in zip(starts.items(), images, strict=True)}
+
+    def student_forward(self, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()) -> Tensor:
+        """The images of step `len(noise)`; those of the earlier steps are made without gradient."""
+        with torch.no_grad():
+            x = self.steps.start(self.forward, self.student.schedule, z, cond, noise, len(noise))
+        return self.steps.step(self.forward, x, cond, len(noise))
+
+    @torch.no_grad()
+    def generate(self, start: Start) -> Samples:
+        """The student's images for `start`, without graph."""
+        with autocast(self.device, self.precision):
+            return Samples(self.student_forward(start.z, start.cond, start.noise), start.cond)
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """The EMA student's samples of fixed noises, conditions in turn: 64, or 16 that have to be decoded."""
+        numbers = range(64 if self.decode is None else 16)
+        z, *noise = (  # of a seed that no pair has
+            rng.noise(self.seed + 1, numbers, self.info.shape, step).to(self.device) for step in range(len(self.steps))
+        )
+        cond = self.conditions.at(numbers)
+        x = self.steps.sample(self.ema.network, self.student.schedule, z, cond and cond.to(self.device), noise)
+        return imaging.picture(x if self.decode is None else self.decode(x))
+
+    def export(self, folder: Path) -> None:
+        save_model(folder, self.ema.network, self.info)
+
+
+def _read(term: Term, samples: Mapping[str, Samples]) -> Samples:
+    """The images of the streams that `term` reads, one behind the other."""
+    read = [samples[name] for name in term.reads]
+    if len(read) == 1:
+        return read[0]
+    return Samples(torch.cat([one.x for one in read]), Cond.cat(*(one.cond for one in read)))

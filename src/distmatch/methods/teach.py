@@ -1,0 +1,104 @@
+"""Training a teacher on images: the EDM objective (Karras et al. 2022, Section 5)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distmatch.data import imaging
+from distmatch.data.images import Images
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.losses import denoising_loss
+from distmatch.diffusion.sampler import heun
+from distmatch.models.folder import Info, save_model
+from distmatch.system import rng
+from distmatch.training.checkpoint import Stateful
+from distmatch.training.clock import Clock
+from distmatch.training.ema import EMA
+from distmatch.training.engine import autocast
+from distmatch.training.optim import Optimizer
+
+P_MEAN, P_STD = -1.2, 1.2
+"""Noise levels in training: `ln(sigma) ~ N(P_MEAN, P_STD^2)`."""
+
+PREVIEW_STEPS = 18
+"""Heun steps of the sample grids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a teacher is trained."""
+
+    batch: int = 128
+    """Images per step."""
+
+    seed: int = 0
+    """Seed of the order of the images and of all noise."""
+
+    ema: float = 0.999
+    """Decay of the moving average of the weights."""
+
+    label_dropout: float = 0.0
+    """Probability of training without the label, which makes the teacher fit for guidance."""
+
+    flip: bool = False
+    """Mirror every other image at random, the only augmentation."""
+
+    precision: str = "fp32"
+    """fp32, or bf16 for autocast around the network."""
+
+
+class Teaching:
+    """The task of `distmatch teach`, for `train.train`.
+
+    Args:
+        denoiser: on its device, in training mode; its schedule is EDM's.
+    """
+
+    def __init__(self, denoiser: Denoiser, images: Images, optimizer: Optimizer, info: Info, settings: Settings):
+        self.denoiser, self.images, self.optimizer, self.info = denoiser, images, optimizer, info
+        self.settings = settings
+        self.ema = EMA(denoiser, settings.ema)
+        self.device = next(denoiser.parameters()).device
+        self.pixels = images.pixels.to(self.device)
+        self.labels = None if images.labels is None else images.labels.to(self.device)
+        self.clock = Clock([denoiser], self.device)
+        self.images_per_step = settings.batch
+
+    @property
+    def parts(self) -> Mapping[str, Stateful]:
+        return {"denoiser": self.denoiser, "ema": self.ema, "optimizer": self.optimizer}
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        how, batch = self.settings, self.settings.batch
+        generator = rng.stream(self.device, how.seed, "teach", index)
+        rows = torch.from_numpy(rng.shuffled(how.seed, len(self.images), index * batch, batch)).to(self.device)
+        x = imaging.to_float(self.pixels[rows])
+        if how.flip:
+            mirror = torch.rand(batch, 1, 1, 1, generator=generator, device=self.device) < 0.5
+            x = torch.where(mirror, x.flip(-1), x)
+        cond = None
+        if self.labels is not None:
+            drop = torch.rand(batch, generator=generator, device=self.device) < how.label_dropout
+            cond = Cond(label=self.labels[rows].masked_fill(drop, len(self.images.classes)))
+        sigma = (P_MEAN + P_STD * torch.randn(batch, generator=generator, device=self.device)).exp()
+        eps = torch.randn(x.shape, generator=generator, device=self.device)
+        with autocast(self.device, self.settings.precision):
+            x0 = self.denoiser(self.denoiser.schedule.add_noise(x, eps, sigma), sigma, cond)
+        loss = denoising_loss(x0, x, self.denoiser.weight(sigma))
+        self.clock.backward(loss)
+        norm = self.optimizer.step(index)
+        self.ema.update()
+        return {"loss": loss.detach(), "gradient_norm": norm}
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        z = rng.noise(self.settings.seed, range(64), self.info.shape).to(self.device)
+        classes = len(self.info.classes)
+        cond = Cond(label=torch.arange(64, device=self.device) % classes) if classes else None
+        return imaging.to_uint8(heun(self.ema.network, self.denoiser.schedule, z, cond, PREVIEW_STEPS))
+
+    def export(self, folder: Path) -> None:
+        save_model(folder, self.ema.network, self.info)

@@ -1,0 +1,280 @@
+"""Streams and terms: where the student's images come from, and what the objective says of them.
+
+The paper has two of each (Figure 2). Images of fresh noise are matched with the teacher's distribution; images of the
+noise that the teacher has already sampled from are compared with its images. A term of your own is a class like `Match`
+or `Regress`, see examples/own_term.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.data.pairs import PairStore
+from distmatch.diffusion.conditions import Conditions, Share, rows
+from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.losses import Weighting, denoising_loss, matching_loss
+from distmatch.system import rng
+from distmatch.training.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the student starts from: this process's share of a stream's batch.
+
+    Args:
+        z: f[B,*D], standard normal.
+        cond: of each row.
+        batch: rows of the whole batch, of all processes and parts.
+        generator: what the stream's terms draw from, one after another, once the stream itself has drawn.
+        y: f[B,*D], the teacher's image of each row, for pairs.
+        noise: f[B,*D] for each of the student's steps before the one whose image is trained; see `sampler.Steps`.
+    """
+
+    z: Tensor
+    cond: Cond | None
+    batch: int
+    generator: torch.Generator
+    y: Tensor | None = None
+    noise: tuple[Tensor, ...] = ()
+
+
+class Stream(Protocol):
+    """A source of the student's inputs.
+
+    `fresh`: whether each update of the fake score has images of its own. Otherwise it sees those of the student's
+    update again.
+    """
+
+    name: str
+    batch: int
+    fresh: bool
+
+    def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
+        """A share of the batch of step `index`; `turn` counts the fake score's updates within the step."""
+        ...
+
+
+@dataclass
+class NoiseStream:
+    """Fresh noise under random conditions, for images of `shape`."""
+
+    shape: Sequence[int]
+    conditions: Conditions
+    batch: int = 64
+    device: torch.device | str = "cpu"
+    name: str = "noise"
+    fresh: bool = True
+
+    def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
+        generator = rng.stream(self.device, seed, "match", index, turn)  # "match": so that older runs can continue
+        z = torch.randn(self.batch, *self.shape, generator=generator, device=self.device)
+        return Start(rows(z, share), self.conditions.draw(self.batch, generator, share), self.batch, generator)
+
+
+@dataclass
+class PairStream:
+    """The teacher's noise-image pairs in an endless shuffle, conditioned as they were made."""
+
+    store: PairStore
+    conditions: Conditions
+    batch: int = 64
+    device: torch.device | str = "cpu"
+    name: str = "pairs"
+    fresh: bool = False
+
+    def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
+        part, size = share[0], self.batch // share[1]
+        pairs = self.store.draw(seed, index * self.batch + part * size, size)
+        cond = self.conditions.at(pairs.index)
+        generator = rng.stream(self.device, seed, self.name, index, turn)
+        return Start(
+            pairs.z.to(self.device), cond and cond.to(self.device), self.batch, generator, pairs.y.to(self.device)
+        )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The student's images `x f[N,*D]` and their conditions."""
+
+    x: Tensor
+    cond: Cond | None
+
+    def detach(self) -> "Samples":
+        return Samples(self.x.detach(), self.cond)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that a term trains besides the fake score, such as a discriminator's head, and its optimizer."""
+
+    network: nn.Module
+    optimizer: Optimizer
+
+
+class Term(Protocol):
+    """One summand of the student's loss, weighted by `weight`. It sees the images of the streams that it `reads`."""
+
+    name: str
+    weight: float
+    reads: tuple[str, ...]
+
+    def draw(self, starts: Sequence[Start], share: Share) -> Any:
+        """Everything random that the term needs for one step, as a dataclass of its own. `starts`: of its streams.
+
+        Drawing it first makes the rest deterministic.
+        """
+        ...
+
+    def student_loss(self, drawn: Any, samples: Samples) -> Tensor:
+        """Loss f[] of the student's images, which carry its graph: those of all the term's streams, in order."""
+        ...
+
+
+@runtime_checkable
+class FakeTerm(Term, Protocol):
+    """A term that also trains the fake score, and `trained` networks of its own, by name, if it has any."""
+
+    trained: Mapping[str, Trained]
+
+    def fake_loss(self, drawn: Any, samples: Samples) -> Tensor:
+        """Loss f[] of the fake score on the student's images, which carry no graph."""
+        ...
+
+
+@dataclass(frozen=True)
+class TermContext:
+    """What a term of the user's may be made of: `CLASS(context, **arguments)`, with the arguments in the recipe.
+
+    Args:
+        name: of the term in the recipe.
+        teacher: the real score, frozen.
+        fake: the fake score, if a term of the recipe trains one.
+        shape: of one image (or latent).
+        optimizer: makes the optimizer of a network, with the settings of the fake score's.
+        seed: of the recipe, for a new network's weights.
+    """
+
+    name: str
+    teacher: Denoiser
+    fake: nn.Module | None
+    shape: tuple[int, ...]
+    device: torch.device
+    optimizer: Callable[[nn.Module], Optimizer]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The terms of a distillation, and the streams that they read, by name."""
+
+    streams: Mapping[str, Stream]
+    terms: Sequence[Term]
+
+    @property
+    def fake_terms(self) -> list[FakeTerm]:
+        return [term for term in self.terms if isinstance(term, FakeTerm)]
+
+    @property
+    def trained(self) -> dict[str, Trained]:
+        """The terms' own networks, as `TERM.NAME`."""
+        return {f"{term.name}.{name}": one for term in self.fake_terms for name, one in term.trained.items()}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Times `t f[N]` and noise `eps f[N,*D]` for the N images: of the student's loss, and of the fake score's."""
+
+    t: Tensor
+    eps: Tensor
+    t_fake: Tensor
+    eps_fake: Tensor
+
+
+class Match:
+    """Distribution matching (Section 3.2, Algorithms 2 and 3).
+
+    Args:
+        teacher: the real score, frozen; `guidance` applies to it alone (Section 3.4); `None`: the condition's own.
+        fake: the fake score, a denoiser of the teacher's kind.
+        weighting: the factor on `mu_fake - mu_real`, one of `losses.WEIGHTINGS`.
+        reads: the streams whose images are matched; with "pairs" it is `concat(x, x_ref)` (Algorithm 1, for LAION).
+        bins: T; the schedule's grid read upwards is the list of noise levels.
+        min_step, max_step: the student's levels are drawn from bins `min_step .. max_step - 1` (0.02 T, 0.98 T); the
+            fake score's from all of them.
+    """
+
+    name = "match"
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        fake: nn.Module,
+        *,
+        weighting: Weighting,
+        weight: float = 1.0,
+        reads: tuple[str, ...] = ("noise",),
+        bins: int = 1000,
+        min_step: int = 20,
+        max_step: int = 980,
+        guidance: float | None = 1.0,
+    ):
+        self.real, self.fake, self.weight_at = guided(teacher, guidance), fake, teacher.weight
+        self.teacher, self.schedule, self.weighting = teacher, teacher.schedule, weighting
+        self.weight, self.reads, self.min_step, self.max_step = weight, reads, min_step, max_step
+        self.levels = self.schedule.grid(bins).flip(0).float()
+        self.trained: Mapping[str, Trained] = {}
+
+    def draw(self, starts: Sequence[Start], share: Share) -> Levels:
+        generator, device = starts[0].generator, starts[0].z.device
+        self.levels = self.levels.to(device)
+        batches = [start.batch for start in starts]
+
+        def mine(v: Tensor) -> Tensor:
+            """The share of each stream's rows. All rows are drawn, so that what a row gets depends on no share."""
+            shares = [rows(own, share) for own in v.split(batches)]
+            return torch.cat(shares) if len(shares) > 1 else shares[0]
+
+        def level(low: int, high: int) -> Tensor:
+            bins = torch.randint(low, high, (sum(batches),), generator=generator, device=device)
+            return self.levels[mine(bins)]
+
+        def normal() -> Tensor:
+            shape = starts[0].z.shape[1:]
+            return mine(torch.randn(sum(batches), *shape, generator=generator, device=device))
+
+        return Levels(
+            t=level(self.min_step, self.max_step), eps=normal(), t_fake=level(0, len(self.levels)), eps_fake=normal()
+        )
+
+    def student_loss(self, drawn: Levels, samples: Samples) -> Tensor:
+        t, x, cond = drawn.t, samples.x, samples.cond
+        with torch.no_grad():
+            x_t = self.schedule.add_noise(x, drawn.eps, t)
+            x0_fake = self.fake(x_t, t, cond)
+            x0_real = self.real(x_t, t, cond)
+            w = self.weighting(x, x0_real, self.schedule.alpha(t), self.schedule.sigma(t))
+        return matching_loss(x, x0_fake, x0_real, w)
+
+    def fake_loss(self, drawn: Levels, samples: Samples) -> Tensor:
+        t, x = drawn.t_fake, samples.x
+        x0 = self.fake(self.schedule.add_noise(x, drawn.eps_fake, t), t, samples.cond)
+        return denoising_loss(x0, x, self.weight_at(t))
+
+
+@dataclass
+class Regress:
+    """Regression to the teacher's deterministic samples (Section 3.3, Eq. 9). `loss` is the distance of Eq. 9."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: float = 0.25
+    reads: tuple[str, ...] = ("pairs",)
+    name: str = field(default="regress", init=False)
+
+    def draw(self, starts: Sequence[Start], share: Share) -> Tensor | None:
+        return starts[0].y
+
+    def student_loss(self, drawn: Tensor, samples: Samples) -> Tensor:
+        return self.loss(samples.x, drawn)

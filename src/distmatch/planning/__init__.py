@@ -1,0 +1,1 @@
+"""What a run takes before it starts: cost, memory, and whether all that it needs is there."""

@@ -1,0 +1,150 @@
+"""What one training step costs the processes that share it: arithmetic, memory by part, what they pass around.
+
+Arithmetic and activations come from a rehearsal of the step, in one process; how networks, gradients and moments lie in
+several, and what passes between these, is worked out in closed form.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.models.info import Info
+from distmatch.models.library import family_of
+from distmatch.planning.rehearsal import LOSSES, rehearse
+from distmatch.recipe.entries import Recipe
+from distmatch.system.errors import UserError
+from distmatch.training.engine import blocks
+
+FP32 = 4
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that pass between processes in one step, as one of them sees it: what its collectives give or take whole.
+
+    A ring, which moves the least, sends `(N - 1) / N` of what is gathered or scattered and twice that of what is
+    reduced.
+    """
+
+    processes: int
+    gathered: float = 0.0
+    scattered: float = 0.0
+    reduced: float = 0.0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each process sends, and as many that it receives."""
+        return (self.processes - 1) / self.processes * (self.gathered + self.scattered + 2 * self.reduced)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step takes: FLOPs of all processes, by network; bytes of one process at its peak, by part; traffic.
+
+    `checkpoint` is the bytes of one, of all processes.
+    """
+
+    parameters: int
+    flops: dict[str, float]
+    memory: dict[str, float]
+    traffic: Traffic
+    checkpoint: float
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_flops(self) -> float:
+        return sum(self.flops.values())
+
+
+def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> Cost:
+    """The cost of a step of `recipe` in `processes`, once AdamW's moments are there.
+
+    Memory is that of a GPU, whose autocast keeps normalisations in fp32; of a CPU where the recipe's `device` is `cpu`.
+    It is what tensors take; what the allocator, the kernels and the driver take besides is not in it.
+
+    Args:
+        denoiser, info: the teacher; its weights are not used. See `library.outline`.
+
+    Raises `UserError` where the processes cannot share the batches in equal parts.
+    """
+    parts = processes * recipe.accumulate
+    for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
+        if name in recipe.terms and batch % parts:
+            raise UserError(
+                f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate} times {processes} GPUs; "
+                "choose one that is"
+            )
+    sharded = recipe.parallel == "fsdp" and processes > 1
+    done = rehearse(recipe, denoiser, info, parts, sharded)
+    trained = {name: done.networks[name] for name in ("student", "fake score") if name in done.networks}
+    sizes = {name: numel(network, trained=True) for name, network in trained.items()}
+    cuts = processes if sharded else 1
+    memory: dict[str, float] = {name: FP32 * slices(network, cuts) for name, network in done.networks.items()}
+    memory["optimizer"] = sum(2 * FP32 * slices(network, cuts, trained=True) for network in trained.values())
+    memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
+    memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)
+    if processes == 1:
+        memory["gradients"], memory["activations"] = done.gradients, done.activations
+    elif not sharded:  # DDP never gives its buckets back; sums over parts lie beside them until the last
+        memory["gradients"] = FP32 * (sum(sizes.values()) + (max(sizes.values()) if recipe.accumulate > 1 else 0))
+        memory["activations"] = done.most_activations
+    else:  # FSDP2 keeps sums over parts whole until the last
+        own = 1 if recipe.accumulate > 1 else cuts
+        memory["gradients"] = FP32 * max(slices(network, own, trained=True) for network in trained.values())
+        memory["gathered blocks"] = max(_gathered(network, recipe) for network in trained.values())
+        memory["activations"] = done.most_activations
+    average = numel(done.networks["average"])
+    checkpoint = FP32 * (average + sum(numel(network) + 2 * sizes[name] for name, network in trained.items()))
+    flops: dict[str, float] = {name: parts * value for name, value in done.flops.items() if value}
+    traffic = _traffic(recipe, trained, done.networks["teacher"], processes)
+    return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+
+
+def numel(network: nn.Module, trained: bool = False) -> int:
+    """Weights of `network`, or those of them that are trained."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)
+
+
+def slices(network: nn.Module, processes: int, trained: bool = False) -> int:
+    """Weights of one slice of `network`. FSDP2 cuts each along its first axis and fills up what does not divide."""
+    if processes == 1:
+        return numel(network, trained)
+    shapes = (p.shape for p in network.parameters() if p.requires_grad or not trained)
+    return sum(math.ceil(shape[0] / processes) * math.prod(shape[1:]) for shape in shapes)
+
+
+def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, n: int) -> Traffic:
+    """What the networks of a step, as `engine` spreads them, pass around.
+
+    Gradients are reduced in fp32 with the last part of each update. FSDP2 gathers a network for every pass, forward
+    and backward (activations that are recomputed gather nothing), and forgets it afterwards.
+    """
+    updates = {"student": 1, "fake score": recipe.fake.steps}
+    if recipe.parallel == "ddp" or n == 1:
+        sums = sum(updates[name] * FP32 * numel(network, True) for name, network in trained.items())
+        return Traffic(n, reduced=sums if n > 1 else 0)
+    low = 2 if recipe.precision == "bf16" else FP32
+    matched = "fake score" in trained
+    guided = recipe.student.guidance is not None or recipe.match.guidance != 1
+    # Of one part: two with a graph; one for both scores, and for the images of the fake score's further updates.
+    passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
+    gathered = sum(passes[name] * low * n * slices(network, n) for name, network in trained.items())
+    gathered += matched * (1 + guided) * low * n * slices(teacher, n)
+    scattered = sum(updates[name] * FP32 * n * slices(network, n, True) for name, network in trained.items())
+    return Traffic(n, gathered=recipe.accumulate * gathered, scattered=scattered)
+
+
+def _gathered(network: nn.Module, recipe: Recipe) -> float:
+    """Bytes of what FSDP2 has together at most: what belongs to no block, a block with its gradients and the buffer
+    that they are reduced from, and the next block, which is on its way. A bound: not all of it is at the peak.
+    """
+    low = 2 if recipe.precision == "bf16" else FP32
+    sizes = [numel(block) for block in blocks(network)]
+    pairs = [(low + low + FP32) * b + low * a for a, b in zip([0, *sizes], [*sizes, 0], strict=True)]
+    return low * (numel(network) - sum(sizes)) + max(pairs)

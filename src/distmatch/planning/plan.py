@@ -1,0 +1,263 @@
+"""`distmatch plan`: what a recipe takes before anything starts: memory, disk, time, traffic, and whether it fits.
+
+What a step costs is counted (`cost`); what follows from it on given GPUs is worked out here.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.solvers import evaluations
+from distmatch.models.info import Info
+from distmatch.models.library import outline
+from distmatch.planning.cost import Cost, cost
+from distmatch.planning.rehearsal import sampling_flops
+from distmatch.recipe.entries import Recipe
+from distmatch.system.errors import UserError
+from distmatch.system.progress import progress
+from distmatch.system.screen import console
+from distmatch.training.engine import blocks
+
+MACHINE = 8
+"""GPUs in one machine."""
+
+SPARE = 0.1
+"""Share of a GPU's memory that is left to the allocator's gaps, libraries and the driver."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`memory` in bytes, dense FLOP/s in bf16 and in TF32, `link` to its machine's others in bytes/s per direction."""
+
+    memory: float
+    bf16: float
+    tf32: float
+    link: float
+
+    def rate(self, precision: str) -> float:
+        return self.tf32 if precision == "fp32" else self.bf16
+
+
+GPUS = {
+    "a100": Gpu(80e9, 312e12, 156e12, 300e9),
+    "h100": Gpu(80e9, 989e12, 494e12, 450e9),
+    "h200": Gpu(141e9, 989e12, 494e12, 450e9),
+    "l40s": Gpu(48e9, 362e12, 183e12, 32e9),
+    "rtx4090": Gpu(24e9, 165e12, 83e12, 32e9),
+}
+"""As the makers' data sheets have them. Links: NVLink, 600 GB/s (A100) and 900 GB/s (H100, H200) in both directions
+together; the others have PCIe 4.0 x16, 64 GB/s in both directions together.
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`gpus` of one kind, eight to a machine; `network` in bytes/s per GPU and direction between machines.
+
+    `utilisation` is the share of the arithmetic that networks reach.
+    """
+
+    gpus: int
+    gpu: Gpu
+    network: float
+    utilisation: float
+
+    @property
+    def bandwidth(self) -> float:
+        """What a ring through all GPUs moves, in bytes/s per direction: a ring enters and leaves each machine once, so
+        that one GPU has the network cards of all its machine's at its disposal, or its own link, whichever is slower.
+        """
+        if self.gpus <= MACHINE:
+            return self.gpu.link
+        fewest = (self.gpus - 1) % MACHINE + 1  # GPUs, and cards, of the last machine
+        return min(self.gpu.link, fewest * self.network)
+
+    def arithmetic(self, flops: float, precision: str) -> float:
+        """Seconds."""
+        return flops / (self.utilisation * self.gpu.rate(precision) * self.gpus)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one step that networks compute, and seconds that data are on their way between GPUs."""
+
+    arithmetic: float
+    traffic: float
+
+    @property
+    def in_turn(self) -> float:
+        """Seconds of a step if nothing of the traffic happens during arithmetic."""
+        return self.arithmetic + self.traffic
+
+    @property
+    def at_once(self) -> float:
+        """Seconds of a step if all of it does."""
+        return max(self.arithmetic, self.traffic)
+
+
+def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
+    arithmetic = cluster.arithmetic(made.step_flops, recipe.precision)
+    return Pace(arithmetic, made.traffic.sent / cluster.bandwidth)
+
+
+def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float) -> None:
+    """`distmatch plan`: the tables, and whether it fits. `network` is in GB/s."""
+    if gpus < 1 or not 0 < utilisation <= 1 or network <= 0:
+        raise UserError(
+            f"--gpus {gpus} --utilisation {utilisation} --network {network}: expected at least one GPU, a share of its "
+            "arithmetic in 0..1, e.g. 0.4, and more than 0 GB/s"
+        )
+    cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
+    denoiser, info = outline(recipe.teacher)
+    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+    ends = [stage.until for stage in recipe.stages] or [recipe.steps]
+    kinds = list(dict.fromkeys(map(_kind, stages)))
+    both = bool(blocks(denoiser)) and recipe.student.network is None
+    with progress("steps rehearsed", len(kinds) + both, unit="step") as advance:
+        costs = {}
+        for stage in stages:
+            if _kind(stage) not in costs:
+                costs[_kind(stage)] = cost(stage, denoiser, info, gpus)
+                advance(1)
+        heaviest = max(stages, key=lambda stage: costs[_kind(stage)].peak)
+        made = costs[_kind(heaviest)]
+        other = None
+        if both:
+            other = cost(_changed(heaviest, checkpointing=not recipe.gradient_checkpointing), denoiser, info, gpus)
+            advance(1)
+    console.print(f"{recipe.name}: {made.parameters / 1e6:,.1f} M parameters, {gpus} x {gpu}, {recipe.parallel}")
+    if recipe.stages:
+        console.print(f"a step and its memory are those of stage {stages.index(heaviest) + 1}, which takes the most")
+    console.print(_work(made))
+    console.print(_memory(made, other, recipe.gradient_checkpointing, f"one {gpu}, {cluster.gpu.memory / 1e9:.0f} GB"))
+    speed = pace(made, recipe, cluster)
+    _tell_pace(made, speed, cluster)
+    _tell_training(recipe, [costs[_kind(stage)] for stage in stages], ends, cluster)
+    _tell_disk(recipe, made)
+    if "regress" in recipe.terms:
+        _tell_pairs(stages, denoiser, info, cluster)
+    console.print(verdict(heaviest, made, denoiser, info, cluster))
+
+
+def _kind(recipe: Recipe) -> str:
+    """Equal for stages that cost the same."""
+    m, r = recipe.match, recipe.regress
+    return str((m.batch, m.guidance == 1, m.pairs, r.batch, r.loss, r.size, r.decoder, r.tiny))
+
+
+def _changed(recipe: Recipe, checkpointing: bool, parallel: str | None = None, accumulate: int | None = None) -> Recipe:
+    return recipe.model_copy(
+        update={
+            "gradient_checkpointing": checkpointing,
+            "parallel": parallel or recipe.parallel,
+            "accumulate": accumulate or recipe.accumulate,
+        }
+    )
+
+
+def _work(made: Cost) -> Table:
+    table = Table("network", "TFLOP per step", box=None)
+    for name, value in made.flops.items():
+        table.add_row(name, f"{value / 1e12:,.2f}")
+    table.add_row("together", f"{made.step_flops / 1e12:,.2f}")
+    return table
+
+
+def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> Table:
+    """By part, with and without gradient checkpointing; the recipe's own is marked."""
+    kept, recomputed = (other, made) if checkpointing else (made, other)
+    columns = {"activations kept, GB": kept, "recomputed, GB": recomputed}
+    shown = {name: one for name, one in columns.items() if one is not None}
+    table = Table(title, *(name + " (recipe)" * (one is made) for name, one in shown.items()), box=None)
+    for part in made.memory:
+        if any(one.memory[part] for one in shown.values()):
+            table.add_row(part, *(f"{one.memory[part] / 1e9:,.2f}" for one in shown.values()))
+    table.add_row("together", *(f"{one.peak / 1e9:,.2f}" for one in shown.values()))
+    return table
+
+
+def _tell_pace(made: Cost, speed: Pace, cluster: Cluster) -> None:
+    console.print(f"step: {speed.arithmetic:,.3f} s of arithmetic at {cluster.utilisation:.0%} of the maker's figure")
+    if cluster.gpus == 1:
+        return
+    sums = {"gathered": made.traffic.gathered, "scattered": made.traffic.scattered, "reduced": made.traffic.reduced}
+    parts = ", ".join(f"{value / 1e9:,.2f} GB {name}" for name, value in sums.items() if value)
+    console.print(
+        f"traffic: {made.traffic.sent / 1e9:,.2f} GB per GPU, step and direction ({parts}), "
+        f"{speed.traffic:,.3f} s at {cluster.bandwidth / 1e9:,.0f} GB/s"
+    )
+    low, high = (speed.arithmetic / seconds for seconds in (speed.in_turn, speed.at_once))
+    console.print(f"efficiency: {low:.1%} if nothing of it happens during arithmetic, {high:.1%} if all does")
+
+
+def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: Cluster) -> None:
+    paces = [pace(made, recipe, cluster) for made in costs]
+    steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    fast, slow = (
+        sum(n * seconds for n, seconds in zip(steps, each, strict=True)) / 3600
+        for each in ([p.at_once for p in paces], [p.in_turn for p in paces])
+    )
+    hours, all_of_them = (
+        f"{fast * n:,.1f}" if cluster.gpus == 1 else f"{fast * n:,.1f} to {slow * n:,.1f}" for n in (1, cluster.gpus)
+    )
+    console.print(f"training: {hours} hours, {all_of_them} GPU-hours")
+
+
+def _tell_disk(recipe: Recipe, made: Cost) -> None:
+    kept = recipe.checkpoint.keep + (recipe.evaluate.every > 0)
+    console.print(
+        f"checkpoints: {made.checkpoint / 1e9:,.1f} GB each, {(kept + 1) * made.checkpoint / 1e9:,.1f} GB at most "
+        f"({kept} kept, one being written)"
+    )
+
+
+def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> None:
+    p = stages[0].pairs
+    guidance = p.guidance if stages[0].student.guidance is None else None
+    count = max(stage.pairs.count for stage in stages)
+    size = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
+    flops = count * evaluations(p.sampler, p.steps, guidance) * sampling_flops(denoiser, info)
+    hours = cluster.arithmetic(flops, p.precision) / 3600
+    console.print(f"pairs: {size / 1e9:,.1f} GB, {hours:,.1f} hours, {hours * cluster.gpus:,.0f} GPU-hours")
+
+
+def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster: Cluster) -> str:
+    """Whether a step fits with `SPARE` of the memory to spare, or the nearest setting that does.
+
+    A larger `accumulate` comes first, since it costs next to nothing, then recomputed activations, then slices.
+    """
+    room = (1 - SPARE) * cluster.gpu.memory
+    if made.peak < room:
+        return "it fits"
+    for checkpointing, parallel in _settings(recipe, cluster.gpus, bool(blocks(denoiser))):
+        own = (checkpointing, parallel) == (recipe.gradient_checkpointing, recipe.parallel)
+        base = made if own else cost(_changed(recipe, checkpointing, parallel), denoiser, info, cluster.gpus)
+        for accumulate in _divisors(recipe, cluster.gpus):
+            saved = base.memory["activations"] * (1 - recipe.accumulate / accumulate)
+            if base.peak - saved >= room:
+                continue
+            found = cost(_changed(recipe, checkpointing, parallel, accumulate), denoiser, info, cluster.gpus)
+            if found.peak < room:
+                entries = [f"accumulate={accumulate}"] * (accumulate != recipe.accumulate)
+                entries += ["gradient_checkpointing=true"] * (checkpointing != recipe.gradient_checkpointing)
+                entries += [f"parallel={parallel}"] * (parallel != recipe.parallel)
+                return f"it does not fit; {' '.join(entries)} does, with {found.peak / 1e9:,.1f} GB"
+    return "it does not fit, whatever accumulate, gradient_checkpointing and parallel are; take more or larger GPUs"
+
+
+def _settings(recipe: Recipe, gpus: int, has_blocks: bool) -> Iterator[tuple[bool, str]]:
+    """`(gradient_checkpointing, parallel)`: the recipe's own, then others with less memory."""
+    for parallel in [recipe.parallel, *["fsdp"] * (gpus > 1 and recipe.parallel == "ddp")]:
+        for checkpointing in dict.fromkeys(
+            (recipe.gradient_checkpointing, recipe.gradient_checkpointing or has_blocks)
+        ):
+            yield checkpointing, parallel
+
+
+def _divisors(recipe: Recipe, gpus: int) -> list[int]:
+    """What `accumulate` can be, from the recipe's own up."""
+    batches = [b for b, t in ((recipe.match.batch, "match"), (recipe.regress.batch, "regress")) if t in recipe.terms]
+    return [n for n in range(recipe.accumulate, min(batches) + 1) if not any(batch % (n * gpus) for batch in batches)]

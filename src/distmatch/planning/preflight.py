@@ -1,0 +1,416 @@
+"""Preflight: what a distillation does late is done once, at its smallest, before anything long begins.
+
+A check is a function of the `Flight`. It says what it found, or nothing where the recipe has nothing of its kind, and
+raises `UserError` where the run would fail hours later. Together they cost some ten evaluations of one sample, and the
+student's folder written and read once.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.data import imaging
+from distmatch.data.pair_builder import agree
+from distmatch.data.pairs import PairSpec
+from distmatch.diffusion.conditions import WHOLE, with_guidance
+from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.solvers import solver
+from distmatch.evaluation.measure import Space
+from distmatch.methods.terms import Samples, Start
+from distmatch.models.folder import load_model, save_model
+from distmatch.models.info import Info
+from distmatch.models.library import components
+from distmatch.recipe import build
+from distmatch.recipe.entries import Recipe
+from distmatch.system import parallel
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.files import scratch
+from distmatch.system.plain import read_json
+from distmatch.system.screen import size
+from distmatch.system.storage import Folder, filesystem, is_url
+from distmatch.training.engine import autocast, try_compiler
+from distmatch.training.log import TRACKERS
+
+FP32 = 4
+"""Bytes of a number in a checkpoint."""
+
+
+class Flight:
+    """A run before it begins: its recipe, its place, and what is loaded for it when a check first asks.
+
+    Args:
+        own: see `run.distil`.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, runs: Path, own: tuple[Denoiser, Info] | None = None):
+        self.recipe, self.out, self.runs, self.own = recipe, out, runs, own
+        self.stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+        self.device = build.device(recipe.device)
+
+    @cached_property
+    def subject(self) -> build.Subject:
+        net = self.own and self.own[0].net
+        odd = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)] if net else []
+        if odd:
+            raise UserError(f"the state of {type(net).__name__} holds more than tensors ({odd[0]}); it cannot be saved")
+        return build.subject(self.recipe, self.own)
+
+    @cached_property
+    def spaces(self) -> list[Space]:
+        """Where the student is measured while it is trained, with the references."""
+        return build.recipe_spaces(self.recipe.evaluate, self.recipe.teacher, self.subject.info, self.device)
+
+    @cached_property
+    def fake(self) -> Denoiser:
+        """What the fake score starts from; the teacher itself where nothing is different."""
+        return build.start(self.recipe, self.subject)
+
+    @cached_property
+    def student(self) -> Denoiser:
+        with tried("a copy of the network to train"):
+            return build.student(self.recipe, self.fake)
+
+    @cached_property
+    def info(self) -> Info:
+        return build.student_info(self.recipe, self.subject)
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Noise of one sample."""
+        return torch.randn(1, *self.subject.info.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    @cached_property
+    def cond(self) -> Cond | None:
+        """The first sample's condition. A prompt is encoded for it; `prompts.cache` is filled later."""
+        encode, scales = components(self.subject.info, self.device).encode, self.recipe.student.guidance
+        cond = self.subject.conditions.at([0]) if encode is None else encode(self.subject.prompts[:1])
+        if encode is not None and scales is not None:
+            cond = with_guidance(cond, torch.tensor([scales[0]]))
+        return cond and cond.to(self.device)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """The student's, with its graph."""
+        with autocast(self.device, self.recipe.precision), tried("the student, one sample"):
+            steps = Steps(self.info.times)
+            noise = [self.z] * (len(steps) - 1)
+            x = steps.sample(self.student, self.student.schedule, self.z, self.cond, noise)
+        return checked(x, self.z, "the student")
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The student's sample as a picture u8[1,C,H,W]."""
+        with torch.no_grad():
+            return imaging.picture(components(self.subject.info, self.device).decode(self.sample))
+
+    def pairs(self) -> dict[str, PairSpec]:
+        """The largest store of pairs that the stages ask for at each place."""
+        found: dict[str, PairSpec] = {}
+        for stage in filter(build.reads_pairs, self.stages):
+            spec = build.pair_spec(stage, self.subject)
+            place = build.pairs_folder(stage, spec, self.runs)
+            found[place] = max(spec, found.get(place, spec), key=lambda spec: spec.count)
+        return found
+
+
+@contextmanager
+def tried(what: str) -> Iterator[None]:
+    """What goes wrong within becomes a `UserError`: networks of one's own may raise anything."""
+    try:
+        yield
+    except (UserError, OSError):  # what the disk refuses is said by the command line
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise UserError(f"{what}, cannot be made: {type(error).__name__}: {reason[0]}") from error
+
+
+def checked(x: Tensor, like: Tensor, maker: str) -> Tensor:
+    """`x`, which must have the shape of `like` and be finite."""
+    if x.shape != like.shape:
+        raise UserError(f"{maker} makes a sample of shape {list(x.shape[1:])}; expected {list(like.shape[1:])}")
+    if not x.isfinite().all():
+        raise UserError(f"{maker} makes a sample that is not finite; check its weights, its schedule and prediction")
+    return x
+
+
+def packages(flight: Flight) -> str | None:
+    """The optional packages that this recipe needs, before anything heavy is loaded."""
+    recipe, needed = flight.recipe, list(flight.recipe.log.track)
+    if recipe.teacher.startswith("diffusers:"):
+        needed += ["diffusers", "transformers"]
+    if recipe.student.lora_rank:
+        needed += ["peft"]
+    if any(stage.regress.loss == "lpips" for stage in flight.stages if "regress" in stage.terms):
+        needed += ["piq", "torchvision"]
+    if str(recipe.prompts.path).endswith(".parquet"):
+        needed += ["pyarrow"]
+    need(*needed, by=f"recipe {recipe.name}")
+    for place in filter(None, (*(stage.pairs.path for stage in flight.stages), recipe.evaluate.reference)):
+        if is_url(place):
+            filesystem(place)
+    return ", ".join(needed)
+
+
+def batches(flight: Flight) -> str:
+    """Batches that the processes can share, in every stage."""
+    for stage in flight.stages:
+        build.check_batches(stage)
+    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms if name in build.TERMS]
+    return f"{', '.join(sizes)} over {parallel.world()} process{'es' * (parallel.world() > 1)}"
+
+
+def folder(flight: Flight) -> str | None:
+    """The run's folder can be written; so can that of the prompts' states."""
+    if parallel.rank() == 0:
+        for place in filter(None, (flight.out, flight.recipe.prompts.cache)):
+            with scratch(Path(place)):
+                pass
+    return f"{flight.out} can be written"
+
+
+def compiler(flight: Flight) -> str | None:
+    if not flight.recipe.compile:
+        return None
+    with tried("compile: true, which needs a C++ compiler and on a GPU also Triton: a first function"):
+        try_compiler(flight.device)
+    return "compiles a first function"
+
+
+def trackers(flight: Flight) -> str | None:
+    if parallel.rank() == 0:
+        for name in flight.recipe.log.track:
+            TRACKERS[name].ready()
+    return ", ".join(flight.recipe.log.track)
+
+
+def teacher(flight: Flight) -> str:
+    """It loads, and a step of its sampler, guided as for the pairs and for the matching, makes a sample."""
+    recipe, info, denoiser = flight.recipe, flight.subject.info, flight.subject.denoiser
+    own = recipe.student.guidance is not None
+    scales = {None} if own else {recipe.pairs.guidance, *(stage.match.guidance for stage in flight.stages)}
+    with torch.no_grad(), tried("the teacher, one sample"):
+        sampler = solver(recipe.pairs.sampler, info.scheduler)
+        for scale in scales:
+            x = sampler(guided(denoiser, scale), denoiser.schedule, flight.z, flight.cond, 1)
+            checked(x, flight.z, "the teacher")
+    prompts = f", {len(flight.subject.prompts):,} prompts" if flight.subject.prompts else ""
+    return f"{recipe.teacher}, {_weights(denoiser)}, samples {list(info.shape)}{prompts}"
+
+
+def student(flight: Flight) -> str:
+    """It starts from what the recipe says, and makes a sample, of which the fake score makes another."""
+    made = flight.sample
+    if build.trains_fake(flight.recipe):
+        with torch.no_grad(), autocast(flight.device, flight.recipe.precision), tried("the fake score, one sample"):
+            t = torch.full((1,), flight.student.schedule.t_max, device=flight.device)
+            checked(flight.fake(made.detach(), t, flight.cond), made, "the fake score")
+    times = ", ".join(f"{t:g}" for t in flight.info.times)
+    begun = flight.recipe.student.init or ("a new network" if flight.recipe.student.network else "the teacher")
+    return f"from {begun}, {_weights(flight.student)}, at t = {times}"
+
+
+def losses(flight: Flight) -> str:
+    """Every stage's loss of one sample, whose gradient reaches the student."""
+    found, x = {}, flight.sample.detach().requires_grad_()
+    for stage in flight.stages:
+        if "regress" in stage.terms:
+            distance = build.regression(stage, flight.subject.info)
+            with (
+                autocast(flight.device, flight.recipe.precision),
+                tried(f"regress.loss {stage.regress.loss}, of one sample"),
+            ):
+                value = distance(x, torch.zeros_like(x))
+                value.backward()
+            found[f"{stage.regress.loss}, decoder {stage.regress.decoder}"] = value
+    for name in (name for name in flight.recipe.terms if name not in build.TERMS):
+        found[name] = _own_loss(flight, name, x)
+    with tried("the gradient, of one sample"):
+        flight.sample.backward(torch.ones_like(x) if x.grad is None else x.grad)
+    weights = [weight for weight in flight.student.parameters() if weight.requires_grad]
+    if not any(weight.grad is not None for weight in weights):
+        raise UserError("no gradient reaches the student's weights; its forward must not run under torch.no_grad()")
+    for weight in weights:
+        weight.grad = None
+    for name, value in found.items():
+        if not value.isfinite():
+            raise UserError(f"{name} of one sample is {value.item()}")
+    return "; ".join([*found, "the gradient reaches the student"])
+
+
+def _own_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
+    """The student's loss of a term of the user's, of one sample; goes backward to `x`."""
+    term = build.own_term(flight.recipe, flight.subject, flight.fake, name)
+    generator = torch.Generator(flight.device).manual_seed(0)
+    if unknown := [stream for stream in term.reads if stream not in build.STREAMS]:
+        raise UserError(f"own_terms.{name} reads {unknown[0]!r}; expected {' or '.join(build.STREAMS)}")
+    start = Start(flight.z, flight.cond, 1, generator, y=torch.zeros_like(x))
+    cond = Cond.cat(*[flight.cond for _ in term.reads])
+    with autocast(flight.device, flight.recipe.precision), tried(f"own_terms.{name}, of one sample"):
+        drawn = term.draw([start for _ in term.reads], WHOLE)
+        value = term.student_loss(drawn, Samples(torch.cat([x for _ in term.reads]), cond))
+        value.backward()
+    return value
+
+
+def pictures(flight: Flight) -> str | None:
+    shape = flight.subject.info.shape
+    if len(shape) != 3 and not flight.recipe.log.preview:
+        return None
+    channels = flight.pixels.shape[1]
+    if channels not in (1, 3):
+        raise UserError(f"samples have {channels} channels; a run shows them as pictures, of 1 or 3")
+    imaging.png(imaging.grid(flight.pixels))
+    return f"{flight.pixels.shape[2]} x {flight.pixels.shape[3]}"
+
+
+def reference(flight: Flight) -> str | None:
+    """Feature spaces and references load, and take the student's pictures."""
+    for space, real in flight.spaces:
+        with tried(f"evaluate.features {flight.recipe.evaluate.features}, of one picture"):
+            features, _ = space.both(flight.pixels)
+        if features.shape[1] != len(real.mu):
+            raise UserError(
+                f"evaluate.features {flight.recipe.evaluate.features} has {features.shape[1]} features, its reference "
+                f"{real.source} {len(real.mu)}; they were not made for each other"
+            )
+    return "; ".join(f"{len(real.mu)} features against {real.source}" for _, real in flight.spaces)
+
+
+def saving(flight: Flight) -> str | None:
+    """The student's folder, written and read; every weight as it was. A network of one's own is given when reading."""
+    if parallel.rank() > 0:
+        return None
+    with scratch(flight.out) as place, tried("the student's folder"):
+        save_model(place, flight.student, flight.info)
+        config = read_json(place / "config.json", dict[str, Any])
+        net = copy.deepcopy(flight.student.net) if config["network"]["type"] is None else None
+        schedule = flight.student.schedule if config["schedule"]["type"] is None else None
+        back, _ = load_model(place, net, schedule)
+        nbytes = sum(file.stat().st_size for file in place.iterdir())
+    here, there = flight.student.state_dict(), back.state_dict()
+    for name, value in here.items():
+        if name not in there or not torch.equal(there[name].cpu(), value.cpu().to(there[name].dtype)):
+            raise UserError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")
+    own = [name for name, part in (("net", net), ("schedule", schedule)) if part is not None]
+    return f"{size(nbytes)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
+
+
+def pairs(flight: Flight) -> str | None:
+    """The stores that the stages ask for: none is another's, and they can be written where pairs are missing."""
+    recipe, found = flight.recipe, []
+    for place, spec in flight.pairs().items():
+        store = Folder(place)
+        stored, sizes = agree(store, spec), store.sizes()
+        there = min(spec.shards, sum(name.endswith(".safetensors") for name in sizes))
+        if parallel.rank() == 0 and (stored is None or stored.count < spec.count or there < spec.shards):
+            _writable(store)
+        small = ", fewer than regress.batch, so that batches hold some twice" * (spec.count < recipe.regress.batch)
+        found.append(f"{spec.count:,} in {place}, {there} of {spec.shards} shards there{small}")
+    return "; ".join(found)
+
+
+def disk(flight: Flight) -> str | None:
+    """There is room for what the run will write, disk by disk."""
+    wanted = {}
+    for place, nbytes in _sizes(flight):
+        wanted.setdefault(_mount(place), []).append((place, nbytes))
+    said = []
+    for mount, parts in wanted.items():
+        total, free = sum(nbytes for _, nbytes in parts), shutil.disk_usage(mount).free
+        if total > free:
+            listed = ", ".join(f"{size(nbytes)} in {place}" for place, nbytes in parts)
+            raise UserError(
+                f"the disk of {parts[0][0]} has {size(free)} free, and the run writes {size(total)}: {listed}. Make "
+                "room, choose other folders (--out, --runs, pairs.path), or lower checkpoint.keep or pairs.count"
+            )
+        said.append(f"{size(total)} of {size(free)} free")
+    return "; ".join(said)
+
+
+Check = Callable[[Flight], str | None]
+CHECKS: Sequence[Check] = (
+    packages,
+    batches,
+    folder,
+    trackers,
+    compiler,
+    teacher,
+    student,
+    losses,
+    pictures,
+    reference,
+    saving,
+    pairs,
+    disk,
+)
+
+
+def checks(flight: Flight) -> Iterator[tuple[str, str]]:
+    """Each check's name and what it found. Of several processes, all raise where one has a problem."""
+    for check in CHECKS:
+        found = check(flight) if check is reference else parallel.agreed(lambda check=check: check(flight))
+        if found:
+            yield check.__name__, found
+
+
+def cleared(flight: Flight) -> tuple[build.Subject, list[Space]]:
+    """What the run goes on with when all checks have passed."""
+    for _ in checks(flight):
+        pass
+    return flight.subject, flight.spaces
+
+
+def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
+    """Folders on disks, and the bytes that the run is still going to write there."""
+    for place, spec in flight.pairs().items():
+        if not is_url(place):
+            yield Path(place), max(0, spec.nbytes - sum(Folder(place).sizes().values()))
+    state = _state(flight.student, copies=2)
+    if build.trains_fake(flight.recipe):
+        state += sum(p.numel() for p in flight.fake.parameters()) * 3 * FP32
+    kept = flight.recipe.checkpoint.keep + 1 + bool(flight.spaces)
+    there = sum(file.stat().st_size for file in flight.out.glob("checkpoints/step-*/*"))
+    yield flight.out, max(0, kept * state - there) + _state(flight.student, copies=1, trained=0)
+
+
+def _state(network: Denoiser, copies: int, trained: int = 2) -> int:
+    """Bytes of `copies` of the network's state, and of `trained` numbers for each trained weight."""
+    weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    return FP32 * (copies * sum(v.numel() for v in network.state_dict().values()) + trained * weights)
+
+
+def _mount(place: Path) -> Path:
+    """The mount point of the nearest folder that is there."""
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    while there.parent != there and there.stat().st_dev == there.parent.stat().st_dev:
+        there = there.parent
+    return there
+
+
+def _writable(store: Folder) -> None:
+    if store.path is not None:
+        with scratch(store.path):
+            return
+    name = f".preflight-{os.getpid()}-{uuid4().hex}"
+    store.create(name, b"")
+    store.remove(name)
+
+
+def _weights(network: nn.Module) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:,.1f} M weights"
+
+
+def _kind(network: Denoiser) -> str:
+    return f"the student's network {type(network.net).__name__}"

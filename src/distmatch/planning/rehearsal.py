@@ -1,0 +1,336 @@
+"""A training step on tensors that have shapes and no numbers.
+
+`build.distiller` makes the recipe's distillation from networks without weights, and `update_student` and `update_fake`
+run as they do in training, while a `Ledger` follows every tensor from its birth to its death and counts every product
+of matrices.
+"""
+
+import copy
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from distmatch.diffusion.conditions import WHOLE, Share, with_guidance
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.methods.distill import Distiller
+from distmatch.methods.terms import Start
+from distmatch.models.info import Info
+from distmatch.models.library import family_of
+from distmatch.planning.weightless import regression
+from distmatch.recipe import build
+from distmatch.recipe.entries import Recipe
+
+LOSSES = "decoder and LPIPS"
+"""What computes outside of the three networks."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one process did in a step, whose networks are left without numbers.
+
+    Args:
+        networks: student, fake score, teacher and average, by these names, as far as there are.
+        losses: frozen networks of the regression's loss.
+        flops: of one of the step's parts, by network.
+        gradients, activations: bytes when most was alive; activations are all that was neither there before nor a
+            gradient.
+        most_activations: the most of these at any time.
+    """
+
+    networks: dict[str, nn.Module]
+    losses: list[nn.Module]
+    flops: Counter[str]
+    gradients: int
+    activations: int
+    most_activations: int
+
+
+def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool = False) -> Rehearsal:
+    """A step of `recipe` in one process, with one of `parts` equal parts of its batches at a time.
+
+    Args:
+        denoiser: the teacher; its weights are not used.
+        sharded: weights of student and fake score have the precision in which FSDP2 gathers them.
+    """
+    ledger = Ledger()
+    ready(denoiser)
+    twin = copy.deepcopy(denoiser)
+    with _without_numbers(), ledger:
+        stage = _Stage(recipe, twin, info, parts, sharded)
+        trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake}
+        networks = {name: n for name, n in {**trained, "teacher": stage.teacher}.items() if n is not None}
+        held = ledger.start(networks)
+        with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
+            flops = stage.run(ledger)
+    drawn = (recipe.accumulate - stage.turns) * stage.drawn  # for the parts that were left out
+    return Rehearsal(
+        {**networks, "average": stage.distiller.ema.network},
+        stage.losses,
+        flops,
+        ledger.gradients_then,
+        drawn + ledger.peak - ledger.gradients_then - held,
+        drawn + ledger.peak_without_gradients - held,
+    )
+
+
+def sampling_flops(denoiser: Denoiser, info: Info) -> float:
+    """FLOPs of one evaluation of one sample."""
+    ready(denoiser)
+    twin, ledger = copy.deepcopy(denoiser), Ledger()
+    with _without_numbers(), ledger, torch.no_grad():
+        _emptied(twin)(torch.empty(1, *info.shape), torch.empty(1), example(twin, info, 1))
+    return ledger.flops.total()
+
+
+class Ledger(TorchDispatchMode):
+    """Follows what runs within it: bytes of tensors that are alive, and FLOPs by network.
+
+    `peak` is the most that was alive, `gradients_then` what of it were gradients; `peak_without_gradients` the most
+    that was alive besides gradients.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.gradients = self.peak = self.gradients_then = self.peak_without_gradients = 0
+        self.flops: Counter[str] = Counter()
+        self.network = LOSSES
+        self._known: WeakSet[torch.UntypedStorage] = WeakSet()
+        self._have: set[nn.Parameter] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops[self.network] += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        finalize(storage, self._gone, storage.nbytes()).atexit = False
+        self.alive += storage.nbytes()
+        self.peak_without_gradients = max(self.peak_without_gradients, self.alive - self.gradients)
+        if self.alive > self.peak:
+            self.peak, self.gradients_then = self.alive, self.gradients
+
+    def _gone(self, size: int) -> None:
+        self.alive -= size
+
+    def start(self, networks: dict[str, nn.Module]) -> int:
+        """Count from here on, what the `networks` compute under their names; returns the bytes alive."""
+        for name, network in networks.items():
+            self._name(name, network)
+        self.peak = self.peak_without_gradients = self.alive
+        return self.alive
+
+    def updated(self) -> None:
+        """The optimizer has cleared the gradients."""
+        self.gradients = 0
+        self._have.clear()
+
+    def _name(self, name: str, network: nn.Module) -> None:
+        def computes(*_: Any) -> None:
+            self.network = name
+
+        def done(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.network = LOSSES
+            if output.requires_grad:  # backward comes through here, after the losses
+                output.register_hook(computes)
+
+        def accumulated(parameter: nn.Parameter) -> None:
+            if parameter not in self._have:
+                self._have.add(parameter)
+                self.gradients += parameter.numel() * parameter.element_size()
+
+        network.register_forward_pre_hook(computes)
+        network.register_forward_hook(done)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(accumulated)
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Within it, `owner` has these attributes in place of its own."""
+    own = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(owner, name, value)
+
+
+def _gpu_autocast() -> AbstractContextManager:
+    """Autocast to bf16 as on GPUs, where normalisations compute and answer in fp32; on CPUs they don't.
+
+    See "CUDA Ops that can autocast to float32" in PyTorch's documentation of `torch.amp`.
+    """
+
+    def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+        return run
+
+    return _replaced(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm))
+
+
+def ready(denoiser: Denoiser) -> None:
+    """Have tables made that are kept for good: within `_without_numbers` they would have none."""
+    ones = torch.ones(1)
+    denoiser.schedule.add_noise(ones, ones, ones)
+    denoiser.prediction.inputs(ones, ones, ones)
+
+
+class _NoNumbers(FakeTensorMode):
+    """Deep copies of tensors are of the same mode as these."""
+
+    def __deepcopy__(self, memo: Any) -> "_NoNumbers":
+        return self
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Within it, tensors that are made have a place on the CPU, a shape and no numbers, and so has what comes of them.
+
+    Not on the meta device, where attention has no fused kernel and there is no autocast. Modules stay where they are:
+    PyTorch cannot move those of such tensors, and none has to be.
+    """
+    with warnings.catch_warnings(), _NoNumbers(allow_non_fake_inputs=True):
+        warnings.filterwarnings("ignore", "Accessing the data pointer")  # in deep copies
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        with _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self):
+            yield
+
+
+class _Stage:
+    """A recipe's distillation, set up for a rehearsal: one process's share, and no more than two parts of it, since a
+    third is like the second but for what is drawn ahead: `drawn` bytes for each.
+    """
+
+    drawn = 0
+
+    def __init__(self, recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool):
+        self.recipe, self.info = recipe, info
+        self.match, self.regress = recipe.match.batch // parts, recipe.regress.batch // parts
+        self.turns = min(recipe.accumulate, 2)
+        self.teacher = _emptied(denoiser)
+        plain = recipe.model_copy(
+            update={
+                "device": "cpu",
+                "compile": False,
+                "accumulate": self.turns,
+                "match": recipe.match.model_copy(update={"batch": self.turns * self.match}),
+                "regress": recipe.regress.model_copy(
+                    update={"batch": self.turns * self.regress, "loss": "mse", "decoder": "none"}
+                ),
+                "student": recipe.student.model_copy(update={"init": None}),
+            }
+        )
+        no_pairs: Any = object()
+        subject = build.Subject(self.teacher, replace(info, source=""), _Examples(self.example), "")
+        self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
+        batches = {"noise": self.match, "pairs": self.regress}
+        streams = {n: _Inputs(self.example, n, batches[n], info.shape) for n in self.distiller.objective.streams}
+        self.distiller.objective = replace(self.distiller.objective, streams=streams)
+        self.losses: list[nn.Module] = []
+        for term in self.distiller.terms:
+            if term.name == "regress":
+                regress: Any = term
+                regress.loss, self.losses = regression(recipe, info)
+        if sharded and recipe.precision == "bf16":  # FSDP2 gathers them so, and autocast makes no copies
+            for network in filter(None, (self.distiller.student, self.distiller.fake)):
+                for parameter in network.parameters():
+                    parameter.data = parameter.data.bfloat16()
+
+    def run(self, ledger: Ledger) -> Counter[str]:
+        """One step; FLOPs of one part of it, by network."""
+        before = ledger.alive
+        parts = [self.distiller.draw(0, WHOLE) for _ in range(self.turns)]
+        images_too = 4 * (self.match + self.regress) * math.prod(self.info.shape)
+        self.drawn = (ledger.alive - before) // self.turns + images_too
+        images, _ = self.distiller.update_student(0, parts)
+        ledger.updated()
+        again: Counter[str] = Counter()
+        if self.distiller.fake is not None:
+            self.distiller.update_fake(0, parts, images)
+            ledger.updated()
+            if self.recipe.fake.steps > 1:  # the others are like the second, which makes images of its own
+                before = Counter(ledger.flops)
+                for part, made in zip(parts, images, strict=True):
+                    self.distiller.renew(part, made, 0, 1, WHOLE)
+                self.distiller.update_fake(1, parts, images)
+                again = ledger.flops - before
+                ledger.flops = before
+        names = dict.fromkeys([*ledger.flops, *again])
+        more = self.recipe.fake.steps - 1
+        return Counter({name: (ledger.flops[name] + more * again[name]) / self.turns for name in names})
+
+    def example(self, n: int) -> Cond | None:
+        return example(self.teacher, self.info, n, self.recipe.student.guidance is not None)
+
+
+def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Cond | None:
+    """A condition of `n` samples; `guided`: with a guidance scale."""
+    cond = family_of(info).example_cond(denoiser.net, info, n)
+    return with_guidance(cond, torch.empty(n)) if guided else cond
+
+
+@dataclass
+class _Examples:
+    """Conditions without numbers; see `conditions.Conditions`."""
+
+    example: Callable[[int], Cond | None]
+
+    def at(self, numbers: Sequence[int]) -> Cond | None:
+        return self.example(len(numbers))
+
+    def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond | None:
+        return self.example(n)
+
+
+@dataclass
+class _Inputs:
+    """A stream without numbers; see `terms.Stream`."""
+
+    example: Callable[[int], Cond | None]
+    name: str
+    batch: int
+    shape: tuple[int, ...]
+
+    @property
+    def fresh(self) -> bool:
+        return self.name == "noise"
+
+    def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
+        z, y = (torch.empty(self.batch, *self.shape) for _ in range(2))
+        return Start(z, self.example(self.batch), self.batch, torch.Generator(), None if self.fresh else y)
+
+
+def _emptied(network: Any) -> Any:
+    """`network`, frozen, its tensors made anew in place."""
+    for module in network.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    kind[name] = nn.Parameter(empty) if kind is module._parameters else empty
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,472 @@
+"""The entries of a recipe: type, range, default, what each does and where it is from, and the facts beside it.
+
+Sections, equations, algorithms and tables are those of the paper (arXiv 2311.18828).
+"""
+
+from copy import deepcopy
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distmatch.recipe.entry import entry, facts_of, flat, set_entry
+from distmatch.recipe.mistakes import explain
+from distmatch.system.errors import UserError
+from distmatch.system.paths import expand
+
+Place = Annotated[str, AfterValidator(expand)]
+"""A path, a URL, or a model's name."""
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Factor = Annotated[float, Field(ge=0)]  # of a loss, of guidance
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, which would never move at 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Optimiser(_Strict):
+    """AdamW of one network; see `optim.Optimizer`."""
+
+    lr: Annotated[float, Field(gt=0)] = entry(
+        5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION"
+    )
+    betas: tuple[Decay, Decay] = entry(
+        (0.9, 0.999), "Decay per step of AdamW's averages of the gradient and of its square.", "Appendix B"
+    )
+    weight_decay: Factor = entry(0.01, "AdamW's decoupled weight decay; the learning rate multiplies it.", "Appendix B")
+    warmup: Natural = entry(0, "Length of the linear warm-up of the learning rate, in updates; 0: none.", "ours")
+    decay: Fraction = entry(
+        0.0,
+        "Share of the run, at its end, over which the learning rate falls linearly to zero; 0: it stays constant.",
+        "ours",
+    )
+    clip: Factor = entry(
+        10.0, "Largest L2 norm of the gradient; a longer one is scaled down to it. 0: no clipping.", "Appendix B: 10"
+    )
+
+
+class Fake(_Strict):
+    """The fake score."""
+
+    optimizer: Optimiser = entry(Optimiser(), "AdamW of the fake score (Appendix B).")
+    steps: Positive = entry(1, "Updates of the fake score per update of the student.", "Algorithm 1: 1")
+
+
+class Network(_Strict):
+    """A new network, for a teacher without weights of its own (a mixture); see `models.mlp.MLP`."""
+
+    type: Literal["mlp"] = entry("mlp", "Kind of network; an MLP is for points, not for images.", "ours")
+    width: Positive = entry(64, "Units per layer.", "ours")
+    depth: Positive = entry(2, "Number of residual layers.", "ours")
+
+
+class Student(_Strict):
+    """The one-step generator."""
+
+    times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
+        None,
+        "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
+        "Stable Diffusion. One makes a one-step student, more a student of so many steps (terms=match alone). null: "
+        "the schedule's last, where the paper has T - 1. `student.t=X` is short for one.",
+        "Section 3.1; DMD2 for several",
+    )
+    init: Place | None = entry(
+        None, "Student to go on from: a model folder, a run, or the name of one in the package. null: none.", "ours"
+    )
+    network: Network | None = entry(
+        None, "A new network for student and fake score. null: both start as copies of the teacher (Section 3.1)."
+    )
+    guidance: tuple[Factor, Factor] | None = entry(
+        None,
+        "Range [low, high], low < high, of a guidance scale that becomes an input of the student. Training draws it "
+        "per sample and ignores match.guidance and pairs.guidance. null: the scale is fixed.",
+        "Section 5 names it as future work",
+        pairs=True,
+    )
+    lora_rank: Natural = entry(
+        0, "Rank of adapters, which alone are trained (Stable Diffusion). 0: all weights are trained.", "ours"
+    )
+    ema: Decay = entry(
+        0.999,
+        "Decay per step of the average of the student's weights, which is the result; 0: the last weights.",
+        "ours",
+    )
+    optimizer: Optimiser = entry(Optimiser(), "AdamW of the student (Appendix B).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _t_is_one_time(cls, entries: Any) -> Any:
+        if not isinstance(entries, dict) or "t" not in entries:
+            return entries
+        times = {} if entries["t"] is None else {"times": [entries["t"]]}
+        return {key: value for key, value in entries.items() if key != "t"} | times
+
+    @model_validator(mode="after")
+    def _times_fall(self) -> Self:
+        if self.times is not None and any(later >= time for time, later in pairwise(self.times)):
+            raise UserError(f"expected times: [high, ..., low], falling, not {list(self.times)}")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_in_order(self) -> Self:
+        if self.guidance is not None and not self.guidance[0] < self.guidance[1]:
+            raise UserError(f"expected guidance: [low, high] with low < high, not {list(self.guidance)}")
+        return self
+
+
+class MatchTerm(_Strict):
+    """Distribution matching; see `distill.Match`."""
+
+    weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Appendix B: 1")
+    batch: Positive = entry(
+        64,
+        "Images of the student per step, of all processes together; the fake score is trained on them as well.",
+        "Appendix B: 392, 336 or 2304",
+        small=2,
+    )
+    weighting: Literal["algorithm2", "eq8", "dreamfusion", "prolificdreamer"] = entry(
+        "algorithm2",
+        "Factor on mu_fake - mu_real at each noise level. algorithm2: 1 / mean |x - mu_real|; eq8: the same times "
+        "alpha; dreamfusion: w_t = sigma / alpha; prolificdreamer: w_t = sigma^3 / alpha.",
+        "Algorithm 2, Eq. 8, Table 2",
+    )
+    bins: Positive = entry(1000, "Number of noise levels T into which the schedule is divided.", "Appendix B.1: 1000")
+    min_step: Natural = entry(
+        20, "Lowest noise level of the term, as a bin below max_step; 0 is the lowest of all.", "Section 3.2: 0.02 T"
+    )
+    max_step: Positive = entry(
+        980,
+        "End of the noise levels of the term, as a bin: the highest drawn is the one below. At most bins.",
+        "Section 3.2: 0.98 T; Table 5: 500 in late stages",
+    )
+    guidance: Factor = entry(
+        1.0,
+        "Scale w of classifier-free guidance of the real score, uncond + w (cond - uncond); the fake score is never "
+        "guided. 1: no guidance.",
+        "Section 3.4; Section 4.3: 3 and 8",
+    )
+    pairs: bool = entry(
+        False, "Match also the images of the regression's noise, concat(x, x_ref).", "Algorithm 1, for LAION alone"
+    )
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Self:
+        if not self.min_step < self.max_step <= self.bins:
+            raise UserError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
+        return self
+
+
+class RegressTerm(_Strict):
+    """Regression to the teacher's samples; see `distill.Regress`, `perceptual.Lpips`, `diffusers.autoencoder`."""
+
+    weight: Factor = entry(
+        0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"
+    )
+    batch: Positive = entry(64, "Pairs per step, of all processes together.", "Appendix B: 392, 336 or 1152", small=2)
+    loss: Literal["mse", "huber", "lpips"] = entry(
+        "mse",
+        "Distance of the student's image from the teacher's: mean squared error, pseudo-Huber, or LPIPS in the "
+        "features of VGG-16. Weights are not comparable between them.",
+        "Eq. 9, Section 3.3: lpips; the others are ours",
+    )
+    size: Positive = entry(
+        224,
+        "Pixels per side at which LPIPS compares; shorter sides are enlarged to it, longer ones stay.",
+        "Appendix B.1: 224",
+        small=32,
+    )
+    weights: Place | None = entry(
+        None,
+        "Folder with the files of LPIPS, vgg16-397923af.pth and lpips_weights.pt. null: the folder in the environment "
+        "variable DISTMATCH_WEIGHTS, the cache of torch.hub, or a download.",
+        "ours",
+        unnamed=True,
+    )
+    decoder: Literal["none", "tiny", "full"] = entry(
+        "none",
+        "What decodes latents so that their images are compared: the tiny autoencoder, or the teacher's full one. "
+        "none: latents, or images that need no decoding, are compared as they are.",
+        "Appendix B.3: tiny; Table 5: full in late stages",
+    )
+    tiny: Place = entry(
+        "madebyollin/taesd", "The tiny autoencoder: a folder in diffusers' format or a model id.", "Appendix B.3"
+    )
+
+
+class Pairs(_Strict):
+    """The noise-image pairs; see `pairs.PairSpec`."""
+
+    path: Place | None = entry(
+        None,
+        "Folder or URL of the store. null: a folder beside the runs, shared by all that have this teacher and these "
+        "settings.",
+        "ours",
+        unnamed=True,
+    )
+    count: Positive = entry(
+        100_000, "Number of pairs; a store grows.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=6
+    )
+    sampler: Literal["heun", "euler", "pndm"] = entry(
+        "heun",
+        "Deterministic sampler of the teacher; pndm is for models in diffusers' format.",
+        "Section 3.3: heun, pndm for LAION",
+        pairs=True,
+    )
+    steps: Positive = entry(
+        18,
+        "Steps of the sampler; heun evaluates the teacher 2 steps - 1 times.",
+        "Appendix B: 18 for CIFAR-10, 256 for ImageNet, 50 for LAION",
+        pairs=True,
+        small=3,
+    )
+    guidance: Factor = entry(
+        1.0,
+        "Scale of classifier-free guidance while sampling, as match.guidance. 1: no guidance.",
+        "Section 3.4; Appendix B: 3 and 8 for LAION",
+        pairs=True,
+    )
+    seed: int = entry(0, "Seed of the pairs' noise.", "ours", pairs=True)
+    dtype: Literal["float32", "float16"] = entry("float32", "Type in which the images are stored.", "ours", pairs=True)
+    precision: Literal["fp32", "bf16", "fp16"] = entry(
+        "fp32", "Arithmetic of the teacher while sampling; the last two by autocast.", "ours", pairs=True
+    )
+    shard: Positive = entry(1024, "Pairs per file.", "ours", pairs=True, small=4)
+    batch: Positive = entry(256, "Pairs that are sampled at once; only memory and speed depend on it.", "ours", small=2)
+
+
+class Prompts(_Strict):
+    """The texts of a text-to-image teacher; see `prompts.read_prompts`."""
+
+    path: Place | None = entry(
+        None,
+        "File of prompts: .txt with one per line, .jsonl, .parquet, or captions of MS-COCO in .json. null is for "
+        "teachers that need none.",
+        "Appendix B.3: LAION-Aesthetics 6.25+",
+        unnamed=True,
+        pairs=True,
+    )
+    column: str | None = entry(
+        None,
+        "Column of the table, or key of each JSON line, that holds the prompt. null: the first of prompt, caption, "
+        "text.",
+        "ours",
+        unnamed=True,
+        pairs=True,
+    )
+    cache: Place | None = entry(
+        None,
+        "Folder for the prompts' text embeddings, which are computed once. null: they are computed for each batch.",
+        "ours",
+        unnamed=True,
+    )
+
+
+class OwnTerm(BaseModel):
+    """A term of the user's; see `terms.TermContext`. All entries but `source` are arguments of its class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    source: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] = entry(
+        ..., "Its class, MODULE:CLASS or FILE.py:CLASS, which is imported and run.", "ours"
+    )
+
+
+class Stage(_Strict):
+    """A part of a run."""
+
+    until: Positive = entry(
+        ..., "Last iteration of the stage. They rise from stage to stage, and the last is steps.", "Table 5"
+    )
+    change: dict[str, float | int | str | bool] = entry(
+        {},
+        "Entries that differ from the recipe in this stage, by dotted name; not those of the stage before.",
+        "Table 5",
+    )
+
+
+class Logging(_Strict):
+    """What is written down while training."""
+
+    every: Positive = entry(20, "Steps between two lines of the log.", "ours", small=1)
+    preview: Natural = entry(0, "Steps between two pictures of samples; 0: none.", "ours", small=3)
+    track: list[Literal["tensorboard", "wandb"]] = entry(
+        [], "Where figures also go, apart from log.jsonl; each needs its package.", "ours"
+    )
+
+
+class Checkpointing(_Strict):
+    """Checkpoints, from which a run continues."""
+
+    every: Positive = entry(500, "Steps between two checkpoints.", "ours", small=2)
+    keep: Positive = entry(2, "How many of the latest are kept, beside the best where the run is evaluated.", "ours")
+
+
+class Evaluation(_Strict):
+    """Frechet distances of the averaged student while training; see `build.recipe_spaces`."""
+
+    every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
+    images: Positive = entry(2000, "Images per evaluation; the distance of few images reads high.", "ours")
+    features: Place | None = entry(
+        None,
+        "Feature spaces: a folder made by `distmatch classifier`, one of the package, pixels, or inception:FILE. null: "
+        "no evaluation.",
+        "ours; Appendix D: Inception",
+    )
+    reference: Place | None = entry(
+        None,
+        "Real images, or for Inception their statistics, to compare with. null: those in the folder of the features.",
+        "ours; Appendix D",
+    )
+
+
+def _unique(terms: list[str]) -> list[str]:
+    if len(set(terms)) < len(terms):
+        raise UserError(f"a term is named twice: {', '.join(terms)}")
+    return terms
+
+
+class Recipe(_Strict):
+    """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line.
+
+    A file may name another recipe as its `base`, whose entries hold where it has none.
+    """
+
+    name: str = entry(..., "Name of the recipe; default: the file's.", "ours", unnamed=True)
+    description: str = entry("", "What the recipe is, in one line.", "ours", free=True)
+    expected: str = entry("", "What comes out of it: quality, cost, memory.", "ours", free=True)
+    teacher: Place = entry(
+        ...,
+        "Diffusion model to distil: a model folder, one of the package, edm:FILE (a published checkpoint), "
+        "diffusers:FOLDER_OR_ID, or mixture:NAME.",
+        "Appendix B",
+        pairs=True,
+    )
+    seed: int = entry(
+        0, "Seed of all that training draws: noise, conditions, noise levels, the order of pairs.", "ours"
+    )
+    steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=3)
+    terms: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)] = entry(
+        ["match", "regress"],
+        "Terms of the objective, each once: match, regress, or names in own_terms. On the command line also as "
+        "terms=match,regress.",
+        "Section 3.3; Table 2 leaves out one",
+    )
+    own_terms: dict[str, OwnTerm] = entry(
+        {},
+        "Terms of your own by name: {NAME: {source: FILE.py:CLASS, ARGUMENT: VALUE, ...}}; see examples/own_term.py.",
+        "ours",
+    )
+    prompts: Prompts = entry(Prompts(), "Texts of a text-to-image teacher.")
+    student: Student = entry(Student(), "The one-step generator.")
+    match: MatchTerm = entry(MatchTerm(), "Distribution matching (Section 3.2, Algorithms 2 and 3).", stage=True)
+    regress: RegressTerm = entry(
+        RegressTerm(), "Regression to the teacher's images of the same noise (Section 3.3, Eq. 9).", stage=True
+    )
+    pairs: Pairs = entry(Pairs(), "Noise-image pairs, made by the teacher (Section 3.3).", stage=True)
+    fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
+    stages: list[Stage] = entry(
+        [], "Parts of the run in which terms and pairs differ; empty: the run is one.", "Table 5", unnamed=True
+    )
+    accumulate: Positive = entry(
+        1, "Parts in which a batch is computed, one after the other, for less memory.", "ours", free=True, small=1
+    )
+    precision: Literal["fp32", "bf16"] = entry(
+        "fp32", "Arithmetic of the networks; bf16 by autocast. Weights and averages stay fp32.", "Appendix B.2: mixed"
+    )
+    parallel: Literal["ddp", "fsdp"] = entry(
+        "ddp", "How several processes hold the networks: ddp, each a copy; fsdp, each a part.", "ours", free=True
+    )
+    gradient_checkpointing: bool = entry(
+        False, "Recompute activations instead of keeping them: less memory, more arithmetic.", "Appendix B.3", free=True
+    )
+    compile: bool = entry(False, "Compile the networks' blocks with torch.compile.", "ours", free=True)
+    device: str = entry(
+        "auto", "cpu, cuda, cuda:1, mps. auto: CUDA where there is one, else the CPU.", "ours", free=True, small="cpu"
+    )
+    log: Logging = entry(Logging(), "What is written down while training.", free=True)
+    checkpoint: Checkpointing = entry(Checkpointing(), "What a run continues from.", free=True)
+    evaluate: Evaluation = entry(
+        Evaluation(),
+        "Frechet distances of the averaged student while training; the first says which is best.",
+        free=True,
+    )
+
+    @model_validator(mode="after")
+    def _terms_are_known(self) -> Self:
+        known = ("match", "regress", *self.own_terms)
+        if unknown := [term for term in self.terms if term not in known]:
+            raise UserError(
+                f"terms has {unknown[0]!r}; expected {', '.join(known)}, or a term of your own, named in own_terms"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_of_one_step(self) -> Self:
+        if self.student.times is not None and len(self.student.times) > 1 and "regress" in self.terms:
+            raise UserError(
+                "the regression compares images of one step with the teacher's; train a student of several "
+                "student.times with terms=match"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, tree: Any) -> Any:
+        return renamed(tree) if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Self:
+        ends = [stage.until for stage in self.stages]
+        if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
+            raise UserError(f"stages end at {ends}; expected rising iterations, the last of them `steps`, {self.steps}")
+        for number in range(len(self.stages)):
+            self.stage(number)  # raises where its changes are not entries
+        return self
+
+    def stage(self, number: int) -> "Recipe":
+        """The recipe as it is in stage `number`, from 0. Each stage changes the recipe, not the stage before."""
+        tree = self.model_dump(exclude={"stages"})
+        changeable = [name for name, field in Recipe.model_fields.items() if "stage" in facts_of(field)]
+        for key, value in self.stages[number].change.items():
+            if key.split(".")[0] not in changeable:
+                raise UserError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(changeable)}")
+            set_entry(tree, key, value)
+        return parse_recipe(tree, f"stage {number + 1}")
+
+
+EARLIER = {"generator": "student.optimizer", "critic.steps": "fake.steps", "critic": "fake.optimizer"}
+"""What entries and groups were called in recipes of earlier versions, which are still read."""
+
+
+def present_name(dotted: str) -> str:
+    """Return the name by which an entry goes now, given that or an earlier one."""
+    for earlier, now in EARLIER.items():
+        if f"{dotted}.".startswith(f"{earlier}."):
+            return now + dotted.removeprefix(earlier)
+    return dotted
+
+
+def renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested entries `tree` by their present names. Raises `UserError` where one has both its names."""
+    earlier = {group: tree[group] for group in ("generator", "critic") if group in tree}
+    if not earlier:
+        return tree
+    found = deepcopy({name: value for name, value in tree.items() if name not in earlier})
+    given = flat(found)
+    for name, value in flat(earlier).items():
+        if present_name(name) in given:
+            raise UserError(f"{name} is the earlier name of {present_name(name)}, which is given as well; leave it out")
+        set_entry(found, present_name(name), value)
+    return found
+
+
+def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """`tree` as a recipe; `source` is named in the errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(e, Recipe, source) for e in error.errors())) from error

@@ -1,0 +1,149 @@
+"""Recipes as they are read: every number of an experiment in one YAML file, strict, with dotted overrides."""
+
+import difflib
+import json
+import re
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from distmatch.recipe.entries import Recipe, present_name, renamed
+from distmatch.recipe.entry import flat, marked, set_entry, walk
+from distmatch.recipe.mistakes import explain, nearest
+from distmatch.system.errors import UserError
+from distmatch.system.paths import RECIPES, expand
+from distmatch.system.plain import fitting, read_yaml, yaml_of
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """The recipe called `name`, or in the file `name`, with `key=value` overrides such as `match.weighting=eq8`.
+
+    Raises `UserError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value; it names
+    the override where that is to blame.
+    """
+    path, tree = _read(name)
+    tree.setdefault("name", path.stem)
+    file = deepcopy(tree)
+    overrides = [_trimmed(override) for override in overrides]
+    for override in overrides:
+        _apply(tree, override)
+    keys = {override.partition("=")[0] for override in overrides}
+    if "stages" not in keys:  # what is asked for holds in every stage
+        stages = fitting(tree.get("stages") or [], f"{path}: stages", list[dict[str, Any]])
+        for stage in stages:
+            change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
+            stage["change"] = {k: v for k, v in change.items() if k not in keys}
+        tree["stages"] = stages
+    source = f"recipe {name}" if name in recipes() else str(path)
+    found, own = _errors(tree), {error["loc"] for error in _errors(file)}
+    if found:
+        raise UserError("\n".join(explain(e, Recipe, source, () if e["loc"] in own else overrides) for e in found))
+    return Recipe.model_validate(tree)
+
+
+def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, and what it says together with its base."""
+    path = Path(expand(name))
+    if path.suffix not in (".yaml", ".yml"):
+        if "=" in name:
+            raise UserError(f"{name!r} is no recipe; the recipe comes first, what it changes after it: RECIPE {name}")
+        if path.exists() or len(path.parts) > 1:
+            raise UserError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
+        if name not in recipes():
+            raise UserError(f"recipe {name!r} is unknown{nearest(name, recipes())}; see `distmatch recipes`")
+        path = recipes()[name]
+    elif not path.exists():
+        raise UserError(f"recipe file {name} does not exist")
+    tree = renamed(read_yaml(path))
+    if "base" in tree:
+        base = str(tree.pop("base"))
+        if base in (name, *above):
+            raise UserError(f"{path}: its base {base!r} has itself as base")
+        tree = _merged(_read(base, (name, *above))[1], tree)
+    return path, tree
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, group by group."""
+    return base | {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in changes.items()
+    }
+
+
+def _errors(tree: dict[str, Any]) -> list[Any]:
+    """What pydantic has to say against `tree`."""
+    try:
+        Recipe.model_validate(tree)
+    except ValidationError as error:
+        return error.errors()
+    return []
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def run_name(base: Recipe, recipe: Recipe) -> str:
+    """Return the default name of a run's folder: the recipe's, and what was overridden in `base`.
+
+    For example `mnist-terms=match`. Entries that are `free` or `unnamed` are left out, and paths are cut to their last
+    part. Runs that differ in nothing else share a folder's name, and there the second is refused.
+    """
+    before, now = (flat(r.model_dump(mode="json")) for r in (base, recipe))
+    aside = free_entries() | marked(Recipe, "unnamed").keys()
+    changed = [key for key, value in now.items() if before.get(key) != value and key not in aside]
+    name = recipe.name + "".join(f"-{key}={_in_a_name(now[key])}" for key in changed)
+    return name if len(name) <= 120 else f"{name[:111]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _in_a_name(value: Any) -> str:
+    """An entry's value as part of a file's name."""
+    if isinstance(value, list):
+        return ",".join(map(_in_a_name, value))
+    text = value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.,+-]", "_", text)
+
+
+def entries() -> list[str]:
+    """Return the dotted names of all entries that an override can set."""
+    return [name for name, _, _ in walk(Recipe)]
+
+
+def free_entries() -> set[str]:
+    """Return the entries that may change when a run continues: they do not touch the result, except for rounding."""
+    return set(marked(Recipe, "free"))
+
+
+def meant(name: str) -> list[str]:
+    """The entries that `name` may stand for: itself, those of this last name, or else the nearest one."""
+    name, known = present_name(name), entries()
+    same = [entry for entry in known if name in (entry, entry.rpartition(".")[2])]
+    return [name] if name in same else same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+
+
+def _trimmed(override: str) -> str:
+    """An override without the spaces that quotes let in, by its entry's present name."""
+    key, equals, value = override.partition("=")
+    return f"{present_name(key.strip())}{equals}{value.strip()}"
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in the nested `tree`."""
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise UserError(f"override {override!r} is not of the form key=value, e.g. match.weighting=eq8")
+    value = yaml_of(text, f"override {override!r}: the value")
+    if dotted == "terms" and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    set_entry(tree, dotted, value)

@@ -1,0 +1,60 @@
+"""What is wrong with a recipe, in words: each mistake with its entry, its value, what was expected and who said so."""
+
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from distmatch.recipe.entry import group_of
+
+KINDS = {
+    "tuple_type": "expected a list of values, e.g. [1, 2]",
+    "list_type": "expected a list of values, e.g. [a, b]",
+    "model_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
+    "model_attributes_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
+}
+"""What pydantic's errors of a value's kind mean in a recipe."""
+
+
+def explain(error: Any, model: type[BaseModel], source: str, overrides: Sequence[str] = ()) -> str:
+    """Return one of pydantic's errors about a `model` in the words of the recipe.
+
+    Args:
+        source: where the recipe is from.
+        overrides: those on the command line, of which one may have caused it.
+    """
+    *parents, last = [str(part) for part in error["loc"]] or [""]
+    key, kind = ".".join([*parents, last]), error["type"]
+    if guilty := [o for o in overrides if _touches(o.partition("=")[0], key)]:
+        source = f"{' '.join(guilty)} on the command line"
+    if kind == "extra_forbidden":
+        fields = _fields(model, parents)
+        where = f"in {'.'.join(parents)}" if parents else "at the top level"
+        return f"{source}: unknown key {key!r}{nearest(last, fields)}; {where} there are {', '.join(fields)}"
+    if kind == "missing":
+        return f"{source}: {key!r} is missing"
+    if kind == "value_error":  # ours, and says what it is about
+        return f"{source}: {error['msg'].removeprefix('Value error, ')}"
+    expected = KINDS.get(kind) or f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{source}: {key} = {error['input']!r:.80}: {expected}"
+
+
+def _touches(entry: str, key: str) -> bool:
+    """Whether an override of `entry` can be what is wrong at `key`: the same, around it, or within it."""
+    return f"{key}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{key}.") or not key
+
+
+def _fields(model: Any, parents: list[str]) -> list[str]:
+    """Return the entries of the group of `model` at `parents`."""
+    for parent in parents:
+        if not parent.isdigit():  # a place in a list
+            annotation = model.model_fields[parent].annotation
+            model = group_of(annotation) or group_of(get_args(annotation)[0])
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a question to add to a message on the unknown `name`, if one of the `known` is like it."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

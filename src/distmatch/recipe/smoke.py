@@ -1,0 +1,90 @@
+"""`--scale cpu-smoke`: a recipe cut to what a CPU runs in under a minute, every code path of it, with random networks.
+
+What comes out means nothing; that it comes out is the point.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
+from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.models.edm.checkpoints import PUBLISHED
+from distmatch.models.folder import Info, save_model
+from distmatch.recipe.entries import Recipe
+from distmatch.recipe.entry import marked
+from distmatch.system import rng
+from distmatch.system.errors import UserError
+from distmatch.system.files import write_atomic
+
+SMALL = {"model_channels": 16, "num_blocks": 1}
+"""What makes a published network small; resolutions, attention, paths and conditioning stay."""
+
+PROMPTS = ("a red bicycle", "two cats on a sofa", "the sea at night", "an old map", "a loaf of bread")
+
+
+def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
+    """The overrides that cut `recipe`; `folder` is where `make_networks` puts what it would have to fetch."""
+    overrides = [f"{name}={value}" for name, value in marked(Recipe, "small").items()]
+    if recipe.teacher.startswith("edm:"):
+        overrides.append(f"teacher={folder / 'teacher'}")
+    if recipe.teacher.startswith("diffusers:"):
+        overrides += [
+            f"teacher=diffusers:{folder / 'stable'}",
+            f"prompts.path={folder / 'prompts.txt'}",
+            "prompts.column=null",
+            f"regress.tiny={folder / 'tiny'}",
+        ]
+    if recipe.regress.loss == "lpips":
+        overrides.append(f"regress.weights={folder / 'weights'}")
+    if recipe.stages:
+        overrides += [f"stages={json.dumps(_short(recipe))}", f"steps={len(recipe.stages)}"]
+    return overrides
+
+
+def _short(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe's stages with a step each, small batches, and few pairs that grow where the recipe's do."""
+    small = marked(Recipe, "small")
+    counts = [recipe.stage(number).pairs.count for number in range(len(recipe.stages))]
+    short = []
+    for number, (stage, count) in enumerate(zip(recipe.stages, counts, strict=True), 1):
+        change = {name: small.get(name, value) for name, value in stage.change.items()}
+        change["pairs.count"] = 4 + sorted(set(counts)).index(count)
+        short.append({"until": number, "change": change})
+    return short
+
+
+def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
+    """Write the random networks that the overrides of `cpu_smoke` name to `folder`: a teacher, LPIPS's weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.key(recipe.seed, "smoke"))
+        if teacher and recipe.teacher.startswith("edm:"):
+            save_model(folder / "teacher", *random_edm(Path(recipe.teacher).stem))
+        if teacher and recipe.teacher.startswith("diffusers:"):
+            write_tiny_sd(folder / "stable")
+            write_tiny_vae(folder / "tiny")
+            write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
+        if recipe.regress.loss == "lpips" and "regress" in recipe.terms:
+            from distmatch.models.perceptual import write_random_weights
+
+            write_random_weights(folder / "weights")
+
+
+def random_edm(name: str, small: bool = True) -> tuple[Denoiser, Info]:
+    """A network of the kind of the published checkpoint `name`, with random weights; `small` or of its full size.
+
+    Raises `UserError` where no checkpoint has this name.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"{name!r} is no published EDM checkpoint; expected one of {', '.join(PUBLISHED)}")
+    kind, arguments = PUBLISHED[name]
+    net = kind(**{**arguments, **(SMALL if small else {})})
+    for parameter in net.parameters():  # layers that start at zero would hide what lies before them
+        if parameter.ndim > 1 and parameter.abs().max() < 1e-3:
+            torch.nn.init.xavier_uniform_(parameter)
+    side, classes = net.config["img_resolution"], net.config["label_dim"]
+    info = Info((3, side, side), tuple(str(i) for i in range(classes)), card={"random": name})
+    return Denoiser(net, EDM(), Prediction("edm")).eval(), info

@@ -1,0 +1,29 @@
+"""Weights and images that are not finite: found where they come in and where they go out, never shown as black."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from distmatch.system.errors import UserError
+
+
+def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
+    """Raise `UserError` naming the first of `weights` that has a NaN or an infinity. Reads each weight once."""
+    # Sums of finite numbers are finite in float64, and cost no memory as a mask would.
+    bad = [k for k, v in weights.items() if v.is_floating_point() and not v.sum(dtype=torch.float64).isfinite()]
+    if bad:
+        raise UserError(
+            f"{source}: {bad[0]} has values that are not finite (NaN or infinite), as have {len(bad) - 1} more of its "
+            f"{len(weights)} tensors; get it again, or make it again"
+        )
+
+
+def check_images(images: Tensor) -> None:
+    """Raise `UserError` where one of `images f[B,*D]`, which are about to become 8 bits, is not finite."""
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(images)} images of a batch, first number {bad[0]}, are not finite (NaN or infinite), "
+            "though all weights are: the network or its decoder overflows. Compute in fp32, or with less guidance"
+        )

@@ -1,0 +1,57 @@
+"""Types of the commands' options: numbers with their ranges, checked before a command starts, and paths with `~`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from cyclopts import Parameter, Token
+
+from distmatch.system.errors import UserError
+from distmatch.system.paths import expand
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, but for the ends that are `open`: "(", ")", "()" or none. NaN is in no range."""
+
+    low: float
+    high: float = math.inf
+    open: str = ""
+
+    def __call__(self, _: Any, value: Any) -> None:
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        for number in (number for number in numbers if number is not None):
+            above = number > self.low if "(" in self.open else number >= self.low
+            below = number < self.high if ")" in self.open else number <= self.high
+            if not (above and below and math.isfinite(number)):
+                raise UserError(f"Expected {self}.")
+
+    def __str__(self) -> str:
+        left = f"{self.low:g} {'<' if '(' in self.open else '<='} number"
+        return left if self.high == math.inf else f"{left} {'<' if ')' in self.open else '<='} {self.high:g}"
+
+
+Count = Annotated[int, Parameter(validator=Range(1))]
+Whole = Annotated[int, Parameter(validator=Range(0))]
+Rate = Annotated[float, Parameter(validator=Range(0, open="("))]
+Share = Annotated[float, Parameter(validator=Range(0, 1, open=")"))]
+Scale = Annotated[float, Parameter(validator=Range(0))]
+Images = Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))]
+"""A number of images, `-n`."""
+
+
+def place(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Put the home folder in place of `~`: all paths that commands are given pass through here."""
+    (token,) = tokens
+    return Path(expand(token.value)) if Path in (kind, *get_args(kind)) else expand(token.value)
+
+
+PLACE = Parameter(converter=place)
+Name = Annotated[str, PLACE]
+"""A model, by name, path or URL, or data by path or URL."""
+
+File = Annotated[Path, PLACE]
+Out = Annotated[Path | None, Parameter(name=["--out", "-o"], converter=place)]
+Runs = Annotated[File, Parameter(name="--runs")]

@@ -1,0 +1,36 @@
+"""Where things lie: the package's assets, the user's cache, and what `~` stands for."""
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from distmatch.system.errors import UserError
+
+ASSETS = Path(str(resources.files("distmatch"))) / "assets"
+"""Models, classifiers and references that come with the package."""
+
+RECIPES = ASSETS.parent / "recipe" / "library"
+"""The recipes that come with the package."""
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distmatch"
+"""Where what can be made or fetched again is kept."""
+
+SCHEMES = ("edm:", "diffusers:", "inception:", "file://")
+"""What may stand before a path."""
+
+
+def expand(place: str) -> str:
+    """Return `place` with the home folder in place of a leading `~` or `~USER`, also behind one of `SCHEMES`.
+
+    A shell does this only at the beginning of a word: never in `pairs.path=~/pairs`, `edm:~/net.pkl` or `--out=~/run`.
+    URLs and other names stay as they are. Raises `UserError` for the home of a user who does not exist.
+    """
+    scheme = next((s for s in SCHEMES if place.startswith(s)), "")
+    path = place.removeprefix(scheme)
+    if not path.startswith("~"):
+        return place
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.exists(path):
+        user = path.partition("/")[0]
+        raise UserError(f"{place}: {user} is no user's home here; write {scheme}./{path} for a path of that name")
+    return scheme + expanded

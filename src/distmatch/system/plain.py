@@ -1,0 +1,117 @@
+"""JSON and YAML that anyone may have written: of bounded size and in the form that is expected, or refused by name.
+
+JSON files that `files.write_json` wrote carry the digest of their content, which is compared.
+"""
+
+import json
+from collections import Counter
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from distmatch.system import limits
+from distmatch.system.errors import UserError
+
+T = TypeVar("T")
+SEAL = "sha256"
+"""The entry with the digest of all others."""
+
+
+def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
+    """What is in a JSON file, as `kind`: `dict[str, Any]`, or anything else that pydantic knows how to check.
+
+    Raises `FileNotFoundError`, and `UserError` that names the file and what is wrong with it, and ends with `remedy`.
+    """
+    found = _parsed(_content(file, limits.SETTINGS), str(file), remedy)
+    if isinstance(found, dict) and SEAL in found:
+        known = found.pop(SEAL)
+        if known != json_digest(found):
+            problem = f"{file} is damaged: its digest is not that of its content. If you edited it, delete its {SEAL!r}"
+            raise UserError(_joined(problem, remedy))
+    return fitting(found, str(file), kind, remedy)
+
+
+def json_of(content: bytes | str, where: str, kind: type[T], remedy: str = "") -> T:
+    """The JSON text `content` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
+    return fitting(_parsed(content, where, remedy), where, kind, remedy)
+
+
+def json_digest(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def fitting(found: Any, where: str, kind: type[T], remedy: str = "") -> T:
+    """`found` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
+    try:
+        return _adapter(kind).validate_python(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        reason = f"{place}{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r:.80}"
+        raise UserError(_joined(f"{where} has the wrong form: {reason}", remedy)) from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file.
+
+    Raises `FileNotFoundError`, and `UserError` that names the file and what is wrong with it.
+    """
+    found = yaml_of(_content(file, limits.RECIPE), str(file))
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no recipe: expected `key: value` lines, not {found!r:.80}")
+    return found
+
+
+def yaml_of(text: bytes | str, where: str) -> Any:
+    """The YAML `text` as plain data. Raises `UserError` that begins with `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (RecursionError, yaml.YAMLError, ValueError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where} is not valid YAML: {reason}") from error
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def _parsed(content: bytes | str, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(content)
+    except (RecursionError, ValueError) as error:  # among them text that is no UTF-8, numbers of thousands of digits
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
+
+
+def _joined(problem: str, remedy: str) -> str:
+    return f"{problem}. {remedy}" if remedy else problem
+
+
+def _content(file: Path, most: int) -> bytes:
+    limits.check(file.stat().st_size, most, str(file))
+    return file.read_bytes()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, by which a few hundred bytes stand for gigabytes, and without a key given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"aliases (*{event.anchor:.80}) are not read; write out what it stands for"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if keys and keys.most_common(1)[0][1] > 1:
+                problem = f"the key {keys.most_common(1)[0][0]!r:.80} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)

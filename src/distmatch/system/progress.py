@@ -1,0 +1,63 @@
+"""Progress bars with rate and time left, on standard error."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from distmatch.system import parallel
+from distmatch.system.screen import Screen, printable
+
+console = Screen(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(
+            "" if not speed else f"{speed:,.1f} {self.unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}"
+        )
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Callable[[int], None]]:
+    """A bar of `total`, of which `done` is already there; yields `advance(n)`.
+
+    Where standard error is no terminal, a line with the rate and the time left is printed at each tenth instead. Of
+    several processes, the first shows it.
+    """
+    title = printable(title)
+    if parallel.rank() > 0:
+        yield lambda n: None
+        return
+    if not console.is_terminal:
+        yield _lines(title, total, done, unit)
+        return
+    name = TextColumn("{task.description}", markup=False)
+    columns = name, BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
+    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda n: bar.advance(task, n)
+
+
+def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
+    state = {"done": done, "tenth": 10 * done // max(total, 1)}
+    began = time.monotonic()
+
+    def advance(n: int) -> None:
+        state["done"] += n
+        tenth = 10 * state["done"] // max(total, 1)
+        if tenth > state["tenth"]:
+            state["tenth"] = tenth
+            rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
+            left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
+            console.print(f"{title}: {state['done']} of {total} {unit}, {rate:,.1f} {unit}/s, {left} left")
+
+    return advance

@@ -1,0 +1,358 @@
+"""Folders on a disk or at a URL (`s3://`, `gs://`, `hf://`, ... by fsspec): whole files in, whole files out.
+
+Files at a URL are read from copies on the local disk, of which those unused for longest go when they take too much.
+"""
+
+import base64
+import glob
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from distmatch.system.digests import file_sha256
+from distmatch.system.disk import naming
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.files import sweep, write_atomic
+from distmatch.system.paths import CACHE, expand
+from distmatch.system.progress import console
+
+Value = TypeVar("Value")
+
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+"""What fsspec needs for URLs of these kinds."""
+
+COPIES = CACHE / "copies"
+"""Where copies of remote files lie; all processes of a machine share them."""
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether `place` is a URL other than `file://`."""
+    scheme, separator, _ = str(place).partition("://")
+    return bool(separator) and scheme not in ("file", "local")
+
+
+def name_of(place: str | Path) -> str:
+    """The last part of a path, also of one such as `.`, or of a URL."""
+    return Path(place if is_url(place) else os.path.abspath(str(place).removeprefix("file://"))).name
+
+
+class Folder:
+    """A folder by its path or URL. Files in it are written whole, by a rename on a disk, by the store itself elsewhere.
+
+    Raises `UserError` for a file, and for a URL that fsspec does not know or has no package for.
+    """
+
+    def __init__(self, place: "str | Path | Folder"):
+        self.place = expand(str(place)).removeprefix("file://").rstrip("/")
+        self.path = None if is_url(self.place) else Path(self.place)
+        self.fs: Any = None
+        if self.path is None:
+            self.fs, self.root = filesystem(self.place)
+        elif self.path.is_file():
+            raise UserError(f"{self.place} is a file; expected a folder")
+
+    def __str__(self) -> str:
+        return self.place
+
+    def at(self, name: str) -> str:
+        """Where the file `name` is, for people."""
+        return f"{self.place}/{name}"
+
+    def sizes(self) -> dict[str, int]:
+        """The files that are there now, with their sizes in bytes."""
+        if self.path is not None:
+            if not self.path.is_dir():
+                return {}
+            found = {}
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        found[entry.name] = entry.stat().st_size
+            return found
+        self.fs.invalidate_cache()
+        listed = []
+        with _reached(self.place), suppress(FileNotFoundError):
+            listed = self.fs.ls(self.root, detail=True)
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
+
+    def exists(self, name: str) -> bool:
+        if self.path is not None:
+            return (self.path / name).exists()
+        self.fs.invalidate_cache()
+        with _reached(self.place):
+            return self.fs.exists(f"{self.root}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """Raises `FileNotFoundError`."""
+        if self.path is not None:
+            return (self.path / name).read_bytes()
+        with _reached(self.place):
+            return self.fs.cat_file(f"{self.root}/{name}")
+
+    def opened(self, name: str, read: Callable[[Path], Value]) -> Value:
+        """`read(file)` of the file or of its local copy. Raises `FileNotFoundError`."""
+        if self.path is not None:
+            return read(self.path / name)
+        while True:
+            with _reached(self.place):
+                file = copied(self.fs, f"{self.root}/{name}")
+            with suppress(FileNotFoundError):  # another process made room just now
+                return read(file)
+
+    def write(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Call `write(temporary_path)` and put what it wrote at `name`, in one go."""
+        if self.path is not None:
+            return write_atomic(self.path / name, write)
+        with tempfile.TemporaryDirectory(prefix="distmatch-") as folder:
+            file = Path(folder) / name
+            write(file)
+            with _written(self.place):
+                self.fs.put_file(str(file), f"{self.root}/{name}")
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Make the file `name` unless there is one: of many that try, one has made it.
+
+        S3 and Google's store promise that, others may not. Raises `UserError` where the store is not to be written.
+        """
+        if self.path is None:
+            try:
+                with _written(self.place):
+                    self.fs.pipe_file(f"{self.root}/{name}", content, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (self.path / name).open("xb")
+        except FileExistsError:
+            return False
+        try:
+            with naming(self.path / name), file:
+                file.write(content)
+        except OSError:  # a full disk
+            self.remove(name)
+            raise
+        return True
+
+    def change(self, name: str, content: bytes) -> None:
+        """Other content for a small file that one process alone writes."""
+        if self.path is not None:
+            with (self.path / name).open("rb+") as file:  # in place: a reader never sees an empty one
+                file.write(content)
+                file.truncate()
+        else:
+            with _written(self.place):
+                self.fs.pipe_file(f"{self.root}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        """The file goes, if it is there."""
+        with suppress(FileNotFoundError):
+            if self.path is not None:
+                (self.path / name).unlink()
+            else:
+                with _reached(self.place):
+                    self.fs.rm_file(f"{self.root}/{name}")
+
+    def is_writable(self) -> bool:
+        """Whether files may be made on this disk; of a store at a URL only the attempt tells."""
+        return self.path is None or os.access(self.path, os.W_OK)
+
+    def sweep(self, age: float) -> None:
+        """Delete what killed writers left on a disk, see `files.sweep`."""
+        if self.path is not None:
+            sweep(self.path, age)
+
+
+@contextmanager
+def _reached(place: str) -> Iterator[None]:
+    """What a store's own package raises becomes a `UserError`; that a file is or is not there passes."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, UserError):
+        raise
+    except Exception as error:
+        raise UserError(f"{place} cannot be reached: {error}") from error
+
+
+@contextmanager
+def _written(place: str) -> Iterator[None]:
+    try:
+        with _reached(place):
+            yield
+    except (FileNotFoundError, NotImplementedError) as error:
+        raise UserError(f"{place} cannot be written: {error}") from error
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of `url`, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    package = PACKAGES.get(url.partition("://")[0])
+    if package is not None:
+        need(package, by=url)
+    try:
+        fs, root = url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{url} cannot be opened: {error}. Install with pip what is named there") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{url} cannot be opened: {error}") from error
+    return fs, root.rstrip("/")
+
+
+def local(place: str | Path) -> Path:
+    """A file or folder on the disk as it is; of a file at a URL its local copy.
+
+    Raises `UserError` for a URL where there is no file.
+    """
+    if not is_url(place):
+        return Path(expand(str(place)).removeprefix("file://"))
+    fs, path = filesystem(str(place))
+    try:
+        with _reached(str(place)):
+            return copied(fs, path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(
+            f"{place} is no file; expected one, e.g. an archive of images (a folder would take a request for each)"
+        ) from error
+
+
+def limit() -> float:
+    """Bytes that the copies of remote files may take."""
+    given = os.environ.get("DISTMATCH_CACHE_GB", "20")
+    try:
+        return 1e9 * float(given)
+    except ValueError as error:
+        raise UserError(f"DISTMATCH_CACHE_GB is {given!r}; expected a number, e.g. 20") from error
+
+
+def copied(fs: Any, path: str) -> Path:
+    """The local copy of a remote file as it is now, fetched if it is not there.
+
+    Raises `FileNotFoundError`, and `UserError` where it is larger than all copies may be, does not say its size, or
+    arrives with another size or another hash than the store says.
+    """
+    info = fs.info(path)
+    if info["type"] == "directory":
+        raise IsADirectoryError(path)
+    version = [fs.ukey(path), info["size"], info.get("ETag"), info.get("Last-Modified")]  # HTTP's ukey is the address
+    suffix = Path(path.partition("?")[0]).suffix
+    file = COPIES / (hashlib.sha256(f"{fs.protocol}{path}{version}".encode()).hexdigest()[:32] + suffix)
+    if copy := kept(file):
+        return copy
+    COPIES.mkdir(parents=True, exist_ok=True)
+    with FileLock(COPIES / f".{file.stem}.lock") as lock:  # the processes of a machine fetch it once
+        copy = kept(file)
+        if copy is None:
+            reserved = _reserve(file.stem, info["size"], path)
+            try:
+                copy = keep(file, lambda p: _fetch(fs, path, info, p))
+            finally:
+                reserved.unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    return copy
+
+
+def keep(file: Path, fetch: Callable[[Path], Any]) -> Path:
+    """Have `fetch(temporary_path)` write a copy and keep it beside `file`, under a name with its SHA-256."""
+    write_atomic(file, fetch)
+    copy = file.replace(file.with_stem(f"{file.stem}-{file_sha256(file)}"))
+    _compared.add(copy)
+    return copy
+
+
+def kept(file: Path) -> Path | None:
+    """What `keep` made of `file`, unless its content is no longer that: then it is deleted.
+
+    A process reads it for that once.
+    """
+    for copy in file.parent.glob(f"{glob.escape(file.stem)}-*{glob.escape(file.suffix)}"):
+        with suppress(FileNotFoundError):  # another process made room
+            if copy in _compared or copy.stem.endswith(file_sha256(copy)):
+                os.utime(copy)  # used just now
+                _compared.add(copy)
+                return copy
+            copy.unlink()
+            console.print(f"{copy} is damaged; it is fetched again", soft_wrap=True)
+    return None
+
+
+_compared: set[Path] = set()
+"""The copies that this process has read."""
+
+
+def _fetch(fs: Any, path: str, info: dict[str, Any], file: Path) -> None:
+    """A remote file, which must arrive as the store describes it."""
+    fs.get_file(path, str(file))
+    size = file.stat().st_size
+    if size != info["size"]:
+        raise UserError(f"{path} did not arrive whole: {size:,} of {info['size']:,} bytes. Run the same again")
+    kind, known = "", ""
+    if info.get("lfs"):  # Hugging Face's
+        kind, known = "sha256", info["lfs"]["sha256"]
+    elif info.get("md5Hash"):  # Google's
+        kind, known = "md5", base64.b64decode(info["md5Hash"]).hex()
+    if kind:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, kind).hexdigest()
+        if found != known:
+            raise UserError(f"{path} did not arrive whole: its {kind} is {found}, not {known}. Run the same again")
+
+
+def _reserve(stem: str, size: int | None, path: str) -> Path:
+    """Wait until there is room for `size` bytes more, and take it: by a file of that size and without content."""
+    if size is None:
+        raise UserError(f"{path} does not say its size, which decides whether there is room; download it first")
+    if size > limit():
+        raise UserError(
+            f"{path} has {size / 1e9:.3g} GB, copies of remote files may take {limit() / 1e9:.3g} GB in all; "
+            "set DISTMATCH_CACHE_GB"
+        )
+    reserved = COPIES / f".{stem}.reserved"
+    while True:
+        with FileLock(COPIES / ".lock"):
+            _sweep(stem)
+            reserved.unlink(missing_ok=True)  # of a process that was killed
+            if _make_room(size):
+                reserved.touch()
+                os.truncate(reserved, size)
+                return reserved
+        time.sleep(0.1)
+
+
+def _make_room(size: int) -> bool:
+    """Delete the copies that were unused for longest until `size` bytes more are within the limit.
+
+    False, and nothing is deleted, where those that are being fetched leave no room for them.
+    """
+    copies, fetching = [], 0
+    for file in COPIES.iterdir():
+        with suppress(FileNotFoundError):
+            found = file.stat()
+            if not file.name.startswith("."):
+                copies.append((found.st_mtime, found.st_size, file))
+            elif file.suffix == ".reserved":
+                fetching += found.st_size
+    if size + fetching > limit():
+        return False
+    taken = size + fetching + sum(bytes_ for _, bytes_, _ in copies)
+    for _, bytes_, file in sorted(copies):
+        if taken > limit():
+            file.unlink(missing_ok=True)
+            taken -= bytes_
+    return True
+
+
+def _sweep(own: str) -> None:
+    """Delete what killed processes reserved or fetched half. Who lives holds the lock of its file, here `own`."""
+    for stem in {file.name[1:].partition(".")[0] for file in COPIES.glob(".?*.*")} - {own}:
+        with suppress(Timeout), FileLock(COPIES / f".{stem}.lock", blocking=False):
+            for file in COPIES.glob(f".{stem}.*"):
+                file.unlink(missing_ok=True)

@@ -1,0 +1,315 @@
+"""Checkpoints: named stateful parts, copied at once, written in the background, atomically, by any number of processes;
+kept last-N plus best.
+
+Nothing in a checkpoint is executed when it is read: tensors go into safetensors, everything else into JSON.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distmatch.system import parallel
+from distmatch.system.digests import Damaged, known_digest, load_file
+from distmatch.system.errors import UserError
+from distmatch.system.files import write_json
+from distmatch.system.plain import read_json
+
+if TYPE_CHECKING:
+    from distmatch.training.shards import Saver  # which takes seconds to import
+
+
+DAMAGE = (Damaged, SafetensorError, OSError, KeyError, TypeError, AttributeError)
+"""What reading a damaged checkpoint raises."""
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict, /) -> Any: ...
+
+
+class Checkpoints:
+    """The checkpoints of one run: the folders `folder/step-00001000/`, ...
+
+    Each holds the tensors in safetensors files, as many as processes wrote it (see `shards`), and `state.json` with all
+    else and the digests of the others, which `load` compares before it changes anything. It can be read by any number
+    of processes, sharded in any way. All of them must take part in `save` and `load`; the folder appears, whole, when
+    all have written.
+
+    `save` copies and returns; a thread writes. There is one such thread at a time, and whatever must know how it went
+    waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `UserError` when it failed.
+
+    Args:
+        parts: what a checkpoint holds, by name: networks, EMA, optimizers. Their `state_dict`s share memory with them.
+        keep: how many of the latest stay; the best one stays besides.
+    """
+
+    def __init__(self, folder: Path, parts: Mapping[str, Stateful], keep: int = 2):
+        self.folder = folder
+        self.parts = parts
+        self.keep = keep
+        self._saver: Saver | None = None
+        self._saving: tuple[int, Future] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first, as the first process sees them: network disks list late."""
+        self.wait()
+        return parallel.first(self._steps)
+
+    def _steps(self) -> list[int]:
+        names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob("step-*/state.json"))
+        return sorted(int(m[1]) for m in names if m)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def best(self) -> dict[str, Any] | None:
+        """`{"step": ..., "score": ...}` of the best one so far. Raises `UserError` where `best.json` is damaged."""
+        file = self.folder / "best.json"
+        try:
+            best = read_json(file, dict[str, Any])
+            return best if (self.path(best["step"]) / "state.json").exists() and best["score"] < math.inf else None
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file} does not say which checkpoint is the best ({_first_line(error)}). Delete it to go on: the "
+                "next one that is evaluated is then the best so far"
+            ) from error
+
+    def improves(self, score: float) -> bool:
+        """Whether `score` (lower is better) beats the best so far."""
+        self.wait()
+        best = self.best()
+        return best is None or score < best["score"]
+
+    def save(self, step: int, meta: Mapping[str, Any] | None = None, best: float | None = None) -> None:
+        """Copy the parts as they are after `step` steps; have them written, and dropped what is too old, meanwhile.
+
+        Of what all processes hold, each copies and writes its share. The copies' memory is kept for the next save.
+
+        Args:
+            best: the score with which this one is the best, which keeps it until a better one comes.
+        """
+        self.wait()
+        tensors, tree = self._state()
+        header = {"step": step, "meta": dict(meta or {}), "tree": tree, "shapes": _shapes(tensors)}
+        if self._saver is None:
+            from distmatch.training.shards import Saver
+
+            self._saver = Saver()
+        saving = self._saver.save(tensors, self._unfinished(step), lambda: self._finish(step, header, best))
+        self._saving = step, saving
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there. Raises `UserError` when the disk refused it."""
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        error = saving.exception()
+        self._saving = None
+        if error is None:
+            return
+        from distmatch.training.shards import failure
+
+        cause = failure(error)
+        if not isinstance(cause, OSError | SafetensorError):  # the disk
+            raise error
+        if parallel.rank() == 0:
+            shutil.rmtree(self._unfinished(step), ignore_errors=True)
+        last = f"from step {self._steps()[-1]}, which is kept" if self._steps() else "from the beginning"
+        raise UserError(
+            f"{self.path(step)} could not be saved ({_first_line(cause)}). Make room in {self.folder}, or make it "
+            f"writable, and run the same again: it goes on {last}"
+        ) from error
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and free the copies; no other can be saved."""
+        try:
+            self.wait()
+        finally:
+            if self._saver is not None:
+                self._saver.close()
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}"
+
+    def _finish(self, step: int, header: Mapping[str, Any], best: float | None) -> None:
+        """Called in the first process's thread when all have written and synced their shards."""
+        path, unfinished = self.path(step), self._unfinished(step)
+        digests = {shard.name: known_digest(shard) for shard in sorted(unfinished.glob("*.safetensors"))}
+        write_json(unfinished / "state.json", {**header, "shards": digests})
+        _to_disk(unfinished)
+        shutil.rmtree(path, ignore_errors=True)  # half of one, or of the same step again, which no run has
+        unfinished.rename(path)
+        _to_disk(self.folder)
+        if best is not None:
+            write_json(self.folder / "best.json", {"step": step, "score": best})
+        self._prune()
+
+    def prune(self) -> list[int]:
+        """Delete all but the latest `keep` and the best one; returns the steps of those deleted."""
+        self.wait()
+        return self._prune()
+
+    def _prune(self) -> list[int]:
+        for path in self.folder.glob("step-*"):
+            if re.fullmatch(r"step-\d+", path.name) and not (path / "state.json").exists():
+                shutil.rmtree(path, ignore_errors=True)  # half of one: a process was killed while it deleted it
+        best, steps = self.best(), self._steps()
+        gone = sorted(set(steps) - {*steps[-self.keep :], *([best["step"]] if best else [])})
+        for old in gone:
+            (self.path(old) / "state.json").unlink(missing_ok=True)  # half a checkpoint is none
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return gone
+
+    def verify(self, step: int) -> None:
+        """Read all of checkpoint `step`. Raises `UserError` where it is damaged or a number in it is not finite."""
+        path = self.path(step)
+        found: dict[str, int] = {}
+        try:
+            header = _header(path)
+            for shard, digest in _shards(path, header).items():
+                for name, value in load_file(path / shard, digest).items():
+                    if value.is_floating_point() and not value.isfinite().all():
+                        raise UserError(f"{path / shard}: {name} is not finite")
+                    found[name] = found.get(name, 0) + value.numel()
+            sizes = {name: math.prod(shape) for name, shape in header["shapes"].items()}
+        except DAMAGE as error:
+            raise UserError(f"{path} is damaged ({_first_line(error)})") from error
+        for name, size in sizes.items():
+            if found.get(name, 0) < size:
+                raise UserError(f"{path} is not complete: {name} has {found.get(name, 0)} of {size} numbers")
+
+    def load(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """Put checkpoint `step` (the latest unless told) back into the parts: `(step, meta)`, `None` if there is none.
+
+        Of several processes, each compares the digests of its share of the files before any of them reads.
+
+        Raises `UserError` when it is damaged or holds other parts.
+        """
+        self.wait()
+        if step is None:
+            steps = self.steps()
+            if not steps:
+                return None
+            step = steps[-1]
+        from distmatch.training import shards
+
+        path = self.path(step)
+        try:
+            header = _header(path)
+            if set(header["tree"]) != set(self.parts):
+                raise UserError(
+                    f"{path} holds {', '.join(sorted(header['tree']))}; this run needs "
+                    f"{', '.join(sorted(self.parts))}. It belongs to another recipe: choose another output folder"
+                )
+            tensors, _ = self._state()
+            _same_shapes(path, header["shapes"], _shapes(tensors))
+            parallel.agreed(lambda: _compare(path, header))
+            shards.read(tensors, path)
+        except (*DAMAGE, shards.CheckpointException, IndexError) as error:
+            raise UserError(_damaged(path, shards.failure(error))) from error
+        for name, part in self.parts.items():
+            part.load_state_dict(_unflatten(header["tree"][name], tensors))
+        return header["step"], header["meta"]
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All tensors by name, and what remains of the parts' states without them."""
+        tensors: dict[str, Tensor] = {}
+        tree = {name: _flatten(part.state_dict(), name, tensors) for name, part in self.parts.items()}
+        return tensors, tree
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON skeleton of a state: tensors move to `tensors` and leave their name, dicts keep their key types."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def _unflatten(tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    (kind, value), *_ = tree.items()
+    match kind:
+        case "tensor":
+            return tensors[value]
+        case "dict":
+            return {k: _unflatten(v, tensors) for k, v in value}
+        case "list":
+            return [_unflatten(v, tensors) for v in value]
+        case _:
+            return value
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What `state.json` says of the checkpoint `path`."""
+    try:
+        header = read_json(path / "state.json", dict[str, Any])
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    if header["step"] != int(path.name.rpartition("-")[2]):
+        raise Damaged(f"its state.json is of step {header['step']}")
+    return header
+
+
+def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
+    """The files with its tensors, and their digests; earlier versions wrote none."""
+    there = sorted(shard.name for shard in path.glob("*.safetensors"))
+    written = header.get("shards", dict.fromkeys(there))
+    for name in sorted({*there} ^ {*written}):
+        raise Damaged(f"{name} is missing" if name in written else f"{name} does not belong to it")
+    return written
+
+
+def _compare(path: Path, header: Mapping[str, Any]) -> None:
+    """Compare this process's share of the files in `path` with their digests."""
+    try:
+        for name, digest in [*_shards(path, header).items()][parallel.rank() :: parallel.world()]:
+            load_file(path / name, digest)
+    except DAMAGE as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return (
+        f"{path} is damaged ({_first_line(error)}). Delete it to continue from the checkpoint before it, or from the "
+        "beginning if there is none"
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Of whole tensors, sharded or not."""
+    return {name: list(value.shape) for name, value in tensors.items()}
+
+
+def _same_shapes(path: Path, there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
+    for name in dict.fromkeys([*there, *here]):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"{path} does not fit this run's networks: {name} is {there.get(name)}, not {here.get(name)}"
+            )
+
+
+def _to_disk(folder: Path) -> None:
+    """Its entries; `write_atomic` has seen to what they contain."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,122 @@
+"""The tensors of a checkpoint in safetensors files, one per process, by `torch.distributed.checkpoint`.
+
+They can be read by any number of processes, sharded in any way. Importing this takes seconds, of PyTorch's.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import cast
+
+import torch.futures
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+
+from distmatch.system import parallel
+from distmatch.system.digests import save_file
+from distmatch.system.files import remove, write_atomic
+
+
+class Saver:
+    """Copies tensors to the host's memory, which it keeps for the next time, and has a thread write the copies."""
+
+    def __init__(self):
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # copies at once, to plain memory
+
+    def save(self, tensors: Mapping[str, Tensor], folder: Path, finish: Callable[[], None]) -> Future:
+        """Copy `tensors`; have all processes write theirs into `folder`, then the first call `finish()`, meanwhile.
+
+        Of what all processes hold, each copies and writes its share.
+        """
+        alone = parallel.world() == 1
+        mine = dict(tensors) if alone else _share(tensors)
+        group = None if alone else parallel.aside()
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # says the thread when there is one process
+        writer = Writer(folder, finish)
+        saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=self._stager, no_dist=alone)
+        return cast(Future, saving)
+
+    def close(self) -> None:
+        """Free the copies."""
+        self._stager.close()
+
+
+def read(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill `tensors` with what `folder` has under their names. Raises what `failure` can name."""
+    reader = HuggingFaceStorageReader(path=str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process, or that the interface may change
+        load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
+
+
+def failure(error: BaseException) -> BaseException:
+    """The first process's error of those that PyTorch has gathered, or the error itself."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+class Writer(HuggingFaceStorageWriter):
+    """Shards by all processes in the folder `unfinished`, then `finish` by the first.
+
+    PyTorch calls it in a thread: `prepare_global_plan` in the first process, `write_data` in all of them, `finish` in
+    the first when all have written. An error in one of them is an error of all processes.
+    """
+
+    def __init__(self, unfinished: Path, finish: Callable[[], None]):
+        super().__init__(path=str(unfinished), save_distributed=True)
+        self._folder = unfinished
+        self._finish = finish
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        for left in self._folder.parent.glob(".step-*"):
+            if re.fullmatch(r"\.step-\d+", left.name):  # by processes that were killed
+                for file in left.iterdir():
+                    remove(file)
+                if left != self._folder:
+                    left.rmdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """The file that PyTorch writes, but by `save_file`: its `safetensors.save` keeps the interpreter, and so the
+        loop, for a second per GB or more."""
+        tensors, offsets, seen = {}, {}, set()
+        for item in plan.items:
+            name, value = item.index.fqn, cast(Tensor, planner.resolve_data(item))
+            storage = value.untyped_storage()
+            own = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
+            tensors[name] = value if own else value.clone()  # a file has no slices and no tied weights
+            offsets[name] = {"saved_offsets": cast(TensorWriteData, item.tensor_data).chunk.offsets}
+            seen.add(storage.data_ptr())
+        if tensors:
+            shard = self._folder / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            meta = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            write_atomic(shard, lambda p: save_file(tensors, p, meta))
+        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        written.set_result([])
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._finish()
+
+
+def _share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this process writes: its part of what is sharded and, of what all hold, about as much as the others."""
+    written = [0] * parallel.world()
+    mine: dict[str, Tensor] = {name: value for name, value in tensors.items() if isinstance(value, DTensor)}
+    whole = ((name, value) for name, value in tensors.items() if name not in mine)
+    for name, value in sorted(whole, key=lambda item: (-item[1].nbytes, item[0])):
+        writer = written.index(min(written))
+        written[writer] += value.nbytes
+        if writer == parallel.rank():
+            mine[name] = value
+    return mine
