@@ -1,4 +1,4 @@
-"""What a run's folder is bound to: a run goes on only with the recipe, teacher and prompts that it began with."""
+"""What ties a run's folder to its run: it continues only with the recipe, teacher and prompts it began with."""
 
 import shutil
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from distmatch.system.plain import read_json, read_yaml
 
 
 def same_recipe(recipe: Recipe, out: Path) -> None:
-    """Refuse to continue a run with another recipe."""
+    """Raise `UserError` if the run in `out` began with a different recipe."""
     file = out / "recipe.yaml"
     if _has_begun(file):
         before = flat(parse_recipe(read_yaml(file), str(file)).model_dump(mode="json"))
@@ -26,8 +26,9 @@ def same_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def bind(recipe: Recipe, subject: build.Subject, out: Path) -> None:
-    """Record what the run in `out` is of, before anything else is made. Refuse to continue one of another teacher, or
-    of prompts that were edited.
+    """Record the recipe, teacher and prompts of the run in `out`, before anything else is made there.
+
+    Raises `UserError` if that run has another teacher, or if its prompts were edited.
     """
     file, now = out / "teacher.json", {"teacher": recipe.teacher, "fingerprint": subject.fingerprint}
     if subject.prompts:
@@ -37,10 +38,10 @@ def bind(recipe: Recipe, subject: build.Subject, out: Path) -> None:
 
 
 def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = ()) -> None:
-    """Refuse to continue a run with other `settings` than those in `file`; a run that has saved nothing is replaced.
+    """Record `settings` in `file`. Refuse if the run there began with others; replace a run that has saved nothing.
 
     Args:
-        new: settings that runs of earlier versions have not written down.
+        new: settings that earlier versions did not record.
     """
     remedy = "Delete it to go on, if you know that its settings were these"
     before = read_json(file, dict[str, Any], remedy) if file.exists() else {}
@@ -53,9 +54,9 @@ def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = (
 
 
 def _has_begun(file: Path) -> bool:
-    """Whether the run that `file` describes has saved anything that another one would not make again.
+    """Return whether the run that `file` describes has saved anything worth keeping.
 
-    Raises `UserError` where something is saved that was not made by such a run.
+    Raises `UserError` if something is saved there that such a run did not make.
     """
     out = file.parent
     found = next((name for name in ("model", "methods", "checkpoints/step-*") if any(out.glob(name))), None)

@@ -1,18 +1,18 @@
-"""`distmatch checkpoints`."""
+"""`distmatch checkpoints`: lists, verifies and deletes a run's checkpoints."""
 
 from distmatch.system.errors import UserError
 from distmatch.system.options import File
 
 
 def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) -> None:
-    """List the checkpoints of a run, check them, or delete old ones.
+    """List the checkpoints of a run, verify them, or delete old ones.
 
     Parameters
     ----------
     run
         The run's folder.
     verify
-        Read every byte, and look for numbers that are not finite.
+        Read every byte and check that all numbers are finite.
     keep
         Delete all but the latest KEEP and the best one.
     """
@@ -28,8 +28,9 @@ def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) 
     found = Checkpoints(run / "checkpoints", {}, keep or 1)
     if not found.steps():
         raise UserError(f"{run} has no checkpoints; expected a run's folder, e.g. runs/mnist")
-    for step in found.prune() if keep else ():
-        console.print(f"deleted step {step}")
+    if keep:
+        for step in found.prune():
+            console.print(f"deleted step {step}")
     best, problems = found.best(), 0
     table = Table("step", "size", "shards", "saved", "")
     for step in found.steps():

@@ -1,4 +1,4 @@
-"""`distmatch classifier`."""
+"""`distmatch classifier`: trains the feature spaces that `distmatch eval` measures in."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class Options:
     """The classifier's folder; default: runs/classifier-NAME."""
 
     steps: Count = 3000
-    """Length of each classifier's training."""
+    """Training steps of each classifier."""
 
     batch: Count = 128
     """Images per step."""
@@ -27,29 +27,29 @@ class Options:
     """Peak learning rate of AdamW."""
 
     widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True, validator=Range(1))] = (16, 32, 64)
-    """Channels at the half resolution (two layers) and at the quarter; the last is the number of features."""
+    """Channels at half resolution (two layers) and at quarter resolution; the last is the number of features."""
 
     positions: Count = 3
-    """Per side, of the second classifier's features; 1 leaves it out."""
+    """Positions per side in the second classifier's features; 1 omits that classifier."""
 
     flip: bool = False
-    """Mirror every other image."""
+    """Mirror half of the images."""
 
     seed: int = 0
-    """Seed of the initial weights, and of the order of the images."""
+    """Seed of the initial weights and of the image order."""
 
 
 def classifier(images: Name, /, options: Options = Options()) -> None:
-    """Make the feature spaces that `distmatch eval` measures in, of images/train, tested on images/test.
+    """Train the feature spaces that `distmatch eval` measures in, on images/train, and test them on images/test.
 
-    Three unlike ones: two classifiers, of which one averages its features over the whole image and one keeps where
-    they are, and the pixels' principal components.
+    There are three, chosen to differ: a classifier whose features are averaged over the whole image, one whose features
+    keep their positions, and the principal components of the pixels.
 
     Parameters
     ----------
     images
-        A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png, or another of the layouts in
-        docs/data.md. Where there is no test, val is taken.
+        A folder or an archive of images: train/CLASS/NAME.png and test/CLASS/NAME.png, or another layout of
+        docs/data.md. If there is no test split, val is used.
     """
     import time
 

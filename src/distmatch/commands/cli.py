@@ -1,4 +1,4 @@
-"""The command line. The commands are in `commands`; what ends one early is shown here."""
+"""The command line: registers the commands and shows the errors that end one."""
 
 import os
 import select
@@ -30,11 +30,11 @@ from distmatch.commands.train import train
 from distmatch.system.errors import Agreed, Diverged, Lost, Stopped, UserError
 
 LONGEST = 4000
-"""Characters of an error's message that are shown."""
+"""Maximum number of characters shown of an error message."""
 
 
 class Flowing(DefaultFormatter):
-    """Help whose lines break where the terminal ends, not where the lines of our source do."""
+    """Help text that wraps at the width of the terminal instead of where the source does."""
 
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         for entry in panel.entries:
@@ -55,7 +55,7 @@ Own model:   distmatch teach IMAGES    a small teacher from a folder of images
 """,
     help_format="plaintext",
     help_formatter=Flowing(),
-    suppress_keyboard_interrupt=False,  # it would end in silence; see `main`
+    suppress_keyboard_interrupt=False,  # it would exit silently; see `main`
 )
 for command in (demo, recipes, train, plan, teach, classifier, checkpoints, sample, compare, serve, report):
     app.command(command)
@@ -65,8 +65,9 @@ for group in (pairs, import_edm, export):
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one message without traceback (set DISTMATCH_DEBUG=1 for one); a bug has its."""
-    # Waiting OpenMP threads that spin cost a busy CPU more than they save; torch reads this when it is imported.
+    """Entry point. A user error is shown as one message (DISTMATCH_DEBUG=1 adds the traceback); a bug with its
+    traceback."""
+    # OpenMP threads that spin while they wait cost a busy CPU more than they save; torch reads this on import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     if os.environ.get("DISTMATCH_DEBUG"):
@@ -78,23 +79,23 @@ def main() -> None:
                 warnings.showwarning = _show
                 app(sys.argv[1:], exit_on_error=False, print_error=False)
         finally:
-            sys.stdout.flush()  # what a full disk refuses of it is an error now, rather than after the end
+            sys.stdout.flush()  # so that a full disk is an error now rather than after the command has ended
     except CycloptsError as error:
         _fail(explain(error), 2)
     except BrokenPipeError:
         if not _unread():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains, as it exits
-        raise SystemExit(141) from None  # as of programs that SIGPIPE ends, such as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python tries to flush again at exit, and complains
+        raise SystemExit(141) from None  # the exit status of a program killed by SIGPIPE, as in `| head`
     except UserError as error:
         if isinstance(error, Agreed) and os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2) from None  # the first process says it
+            raise SystemExit(2) from None  # the first process reports it
         _fail(str(error), 2)
     except (Diverged, Lost) as error:
         _fail(str(error), 1)
     except Stopped as error:
         _fail(f"{error}; to go on: {_command()}", 130)
-    except KeyboardInterrupt:  # wherever it comes: in imports, while pairs are built, in an evaluation
+    except KeyboardInterrupt:  # wherever it comes from: an import, building pairs, an evaluation
         _fail(f"stopped; to go on: {_command()}", 130)
     except Exception as error:
         from distmatch.system.disk import explained
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
-    """Show our own notices as a line, and other packages' warnings as Python does."""
+    """Show our own notices as one line, and warnings of other packages the way Python does."""
     if category.__name__ == "Notice":
         from distmatch.system.screen import escaped
 
@@ -120,13 +121,13 @@ def _show(message: Warning | str, category: type[Warning], filename: str, lineno
 
 
 def _command() -> str:
-    """The command line as the user gave it."""
+    """Return the command line as the user typed it."""
     name = Path(sys.argv[0]).name
     return shlex.join([*(["python", "-m", "distmatch"] if name == "__main__.py" else [name]), *sys.argv[1:]])
 
 
 def _unread() -> bool:
-    """Whether nobody reads standard output any more."""
+    """Return whether the reader of standard output has gone."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

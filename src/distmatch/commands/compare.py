@@ -1,4 +1,4 @@
-"""`distmatch compare`: a text-to-image student beside its teacher, fast solvers and LCM-LoRA (DMD, Tables 3 and 4)."""
+"""`distmatch compare`: a text-to-image student next to its teacher, fast solvers and LCM-LoRA (DMD, Tables 3, 4)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is compared, and how."""
+    """What to compare, and how."""
 
     prompts: Name = "coco"
-    """A file (.txt, .jsonl, .parquet, or .json captions of MS-COCO), or coco: random captions of --coco."""
+    """A file (.txt, .jsonl, .parquet, or MS-COCO captions as .json), or coco: random captions from --coco."""
 
     coco: File | None = None
     """captions_val2014.json, from annotations_trainval2014.zip."""
@@ -29,41 +29,41 @@ class Options:
     """Key or column of the prompts; default: prompt, caption or text."""
 
     n: Images | None = None
-    """Images that are measured; default: 30,000 of coco, one per prompt of a file. Without --features and --clip only
-    those of the picture are made."""
+    """Number of images to measure; default: 30,000 for coco, one per prompt of a file. Without --features and --clip,
+    only the images of the picture are made."""
 
     seed: int = 1
-    """Of the noise and of coco's captions."""
+    """Seed of the noise and of the choice of coco's captions."""
 
     guidance: Annotated[float, Parameter(validator=Range(1))] = 8.0
-    """Of the teacher and its solvers, and of a student that takes one. The paper's: 3 and 8."""
+    """Guidance scale of the teacher and its solvers, and of a student that takes one. The paper uses 3 and 8."""
 
     lora: Name | None = None
     """An LCM-LoRA for 1, 2 and 4 steps: a file, a folder, or latent-consistency/lcm-lora-sdv1-5."""
 
     features: Name | None = None
-    """inception:FILE for FID, see `distmatch eval`; images are enlarged as clean-fid does it."""
+    """inception:FILE for FID, see `distmatch eval`; images are resized as in clean-fid."""
 
     reference: File | None = None
-    """The real images for FID: their folder (val2014), or statistics made with --resize clean."""
+    """Real images for FID: their folder (val2014), or statistics made with --resize clean."""
 
     clip: File | None = None
-    """OpenCLIP's weights for the CLIP score: the file, or its folder."""
+    """OpenCLIP weights for the CLIP score: a file, or its folder."""
 
     clip_model: str = "ViT-g-14"
-    """OpenCLIP's name of their network."""
+    """OpenCLIP's name of that network."""
 
     picture: Count = 7
-    """Rows of the picture: the first prompts."""
+    """Number of rows of the picture: the first prompts."""
 
     batch: Count = 16
     """Images per batch."""
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of the teacher's weights; the student computes in it by autocast."""
+    """Precision of the teacher's weights; the student runs in it by autocast."""
 
     out: Out = None
-    """Where figures and pictures go; default: runs/compare-TEACHER."""
+    """Folder for figures and pictures; default: runs/compare-TEACHER."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -72,13 +72,13 @@ class Options:
 def compare(teacher: Name, student: Name | None = None, /, *, options: Options = Options()) -> None:
     """Compare a text-to-image student with its teacher, fast solvers and LCM-LoRA: figures, latencies, one picture.
 
-    All make the same prompts from the same noise. Run again to continue. Several GPUs share the images:
-    torchrun --nproc-per-node 8 -m distmatch compare ...
+    All methods use the same prompts and the same noise. Run again to continue. Several GPUs share the images: torchrun
+    --nproc-per-node 8 -m distmatch compare ...
 
     Parameters
     ----------
     teacher
-        A folder in diffusers' format, or the name of one on Hugging Face.
+        A folder in diffusers' format, or the name of a model on Hugging Face.
     student
         A model or run folder; default: no student.
     """
@@ -105,15 +105,15 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
 def compare_on(prompts: list[str], teacher: str, student: "Pipeline | None", options: Options) -> list[dict[str, Any]]:
     """Return a row of figures per method; write them to `compare.json`, and the first pictures to `compare.png`.
 
-    Several processes (see `parallel`) share the images; the first gets the rows, the others none. A method that is
-    finished is kept in `OUT/methods` and not made again.
+    Several processes (see `parallel`) share the images; the first one gets the rows, the others an empty list. A
+    finished method is kept in `OUT/methods` and not repeated.
 
     Args:
-        teacher: a folder in diffusers' format, or the name of one on Hugging Face.
-        options: with `n` and `out`. `guidance` is for the teacher, its solvers and a student that takes one; that of
-            any other student and of LCM-LoRA is in their weights.
+        teacher: a folder in diffusers' format, or the name of a model on Hugging Face.
+        options: with `n` and `out` set. `guidance` applies to the teacher, its solvers and a student that takes one;
+            for any other student and for LCM-LoRA, guidance is part of the weights.
 
-    Raises `UserError` for what is missing or does not fit, and where `out` has figures of other settings.
+    Raises `UserError` if something is missing or does not fit, or if `out` has figures of other settings.
     """
     from distmatch.system.ownership import owned
 
@@ -160,7 +160,9 @@ def _compare(
     from distmatch.system.screen import console
 
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    device, dtype, picture = build.device(options.device), precisions[options.precision], options.picture
+    device = build.device(options.device)
+    dtype = precisions[options.precision]
+    picture = options.picture
     pipe = load_teacher(teacher, device, dtype)
     notice_cut(pipe, prompts[:n])
     merged = None if options.lora is None else load_lora(teacher, options.lora, device, dtype)
@@ -195,7 +197,7 @@ def _compare(
     parallel.first(lambda: same_settings(settings, out / "settings.json"))
     comparison = Comparison(prompts, shape, options.seed, space, clip)
     columns = methods(pipe, merged, student, options.guidance, dtype)
-    if count > picture:  # hours of the first are no time to learn that the last cannot be made
+    if count > picture:  # try all methods first: an error in the last should not show up after hours of the others
         for method in (one for one in columns if not (method_folder(out, one.name) / "figures.json").exists()):
             comparison.look(method, range(1))
     rows: list[dict[str, Any]] = []
@@ -209,7 +211,7 @@ def _compare(
             if parallel.rank() == 0:
                 for i, image in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
                     write_atomic(folder / f"{i:06d}.png", lambda p, image=image: p.write_bytes(imaging.png(image)))
-                write_json(folder / "figures.json", done)  # last: from now on the method is finished
+                write_json(folder / "figures.json", done)  # last, because this file marks the method as finished
         rows.append(done)
     if parallel.rank() > 0:
         return []

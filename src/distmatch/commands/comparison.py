@@ -1,8 +1,9 @@
-"""The parts of `distmatch compare`: one text-to-image method measured as all others are (DMD, Tables 3 and 4).
+"""Measures one text-to-image method under the conditions shared by all of them (DMD, Tables 3 and 4).
 
-Every method makes the same prompts from the same noise, rounded to 8 bits once. Images are measured as by Appendix D of
-the paper (arXiv 2311.18828) and GigaGAN's evaluation code, which it uses: brought to 256 x 256 by Pillow's Lanczos
-filter; FID as clean-fid has it; CLIP score by OpenCLIP. Latency is from a prompt to its pixels on the host, at batch 1.
+Every method makes the same prompts from the same noise, rounded to 8 bits once. Images are measured as in Appendix D of
+the paper (arXiv 2311.18828) and in the evaluation code of GigaGAN, which the paper uses: resized to 256 x 256 by
+Pillow's Lanczos filter, FID as in clean-fid, CLIP score by OpenCLIP. Latency is from a prompt to its pixels on the
+host, at batch size 1.
 """
 
 from collections.abc import Callable
@@ -32,33 +33,33 @@ from distmatch.system.progress import progress
 from distmatch.system.screen import console
 
 SIDE = 256
-"""Of the images that are measured, in pixels."""
+"""Side of the images that are measured, in pixels."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all methods have in common: image `i` has prompt `i`, beginning again after the last, and noise `i`."""
+    """What all methods share: image `i` has prompt `i` (cycling through the list) and noise `i`."""
 
     prompts: list[str]
 
     shape: tuple[int, ...]
-    """Of the noise of one image."""
+    """Shape of the noise of one image."""
 
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
 
     space: Space | None = None
-    """The features of FID, with their reference."""
+    """The features for FID, with their reference statistics."""
 
     clip: ClipScore | None = None
 
     def noise(self, rows: range, step: int = 0) -> Tensor:
-        """Return the noise f[B,*D] of the images number `rows` at the student's step number `step`."""
+        """Return the noise f[B,*D] of the images numbered `rows` at the student's step number `step`."""
         return rng.noise(self.seed, rows, self.shape, step)
 
     @torch.inference_mode()
     def look(self, method: Method, rows: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the method's images number `rows` u8[B,3,H,W], their features f[B,F], and their CLIP scores f[B]."""
+        """Return the method's images numbered `rows` u8[B,3,H,W], their features f[B,F] and their CLIP scores f[B]."""
         said = [self.prompts[i % len(self.prompts)] for i in rows]
         pixels = method.make(said, self.noise(rows), partial(self.noise, rows))
         small = lanczos(pixels) if self.space or self.clip else pixels
@@ -68,7 +69,8 @@ class Comparison:
     def measure(self, method: Method, n: int, batch: int, picture: int) -> tuple[dict[str, float], Tensor]:
         """Return `fid` and `clip_score` of `n` images, and the first `picture` of them u8[picture,3,H,W].
 
-        Several processes share the batches; the first gets the figures of one process to the last bit, the others none.
+        Several processes share the batches. The first one gets figures identical to the last bit to those of a single
+        process; the others get none.
         """
 
         def look(rows: range) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
@@ -103,14 +105,14 @@ class Comparison:
 
 
 def lanczos(pixels: Tensor, side: int = SIDE) -> Tensor:
-    """`pixels u8[B,3,H,W]` as u8[B,3,side,side] by Pillow's Lanczos filter."""
+    """Return `pixels u8[B,3,H,W]` resized to u8[B,3,side,side] by Pillow's Lanczos filter."""
     images = (Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy())
     small = [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in images]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
 
 
 def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | None = None) -> Images:
-    """The images in `folder`, of any sizes: the squares in their middle, by Pillow's Lanczos filter.
+    """Return the images in `folder`, of any size, as central squares resized by Pillow's Lanczos filter.
 
     Raises `UserError` as `load_images` does.
     """
@@ -122,7 +124,7 @@ def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | Non
         left, top = (image.width - edge) // 2, (image.height - edge) // 2
         if advance is not None:
             advance(1)
-        # cut first: with a box, `resize` would see what is around it
+        # crop first: with its `box` argument, `resize` would also see the pixels around the box
         middle = image.convert("RGB").crop((left, top, left + edge, top + edge))
         return middle.resize((side, side), Image.Resampling.LANCZOS)
 
@@ -130,7 +132,7 @@ def squares(folder: Path, side: int = SIDE, advance: Callable[[int], None] | Non
 
 
 def fid_space(name: str, real: Path | None, device: torch.device) -> Space:
-    """Return the features of FID as clean-fid has it, with their reference."""
+    """Return the features for FID as in clean-fid, with their reference statistics."""
     if not name.startswith("inception:"):
         raise UserError(f"features {name!r}: FID is compared in those of Inception; give inception:FILE")
     if real is None or not real.is_dir():
@@ -152,7 +154,7 @@ def method_folder(out: Path, method: str) -> Path:
 
 
 def finished(folder: Path, method: str, picture: int) -> dict[str, Any] | None:
-    """Return the figures of `method` if they and its pictures are there; damaged ones are made again."""
+    """Return the figures of `method` if they and its pictures are there and readable, else None."""
     try:
         done = read_json(folder / "figures.json", dict[str, Any])
         if done["name"] != method:

@@ -1,4 +1,4 @@
-"""`distmatch demo`: small distillations from beginning to end, and what came out."""
+"""`distmatch demo`: small distillations from start to finish, with their results."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,7 +7,7 @@ from distmatch.system.options import Out, Runs
 
 
 def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
-    """Distil something small and look at it.
+    """Distil something small and look at the result.
 
     Parameters
     ----------
@@ -15,9 +15,9 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
         mnist: the embedded teacher, pairs, distillation, evaluation, report; about ten minutes on two cores.
         toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
     out
-        Where the results go; default: runs/demo-WHICH.
+        Folder for the results; default: runs/demo-WHICH.
     runs
-        The folder that runs and pair stores share.
+        The folder that holds runs and pair stores.
     """
     out = out or runs / f"demo-{which}"
     if which == "mnist":
@@ -29,7 +29,7 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
 
 
 def mnist(out: Path, runs: Path) -> None:
-    """Distil the embedded teacher by the recipe `mnist`, measure teacher and student, write `out/report.html`."""
+    """Distil the embedded teacher with the recipe `mnist`, measure teacher and student, write `out/report.html`."""
     import time
 
     import torch
@@ -65,7 +65,7 @@ def mnist(out: Path, runs: Path) -> None:
     n = len(pairs)
     labels = torch.arange(n) % len(info.classes)
     with progress("evaluation", 2 * n, unit="image") as advance:
-        # The pairs are the teacher's images: no need to sample it again.
+        # The pairs are the teacher's images, so there is no need to sample it again.
         taught = score(
             lambda a, b: imaging.to_uint8(pairs.images(a, b)), labels, n, spaces, classes=info.classes, progress=advance
         )

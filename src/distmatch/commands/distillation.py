@@ -1,4 +1,4 @@
-"""`distil`: a recipe to a finished student, in a folder of its own."""
+"""`distil`: runs a recipe through to a finished student in its own folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,26 +32,26 @@ from distmatch.training.train import Plan, train
 @parallel.joined()
 @owns_out
 def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
-    """`distmatch train`: pairs if the recipe needs them, then the distillation, into `out`.
+    """Run `distmatch train`: build pairs if the recipe needs them, then distil into `out`.
 
     Args:
         runs: the folder where pair stores are shared.
-        teacher: a denoiser of one's own with the shape and classes of its images; `recipe.teacher` is then its name.
+        teacher: your own denoiser, with its image shape and classes; `recipe.teacher` then only names it.
     """
     parallel.first(lambda: binding.same_recipe(recipe, out))
     flight = Flight(recipe, out, runs, teacher)
     stages, (subject, spaces) = flight.stages, cleared(flight)
-    del flight  # and the networks that were tried
+    del flight  # and with it the networks that were tried
     parallel.first(lambda: binding.bind(recipe, subject, out))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
-    if recipe.parallel == "fsdp":  # the teacher makes them while it is whole; it is sharded afterwards
+    if recipe.parallel == "fsdp":  # build pairs now, while the teacher is whole; it is sharded below
         for stage in filter(build.reads_pairs, stages):
             pair_store(stage, subject, runs)
     watch = Clipping()
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
-            continue  # a continued run lands in the stage where it was
+            continue  # a resumed run continues in the stage where it stopped
         pairs = pair_store(stage, subject, runs) if build.reads_pairs(stage) else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
@@ -71,7 +71,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
 
 @parallel.joined()
 def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
-    """`distmatch train --check`: what `distil` would do first, told line by line, and nothing else."""
+    """Run `distmatch train --check`: only the checks that `distil` makes first, one line per result."""
     parallel.first(lambda: binding.same_recipe(recipe, out))
     for name, found in checks(Flight(recipe, out, runs, teacher)):
         _say(f"✓ {name:<10} {found}")
@@ -88,7 +88,7 @@ def _train(
     title: str,
     watch: Clipping,
 ) -> None:
-    """The run in `out` as far as `steps`, measured in `spaces` where there are any."""
+    """Train the run in `out` up to step `steps`, measuring in `spaces` if there are any."""
     figures: Callable[[], dict[str, float]] | None = None
     if spaces:
 
@@ -96,7 +96,8 @@ def _train(
             student = DistilledPipeline(
                 distiller.ema.network, distiller.info, components(subject.info, distiller.device)
             )
-            n, seed, batch = recipe.evaluate.images, recipe.seed + 1, 4 if subject.info.latent else 256
+            n, seed = recipe.evaluate.images, recipe.seed + 1
+            batch = 4 if subject.info.latent else 256
             return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
 
         figures = frechet
@@ -114,7 +115,7 @@ def _train(
 
 
 def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path) -> None:
-    """`teacher-student.png`: what both make of the same noise."""
+    """Write `teacher-student.png`: the images of both from the same noise."""
     p, info = recipe.pairs, subject.info
     guidance = p.guidance if recipe.student.guidance is None else None
     parts = components(info, distiller.device)
@@ -127,13 +128,13 @@ def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distille
 
 
 def _say(text: str) -> None:
-    """Tell it once, however many processes there are."""
+    """Print `text` once, however many processes there are."""
     if parallel.rank() == 0:
         console.print(text)
 
 
 def pair_store(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
-    """The recipe's pairs. What they will take is said before they are built."""
+    """Return the recipe's pairs, building them if necessary. Print their cost first."""
     spec = build.pair_spec(recipe, subject)
     folder = build.pairs_folder(recipe, spec, runs)
     if not Folder(folder).exists(MANIFEST):

@@ -1,4 +1,4 @@
-"""`distmatch eval`."""
+"""`distmatch eval`: measures how good a model's images are, and how fast it makes them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,29 +14,30 @@ from distmatch.system.options import Count, Images, Name, Out, Scale
 @dataclass(frozen=True, kw_only=True)
 class Options:
     n: Images = 50_000
-    """Number of images, classes in turn."""
+    """Number of images; the classes take turns."""
 
     seed: int = 1
-    """Of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise."""
+    """Seed of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise."""
 
     teacher: bool = False
-    """Measure the teacher called MODEL, instead of the student."""
+    """Measure the teacher called MODEL instead of the student."""
 
     steps: Count | None = None
-    """With --teacher: steps of Heun's sampler; default: 18."""
+    """With --teacher: number of steps of Heun's sampler; default: 18."""
 
     guidance: Scale | None = None
     """With --teacher: classifier-free guidance, uncond + w (cond - uncond)."""
 
     features: Name | None = None
-    """What images are compared in: a folder made by `distmatch classifier`, or mnist; pixels, the principal components
-    of --reference's; or inception:FILE for FID. Default: those of the package, if the model was taught on its images,
-    or pixels, if there is a --reference. FILE holds the weights: inception-2015-12-05.pt (TorchScript, a program that
-    is run: use one that you trust), a state dict of the PyTorch port (.pth, .safetensors), or NVIDIA's .pkl."""
+    """Features to compare images in: a folder made by `distmatch classifier`, or mnist; pixels, the principal
+    components of the --reference images; or inception:FILE for FID. Default: those of the package if the model was
+    taught on its images, or pixels if there is a --reference. FILE holds the weights: inception-2015-12-05.pt
+    (TorchScript, a program that is executed: only use one you trust), a state dict of the PyTorch port (.pth,
+    .safetensors), or NVIDIA's .pkl."""
 
     resize: Literal["legacy", "clean"] = "legacy"
-    """How Inception's images are enlarged. legacy: as TensorFlow 1 did it, for FID as EDM and DMD report it; clean:
-    bicubic with antialiasing, as clean-fid does it."""
+    """How images are resized for Inception. legacy: as in TensorFlow 1, for FID as EDM and DMD report it; clean:
+    bicubic with antialiasing, as in clean-fid."""
 
     reference: Name | None = None
     """Real images (folder, archive, or u8[N,H,W,C] in an .npy or .npz), or their statistics (.npz with mu and sigma,
@@ -46,7 +47,7 @@ class Options:
     """Images per batch."""
 
     out: Out = None
-    """A file: write the figures there as JSON as well."""
+    """A file to which the figures are also written, as JSON."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -55,7 +56,7 @@ class Options:
 def evaluate(model: Name, /, options: Options = Options()) -> None:
     """Measure a model: Frechet and kernel distance, precision and recall, class accuracy, latency, throughput.
 
-    All in several feature spaces, beside real images: a model that is good in one and bad in another is not good.
+    Quality is measured in several feature spaces, next to real images: good in one and bad in another is not good.
 
     FID by EDM's protocol: --features inception:FILE --reference STATISTICS.npz, 50,000 images. Several GPUs share the
     images, and the figures stay the same: torchrun --nproc-per-node 8 -m distmatch eval ...
@@ -72,7 +73,7 @@ def evaluate(model: Name, /, options: Options = Options()) -> None:
 
 
 def _measure(model: str, options: Options) -> None:
-    """Measure in each of the processes of `torchrun`, if it started this one; the first reports the result."""
+    """Measure in every process that `torchrun` started, if any; the first one reports the result."""
     from distmatch.evaluation.measure import evaluate, hardware, judge, named, show_rows, show_spaces, speed
     from distmatch.evaluation.spaces import default_features, find_spaces, known_rows
     from distmatch.system import parallel

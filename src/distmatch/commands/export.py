@@ -1,4 +1,4 @@
-"""`distmatch export diffusers` and `distmatch export lora`. The work is in `export`."""
+"""`distmatch export diffusers` and `distmatch export lora`: write a student in diffusers' format."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ app = App(name="export", help="Turn students into other libraries' formats.")
 def diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half: bool = False) -> None:
     """Write a text-to-image student as a folder that DiffusionPipeline.from_pretrained opens.
 
-    It makes the student's image with num_inference_steps=1, guidance_scale=1: the student's time and prediction are
-    in the scheduler's settings. A student that learnt a range of guidance takes guidance_scale from that range.
+    The pipeline makes the student's image with num_inference_steps=1, guidance_scale=1: the student's time and
+    prediction are in the scheduler's settings. A student trained on a range of guidance takes guidance_scale from it.
 
     Parameters
     ----------
     run
         A run or model folder.
     out
-        The folder; default: RUN-diffusers. An older export in it is replaced when the new one is written.
+        The folder; default: RUN-diffusers. An older export there is replaced once the new one is written.
     source
-        The teacher in diffusers' format whose text encoders and autoencoder go along; default: that of the run.
+        The teacher in diffusers' format whose text encoders and autoencoder are included; default: that of the run.
     half
-        Weights in half precision.
+        Write the weights in half precision.
     """
     from distmatch.models.diffusers.export import export_diffusers
 
@@ -34,14 +34,15 @@ def diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half
 
 @app.command
 def lora(run: Name, /, *, out: Out = None) -> None:
-    """Write the adapters of a student trained with student.lora_rank as a LoRA in diffusers' format, and its scheduler.
+    """Write the adapters of a student trained with student.lora_rank as a LoRA in diffusers' format, with its
+    scheduler.
 
     Parameters
     ----------
     run
         A run folder.
     out
-        The folder; default: RUN-lora. An older export in it is replaced when the new one is written.
+        The folder; default: RUN-lora. An older export there is replaced once the new one is written.
     """
     from distmatch.models.diffusers.export import export_lora
 

@@ -1,4 +1,4 @@
-"""`distmatch import edm`."""
+"""`distmatch import edm`: converts an EDM checkpoint to a model folder."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ app = App(name="import", help="Turn foreign checkpoints into model folders. Noth
 
 @app.command(name="edm")
 def import_edm(source: Name, /, *, out: Out = None) -> None:
-    """Import a checkpoint of Karras et al. 2022. Recipes take it directly, too: teacher=edm:FILE.
+    """Import a checkpoint of Karras et al. 2022. Recipes can also use one directly: teacher=edm:FILE.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the command line says of a call that it cannot read: what is wrong, and how it is written."""
+"""Explains a command line that cannot be parsed: what is wrong, and how to write it."""
 
 import inspect
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
 
 def explain(error: CycloptsError) -> str:
-    """Return one message on the mistake, with the option or the recipe entry that was probably meant."""
-    error.verbose = False  # without the Python of it
+    """Return one message about the mistake, naming the option or recipe entry that was probably meant."""
+    error.verbose = False  # omit the Python signature
     parameters = _parameters(error.target) if error.target else []
     said = str(error).strip().removesuffix(".")
     if isinstance(error, UnknownOptionError) and "overrides" in parameters:
@@ -23,7 +23,7 @@ def explain(error: CycloptsError) -> str:
 
 
 def _parameters(command: Callable[..., Any]) -> list[str]:
-    """Return the names of what `command` takes, those within its `Options` too."""
+    """Return the names of the parameters of `command`, including those in its `Options`."""
     found = []
     for parameter in inspect.signature(command).parameters.values():
         found += [field.name for field in fields(parameter.annotation)] if is_dataclass(parameter.annotation) else []
@@ -32,8 +32,8 @@ def _parameters(command: Callable[..., Any]) -> list[str]:
 
 
 def _entry(error: UnknownOptionError, said: str) -> str:
-    """`--steps 100`, where a recipe's entry is meant: `steps=100`."""
-    from distmatch.recipe.loading import meant  # not before it is needed: --help answers at once
+    """Explain `--steps 100` where a recipe entry is meant: `steps=100`."""
+    from distmatch.recipe.loading import meant  # imported late to keep --help fast
 
     option, _, value = (error.token.keyword or error.token.value).partition("=")
     if not value:
@@ -48,7 +48,7 @@ def _entry(error: UnknownOptionError, said: str) -> str:
 
 
 def _surplus(tokens: list[str], options: list[str]) -> str:
-    """Words too many; of `steps=5`, where an option is meant, `--steps 5`."""
+    """Explain surplus words; for `steps=5` where an option is meant: `--steps 5`."""
     key, equals, value = tokens[0].partition("=") if tokens else ("", "", "")
     if equals and key.lstrip("-") in options:
         return f"Unexpected {tokens[0]!r}: write --{key.lstrip('-').replace('_', '-')} {value}"

@@ -1,4 +1,4 @@
-"""`distmatch pairs build` and `distmatch pairs verify`."""
+"""`distmatch pairs build` and `distmatch pairs verify`: build and check stores of noise-image pairs."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ app = App(name="pairs", help="Build and check stores of noise-image pairs.")
 
 @app.command
 def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("runs")) -> None:
-    """Build the pairs of a recipe ahead of its training. Run again to continue; several processes may share the work.
+    """Build the pairs of a recipe ahead of its training. Run again to continue; several processes can share the work.
 
     Parameters
     ----------
     recipe
-        Name of a recipe of the package or a YAML file.
+        Name of a recipe of the package, or a YAML file.
     overrides
         Entries to change, e.g. pairs.count=1000 pairs.steps=40.
     out
         The store's folder; default: where `distmatch train` looks for it.
     runs
-        The folder that runs and pair stores share.
+        The folder that holds runs and pair stores.
     """
     from distmatch.commands.distillation import pair_store
     from distmatch.recipe.build import subject
@@ -36,7 +36,7 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
 
 @app.command
 def verify(store: Name, /) -> None:
-    """Check every byte of a store, a folder or a URL: images, and that the noise still comes out the same."""
+    """Check every byte of a store (folder or URL): its images, and that its noise can still be regenerated exactly."""
     from distmatch.data.pairs import PairStore
     from distmatch.system.progress import progress
     from distmatch.system.screen import console

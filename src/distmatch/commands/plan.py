@@ -1,4 +1,4 @@
-"""`distmatch plan`. The work is `plan.show`."""
+"""`distmatch plan`: estimates the cost of a recipe on given GPUs; `planning.plan` does the work."""
 
 from typing import Annotated, Literal
 
@@ -16,24 +16,24 @@ def plan(
     utilisation: Annotated[float, Parameter(validator=Range(0, 1, open="("))] = 0.4,
     network: Rate = 50.0,
 ) -> None:
-    """Estimate what a recipe takes: arithmetic, memory, traffic, disk, time, and whether it fits.
+    """Estimate what a recipe costs: arithmetic, memory, traffic, disk and time, and whether it fits.
 
-    Counted in one step on fake tensors: nothing but settings is downloaded, and no GPU is needed.
+    Runs one step on fake tensors: it downloads only settings and needs no GPU.
 
     Parameters
     ----------
     recipe
-        Name of a recipe of the package or a YAML file.
+        Name of a recipe of the package, or a YAML file.
     overrides
         Entries to change, e.g. accumulate=4 parallel=fsdp.
     gpus
-        How many GPUs share the batches.
+        Number of GPUs that share the batches.
     gpu
-        Their kind; its memory and its arithmetic are the maker's figures.
+        Kind of GPU; its memory and arithmetic are taken from the maker's data sheet.
     utilisation
-        Share of that arithmetic that is reached; 0.4 is common for these networks.
+        Share of that arithmetic that is reached in practice; 0.4 is common for these networks.
     network
-        GB/s per GPU and direction between machines of eight; 50 is one card of 400 Gb/s for each.
+        GB/s per GPU and direction between machines of eight GPUs; 50 is one 400 Gb/s card per GPU.
     """
     from distmatch.planning.plan import show
     from distmatch.recipe.loading import load_recipe

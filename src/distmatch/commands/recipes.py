@@ -1,4 +1,4 @@
-"""`distmatch recipes`."""
+"""`distmatch recipes`: lists the recipes of the package."""
 
 
 def recipes(*, schema: bool = False) -> None:
@@ -7,7 +7,7 @@ def recipes(*, schema: bool = False) -> None:
     Parameters
     ----------
     schema
-        Print the JSON schema of a recipe file instead, with which an editor checks and completes one.
+        Print the JSON schema of recipe files instead; editors use it to check and complete them.
     """
     import json
 

@@ -1,4 +1,4 @@
-"""`distmatch report`. The page is made by `report.report`."""
+"""`distmatch report`: one HTML page on one or several runs; `report_page` makes it."""
 
 from distmatch.system.errors import UserError
 from distmatch.system.options import File, Out
@@ -10,7 +10,7 @@ def report(*runs: File, out: Out = None) -> None:
     Parameters
     ----------
     runs
-        Folders of runs.
+        Run folders.
     out
         The page; default: report.html in the first run.
     """

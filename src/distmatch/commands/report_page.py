@@ -1,4 +1,4 @@
-"""One or several runs as one HTML page that opens from disk: figures, pictures, curves, recipes side by side."""
+"""Makes the report: one or several runs as one HTML page with figures, pictures, curves and recipes side by side."""
 
 import base64
 import io
@@ -27,12 +27,12 @@ from distmatch.system.plain import fitting, read_json, read_yaml
 from distmatch.training import log
 
 TEMPLATE = Path(__file__).with_name("report.html")
-STRIP = 8  # so many sample grids stand side by side; all of them are behind the slider
+STRIP = 8  # sample grids shown side by side; the slider reaches all of them
 STEP = re.compile(r"step-(\d+)\.png")
-# One per run, in turn, told apart with any kind of colour vision (Okabe and Ito's, less the yellow, and two more).
+# One per run, cycling; distinguishable with any colour vision (Okabe and Ito's, without yellow, plus two).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8a5cd0")
 
-# Entry of the log: title, and what a healthy run looks like.
+# Key in the log -> title, and what a healthy run looks like.
 CURVES = {
     "loss": (
         "Denoising loss",
@@ -56,7 +56,7 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Frame:
-    """A sample grid of fixed noise, and whether it is in sight without the slider."""
+    """A sample grid of fixed noise, and whether it is visible without the slider."""
 
     step: int
     png: bytes
@@ -73,7 +73,7 @@ class Run:
     colour: str
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and finite values of one entry of the log."""
+        """Return the steps and the finite values of one key of the log."""
         points = [(line["step"], line[key]) for line in self.lines if math.isfinite(line.get(key, math.nan))]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -82,13 +82,13 @@ class Run:
 
     @property
     def steps(self) -> str:
-        """Steps done of steps planned."""
+        """Return "done of planned" steps."""
         done, planned = max((line["step"] for line in self.lines), default=0), self.recipe.get("steps")
         return str(done) if done == planned else f"{done} of {planned}"
 
     @property
     def minutes(self) -> str:
-        """Minutes of training; empty where not logged."""
+        """Return the minutes of training; empty if not logged."""
         seconds = self.last("seconds")
         return "" if seconds is None else f"{seconds / 60:.1f}"
 
@@ -110,31 +110,35 @@ class Run:
 
     @cached_property
     def pair(self) -> bytes | None:
-        """The picture of teacher and student from the same noise."""
+        """Return the picture of teacher and student from the same noise."""
         file = self.folder / "teacher-student.png"
         return file.read_bytes() if file.exists() else None
 
     @cached_property
     def frames(self) -> list[Frame]:
-        """All sample grids, of which `STRIP` are in sight and the rest behind a slider."""
-        files = (self.folder / "previews").glob("*")
-        found = sorted((int(m[1]), file) for file in files if (m := STEP.fullmatch(file.name)))
+        """Return all sample grids; `STRIP` of them are visible and the slider shows the rest."""
+        found = []
+        for file in (self.folder / "previews").glob("*"):
+            match = STEP.fullmatch(file.name)
+            if match:
+                found.append((int(match[1]), file))
+        found.sort()
         seen = {round(i * (len(found) - 1) / (STRIP - 1)) for i in range(STRIP)}
         return [Frame(step, file.read_bytes(), i in seen) for i, (step, file) in enumerate(found)]
 
 
 Table = tuple[list[str], list[list[str]]]
-"""Its head and its rows."""
+"""Head and rows."""
 
 
 def report(runs: list[Path], out: Path) -> Path:
-    """Write the page on `runs` to `out`, which is returned; each run's folder is named once.
+    """Write the report on `runs` to `out` and return `out`; each run is labelled with its folder's name.
 
-    Of a folder's files only `recipe.yaml`, or a teacher's `settings.json`, must be there. The page says so, or leaves a
-    section out, where `log.jsonl`, `eval.json`, `teacher-student.png` or `previews/step-*.png` are missing. It loads no
-    model: the pictures of teacher and student from the same noise are made at the end of a run.
+    Only `recipe.yaml` (or a teacher's `settings.json`) must be in a folder. If `log.jsonl`, `eval.json`,
+    `teacher-student.png` or `previews/step-*.png` are missing, the page says so or omits the section. No model is
+    loaded: the picture of teacher and student from the same noise is made at the end of a run.
 
-    Raises `UserError` for no folders, for a folder that is no run, and for a file in it that cannot be read.
+    Raises `UserError` if there are no folders, if a folder is not a run, or if a file in it cannot be read.
     """
     if not runs:
         raise UserError("no runs to report on; name at least one folder that `distmatch train` wrote")
@@ -164,7 +168,7 @@ def report(runs: list[Path], out: Path) -> Path:
 def _load(folder: Path, name: str, colour: str) -> Run:
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
-        recipe = folder / "settings.json"  # of `distmatch teach`; JSON is YAML
+        recipe = folder / "settings.json"  # written by `distmatch teach`; JSON is valid YAML
     if not recipe.is_file():
         raise UserError(
             f"{folder} is not a run: it has neither recipe.yaml nor settings.json. "
@@ -175,7 +179,7 @@ def _load(folder: Path, name: str, colour: str) -> Run:
 
 
 def _evaluated(file: Path) -> dict[str, Any]:
-    """The figures of `distmatch eval`, if there are any."""
+    """Return the figures of `distmatch eval`, or an empty dict."""
     if not file.exists():
         return {}
     remedy = "Write it again with `distmatch eval`"
@@ -187,7 +191,7 @@ def _evaluated(file: Path) -> dict[str, Any]:
 
 
 def _figures(runs: list[Run]) -> Table:
-    """The evaluation rows of all runs in one table."""
+    """Return the evaluation rows of all runs in one table."""
     rows = [(run, row) for run in runs for row in run.figures.get("rows", [])]
     shown = columns([row for _, row in rows])
     cells = [[_figure(row, key, shown) for key in shown] for _, row in rows]
@@ -202,7 +206,7 @@ def _figure(row: Mapping[str, Any], key: str, shown: Mapping[str, tuple[str, str
 
 
 def _charts(runs: list[Run]) -> Iterator[tuple[str, bytes, str]]:
-    """Yield title, picture and caption of each entry of the logs that has a value."""
+    """Yield title, picture and caption for each key of the logs that has a value."""
     logged = dict.fromkeys(key for run in runs for line in run.lines for key in line)
     logged = [key for key in logged if any(run.series(key)[1] for run in runs)]
     for figure, (title, caption) in CURVES.items():
@@ -210,15 +214,15 @@ def _charts(runs: list[Run]) -> Iterator[tuple[str, bytes, str]]:
             base, _, space = key.partition("/")
             if key == figure:
                 yield title, _chart(runs, key), caption
-            elif base == figure:  # a distance, in one of several spaces
+            elif base == figure:  # a distance, measured in several feature spaces
                 yield f"{title} ({space})", _chart(runs, key), caption
     for key in logged:
-        if key not in CURVES and key.endswith(("/student", "/fake")):  # of a term of the user's
+        if key not in CURVES and key.endswith(("/student", "/fake")):  # from your own term
             yield key, _chart(runs, key), "The loss of a term of your own."
 
 
 def _chart(runs: list[Run], key: str) -> bytes:
-    """One small plot of entry `key` over the steps, as PNG. No foreign text is drawn."""
+    """Plot `key` of the logs over the steps, as PNG. No text from the runs is drawn."""
     series = [(run, *run.series(key)) for run in runs]
     everything = [value for _, _, values in series for value in values]
     figure = Figure(figsize=(4.2, 2.4), layout="constrained")
@@ -226,7 +230,7 @@ def _chart(runs: list[Run], key: str) -> bytes:
     for run, steps, values in series:
         if values:
             axes.plot(steps, values, color=run.colour, linewidth=0.8, alpha=0.3)
-            axes.plot(steps, smooth(values), color=run.colour, linewidth=1.5, marker="." * (len(values) < 30))
+            axes.plot(steps, smooth(values), color=run.colour, linewidth=1.5, marker="." if len(values) < 30 else "")
     low, high = min(everything), max(everything)
     if low > 0 and high > 5 * low:
         axes.set_yscale("log")
@@ -243,13 +247,13 @@ def _chart(runs: list[Run], key: str) -> bytes:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of a fifteenth of the series, narrower at its ends; short series stay as they are."""
+    """Return the mean over a centred window of 1/15 of the series, narrower at the ends; short series are unchanged."""
     window = np.ones(len(values) // 15 | 1)
     return (np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")).tolist()
 
 
 def differing(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Dotted keys in which recipes differ, with the value of each; a dash where a recipe lacks the key."""
+    """Return the dotted keys in which recipes differ, with one value per recipe; a dash if a recipe lacks the key."""
     flats = [flat(recipe) for recipe in runs]
     keys = dict.fromkeys(key for entries in flats for key in entries)
     rows = {key: [_plain(entries[key]) if key in entries else "–" for entries in flats] for key in keys}
@@ -257,9 +261,9 @@ def differing(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def _ablation(runs: list[Run]) -> Table:
-    """Per run: what is changed from the first one, and where it ended."""
+    """Return a table of what each run changes with respect to the first, and of its final figures."""
     changes = {k: v for k, v in differing([run.recipe for run in runs]).items() if k not in ("name", "description")}
-    # eval.json may hold the teacher as well: the student is the row with one network evaluation.
+    # eval.json may also hold the teacher: the student is the row with one network evaluation.
     students = [next((row for row in run.figures.get("rows", []) if row.get("nfe") == 1), {}) for run in runs]
     trained = [{key: run.last(key) for key in dict.fromkeys(k for line in run.lines for k in line)} for run in runs]
     logged, measured = _quality(trained), _quality(students)
@@ -278,13 +282,13 @@ def _ablation(runs: list[Run]) -> Table:
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """The columns of `rows` that say how good a model is, not how it was measured or how fast it is."""
+    """Return the columns of `rows` that say how good a model is, not how it was measured or how fast it is."""
     kinds = ("fid", "frechet", "precision", "recall", "accuracy")
     return {key: column for key, column in columns(rows).items() if key.partition("/")[0] in kinds}
 
 
 def _plain(value: Any) -> str:
-    """A value of a recipe or an evaluation on one line."""
+    """Format a value of a recipe or an evaluation on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items())
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

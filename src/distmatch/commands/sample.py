@@ -1,4 +1,4 @@
-"""`distmatch sample`."""
+"""`distmatch sample`: makes images with a student or teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +20,26 @@ class Options:
     """Seed of the noise."""
 
     label: str | None = None
-    """Class name or number for all images; default: the classes in turn."""
+    """Class name or number for all images; default: the classes take turns."""
 
     prompt: Annotated[list[str] | None, Parameter(name=["--prompt", "-p"])] = None
-    """For a text-to-image model, what to draw; several take turns."""
+    """For a text-to-image model: what to draw; several prompts take turns."""
 
     out: Out = None
-    """Where the images go, in place of an earlier call's; default: samples/MODEL."""
+    """Folder for the images, replacing those of an earlier call; default: samples/MODEL."""
 
     teacher: bool = False
-    """Sample the teacher called MODEL, instead of the student."""
+    """Sample the teacher called MODEL instead of the student."""
 
     steps: Count | None = None
-    """With --teacher: its sampler's steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
+    """With --teacher: number of sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
 
     guidance: Scale | None = None
-    """Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student that learnt a range."""
+    """Classifier-free guidance, uncond + w (cond - uncond), of the teacher or of a student trained on a range of
+    scales."""
 
     batch: Count | None = None
-    """Images per batch; it does not change them."""
+    """Images per batch; does not affect the images."""
 
     device: str = "auto"
     """auto, cpu or cuda."""

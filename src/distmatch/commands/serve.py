@@ -1,4 +1,4 @@
-"""`distmatch serve`. The page and its server are in `serve`."""
+"""`distmatch serve`: opens the local web page; `web_page` serves it."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,19 +14,19 @@ from distmatch.system.options import Count, Name, Range, Scale
 @dataclass(frozen=True, kw_only=True)
 class Options:
     teacher: Name | None = None
-    """Its teacher, for the game: a model folder, mnist, diffusers:FOLDER_OR_ID."""
+    """The student's teacher, for the game: a model folder, mnist, diffusers:FOLDER_OR_ID."""
 
     steps: Count | None = None
-    """The teacher's sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
+    """Number of the teacher's sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
 
     guidance: Scale | None = None
-    """The teacher's; default: that of the student's training."""
+    """The teacher's guidance scale; default: that of the student's training."""
 
     host: str = "127.0.0.1"
-    """Address to listen at. Others than 127.0.0.1 let everybody in your network use the page."""
+    """Address to listen on. Any other than 127.0.0.1 lets everybody on your network use the page."""
 
     port: Annotated[int, Parameter(validator=Range(0, 65535))] = 7860
-    """Where it is taken, a free one is used."""
+    """Port to listen on; if it is taken, a free one is used."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -41,7 +41,7 @@ def serve(model: Name, /, options: Options = Options()) -> None:
     Parameters
     ----------
     model
-        A student: a model or run folder, or one of the package: mnist.
+        A student: a model or run folder, or a model of the package: mnist.
     """
     need("fastapi", "uvicorn", "websockets", by="the web page")
     from distmatch.commands.web_page import serve as listen

@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Helpers shared by several commands: find a student or teacher, read images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
-    """Return the student called `model`, or the `teacher` of that name with so many `steps` of its sampler."""
+    """Return the student called `model`, or with `teacher` the teacher of that name, sampling in `steps` steps."""
     if teacher:
         return find_teacher(model, steps, guidance, device)
     if steps is not None:
@@ -30,7 +30,7 @@ def find_teacher(model: str, steps: int | None, guidance: float | None, device: 
 
 
 def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
-    """Return the student called `model`. Raises `UserError` for a `guidance` where the student has none to choose."""
+    """Return the student called `model`. Raises `UserError` for a `guidance` if the student's is fixed."""
     from distmatch.pipeline import DistilledPipeline
     from distmatch.recipe import build
 
@@ -43,7 +43,7 @@ def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
 
 
 def read_images(place: str | Path, split: str, out: Path) -> "Images":
-    """Return the images of a split. Raises `UserError` where results are to be written among them."""
+    """Return the images of a split. Raises `UserError` if the results would be written to the folder of the images."""
     from distmatch.data.images import load_images
     from distmatch.system.screen import console
     from distmatch.system.storage import is_url

@@ -1,4 +1,4 @@
-"""The picture of `distmatch compare`, laid out as Figures 6 and 8 of the paper (arXiv 2311.18828)."""
+"""Draws the picture of `distmatch compare`, laid out like Figures 6 and 8 of the paper (arXiv 2311.18828)."""
 
 from math import ceil
 from pathlib import Path
@@ -12,7 +12,7 @@ from distmatch.commands.comparison import method_folder
 
 
 def sheet(out: Path, rows: list[dict[str, Any]], prompts: list[str]) -> np.ndarray:
-    """The methods' pictures side by side, names and latencies above them, each prompt below its own: u8[H,W,3]."""
+    """Return the picture u8[H,W,3]: a column per method under its name and latency, a row per prompt above its text."""
     tiles = [
         [Image.open(method_folder(out, row["name"]) / f"{i:06d}.png").convert("RGB") for row in rows]
         for i in range(len(prompts))
@@ -42,7 +42,7 @@ def sheet(out: Path, rows: list[dict[str, Any]], prompts: list[str]) -> np.ndarr
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` as lines that are no wider than `width` pixels, but for words that are."""
+    """Wrap `text` into lines of at most `width` pixels; a single longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

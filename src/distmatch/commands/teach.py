@@ -1,4 +1,4 @@
-"""`distmatch teach`."""
+"""`distmatch teach`: trains a diffusion teacher on a folder of images."""
 
 import os
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a teacher is trained."""
+    """How to train a teacher."""
 
     steps: Count = 10_000
-    """Length of the training; the learning rate falls to zero over its last 30 %."""
+    """Number of training steps; the learning rate falls to zero over the last 30 %."""
 
     batch: Count = 128
     """Images per step."""
@@ -39,29 +39,29 @@ class Options:
     """Side of the space-to-depth stem; the image side must be a multiple of patch * 2 ** (levels - 1)."""
 
     split: str = "train"
-    """Which images to read where there are splits: train (also folders called training, train2017, ...), test, val, the
-    name of a folder, or all, for which no folder is a split."""
+    """Which split to read, if there are splits: train (including folders called training, train2017, ...), test, val,
+    the name of a folder, or all, which treats no folder as a split."""
 
     label_dropout: Share = 0.0
-    """Share of the images shown without their label; 0.1 makes the teacher fit for guidance."""
+    """Share of the images shown without their label; 0.1 prepares the teacher for guidance."""
 
     flip: bool = False
-    """Mirror every other image."""
+    """Mirror half of the images."""
 
     ema: Share = 0.999
-    """Decay of the moving average of the weights, which is what is kept."""
+    """Decay of the moving average of the weights; the average is the model that is saved."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast around the network; worth it on a GPU or a CPU with bf16 arithmetic."""
+    """bf16: autocast around the network; worthwhile on a GPU, or on a CPU with bf16 arithmetic."""
 
     seed: int = 0
-    """Seed of the initial weights, the order of the images, and all noise."""
+    """Seed of the initial weights, the image order and all noise."""
 
     save_every: Count = 500
     """Steps between checkpoints."""
 
     preview_every: Whole = 500
-    """Steps between pictures of samples; 0: none."""
+    """Steps between sample pictures; 0: none."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -74,10 +74,10 @@ def teach(images: Name, /, *, out: Out = None, options: Options = Options()) -> 
     ----------
     images
         A folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of images of one size, [train/]CLASS/NAME.png or flat;
-        labels may also stand in dataset.json, metadata.jsonl or .cls files. CIFAR's batches, MNIST's files and Parquet
-        are read too. An archive may be at a URL (s3://, gs://, hf://). All of it: docs/data.md.
+        labels may also be in dataset.json, metadata.jsonl or .cls files. CIFAR's batches, MNIST's files and Parquet
+        work too. An archive may be at a URL (s3://, gs://, hf://). For details see docs/data.md.
     out
-        The run's folder; default: runs/teach-NAME. The model ends up in its model/.
+        The run's folder; default: runs/teach-NAME. The model is saved in its model/ folder.
     """
     from distmatch.system.storage import name_of
 
@@ -85,13 +85,13 @@ def teach(images: Name, /, *, out: Out = None, options: Options = Options()) -> 
 
 
 def train_teacher(images: "str | Path | Images", out: Path, options: Options = Options()) -> None:
-    """Train a teacher on `images`, into `out`. Called again, it continues where it was.
+    """Train a teacher on `images`, into `out`. If called again, continue the run.
 
     Args:
-        images: a place to read (see `images.load_images`), or images at hand, e.g. `Images.of(tensor, labels)`.
+        images: a place to read from (see `images.load_images`), or loaded images, e.g. `Images.of(tensor, labels)`.
 
-    Raises `UserError` where the images cannot be read or do not fit the network, and where `out` is a run with other
-    settings or images.
+    Raises `UserError` if the images cannot be read or do not fit the network, or if `out` is a run with other settings
+    or images.
     """
     from distmatch.system.ownership import owned
 
@@ -132,7 +132,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
             "(patch * 2 ** (levels - 1)); change --patch or --widths"
         )
     console.print(str(real))
-    torch.manual_seed(options.seed)  # the initial weights
+    torch.manual_seed(options.seed)  # for the initial weights
     network = {"widths": list(options.widths), "blocks": options.blocks, "patch": options.patch}
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
     denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(options.device)).train()

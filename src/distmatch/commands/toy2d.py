@@ -35,10 +35,10 @@ BLUES, ORANGE = ("#e6eef7", "#c9dcee", "#a3c4e1", "#76a5cf", "#4a83b8"), "#d9541
 
 
 class RealScore:
-    """Follow the real score alone, panel (a): distribution matching without its fake score.
+    """A term that follows the real score alone, panel (a): distribution matching without its fake score.
 
-    The gradient is `w (x - mu_real(x_t))`. As `x_t - x` has mean zero, that is on average `-s_real(x_t)` times
-    `w sigma^2`: every sample climbs towards a mode, and nothing spreads them. Noise and weighting are those of `match`.
+    The gradient is `w (x - mu_real(x_t))`. Since `x_t - x` has zero mean, this is on average `-s_real(x_t)` times `w
+    sigma^2`: every sample climbs towards a mode, and nothing spreads them. Noise and weighting are those of `match`.
     """
 
     name = "real_score"
@@ -63,14 +63,14 @@ OBJECTIVES = ("real score only", "distribution matching", "matching and regressi
 
 @dataclass(frozen=True)
 class Panel:
-    """A cloud of samples and what it is like.
+    """A cloud of samples and its statistics.
 
     Args:
         samples: f[N,2].
-        shares: of the samples, by mode: those that are nearest to it and within three of its standard deviations.
-        modes: how many modes are recovered, that is have at least half the samples that their weight calls for.
+        shares: share of the samples per mode: those nearest to it and within three of its standard deviations.
+        modes: number of modes recovered, i.e. with at least half of the samples that their weight calls for.
         kl: `kl` of the samples at level `SIGMA`, in nats.
-        seconds: of training.
+        seconds: training time.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Panel:
 
 
 def panel(name: str, samples: Tensor, real: Mixture, seconds: float = 0.0) -> Panel:
-    """`samples f[N,2]`, measured against the mixture that they should follow."""
+    """Measure `samples f[N,2]` against the mixture that they should follow."""
     distance, nearest = torch.cdist(samples.double(), real.means).min(1)
     there = distance < 3 * real.stds[nearest]
     shares = [((nearest == k) & there).double().mean().item() for k in range(len(real.means))]
@@ -91,19 +91,18 @@ def panel(name: str, samples: Tensor, real: Mixture, seconds: float = 0.0) -> Pa
 
 
 def kl(x: Tensor, real: Mixture, sigma: float) -> float:
-    """`KL(p_fake || p_real)` in nats, both diffused to noise level `sigma` of an EDM schedule, for samples `x f[N,2]`.
+    """Return `KL(p_fake || p_real)` in nats at noise level `sigma` of an EDM schedule, for samples `x f[N,2]`.
 
-    Both densities are exact: `p_fake = (1/N) sum_i N(x_i, sigma^2 I)` is the diffused distribution of the samples as
-    they are, `p_real` the diffused mixture. The integral is a sum over square cells of side `sigma / 4` that reach
-    8 sigma beyond the samples: its error is far below the sampling error of `x`. Finite samples of the real
-    distribution itself have a `kl` a little above zero; a student that makes mode k alone, and perfectly, has
-    `-ln weight_k`.
+    Both densities are exact: `p_fake = (1/N) sum_i N(x_i, sigma^2 I)` is the diffused distribution of the samples
+    themselves, `p_real` the diffused mixture. The integral is a sum over square cells of side `sigma / 4` that reach 8
+    sigma beyond the samples; its error is far below the sampling error of `x`. A finite set of real samples has a `kl`
+    slightly above zero. A student that makes only mode k, perfectly, has `-ln weight_k`.
     """
     x = x.double()
     step = sigma / 4
     low, high = x.min(0).values - 8 * sigma, x.max(0).values + 8 * sigma
     axes = [torch.arange(a, b, step, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
-    # A round Gaussian is the product of one along each axis, so that the sum over samples is a matrix product.
+    # A round Gaussian is a product of one along each axis, so the sum over samples is a matrix product.
     columns, rows = (
         torch.exp(-0.5 * ((axis[:, None] - v) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
         for axis, v in zip(axes, x.unbind(1), strict=True)
@@ -115,7 +114,7 @@ def kl(x: Tensor, real: Mixture, sigma: float) -> float:
 
 
 def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
-    """The recipe's distillation with one of `OBJECTIVES`; all start from the same network."""
+    """Return the recipe's distillation with one of `OBJECTIVES`; all start from the same network."""
     terms = ["match", "regress"] if objective == "matching and regression" else ["match"]
     recipe = recipe.model_copy(update={"terms": terms})
     subject = build.subject(recipe)
@@ -129,7 +128,8 @@ def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
 
 
 def figure3(recipe: Recipe, runs: Path, n: int = 4000) -> list[Panel]:
-    """The figure's four panels, each with `n` samples from the same noise: the start and each objective's outcome."""
+    """Return the figure's four panels, `n` samples each from the same noise: the start and the result of each
+    objective."""
     real = MIXTURES["toy2d"]()
     z = torch.randn(n, 2, generator=rng.stream("cpu", recipe.seed, "figure3"))
 
@@ -154,11 +154,11 @@ def figure3(recipe: Recipe, runs: Path, n: int = 4000) -> list[Panel]:
 
 @owns_out
 def demo(out: Path, runs: Path) -> None:
-    """Draw Figure 3: `out/figure3.png` and, with the numbers behind it, `out/figure3.json`. Pairs go below `runs`."""
+    """Draw Figure 3 to `out/figure3.png`, and its numbers to `out/figure3.json`. Pairs go below `runs`."""
     recipe = load_recipe("toy2d")
     real = MIXTURES["toy2d"]()
     panels = figure3(recipe, runs)
-    # What no student can beat: as many samples of the real distribution itself.
+    # The best any student can do: as many samples of the real distribution itself.
     exact = real.sample(len(panels[0].samples), rng.stream("cpu", recipe.seed, "exact"))
     rows = [*panels, panel("real samples", exact, real)]
 
@@ -188,7 +188,7 @@ def demo(out: Path, runs: Path) -> None:
 
 
 def draw(panels: Sequence[Panel], real: Mixture, dots: int = 1000) -> Figure:
-    """The panels side by side: the real density as contours, the first `dots` samples on top."""
+    """Draw the panels side by side: the real density as contours, the first `dots` samples on top."""
     figure = Figure(figsize=(3.1 * len(panels), 3.15), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axis, panel, letter in zip(axes, panels, " abc", strict=True):
@@ -204,7 +204,7 @@ def draw(panels: Sequence[Panel], real: Mixture, dots: int = 1000) -> Figure:
 
 
 def contours(axis: Axes, real: Mixture, margin: float = 3.6) -> None:
-    """The real density in a window that reaches `margin` of the widest standard deviations beyond the modes."""
+    """Draw the real density in a window that extends `margin` times the widest standard deviation beyond the modes."""
     reach = margin * real.stds.max()
     low, high = real.means.min(0).values - reach, real.means.max(0).values + reach
     x, y = (torch.linspace(a, b, 160, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True))

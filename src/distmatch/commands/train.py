@@ -1,4 +1,4 @@
-"""`distmatch train`: a recipe to a finished student. The work is `distillation.distil`."""
+"""`distmatch train`: runs a recipe to a finished student; `distillation` does the work."""
 
 from pathlib import Path
 from typing import Literal
@@ -21,21 +21,21 @@ def train(
     Parameters
     ----------
     recipe
-        Name of a recipe of the package (see `distmatch recipes`) or a YAML file.
+        Name of a recipe of the package (see `distmatch recipes`), or a YAML file.
     overrides
         Entries to change, e.g. terms=match match.weighting=dreamfusion student.optimizer.lr=1e-4.
     out
-        The run's folder; default: RUNS/RECIPE with what was overridden, e.g. runs/mnist-terms=match.
+        The run's folder; default: RUNS/RECIPE plus the overrides, e.g. runs/mnist-terms=match.
     runs
-        The folder that runs and pair stores share.
+        The folder that holds runs and pair stores.
     scale
-        cpu-smoke: a trial of every code path in under a minute, in RUNS/cpu-smoke, with small random networks in place
-        of what the recipe would fetch.
+        cpu-smoke: try every code path in under a minute, in RUNS/cpu-smoke, with small random networks instead of those
+        that the recipe would download.
     dry_run
-        Print the resolved recipe, above each entry what it does, and stop.
+        Print the resolved recipe, with a comment on every entry, and stop.
     check
-        Try what the run needs, from packages to disk space, at its smallest, report what was found, and stop. Every
-        run begins with it.
+        Try everything the run needs, from packages to disk space, at minimal size; report the results and stop. Every
+        run begins with these checks.
     """
     from distmatch.recipe.docs import commented
     from distmatch.recipe.loading import load_recipe, run_name

@@ -1,8 +1,8 @@
-"""`distmatch serve`: a local web page that draws as one types, and plays the paper's Figure 1: which is which?
+"""Serves the page of `distmatch serve`, which draws as you type and plays the paper's Figure 1: which is which?
 
-One thread runs the models. A visitor has at most one place in its queue, whatever he sends, and when his turn comes the
-newest of his wishes is drawn: frames are dropped rather than queued, and visitors are served in turn. The rounds of the
-game have one place in that queue together.
+One thread runs the models. A visitor has at most one place in its queue, whatever they send, and when their turn comes
+their newest request is drawn: frames are dropped rather than queued, and visitors are served in turn. All rounds of the
+game together have one place in that queue.
 """
 
 import asyncio
@@ -42,28 +42,28 @@ Result = TypeVar("Result")
 Asked = TypeVar("Asked", bound=BaseModel)
 
 LOSSLESS = 128
-"""Sides of up to so many pixels are sent as PNG; longer ones as JPEG, which is encoded many times faster."""
+"""Images with sides up to this many pixels are sent as PNG; larger ones as JPEG, which encodes many times faster."""
 
 ROUNDS = 1000
-"""Open rounds of the game that are kept; the oldest go."""
+"""Maximum number of open rounds of the game; the oldest are dropped."""
 
 WAITING = 8
-"""Rounds that may be waiting for the models; further ones are refused until there is room."""
+"""Maximum number of rounds that wait for the models; further ones are refused until there is room."""
 
 SHARE = 2
-"""How many of them one address may have waiting."""
+"""Maximum number of waiting rounds per address."""
 
 PATIENCE = 10.0
-"""Seconds in which a request's body must be here."""
+"""Seconds within which a request's body must have arrived."""
 
 LARGEST = 16_384
-"""Bytes of a message or a request's body."""
+"""Maximum size of a message or a request body, in bytes."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class Wish(BaseModel):
-    """A picture that the page asks for: between the noises `seed` and `other` at `mix`, under a condition."""
+    """A picture that the page requests: between the noises `seed` and `other` at `mix`, under a condition."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -85,7 +85,7 @@ class Guess(BaseModel):
 
 
 def read(kind: type[Asked], text: str | bytes) -> Asked:
-    """What a message or a body asks for. Raises `UserError` with its first mistake, which never quotes it."""
+    """Parse a message or a body. Raises `UserError` with the first mistake in it, never quoting the input."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -106,23 +106,24 @@ class Studio:
     dealing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """`work()` in the models' thread, when all that was asked before is done."""
+        """Return `work()`, run in the models' thread after everything requested before it."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
 
     def draw(self, pipe: Pipeline, wish: Wish) -> tuple[Tensor, float]:
-        """`(pixels u8[1,C,H,W], milliseconds)`. Raises `UserError` for what the model does not take."""
+        """Return `(pixels u8[1,C,H,W], milliseconds)`. Raises `UserError` for an unsuitable condition."""
         began = time.perf_counter()
         prompts = [wish.prompt or ""] if pipe.info.text else None if wish.prompt is None else [wish.prompt]
         scale = wish.guidance if pipe.info.guidance is not None else None
         if wish.prompt and pipe.parts.encode is not None and not self.cut:
-            self.cut = bool(pipe.parts.encode.cut([wish.prompt]))  # said once, not at every key
+            self.cut = bool(pipe.parts.encode.cut([wish.prompt]))  # notify once, not at every keystroke
         cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
         z = noise(pipe.info.shape, wish.seed, wish.other, wish.mix)
         pixels = pipe.render(z, cond, pipe.noise_of(wish.seed, [0]))
         return pixels, 1000 * (time.perf_counter() - began)
 
     def new_round(self, wish: Wish) -> dict[str, Any]:
-        """Both models' pictures of one wish, in random order. Who made which stays here until the guess."""
+        """Draw one request with both models and return the pictures in random order. Which is which stays here until
+        the guess."""
         assert self.teacher is not None
         made = [(*self.draw(pipe, wish), pipe.nfe) for pipe in (self.student, self.teacher)]
         teacher = secrets.randbelow(2)
@@ -139,7 +140,7 @@ class Studio:
 
 
 def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
-    """Noise f[1,*D] on the great circle from that of `seed` (mix 0) to that of `other` (mix 1)."""
+    """Return the noise f[1,*D] on the great circle from that of `seed` (mix 0) to that of `other` (mix 1)."""
     a = rng.noise(seed, [0], shape)
     if mix == 0 or seed == other:
         return a
@@ -149,7 +150,7 @@ def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
 
 
 def encode(pixels: Tensor) -> tuple[str, bytes]:
-    """`(media type, file)` of one picture u8[1,C,H,W]."""
+    """Return `(media type, file)` of one picture u8[1,C,H,W]."""
     kind = "png" if max(pixels.shape[2:]) <= LOSSLESS else "jpeg"
     file = io.BytesIO()
     options = {"compress_level": 1} if kind == "png" else {"quality": 95}
@@ -158,12 +159,12 @@ def encode(pixels: Tensor) -> tuple[str, bytes]:
 
 
 class OwnPage:
-    """Lets only this server's own page in, over HTTP and websockets.
+    """Middleware that admits only this server's own page, over HTTP and websockets.
 
-    A browser shows foreign pages' websockets to no one but the server, so it is the server that has to look at where
-    they come from: `Origin` is the page's address and must be ours. A foreign page may have its own name resolved to
-    this machine (DNS rebinding) and have an equal `Host`; so that must be an address, which cannot be rebound, or one
-    of our `names`.
+    Browsers let any page open a websocket to any server, so the server has to check where a request comes from:
+    `Origin` is the page's address and must be ours. A foreign page may have its own name resolved to this machine (DNS
+    rebinding), and then `Host` matches `Origin`; so the host must be an address, which cannot be rebound, or one of our
+    `names`.
     """
 
     def __init__(self, app: ASGIApp, names: tuple[str, ...]):
@@ -173,7 +174,7 @@ class OwnPage:
         if scope["type"] == "lifespan" or self._ours(Headers(scope=scope)):
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: the client gets 403
+            await send({"type": "websocket.close", "code": 1008})  # before accepting: the client gets a 403
         else:
             await PlainTextResponse("open the address that distmatch serve printed", 403)(scope, receive, send)
 
@@ -182,18 +183,18 @@ class OwnPage:
         try:
             name = urlsplit(f"//{host}").hostname or ""
             known = name in self.names or bool(ipaddress.ip_address(name))
-        except ValueError:  # neither a name of ours nor an address, or nothing like either
+        except ValueError:  # neither one of our names nor an address, or malformed
             return False
         return known and origin in (None, f"http://{host}", f"https://{host}")
 
 
 def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[str, ...] = ()) -> FastAPI:
-    """The page and what it asks for.
+    """Return the app that serves the page and its requests.
 
     Args:
-        names: what the server may be called besides "localhost" and addresses; see `OwnPage`.
+        names: the server's names, in addition to "localhost" and addresses; see `OwnPage`.
 
-    Raises `UserError` for a student of something other than images, or a teacher of another kind of images.
+    Raises `UserError` if the student does not make images, or if the teacher makes images of another kind.
     """
     if len(student.info.shape) != 3:
         raise UserError(f"this model makes samples of shape {student.info.shape}, not images; there is nothing to show")
@@ -215,7 +216,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
             return JSONResponse({"detail": f"at most {LARGEST} bytes, of a stated length"}, 413)
         return await call_next(request)
 
-    app.add_middleware(OwnPage, names=names)  # the last one added is asked first
+    app.add_middleware(OwnPage, names=names)  # the middleware added last runs first
 
     @app.get("/")
     def page() -> HTMLResponse:
@@ -236,19 +237,19 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
     async def new_round(request: Request) -> dict[str, Any]:
         if teacher is None:
             raise HTTPException(404, "no teacher is served; start with --teacher")
-        wish = await _asked(Wish, request)  # before it takes a place, or who sends nothing would keep it
+        wish = await _asked(Wish, request)  # before it takes a place, or a client that sends nothing would keep one
         visitor = request.client.host if request.client else ""
         if studio.waiting.total() >= WAITING or studio.waiting[visitor] >= SHARE:
             raise HTTPException(429, "too many rounds are waiting; try again")
         studio.waiting[visitor] += 1
         try:
-            async with studio.dealing:  # the others wait here, not between a visitor and the models
+            async with studio.dealing:  # the others wait here, so that visitors who draw are not queued behind them
                 return await studio.run(lambda: studio.new_round(wish))
         except UserError as error:
             raise HTTPException(422, str(error)) from error
         finally:
             studio.waiting[visitor] -= 1
-            studio.waiting += Counter()  # forgets who has none waiting
+            studio.waiting += Counter()  # drops addresses with no waiting rounds
 
     @app.post("/rounds/{name}")
     async def guess(name: str, request: Request) -> dict[str, Any]:
@@ -267,7 +268,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
 
 
 async def _asked(kind: type[Asked], request: Request) -> Asked:
-    """What a request's body asks for. Raises `HTTPException` for what cannot be read, or comes too slowly."""
+    """Parse a request's body. Raises `HTTPException` if it cannot be read, or if it arrives too slowly."""
     try:
         return read(kind, await asyncio.wait_for(request.body(), PATIENCE))
     except TimeoutError as error:
@@ -277,25 +278,26 @@ async def _asked(kind: type[Asked], request: Request) -> Asked:
 
 
 def _kind(pipe: Pipeline) -> str:
-    """What a round's two models have to share."""
+    """Return what the two models of a round must have in common."""
     made = "x".join(map(str, pipe.info.shape))
     classes = f" of {len(pipe.info.classes)} classes" if pipe.info.classes else ""
-    return made + classes + " of prompts" * pipe.info.text
+    prompts = " of prompts" if pipe.info.text else ""
+    return made + classes + prompts
 
 
 async def _visitor(socket: WebSocket, studio: Studio) -> None:
-    """Draw what one visitor asks for, the newest first, until he leaves."""
+    """Draw what one visitor requests, newest first, until they leave."""
     newest: deque[Wish] = deque(maxlen=1)
     arrived = asyncio.Event()
 
     def answer() -> dict[str, Any]:
-        """In the models' thread, when his turn has come: what is newest then."""
+        """Draw the visitor's newest request; runs in the models' thread when their turn has come."""
         wish = newest.pop()
         try:
             pixels, ms = studio.draw(studio.student, wish)
         except UserError as error:
             return _refusal(wish.id, 422, str(error))
-        except Exception as error:  # such as a GPU without memory: the next wish may do better
+        except Exception as error:  # e.g. a GPU out of memory: the next request may succeed
             log.exception("a picture failed")
             return _refusal(wish.id, 500, f"{type(error).__name__}: {error}")
         kind, picture = encode(pixels)
@@ -306,7 +308,7 @@ async def _visitor(socket: WebSocket, studio: Studio) -> None:
         while True:
             await arrived.wait()
             arrived.clear()
-            if newest:  # unless the turn before took it already
+            if newest:  # unless the previous turn took it already
                 await socket.send(await studio.run(answer))
 
     drawing = asyncio.create_task(draw())
@@ -333,9 +335,9 @@ def _refusal(number: int | None, status: int, why: str) -> dict[str, Any]:
 
 
 def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, open_browser: bool = False) -> None:
-    """Serve the page until Ctrl-C, at `port` or, where it is taken, at a free one.
+    """Serve the page until Ctrl-C, at `port` or, if it is taken, at a free one.
 
-    Raises `UserError` for a port or a host that cannot be, and for models that `make_app` refuses.
+    Raises `UserError` for an invalid port or host, and for models that `make_app` refuses.
     """
     import uvicorn
 
@@ -351,7 +353,7 @@ def serve(student: Pipeline, teacher: Pipeline | None, host: str, port: int, ope
                 listener.bind((host, 0))
             except OSError:
                 raise UserError(f"--host {host}: {taken.strerror}; give an address of this machine") from taken
-        listener.listen()  # from here on whoever opens the address waits for the page instead of being refused
+        listener.listen()  # from here on, a browser that opens the address waits for the page instead of being refused
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}"
         console.print(f"Look at {address} (Ctrl-C ends it)")
