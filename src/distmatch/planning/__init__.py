@@ -1,1 +1,1 @@
-"""What a run takes before it starts: cost, memory, and whether all that it needs is there."""
+"""What a run needs, worked out before it starts: cost, memory, and checks that everything is there."""

@@ -1,7 +1,7 @@
-"""What one training step costs the processes that share it: arithmetic, memory by part, what they pass around.
+"""The cost of one training step: arithmetic, memory by part, and traffic between processes.
 
-Arithmetic and activations come from a rehearsal of the step, in one process; how networks, gradients and moments lie in
-several, and what passes between these, is worked out in closed form.
+Arithmetic and activations come from rehearsing the step in one process. How networks, gradients and moments are
+distributed over several processes, and the traffic between these, are computed in closed form.
 """
 
 import math
@@ -18,12 +18,13 @@ from distmatch.system.errors import UserError
 from distmatch.training.engine import blocks
 
 FP32 = 4
-"""Bytes."""
+"""Bytes per number."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that pass between processes in one step, as one of them sees it: what its collectives give or take whole.
+    """Bytes exchanged between processes in one step, as seen by one process: the full size of what its collectives
+    gather, scatter or reduce.
 
     A ring, which moves the least, sends `(N - 1) / N` of what is gathered or scattered and twice that of what is
     reduced.
@@ -36,15 +37,15 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes that each process sends, and as many that it receives."""
+        """Bytes that each process sends; it receives as many."""
         return (self.processes - 1) / self.processes * (self.gathered + self.scattered + 2 * self.reduced)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step takes: FLOPs of all processes, by network; bytes of one process at its peak, by part; traffic.
+    """The cost of one step: FLOPs of all processes, by network; peak bytes of one process, by part; traffic.
 
-    `checkpoint` is the bytes of one, of all processes.
+    `checkpoint` is the bytes of one checkpoint, over all processes.
     """
 
     parameters: int
@@ -63,15 +64,15 @@ class Cost:
 
 
 def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> Cost:
-    """The cost of a step of `recipe` in `processes`, once AdamW's moments are there.
+    """Return the cost of a step of `recipe` in `processes` processes, once AdamW's moments exist.
 
-    Memory is that of a GPU, whose autocast keeps normalisations in fp32; of a CPU where the recipe's `device` is `cpu`.
-    It is what tensors take; what the allocator, the kernels and the driver take besides is not in it.
+    Memory is that of a GPU, whose autocast keeps normalisations in fp32, or of a CPU if the recipe's `device` is `cpu`.
+    It counts tensors only, without the overhead of the allocator, the kernels and the driver.
 
     Args:
         denoiser, info: the teacher; its weights are not used. See `library.outline`.
 
-    Raises `UserError` where the processes cannot share the batches in equal parts.
+    Raises `UserError` if the processes cannot share the batches in equal parts.
     """
     parts = processes * recipe.accumulate
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
@@ -91,10 +92,10 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)
     if processes == 1:
         memory["gradients"], memory["activations"] = done.gradients, done.activations
-    elif not sharded:  # DDP never gives its buckets back; sums over parts lie beside them until the last
+    elif not sharded:  # DDP never frees its buckets; sums over parts are held in addition until the last part
         memory["gradients"] = FP32 * (sum(sizes.values()) + (max(sizes.values()) if recipe.accumulate > 1 else 0))
         memory["activations"] = done.most_activations
-    else:  # FSDP2 keeps sums over parts whole until the last
+    else:  # FSDP2 keeps sums over parts unsharded until the last part
         own = 1 if recipe.accumulate > 1 else cuts
         memory["gradients"] = FP32 * max(slices(network, own, trained=True) for network in trained.values())
         memory["gathered blocks"] = max(_gathered(network, recipe) for network in trained.values())
@@ -107,12 +108,12 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
 
 
 def numel(network: nn.Module, trained: bool = False) -> int:
-    """Weights of `network`, or those of them that are trained."""
+    """Return the number of weights of `network`, or of its trained weights."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)
 
 
 def slices(network: nn.Module, processes: int, trained: bool = False) -> int:
-    """Weights of one slice of `network`. FSDP2 cuts each along its first axis and fills up what does not divide."""
+    """Return the number of weights in one slice of `network`. FSDP2 cuts each along its first axis, with padding."""
     if processes == 1:
         return numel(network, trained)
     shapes = (p.shape for p in network.parameters() if p.requires_grad or not trained)
@@ -120,10 +121,10 @@ def slices(network: nn.Module, processes: int, trained: bool = False) -> int:
 
 
 def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, n: int) -> Traffic:
-    """What the networks of a step, as `engine` spreads them, pass around.
+    """Return the traffic of one step, with the networks distributed as `engine` does it.
 
-    Gradients are reduced in fp32 with the last part of each update. FSDP2 gathers a network for every pass, forward
-    and backward (activations that are recomputed gather nothing), and forgets it afterwards.
+    Gradients are reduced in fp32 with the last part of each update. FSDP2 gathers a network for every pass, forward and
+    backward (recomputing activations gathers nothing), and frees it afterwards.
     """
     updates = {"student": 1, "fake score": recipe.fake.steps}
     if recipe.parallel == "ddp" or n == 1:
@@ -132,7 +133,7 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     low = 2 if recipe.precision == "bf16" else FP32
     matched = "fake score" in trained
     guided = recipe.student.guidance is not None or recipe.match.guidance != 1
-    # Of one part: two with a graph; one for both scores, and for the images of the fake score's further updates.
+    # Per part: two with a graph; one for both scores, and one for the images of each further fake-score update.
     passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
     gathered = sum(passes[name] * low * n * slices(network, n) for name, network in trained.items())
     gathered += matched * (1 + guided) * low * n * slices(teacher, n)
@@ -141,8 +142,8 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
 
 
 def _gathered(network: nn.Module, recipe: Recipe) -> float:
-    """Bytes of what FSDP2 has together at most: what belongs to no block, a block with its gradients and the buffer
-    that they are reduced from, and the next block, which is on its way. A bound: not all of it is at the peak.
+    """Return an upper bound on the bytes that FSDP2 holds gathered at once: everything outside the blocks, one block
+    with its gradients and the buffer they are reduced from, and the next block, already on its way.
     """
     low = 2 if recipe.precision == "bf16" else FP32
     sizes = [numel(block) for block in blocks(network)]

@@ -1,6 +1,6 @@
-"""`distmatch plan`: what a recipe takes before anything starts: memory, disk, time, traffic, and whether it fits.
+"""Works out what a recipe needs on given GPUs: memory, disk, time, traffic, and whether it fits.
 
-What a step costs is counted (`cost`); what follows from it on given GPUs is worked out here.
+`cost` counts what one step costs; this file derives the rest from it.
 """
 
 import math
@@ -25,12 +25,12 @@ MACHINE = 8
 """GPUs in one machine."""
 
 SPARE = 0.1
-"""Share of a GPU's memory that is left to the allocator's gaps, libraries and the driver."""
+"""Share of a GPU's memory reserved for fragmentation, libraries and the driver."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory` in bytes, dense FLOP/s in bf16 and in TF32, `link` to its machine's others in bytes/s per direction."""
+    """Memory in bytes, dense FLOP/s in bf16 and TF32, `link` to the machine's other GPUs in bytes/s per direction."""
 
     memory: float
     bf16: float
@@ -48,16 +48,16 @@ GPUS = {
     "l40s": Gpu(48e9, 362e12, 183e12, 32e9),
     "rtx4090": Gpu(24e9, 165e12, 83e12, 32e9),
 }
-"""As the makers' data sheets have them. Links: NVLink, 600 GB/s (A100) and 900 GB/s (H100, H200) in both directions
-together; the others have PCIe 4.0 x16, 64 GB/s in both directions together.
+"""From the makers' data sheets. Links: NVLink, 600 GB/s (A100) and 900 GB/s (H100, H200) for both directions together;
+the others have PCIe 4.0 x16, 64 GB/s for both directions together.
 """
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`gpus` of one kind, eight to a machine; `network` in bytes/s per GPU and direction between machines.
+    """`gpus` of one kind, eight per machine; `network` in bytes/s per GPU and direction between machines.
 
-    `utilisation` is the share of the arithmetic that networks reach.
+    `utilisation` is the share of the peak arithmetic that networks reach.
     """
 
     gpus: int
@@ -67,34 +67,34 @@ class Cluster:
 
     @property
     def bandwidth(self) -> float:
-        """What a ring through all GPUs moves, in bytes/s per direction: a ring enters and leaves each machine once, so
-        that one GPU has the network cards of all its machine's at its disposal, or its own link, whichever is slower.
+        """Bytes/s per direction that a ring through all GPUs moves. A ring enters and leaves each machine once, so one
+        GPU can use the network cards of its whole machine, up to the speed of its own link.
         """
         if self.gpus <= MACHINE:
             return self.gpu.link
-        fewest = (self.gpus - 1) % MACHINE + 1  # GPUs, and cards, of the last machine
+        fewest = (self.gpus - 1) % MACHINE + 1  # GPUs, and network cards, in the last machine
         return min(self.gpu.link, fewest * self.network)
 
     def arithmetic(self, flops: float, precision: str) -> float:
-        """Seconds."""
+        """Return the seconds that `flops` take."""
         return flops / (self.utilisation * self.gpu.rate(precision) * self.gpus)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one step that networks compute, and seconds that data are on their way between GPUs."""
+    """Seconds per step spent computing networks, and seconds spent moving data between GPUs."""
 
     arithmetic: float
     traffic: float
 
     @property
     def in_turn(self) -> float:
-        """Seconds of a step if nothing of the traffic happens during arithmetic."""
+        """Seconds per step if no traffic overlaps with arithmetic."""
         return self.arithmetic + self.traffic
 
     @property
     def at_once(self) -> float:
-        """Seconds of a step if all of it does."""
+        """Seconds per step if all of it does."""
         return max(self.arithmetic, self.traffic)
 
 
@@ -104,7 +104,7 @@ def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
 
 
 def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float) -> None:
-    """`distmatch plan`: the tables, and whether it fits. `network` is in GB/s."""
+    """Print the tables of `distmatch plan` and whether the recipe fits. `network` is in GB/s."""
     if gpus < 1 or not 0 < utilisation <= 1 or network <= 0:
         raise UserError(
             f"--gpus {gpus} --utilisation {utilisation} --network {network}: expected at least one GPU, a share of its "
@@ -143,7 +143,7 @@ def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float
 
 
 def _kind(recipe: Recipe) -> str:
-    """Equal for stages that cost the same."""
+    """Return a key that is equal for stages of equal cost."""
     m, r = recipe.match, recipe.regress
     return str((m.batch, m.guidance == 1, m.pairs, r.batch, r.loss, r.size, r.decoder, r.tiny))
 
@@ -167,11 +167,11 @@ def _work(made: Cost) -> Table:
 
 
 def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> Table:
-    """By part, with and without gradient checkpointing; the recipe's own is marked."""
+    """Return a table of memory by part, with and without gradient checkpointing; the recipe's own setting is marked."""
     kept, recomputed = (other, made) if checkpointing else (made, other)
     columns = {"activations kept, GB": kept, "recomputed, GB": recomputed}
     shown = {name: one for name, one in columns.items() if one is not None}
-    table = Table(title, *(name + " (recipe)" * (one is made) for name, one in shown.items()), box=None)
+    table = Table(title, *(f"{name} (recipe)" if one is made else name for name, one in shown.items()), box=None)
     for part in made.memory:
         if any(one.memory[part] for one in shown.values()):
             table.add_row(part, *(f"{one.memory[part] / 1e9:,.2f}" for one in shown.values()))
@@ -225,9 +225,9 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
 
 
 def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster: Cluster) -> str:
-    """Whether a step fits with `SPARE` of the memory to spare, or the nearest setting that does.
+    """Say whether a step fits, leaving `SPARE` of the memory free, or else name the nearest setting that does.
 
-    A larger `accumulate` comes first, since it costs next to nothing, then recomputed activations, then slices.
+    A larger `accumulate` is tried first, because it costs next to nothing, then recomputed activations, then sharding.
     """
     room = (1 - SPARE) * cluster.gpu.memory
     if made.peak < room:
@@ -241,16 +241,21 @@ def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster:
                 continue
             found = cost(_changed(recipe, checkpointing, parallel, accumulate), denoiser, info, cluster.gpus)
             if found.peak < room:
-                entries = [f"accumulate={accumulate}"] * (accumulate != recipe.accumulate)
-                entries += ["gradient_checkpointing=true"] * (checkpointing != recipe.gradient_checkpointing)
-                entries += [f"parallel={parallel}"] * (parallel != recipe.parallel)
+                entries = []
+                if accumulate != recipe.accumulate:
+                    entries.append(f"accumulate={accumulate}")
+                if checkpointing != recipe.gradient_checkpointing:
+                    entries.append("gradient_checkpointing=true")
+                if parallel != recipe.parallel:
+                    entries.append(f"parallel={parallel}")
                 return f"it does not fit; {' '.join(entries)} does, with {found.peak / 1e9:,.1f} GB"
     return "it does not fit, whatever accumulate, gradient_checkpointing and parallel are; take more or larger GPUs"
 
 
 def _settings(recipe: Recipe, gpus: int, has_blocks: bool) -> Iterator[tuple[bool, str]]:
-    """`(gradient_checkpointing, parallel)`: the recipe's own, then others with less memory."""
-    for parallel in [recipe.parallel, *["fsdp"] * (gpus > 1 and recipe.parallel == "ddp")]:
+    """Yield `(gradient_checkpointing, parallel)`: the recipe's own, then settings that use less memory."""
+    ways = ["ddp", "fsdp"] if gpus > 1 and recipe.parallel == "ddp" else [recipe.parallel]
+    for parallel in ways:
         for checkpointing in dict.fromkeys(
             (recipe.gradient_checkpointing, recipe.gradient_checkpointing or has_blocks)
         ):
@@ -258,6 +263,6 @@ def _settings(recipe: Recipe, gpus: int, has_blocks: bool) -> Iterator[tuple[boo
 
 
 def _divisors(recipe: Recipe, gpus: int) -> list[int]:
-    """What `accumulate` can be, from the recipe's own up."""
+    """Return the possible values of `accumulate`, from the recipe's own upwards."""
     batches = [b for b, t in ((recipe.match.batch, "match"), (recipe.regress.batch, "regress")) if t in recipe.terms]
     return [n for n in range(recipe.accumulate, min(batches) + 1) if not any(batch % (n * gpus) for batch in batches)]

@@ -1,8 +1,8 @@
-"""Preflight: what a distillation does late is done once, at its smallest, before anything long begins.
+"""Preflight checks: try everything that a distillation needs, at minimal size, before anything long begins.
 
-A check is a function of the `Flight`. It says what it found, or nothing where the recipe has nothing of its kind, and
-raises `UserError` where the run would fail hours later. Together they cost some ten evaluations of one sample, and the
-student's folder written and read once.
+A check is a function of the `Flight`. It returns what it found, or None if it does not apply to the recipe, and raises
+`UserError` if the run would fail hours later. Together the checks cost about ten evaluations of one sample, plus
+writing and reading the student's folder once.
 """
 
 import copy
@@ -47,10 +47,10 @@ FP32 = 4
 
 
 class Flight:
-    """A run before it begins: its recipe, its place, and what is loaded for it when a check first asks.
+    """A run before it begins: its recipe, its folder, and what checks load for it on first use.
 
     Args:
-        own: see `run.distil`.
+        own: your own teacher; see `distillation.distil`.
     """
 
     def __init__(self, recipe: Recipe, out: Path, runs: Path, own: tuple[Denoiser, Info] | None = None):
@@ -68,12 +68,12 @@ class Flight:
 
     @cached_property
     def spaces(self) -> list[Space]:
-        """Where the student is measured while it is trained, with the references."""
+        """The spaces in which the student is measured during training, with their references."""
         return build.recipe_spaces(self.recipe.evaluate, self.recipe.teacher, self.subject.info, self.device)
 
     @cached_property
     def fake(self) -> Denoiser:
-        """What the fake score starts from; the teacher itself where nothing is different."""
+        """What the fake score starts from: the teacher itself, unless the recipe changes the network."""
         return build.start(self.recipe, self.subject)
 
     @cached_property
@@ -87,12 +87,12 @@ class Flight:
 
     @cached_property
     def z(self) -> Tensor:
-        """Noise of one sample."""
+        """Noise for one sample."""
         return torch.randn(1, *self.subject.info.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     @cached_property
     def cond(self) -> Cond | None:
-        """The first sample's condition. A prompt is encoded for it; `prompts.cache` is filled later."""
+        """The condition of the first sample. A prompt is encoded directly; `prompts.cache` is filled later."""
         encode, scales = components(self.subject.info, self.device).encode, self.recipe.student.guidance
         cond = self.subject.conditions.at([0]) if encode is None else encode(self.subject.prompts[:1])
         if encode is not None and scales is not None:
@@ -101,7 +101,7 @@ class Flight:
 
     @cached_property
     def sample(self) -> Tensor:
-        """The student's, with its graph."""
+        """The student's sample, with its graph."""
         with autocast(self.device, self.recipe.precision), tried("the student, one sample"):
             steps = Steps(self.info.times)
             noise = [self.z] * (len(steps) - 1)
@@ -110,12 +110,12 @@ class Flight:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """The student's sample as a picture u8[1,C,H,W]."""
+        """The student's sample as an image u8[1,C,H,W]."""
         with torch.no_grad():
             return imaging.picture(components(self.subject.info, self.device).decode(self.sample))
 
     def pairs(self) -> dict[str, PairSpec]:
-        """The largest store of pairs that the stages ask for at each place."""
+        """Return the largest pair store that the stages need at each place."""
         found: dict[str, PairSpec] = {}
         for stage in filter(build.reads_pairs, self.stages):
             spec = build.pair_spec(stage, self.subject)
@@ -126,10 +126,10 @@ class Flight:
 
 @contextmanager
 def tried(what: str) -> Iterator[None]:
-    """What goes wrong within becomes a `UserError`: networks of one's own may raise anything."""
+    """Turn any error inside the with block into a `UserError`: custom networks may raise anything."""
     try:
         yield
-    except (UserError, OSError):  # what the disk refuses is said by the command line
+    except (UserError, OSError):  # the command line explains errors of the disk
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
@@ -137,7 +137,7 @@ def tried(what: str) -> Iterator[None]:
 
 
 def checked(x: Tensor, like: Tensor, maker: str) -> Tensor:
-    """`x`, which must have the shape of `like` and be finite."""
+    """Return `x`. Raises `UserError` unless it is finite and has the shape of `like`."""
     if x.shape != like.shape:
         raise UserError(f"{maker} makes a sample of shape {list(x.shape[1:])}; expected {list(like.shape[1:])}")
     if not x.isfinite().all():
@@ -146,7 +146,7 @@ def checked(x: Tensor, like: Tensor, maker: str) -> Tensor:
 
 
 def packages(flight: Flight) -> str | None:
-    """The optional packages that this recipe needs, before anything heavy is loaded."""
+    """The optional packages that the recipe needs are installed. Checked before anything heavy is loaded."""
     recipe, needed = flight.recipe, list(flight.recipe.log.track)
     if recipe.teacher.startswith("diffusers:"):
         needed += ["diffusers", "transformers"]
@@ -164,15 +164,15 @@ def packages(flight: Flight) -> str | None:
 
 
 def batches(flight: Flight) -> str:
-    """Batches that the processes can share, in every stage."""
+    """The processes can share the batches equally, in every stage."""
     for stage in flight.stages:
         build.check_batches(stage)
     sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms if name in build.TERMS]
-    return f"{', '.join(sizes)} over {parallel.world()} process{'es' * (parallel.world() > 1)}"
+    return f"{', '.join(sizes)} over {parallel.world()} process{'es' if parallel.world() > 1 else ''}"
 
 
 def folder(flight: Flight) -> str | None:
-    """The run's folder can be written; so can that of the prompts' states."""
+    """The run's folder and that of the prompts' states are writable."""
     if parallel.rank() == 0:
         for place in filter(None, (flight.out, flight.recipe.prompts.cache)):
             with scratch(Path(place)):
@@ -196,7 +196,7 @@ def trackers(flight: Flight) -> str | None:
 
 
 def teacher(flight: Flight) -> str:
-    """It loads, and a step of its sampler, guided as for the pairs and for the matching, makes a sample."""
+    """It loads, and one step of its sampler, guided as for pairs and matching, makes a valid sample."""
     recipe, info, denoiser = flight.recipe, flight.subject.info, flight.subject.denoiser
     own = recipe.student.guidance is not None
     scales = {None} if own else {recipe.pairs.guidance, *(stage.match.guidance for stage in flight.stages)}
@@ -210,7 +210,7 @@ def teacher(flight: Flight) -> str:
 
 
 def student(flight: Flight) -> str:
-    """It starts from what the recipe says, and makes a sample, of which the fake score makes another."""
+    """It starts from what the recipe names and makes a valid sample; so does the fake score from that sample."""
     made = flight.sample
     if build.trains_fake(flight.recipe):
         with torch.no_grad(), autocast(flight.device, flight.recipe.precision), tried("the fake score, one sample"):
@@ -222,7 +222,7 @@ def student(flight: Flight) -> str:
 
 
 def losses(flight: Flight) -> str:
-    """Every stage's loss of one sample, whose gradient reaches the student."""
+    """Every stage's loss of one sample is finite, and its gradient reaches the student."""
     found, x = {}, flight.sample.detach().requires_grad_()
     for stage in flight.stages:
         if "regress" in stage.terms:
@@ -250,7 +250,7 @@ def losses(flight: Flight) -> str:
 
 
 def _own_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
-    """The student's loss of a term of the user's, of one sample; goes backward to `x`."""
+    """Return the student loss of your own term `name` for one sample, backpropagated to `x`."""
     term = build.own_term(flight.recipe, flight.subject, flight.fake, name)
     generator = torch.Generator(flight.device).manual_seed(0)
     if unknown := [stream for stream in term.reads if stream not in build.STREAMS]:
@@ -276,7 +276,7 @@ def pictures(flight: Flight) -> str | None:
 
 
 def reference(flight: Flight) -> str | None:
-    """Feature spaces and references load, and take the student's pictures."""
+    """Feature spaces and references load, and accept the student's images."""
     for space, real in flight.spaces:
         with tried(f"evaluate.features {flight.recipe.evaluate.features}, of one picture"):
             features, _ = space.both(flight.pixels)
@@ -289,7 +289,7 @@ def reference(flight: Flight) -> str | None:
 
 
 def saving(flight: Flight) -> str | None:
-    """The student's folder, written and read; every weight as it was. A network of one's own is given when reading."""
+    """The student's folder is written and read back with equal weights. A custom network is passed in for reading."""
     if parallel.rank() > 0:
         return None
     with scratch(flight.out) as place, tried("the student's folder"):
@@ -308,7 +308,7 @@ def saving(flight: Flight) -> str | None:
 
 
 def pairs(flight: Flight) -> str | None:
-    """The stores that the stages ask for: none is another's, and they can be written where pairs are missing."""
+    """The stages' pair stores do not belong to other settings, and are writable if pairs are missing."""
     recipe, found = flight.recipe, []
     for place, spec in flight.pairs().items():
         store = Folder(place)
@@ -316,13 +316,14 @@ def pairs(flight: Flight) -> str | None:
         there = min(spec.shards, sum(name.endswith(".safetensors") for name in sizes))
         if parallel.rank() == 0 and (stored is None or stored.count < spec.count or there < spec.shards):
             _writable(store)
-        small = ", fewer than regress.batch, so that batches hold some twice" * (spec.count < recipe.regress.batch)
+        few = spec.count < recipe.regress.batch
+        small = ", fewer than regress.batch, so that batches hold some twice" if few else ""
         found.append(f"{spec.count:,} in {place}, {there} of {spec.shards} shards there{small}")
     return "; ".join(found)
 
 
 def disk(flight: Flight) -> str | None:
-    """There is room for what the run will write, disk by disk."""
+    """Every disk has room for what the run will write to it."""
     wanted = {}
     for place, nbytes in _sizes(flight):
         wanted.setdefault(_mount(place), []).append((place, nbytes))
@@ -358,7 +359,7 @@ CHECKS: Sequence[Check] = (
 
 
 def checks(flight: Flight) -> Iterator[tuple[str, str]]:
-    """Each check's name and what it found. Of several processes, all raise where one has a problem."""
+    """Yield the name and the finding of each check. If one process has a problem, all of them raise."""
     for check in CHECKS:
         found = check(flight) if check is reference else parallel.agreed(lambda check=check: check(flight))
         if found:
@@ -366,14 +367,14 @@ def checks(flight: Flight) -> Iterator[tuple[str, str]]:
 
 
 def cleared(flight: Flight) -> tuple[build.Subject, list[Space]]:
-    """What the run goes on with when all checks have passed."""
+    """Run all checks, and return what they loaded for the run."""
     for _ in checks(flight):
         pass
     return flight.subject, flight.spaces
 
 
 def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
-    """Folders on disks, and the bytes that the run is still going to write there."""
+    """Yield folders on disks, and the bytes that the run has yet to write there."""
     for place, spec in flight.pairs().items():
         if not is_url(place):
             yield Path(place), max(0, spec.nbytes - sum(Folder(place).sizes().values()))
@@ -386,13 +387,13 @@ def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
 
 
 def _state(network: Denoiser, copies: int, trained: int = 2) -> int:
-    """Bytes of `copies` of the network's state, and of `trained` numbers for each trained weight."""
+    """Return the bytes of `copies` of the network's state plus `trained` numbers per trained weight."""
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return FP32 * (copies * sum(v.numel() for v in network.state_dict().values()) + trained * weights)
 
 
 def _mount(place: Path) -> Path:
-    """The mount point of the nearest folder that is there."""
+    """Return the mount point of the nearest existing folder."""
     there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
     while there.parent != there and there.stat().st_dev == there.parent.stat().st_dev:
         there = there.parent

@@ -1,8 +1,8 @@
-"""A training step on tensors that have shapes and no numbers.
+"""Runs one training step on fake tensors (shapes without data) to count FLOPs per network and peak memory.
 
 `build.distiller` makes the recipe's distillation from networks without weights, and `update_student` and `update_fake`
-run as they do in training, while a `Ledger` follows every tensor from its birth to its death and counts every product
-of matrices.
+run as in training, while a `Ledger` follows every tensor from creation to release and counts the FLOPs of every matrix
+product.
 """
 
 import copy
@@ -34,20 +34,20 @@ from distmatch.recipe import build
 from distmatch.recipe.entries import Recipe
 
 LOSSES = "decoder and LPIPS"
-"""What computes outside of the three networks."""
+"""Name for everything computed outside the three networks."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one process did in a step, whose networks are left without numbers.
+    """What one process did in a step, and the networks of that step, without data.
 
     Args:
-        networks: student, fake score, teacher and average, by these names, as far as there are.
-        losses: frozen networks of the regression's loss.
-        flops: of one of the step's parts, by network.
-        gradients, activations: bytes when most was alive; activations are all that was neither there before nor a
-            gradient.
-        most_activations: the most of these at any time.
+        networks: student, fake score, teacher and average, under these names, as far as the recipe has them.
+        losses: frozen networks of the regression loss.
+        flops: of one part of the step, by network.
+        gradients, activations: bytes at the time of peak memory; activations are everything that is neither a gradient
+            nor was there before the step.
+        most_activations: the largest value of these at any time.
     """
 
     networks: dict[str, nn.Module]
@@ -59,11 +59,11 @@ class Rehearsal:
 
 
 def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool = False) -> Rehearsal:
-    """A step of `recipe` in one process, with one of `parts` equal parts of its batches at a time.
+    """Run a step of `recipe` in one process, on one of `parts` equal parts of its batches at a time.
 
     Args:
         denoiser: the teacher; its weights are not used.
-        sharded: weights of student and fake score have the precision in which FSDP2 gathers them.
+        sharded: give the weights of student and fake score the precision in which FSDP2 gathers them.
     """
     ledger = Ledger()
     ready(denoiser)
@@ -75,7 +75,7 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
         held = ledger.start(networks)
         with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
             flops = stage.run(ledger)
-    drawn = (recipe.accumulate - stage.turns) * stage.drawn  # for the parts that were left out
+    drawn = (recipe.accumulate - stage.turns) * stage.drawn  # for the parts that were not run
     return Rehearsal(
         {**networks, "average": stage.distiller.ema.network},
         stage.losses,
@@ -87,7 +87,7 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
 
 
 def sampling_flops(denoiser: Denoiser, info: Info) -> float:
-    """FLOPs of one evaluation of one sample."""
+    """Return the FLOPs of one evaluation of one sample."""
     ready(denoiser)
     twin, ledger = copy.deepcopy(denoiser), Ledger()
     with _without_numbers(), ledger, torch.no_grad():
@@ -96,10 +96,10 @@ def sampling_flops(denoiser: Denoiser, info: Info) -> float:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows what runs within it: bytes of tensors that are alive, and FLOPs by network.
+    """Follows the operations inside its with block: bytes of live tensors, and FLOPs by network.
 
-    `peak` is the most that was alive, `gradients_then` what of it were gradients; `peak_without_gradients` the most
-    that was alive besides gradients.
+    `peak` is the most bytes alive at once, `gradients_then` the gradients among them, and `peak_without_gradients` the
+    most bytes alive at once not counting gradients.
     """
 
     def __init__(self):
@@ -133,14 +133,14 @@ class Ledger(TorchDispatchMode):
         self.alive -= size
 
     def start(self, networks: dict[str, nn.Module]) -> int:
-        """Count from here on, what the `networks` compute under their names; returns the bytes alive."""
+        """Start counting, attributing FLOPs to the `networks` by name. Returns the bytes alive."""
         for name, network in networks.items():
             self._name(name, network)
         self.peak = self.peak_without_gradients = self.alive
         return self.alive
 
     def updated(self) -> None:
-        """The optimizer has cleared the gradients."""
+        """Note that the optimizer has cleared the gradients."""
         self.gradients = 0
         self._have.clear()
 
@@ -150,7 +150,7 @@ class Ledger(TorchDispatchMode):
 
         def done(module: nn.Module, inputs: Any, output: Tensor) -> None:
             self.network = LOSSES
-            if output.requires_grad:  # backward comes through here, after the losses
+            if output.requires_grad:  # the backward pass enters the network here, after the losses
                 output.register_hook(computes)
 
         def accumulated(parameter: nn.Parameter) -> None:
@@ -167,7 +167,7 @@ class Ledger(TorchDispatchMode):
 
 @contextmanager
 def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Within it, `owner` has these attributes in place of its own."""
+    """Replace attributes of `owner` inside the with block."""
     own = {name: getattr(owner, name) for name in attributes}
     for name, value in attributes.items():
         setattr(owner, name, value)
@@ -179,7 +179,7 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 
 def _gpu_autocast() -> AbstractContextManager:
-    """Autocast to bf16 as on GPUs, where normalisations compute and answer in fp32; on CPUs they don't.
+    """Autocast to bf16 as on GPUs, where normalisations compute and return fp32; on CPUs they don't.
 
     See "CUDA Ops that can autocast to float32" in PyTorch's documentation of `torch.amp`.
     """
@@ -194,14 +194,14 @@ def _gpu_autocast() -> AbstractContextManager:
 
 
 def ready(denoiser: Denoiser) -> None:
-    """Have tables made that are kept for good: within `_without_numbers` they would have none."""
+    """Build tables that are cached for good: built inside `_without_numbers` they would have no data."""
     ones = torch.ones(1)
     denoiser.schedule.add_noise(ones, ones, ones)
     denoiser.prediction.inputs(ones, ones, ones)
 
 
 class _NoNumbers(FakeTensorMode):
-    """Deep copies of tensors are of the same mode as these."""
+    """A fake tensor mode that deep copies of its tensors share."""
 
     def __deepcopy__(self, memo: Any) -> "_NoNumbers":
         return self
@@ -209,21 +209,21 @@ class _NoNumbers(FakeTensorMode):
 
 @contextmanager
 def _without_numbers() -> Iterator[None]:
-    """Within it, tensors that are made have a place on the CPU, a shape and no numbers, and so has what comes of them.
+    """Inside the with block, new tensors are fake: they have a device (the CPU) and a shape, but no data.
 
-    Not on the meta device, where attention has no fused kernel and there is no autocast. Modules stay where they are:
-    PyTorch cannot move those of such tensors, and none has to be.
+    The meta device would not do: attention has no fused kernel there, and there is no autocast. Modules stay where they
+    are: PyTorch cannot move modules of fake tensors, and none has to be moved.
     """
     with warnings.catch_warnings(), _NoNumbers(allow_non_fake_inputs=True):
-        warnings.filterwarnings("ignore", "Accessing the data pointer")  # in deep copies
+        warnings.filterwarnings("ignore", "Accessing the data pointer")  # raised by deep copies
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         with _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self):
             yield
 
 
 class _Stage:
-    """A recipe's distillation, set up for a rehearsal: one process's share, and no more than two parts of it, since a
-    third is like the second but for what is drawn ahead: `drawn` bytes for each.
+    """A recipe's distillation, set up for a rehearsal of one process's share in at most two parts. A third part would
+    be like the second, except for what is drawn in advance: `drawn` bytes per part.
     """
 
     drawn = 0
@@ -256,13 +256,13 @@ class _Stage:
             if term.name == "regress":
                 regress: Any = term
                 regress.loss, self.losses = regression(recipe, info)
-        if sharded and recipe.precision == "bf16":  # FSDP2 gathers them so, and autocast makes no copies
+        if sharded and recipe.precision == "bf16":  # FSDP2 gathers them in this precision, and autocast makes no copies
             for network in filter(None, (self.distiller.student, self.distiller.fake)):
                 for parameter in network.parameters():
                     parameter.data = parameter.data.bfloat16()
 
     def run(self, ledger: Ledger) -> Counter[str]:
-        """One step; FLOPs of one part of it, by network."""
+        """Run one step; return the FLOPs of one part of it, by network."""
         before = ledger.alive
         parts = [self.distiller.draw(0, WHOLE) for _ in range(self.turns)]
         images_too = 4 * (self.match + self.regress) * math.prod(self.info.shape)
@@ -273,7 +273,7 @@ class _Stage:
         if self.distiller.fake is not None:
             self.distiller.update_fake(0, parts, images)
             ledger.updated()
-            if self.recipe.fake.steps > 1:  # the others are like the second, which makes images of its own
+            if self.recipe.fake.steps > 1:  # further updates are like the second, which makes new images
                 before = Counter(ledger.flops)
                 for part, made in zip(parts, images, strict=True):
                     self.distiller.renew(part, made, 0, 1, WHOLE)
@@ -289,14 +289,14 @@ class _Stage:
 
 
 def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Cond | None:
-    """A condition of `n` samples; `guided`: with a guidance scale."""
+    """Return a condition of `n` samples; `guided`: with a guidance scale."""
     cond = family_of(info).example_cond(denoiser.net, info, n)
     return with_guidance(cond, torch.empty(n)) if guided else cond
 
 
 @dataclass
 class _Examples:
-    """Conditions without numbers; see `conditions.Conditions`."""
+    """Conditions without data; see `conditions.Conditions`."""
 
     example: Callable[[int], Cond | None]
 
@@ -309,7 +309,7 @@ class _Examples:
 
 @dataclass
 class _Inputs:
-    """A stream without numbers; see `terms.Stream`."""
+    """A stream without data; see `terms.Stream`."""
 
     example: Callable[[int], Cond | None]
     name: str
@@ -326,7 +326,7 @@ class _Inputs:
 
 
 def _emptied(network: Any) -> Any:
-    """`network`, frozen, its tensors made anew in place."""
+    """Freeze `network` and replace its tensors by empty ones, in place; return it."""
     for module in network.modules():
         for kind in (module._parameters, module._buffers):
             for name, tensor in kind.items():

@@ -1,4 +1,4 @@
-"""The frozen networks of a recipe's losses without weights, for planning."""
+"""The frozen networks of a recipe's losses without their weights, for planning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from distmatch.system.extras import need
 
 
 def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
-    """The distance of Eq. 9 by networks without weights, and these; see `build`."""
+    """Return the distance of Eq. 9, computed by networks without weights, and these networks; see `build`."""
     r = recipe.regress
     loss: Any = _Lpips(r.size) if r.loss == "lpips" else REGRESSIONS[r.loss]
     networks: list[nn.Module] = [loss.vgg] if r.loss == "lpips" else []
