@@ -1,1 +1,1 @@
-"""Recipes: their entries, how they are read, and the objects that they stand for."""
+"""Recipes: their entries, how they are read, and the objects built from them."""

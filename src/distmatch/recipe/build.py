@@ -1,4 +1,4 @@
-"""From a recipe to objects: the only factory, the only place that knows both."""
+"""Builds all objects of a run from its recipe; the only file that knows both."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -43,12 +43,12 @@ from distmatch.training.optim import Optimizer
 
 
 def device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises `UserError` for a device that is not there."""
+    """Return the device; `auto` is CUDA if available, else the CPU. Raises `UserError` for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.empty(1, device=found).cpu()  # `meta` is a device too, on which nothing can be computed
+        torch.empty(1, device=found).cpu()  # `meta` is also a device, but it cannot compute
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         here = ["auto", "cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -58,7 +58,7 @@ def device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a recipe distils: its teacher, frozen on its device, what it makes, and what that is conditioned on."""
+    """What a recipe distils: the frozen teacher on its device, its samples' shape, and what they are conditioned on."""
 
     denoiser: Denoiser
     info: Info
@@ -66,11 +66,11 @@ class Subject:
     fingerprint: str
     prompts: Sequence[str] = ()
     cut: int = 0
-    """How many of the prompts are longer than the text encoder takes."""
+    """Number of prompts that are longer than the text encoder accepts."""
 
 
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
-    """The recipe's subject; `own` is a teacher of the user's in place of the one that the recipe names."""
+    """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
     for stage in [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]:
         for scale in _scales(stage):
@@ -93,7 +93,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
 
 
 def _scales(recipe: Recipe) -> list[float | None]:
-    """The scales by which the recipe guides its teacher; `None` is a range of them."""
+    """Return the scales with which the recipe guides its teacher; `None` stands for a range."""
     if recipe.student.guidance is not None:
         return [None]
     by_term = {"match": recipe.match.guidance, "regress": recipe.pairs.guidance}
@@ -101,7 +101,7 @@ def _scales(recipe: Recipe) -> list[float | None]:
 
 
 def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
-    """Prompts by number to conditions: batch by batch, or from the cache, which is filled when first asked for any."""
+    """Map prompt numbers to conditions: encoded batch by batch, or from the cache, which is filled on first use."""
     place = recipe.prompts.cache
     if place is None:
         return lambda numbers: encoder([prompts[i] for i in numbers])
@@ -116,9 +116,9 @@ def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callabl
 
 
 def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
-    """The spaces that a recipe's student is measured in while it is trained; none where the recipe names none.
+    """Return the spaces in which the student is measured during training; none if the recipe names none.
 
-    Raises `UserError` where they are of other images than the teacher's, or `evaluate.images` are too few for them.
+    Raises `UserError` if they belong to other images than the teacher's, or if `evaluate.images` is too small for them.
     """
     name = evaluation.features
     if not evaluation.every or not name:
@@ -139,12 +139,12 @@ def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torc
 
 
 def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
-    """`denoiser` as a teacher: on its device, without dropout, never trained."""
+    """Make `denoiser` a teacher: on its device, without dropout, never trained."""
     return denoiser.to(dev).eval().requires_grad_(False)
 
 
 def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
-    """What the recipe's pair store holds."""
+    """Return the description of the recipe's pair store."""
     info, guidances = subject.info, recipe.student.guidance
     asked = {name: getattr(recipe.pairs, name) for name in marked(Pairs, "pairs")}
     if guidances is not None:
@@ -163,7 +163,7 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
 
 
 def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> str:
-    """`pairs.path`, a path or a URL, or a folder beside the runs, named by what sets one store apart from another."""
+    """Return `pairs.path` (a path or a URL), or a folder next to the runs, named by what distinguishes stores."""
     p = recipe.pairs
     if p.path is not None:
         return p.path
@@ -172,7 +172,7 @@ def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> str:
 
 
 def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
-    """The recipe's pairs, built (or finished, where a build was interrupted) if they are not there."""
+    """Return the recipe's pairs; missing ones, e.g. after an interrupted build, are built first."""
     spec = pair_spec(recipe, subject)
     folder = pairs_folder(recipe, spec, runs)
     with progress("pairs", spec.count, unit="pair") as advance:
@@ -190,21 +190,21 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
 
 
 def check_batches(recipe: Recipe) -> None:
-    """Raise `UserError` for a batch that the processes cannot share in equal parts."""
+    """Raise `UserError` if the processes cannot share a batch equally."""
     world = parallel.world()
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
         if name in recipe.terms and batch % (recipe.accumulate * world):
             raise UserError(
                 f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate}"
-                + f" times {world} processes" * (world > 1)
+                + (f" times {world} processes" if world > 1 else "")
                 + "; choose one that is"
             )
 
 
 def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Distiller:
-    """The recipe's distillation. Student and fake score start as copies of one network, see `start`.
+    """Return the recipe's distillation. Student and fake score start as copies of one network, see `start`.
 
-    Of several processes, each has its share of it: `parallel` says how networks are spread over them.
+    Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
     dev, info = device(recipe.device), subject.info
@@ -217,12 +217,12 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
             checkpoint_gradients(network)
     if recipe.parallel == "fsdp" and parallel.world() > 1:
         shard(average)
-        shard(subject.denoiser, recipe.precision)  # in the fake score's, or their difference would not start at zero
+        shard(subject.denoiser, recipe.precision)  # in the fake score's precision: their difference must start at zero
     inputs = example(subject, dev)
     forward = spread(trained, recipe.parallel, recipe.precision, inputs)
     score = fake
-    # DDP wants one forward pass for each backward pass. Where terms of one's own use the fake score as well, its
-    # gradients are averaged by the distiller instead.
+    # DDP needs one forward pass per backward pass. If own terms also use the fake score, the distiller averages its
+    # gradients instead.
     if fake is not None and (recipe.parallel == "fsdp" or set(recipe.terms) <= TERMS.keys()):
         score = spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
@@ -250,10 +250,10 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
 
 
 def start(recipe: Recipe, subject: Subject) -> Denoiser:
-    """What student and fake score start from: the teacher (Algorithm 1, line 2), or the recipe's own new network.
+    """Return what student and fake score start from: the teacher (Algorithm 1, line 2) or the recipe's own new network.
 
-    A new network takes the teacher's schedule and prediction. Where the student takes a guidance scale, both networks
-    do: the fake score is that of the student's images of each scale. Raises `UserError` where it is not possible.
+    A new network takes over the teacher's schedule and prediction. If the student takes a guidance scale, so does the
+    fake score: it models the student's images at each scale. Raises `UserError` if the teacher does not allow this.
     """
     denoiser = _network(recipe, subject.denoiser, subject.info)
     if recipe.student.guidance is None:
@@ -279,9 +279,9 @@ def _network(recipe: Recipe, denoiser: Denoiser, info: Info) -> Denoiser:
 
 
 def student(recipe: Recipe, first: Denoiser) -> Denoiser:
-    """The network to train: a copy of `first` (see `start`) or `student.init`, with adapters where it has them alone.
+    """Return the network to train: a copy of `first` (see `start`) or of `student.init`, with adapters if it has any.
 
-    Raises `UserError` for a network that the recipe's entries don't fit.
+    Raises `UserError` for a network that does not fit the recipe's entries.
     """
     made = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first, device(recipe.device)))
     if recipe.student.lora_rank:
@@ -295,18 +295,18 @@ def student(recipe: Recipe, first: Denoiser) -> Denoiser:
 
 
 def student_info(recipe: Recipe, subject: Subject) -> Info:
-    """What the student's model folder says of it."""
+    """Return what the student's model folder records about it."""
     times = student_steps(recipe, subject.denoiser.schedule).times
     card: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if subject.prompts:
         card["prompts"] = {"count": len(subject.prompts), "cut": subject.cut}
     if "pixels" in subject.info.card:
-        card["pixels"] = subject.info.card["pixels"]  # whose images it makes: `eval` compares like with like
+        card["pixels"] = subject.info.card["pixels"]  # which images it makes: `eval` compares like with like
     return replace(subject.info, times=times, guidance=recipe.student.guidance, card=card)
 
 
 def student_steps(recipe: Recipe, schedule: Schedule) -> Steps:
-    """The student's times, of which the schedule has all. Raises `UserError` otherwise."""
+    """Return the student's times. Raises `UserError` if one is outside the schedule."""
     times = (schedule.t_max,) if recipe.student.times is None else recipe.student.times
     if not all(schedule.t_min < t <= schedule.t_max for t in times):
         said = ", ".join(f"{t:g}" for t in times)
@@ -317,7 +317,7 @@ def student_steps(recipe: Recipe, schedule: Schedule) -> Steps:
 
 
 def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
-    """The student `student.init`. Raises `UserError` where its network is not that of the `denoiser` beside it."""
+    """Load the student `student.init`. Raises `UserError` if its network differs from that of `denoiser`."""
     assert recipe.student.init is not None
     student, _ = find_model(recipe.student.init, kind="student")
     here, there = ({k: v.shape for k, v in m.state_dict().items()} for m in (denoiser, student))
@@ -327,24 +327,24 @@ def _earlier(recipe: Recipe, denoiser: Denoiser, dev: torch.device) -> Denoiser:
 
 
 def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
-    """The student with adapters of `rank`, which alone are trained."""
+    """Add adapters of `rank` to the student; only they are trained."""
     with_adapters: Callable[[int], nn.Module] | None = getattr(denoiser.net, "with_adapters", None)
     if with_adapters is None:
         raise UserError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the same in every process
+        torch.manual_seed(seed)  # identical in every process
         net = with_adapters(rank)
     return Denoiser(net, denoiser.schedule, denoiser.prediction)
 
 
 def example(subject: Subject, dev: torch.device) -> tuple[Tensor, Tensor, Cond | None]:
-    """What student and fake score are called with, a batch of one: `(x, t, cond)`."""
+    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`."""
     cond = subject.conditions.at([0])
     return torch.zeros(1, *subject.info.shape, device=dev), torch.ones(1, device=dev), cond and cond.to(dev)
 
 
 def _trained_copy(denoiser: Denoiser) -> Denoiser:
-    """A copy to train, in evaluation mode all the same: dropout stays off in distillation."""
+    """Return a copy to train. It stays in evaluation mode: dropout is off in distillation."""
     return copy.deepcopy(denoiser).eval().requires_grad_(True)
 
 
@@ -368,9 +368,9 @@ def objective(
     pairs: PairStore | None,
     before: Objective | None = None,
 ) -> Objective:
-    """The recipe's terms, in its order, and the streams that they read.
+    """Return the recipe's terms, in its order, and the streams that they read.
 
-    Own terms of the stage `before` go on, with the networks that they train: no stage changes them.
+    Own terms of the stage `before` continue with the networks they train: no stage changes them.
     """
     kept = {term.name: term for term in before.terms if term.name not in TERMS} if before else {}
     terms = [kept.get(name) or TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms]
@@ -382,19 +382,19 @@ def objective(
 
 
 def trains_fake(recipe: Recipe) -> bool:
-    """Whether a term of the recipe trains the fake score."""
+    """Return whether a term of the recipe trains the fake score."""
     own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
     return "match" in recipe.terms or any(hasattr(kind, "fake_loss") for kind in own)
 
 
 def reads_pairs(recipe: Recipe) -> bool:
-    """Whether a term of the recipe reads the teacher's pairs."""
+    """Return whether a term of the recipe reads the teacher's pairs."""
     own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
     return "regress" in recipe.terms or any("pairs" in getattr(kind, "reads", ()) for kind in own)
 
 
 def own_class(entry: OwnTerm) -> type:
-    """The class of a term of the user's. Raises `UserError` where it cannot be imported."""
+    """Import the class of your own term. Raises `UserError` if that fails."""
     place, _, name = entry.source.partition(":")
     try:
         if place.endswith(".py"):
@@ -414,7 +414,7 @@ def own_class(entry: OwnTerm) -> type:
 
 
 def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
-    """A term of the user's. Raises `UserError` where its class cannot be imported, or does not take its entries."""
+    """Make your own term. Raises `UserError` if its class cannot be imported or does not accept its entries."""
     entry = recipe.own_terms[name]
     steps = recipe.steps * recipe.fake.steps
     context = TermContext(
@@ -470,11 +470,11 @@ TERMS = {"match": _match, "regress": _regress}
 
 
 def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance of Eq. 9, of images: latents are decoded where the recipe says by what."""
+    """Return the distance of Eq. 9 between images; latents are decoded first if the recipe names a decoder."""
     r = recipe.regress
     loss = REGRESSIONS.get(r.loss)
     if loss is None:
-        from distmatch.models.perceptual import Lpips  # the `metrics` extra
+        from distmatch.models.perceptual import Lpips  # needs the `metrics` extra
 
         loss = _kept(Lpips, r.weights, r.size)
     if r.decoder == "none":
@@ -496,5 +496,5 @@ def regression(recipe: Recipe, info: Info) -> Callable[[Tensor, Tensor], Tensor]
 
 @cache
 def _kept(kind: Callable[..., Any], *arguments: Any) -> Any:
-    """`kind(*arguments)`, made once: stages share their frozen networks."""
+    """Return `kind(*arguments)`, made only once: stages share their frozen networks."""
     return kind(*arguments)

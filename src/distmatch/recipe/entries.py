@@ -1,7 +1,4 @@
-"""The entries of a recipe: type, range, default, what each does and where it is from, and the facts beside it.
-
-Sections, equations, algorithms and tables are those of the paper (arXiv 2311.18828).
-"""
+"""All entries of a recipe: type, range, default, description and source of each, with facts for the program."""
 
 from copy import deepcopy
 from itertools import pairwise
@@ -19,7 +16,7 @@ Place = Annotated[str, AfterValidator(expand)]
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
-Factor = Annotated[float, Field(ge=0)]  # of a loss, of guidance
+Factor = Annotated[float, Field(ge=0)]  # of a loss, or a guidance scale
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, which would never move at 1
 
@@ -29,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class Optimiser(_Strict):
-    """AdamW of one network; see `optim.Optimizer`."""
+    """AdamW for one network; see `optim.Optimizer`."""
 
     lr: Annotated[float, Field(gt=0)] = entry(
         5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION"
@@ -119,7 +116,7 @@ class Student(_Strict):
 
 
 class MatchTerm(_Strict):
-    """Distribution matching; see `distill.Match`."""
+    """Distribution matching; see `terms.Match`."""
 
     weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Appendix B: 1")
     batch: Positive = entry(
@@ -161,7 +158,7 @@ class MatchTerm(_Strict):
 
 
 class RegressTerm(_Strict):
-    """Regression to the teacher's samples; see `distill.Regress`, `perceptual.Lpips`, `diffusers.autoencoder`."""
+    """Regression to the teacher's samples; see `terms.Regress`, `perceptual.Lpips`, `diffusers.autoencoder`."""
 
     weight: Factor = entry(
         0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"
@@ -266,7 +263,7 @@ class Prompts(_Strict):
 
 
 class OwnTerm(BaseModel):
-    """A term of the user's; see `terms.TermContext`. All entries but `source` are arguments of its class."""
+    """Your own term; see `terms.TermContext`. All entries except `source` are arguments of its class."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -289,7 +286,7 @@ class Stage(_Strict):
 
 
 class Logging(_Strict):
-    """What is written down while training."""
+    """What is logged during training."""
 
     every: Positive = entry(20, "Steps between two lines of the log.", "ours", small=1)
     preview: Natural = entry(0, "Steps between two pictures of samples; 0: none.", "ours", small=3)
@@ -306,7 +303,7 @@ class Checkpointing(_Strict):
 
 
 class Evaluation(_Strict):
-    """Frechet distances of the averaged student while training; see `build.recipe_spaces`."""
+    """Frechet distances of the averaged student during training; see `build.recipe_spaces`."""
 
     every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
     images: Positive = entry(2000, "Images per evaluation; the distance of few images reads high.", "ours")
@@ -332,7 +329,7 @@ def _unique(terms: list[str]) -> list[str]:
 class Recipe(_Strict):
     """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line.
 
-    A file may name another recipe as its `base`, whose entries hold where it has none.
+    A file may name another recipe as its `base`, whose entries apply wherever the file has none.
     """
 
     name: str = entry(..., "Name of the recipe; default: the file's.", "ours", unnamed=True)
@@ -424,11 +421,11 @@ class Recipe(_Strict):
         if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
             raise UserError(f"stages end at {ends}; expected rising iterations, the last of them `steps`, {self.steps}")
         for number in range(len(self.stages)):
-            self.stage(number)  # raises where its changes are not entries
+            self.stage(number)  # raises if its changes are not entries
         return self
 
     def stage(self, number: int) -> "Recipe":
-        """The recipe as it is in stage `number`, from 0. Each stage changes the recipe, not the stage before."""
+        """Return the recipe in stage `number`, from 0. Each stage changes the recipe, not the stage before."""
         tree = self.model_dump(exclude={"stages"})
         changeable = [name for name, field in Recipe.model_fields.items() if "stage" in facts_of(field)]
         for key, value in self.stages[number].change.items():
@@ -439,11 +436,11 @@ class Recipe(_Strict):
 
 
 EARLIER = {"generator": "student.optimizer", "critic.steps": "fake.steps", "critic": "fake.optimizer"}
-"""What entries and groups were called in recipes of earlier versions, which are still read."""
+"""Names of entries and groups in earlier versions; recipes with them are still accepted."""
 
 
 def present_name(dotted: str) -> str:
-    """Return the name by which an entry goes now, given that or an earlier one."""
+    """Return the present name of an entry, given that or an earlier one."""
     for earlier, now in EARLIER.items():
         if f"{dotted}.".startswith(f"{earlier}."):
             return now + dotted.removeprefix(earlier)
@@ -451,7 +448,7 @@ def present_name(dotted: str) -> str:
 
 
 def renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the nested entries `tree` by their present names. Raises `UserError` where one has both its names."""
+    """Return the nested entries `tree` under their present names. Raises `UserError` if one is given by both names."""
     earlier = {group: tree[group] for group in ("generator", "critic") if group in tree}
     if not earlier:
         return tree
@@ -465,7 +462,7 @@ def renamed(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
-    """`tree` as a recipe; `source` is named in the errors."""
+    """Return `tree` as a recipe; errors name the `source`."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

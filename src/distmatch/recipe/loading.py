@@ -1,4 +1,4 @@
-"""Recipes as they are read: every number of an experiment in one YAML file, strict, with dotted overrides."""
+"""Reads recipes: every number of an experiment in one strict YAML file, with dotted overrides."""
 
 import difflib
 import json
@@ -20,15 +20,15 @@ from distmatch.system.plain import fitting, read_yaml, yaml_of
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """Return the recipes of the package, by name."""
     return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
 
 
 def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """The recipe called `name`, or in the file `name`, with `key=value` overrides such as `match.weighting=eq8`.
+    """Return the recipe called `name`, or in the file `name`, with `key=value` overrides such as `match.weighting=eq8`.
 
-    Raises `UserError` for an unknown recipe, an unknown key (naming its nearest neighbour) or a bad value; it names
-    the override where that is to blame.
+    Raises `UserError` for an unknown recipe, an unknown key (suggesting the nearest one) or a bad value, naming the
+    override if one is to blame.
     """
     path, tree = _read(name)
     tree.setdefault("name", path.stem)
@@ -37,7 +37,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     for override in overrides:
         _apply(tree, override)
     keys = {override.partition("=")[0] for override in overrides}
-    if "stages" not in keys:  # what is asked for holds in every stage
+    if "stages" not in keys:  # an override applies to every stage
         stages = fitting(tree.get("stages") or [], f"{path}: stages", list[dict[str, Any]])
         for stage in stages:
             change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
@@ -51,7 +51,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
-    """The file of a recipe, and what it says together with its base."""
+    """Return the path of a recipe's file, and its entries merged with those of its base."""
     path = Path(expand(name))
     if path.suffix not in (".yaml", ".yml"):
         if "=" in name:
@@ -73,7 +73,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, group by group."""
+    """Merge `changes` into `base`, group by group."""
     return base | {
         key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
         for key, value in changes.items()
@@ -81,7 +81,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _errors(tree: dict[str, Any]) -> list[Any]:
-    """What pydantic has to say against `tree`."""
+    """Return pydantic's errors about `tree`."""
     try:
         Recipe.model_validate(tree)
     except ValidationError as error:
@@ -90,15 +90,15 @@ def _errors(tree: dict[str, Any]) -> list[Any]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """Return the resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
 
 
 def run_name(base: Recipe, recipe: Recipe) -> str:
-    """Return the default name of a run's folder: the recipe's, and what was overridden in `base`.
+    """Return the default name of a run's folder: the recipe's name, and what was overridden in `base`.
 
-    For example `mnist-terms=match`. Entries that are `free` or `unnamed` are left out, and paths are cut to their last
-    part. Runs that differ in nothing else share a folder's name, and there the second is refused.
+    For example `mnist-terms=match`. Entries that are `free` or `unnamed` are left out, and paths are shortened to their
+    last part. Runs that differ in nothing else get the same folder, and the second one is refused.
     """
     before, now = (flat(r.model_dump(mode="json")) for r in (base, recipe))
     aside = free_entries() | marked(Recipe, "unnamed").keys()
@@ -108,7 +108,7 @@ def run_name(base: Recipe, recipe: Recipe) -> str:
 
 
 def _in_a_name(value: Any) -> str:
-    """An entry's value as part of a file's name."""
+    """Format an entry's value for use in a file name."""
     if isinstance(value, list):
         return ",".join(map(_in_a_name, value))
     text = value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else json.dumps(value)
@@ -121,19 +121,19 @@ def entries() -> list[str]:
 
 
 def free_entries() -> set[str]:
-    """Return the entries that may change when a run continues: they do not touch the result, except for rounding."""
+    """Return the entries that may change when a run continues: they do not affect the result, except for rounding."""
     return set(marked(Recipe, "free"))
 
 
 def meant(name: str) -> list[str]:
-    """The entries that `name` may stand for: itself, those of this last name, or else the nearest one."""
+    """Return the entries that `name` may refer to: itself, those with this last part, or else the nearest one."""
     name, known = present_name(name), entries()
     same = [entry for entry in known if name in (entry, entry.rpartition(".")[2])]
     return [name] if name in same else same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
 
 def _trimmed(override: str) -> str:
-    """An override without the spaces that quotes let in, by its entry's present name."""
+    """Strip an override of spaces that were inside quotes, and use its entry's present name."""
     key, equals, value = override.partition("=")
     return f"{present_name(key.strip())}{equals}{value.strip()}"
 

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: each mistake with its entry, its value, what was expected and who said so."""
+"""Explains mistakes in a recipe: the entry, its value, what was expected, and where it was set."""
 
 import difflib
 from collections.abc import Collection, Sequence
@@ -14,15 +14,15 @@ KINDS = {
     "model_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
     "model_attributes_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
 }
-"""What pydantic's errors of a value's kind mean in a recipe."""
+"""Plain words for pydantic's errors about the kind of a value."""
 
 
 def explain(error: Any, model: type[BaseModel], source: str, overrides: Sequence[str] = ()) -> str:
-    """Return one of pydantic's errors about a `model` in the words of the recipe.
+    """Return one of pydantic's errors about a `model` in terms of the recipe.
 
     Args:
-        source: where the recipe is from.
-        overrides: those on the command line, of which one may have caused it.
+        source: where the recipe comes from.
+        overrides: those on the command line; one of them may have caused the error.
     """
     *parents, last = [str(part) for part in error["loc"]] or [""]
     key, kind = ".".join([*parents, last]), error["type"]
@@ -34,27 +34,27 @@ def explain(error: Any, model: type[BaseModel], source: str, overrides: Sequence
         return f"{source}: unknown key {key!r}{nearest(last, fields)}; {where} there are {', '.join(fields)}"
     if kind == "missing":
         return f"{source}: {key!r} is missing"
-    if kind == "value_error":  # ours, and says what it is about
+    if kind == "value_error":  # raised by us, and already says what it is about
         return f"{source}: {error['msg'].removeprefix('Value error, ')}"
     expected = KINDS.get(kind) or f"{error['msg'][0].lower()}{error['msg'][1:]}"
     return f"{source}: {key} = {error['input']!r:.80}: {expected}"
 
 
 def _touches(entry: str, key: str) -> bool:
-    """Whether an override of `entry` can be what is wrong at `key`: the same, around it, or within it."""
+    """Return whether an override of `entry` may cause an error at `key`: it is the same, a parent or a child."""
     return f"{key}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{key}.") or not key
 
 
 def _fields(model: Any, parents: list[str]) -> list[str]:
     """Return the entries of the group of `model` at `parents`."""
     for parent in parents:
-        if not parent.isdigit():  # a place in a list
+        if not parent.isdigit():  # an index of a list
             annotation = model.model_fields[parent].annotation
             model = group_of(annotation) or group_of(get_args(annotation)[0])
     return list(model.model_fields)
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Return a question to add to a message on the unknown `name`, if one of the `known` is like it."""
+    """Return a suggestion to append to a message about the unknown `name`, if one of the `known` is similar."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

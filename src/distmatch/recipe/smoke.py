@@ -1,6 +1,6 @@
-"""`--scale cpu-smoke`: a recipe cut to what a CPU runs in under a minute, every code path of it, with random networks.
+"""`--scale cpu-smoke`: cuts a recipe to a minute on a CPU, with random networks but every code path.
 
-What comes out means nothing; that it comes out is the point.
+The results mean nothing; the point is that the run finishes.
 """
 
 import json
@@ -21,13 +21,13 @@ from distmatch.system.errors import UserError
 from distmatch.system.files import write_atomic
 
 SMALL = {"model_channels": 16, "num_blocks": 1}
-"""What makes a published network small; resolutions, attention, paths and conditioning stay."""
+"""Arguments that make a published network small; resolutions, attention, paths and conditioning stay."""
 
 PROMPTS = ("a red bicycle", "two cats on a sofa", "the sea at night", "an old map", "a loaf of bread")
 
 
 def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
-    """The overrides that cut `recipe`; `folder` is where `make_networks` puts what it would have to fetch."""
+    """Return the overrides that cut `recipe`; `folder` is where `make_networks` puts what it would have to download."""
     overrides = [f"{name}={value}" for name, value in marked(Recipe, "small").items()]
     if recipe.teacher.startswith("edm:"):
         overrides.append(f"teacher={folder / 'teacher'}")
@@ -46,7 +46,7 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _short(recipe: Recipe) -> list[dict[str, Any]]:
-    """The recipe's stages with a step each, small batches, and few pairs that grow where the recipe's do."""
+    """Cut the stages to one step each, with small batches and few pairs; these grow where the recipe's do."""
     small = marked(Recipe, "small")
     counts = [recipe.stage(number).pairs.count for number in range(len(recipe.stages))]
     short = []
@@ -74,15 +74,15 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
 
 
 def random_edm(name: str, small: bool = True) -> tuple[Denoiser, Info]:
-    """A network of the kind of the published checkpoint `name`, with random weights; `small` or of its full size.
+    """Return a random network like the published checkpoint `name`, `small` or at full size.
 
-    Raises `UserError` where no checkpoint has this name.
+    Raises `UserError` if there is no checkpoint of this name.
     """
     if name not in PUBLISHED:
         raise UserError(f"{name!r} is no published EDM checkpoint; expected one of {', '.join(PUBLISHED)}")
     kind, arguments = PUBLISHED[name]
     net = kind(**{**arguments, **(SMALL if small else {})})
-    for parameter in net.parameters():  # layers that start at zero would hide what lies before them
+    for parameter in net.parameters():  # layers initialised to zero would hide the layers before them
         if parameter.ndim > 1 and parameter.abs().max() < 1e-3:
             torch.nn.init.xavier_uniform_(parameter)
     side, classes = net.config["img_resolution"], net.config["label_dim"]
