@@ -34,27 +34,27 @@ class Optimiser(_Strict):
     betas: tuple[Decay, Decay] = entry(
         (0.9, 0.999), "Decay per step of AdamW's averages of the gradient and of its square.", "Appendix B"
     )
-    weight_decay: Factor = entry(0.01, "AdamW's decoupled weight decay; the learning rate multiplies it.", "Appendix B")
-    warmup: Natural = entry(0, "Length of the linear warm-up of the learning rate, in updates; 0: none.", "ours")
+    weight_decay: Factor = entry(0.01, "AdamW's decoupled weight decay, multiplied by the learning rate.", "Appendix B")
+    warmup: Natural = entry(0, "Linear warm-up of the learning rate, in updates; 0: none.", "ours")
     decay: Fraction = entry(
         0.0,
-        "Share of the run, at its end, over which the learning rate falls linearly to zero; 0: it stays constant.",
+        "Final share of the run over which the learning rate falls linearly to zero; 0: it stays constant.",
         "ours",
     )
     clip: Factor = entry(
-        10.0, "Largest L2 norm of the gradient; a longer one is scaled down to it. 0: no clipping.", "Appendix B: 10"
+        10.0, "Largest L2 norm of the gradient; longer ones are scaled down to it. 0: no clipping.", "Appendix B: 10"
     )
 
 
 class Fake(_Strict):
     """The fake score."""
 
-    optimizer: Optimiser = entry(Optimiser(), "AdamW of the fake score (Appendix B).")
+    optimizer: Optimiser = entry(Optimiser(), "AdamW for the fake score (Appendix B).")
     steps: Positive = entry(1, "Updates of the fake score per update of the student.", "Algorithm 1: 1")
 
 
 class Network(_Strict):
-    """A new network, for a teacher without weights of its own (a mixture); see `models.mlp.MLP`."""
+    """A new network, for a teacher that has no weights (a mixture); see `models.mlp.MLP`."""
 
     type: Literal["mlp"] = entry("mlp", "Kind of network; an MLP is for points, not for images.", "ours")
     width: Positive = entry(64, "Units per layer.", "ours")
@@ -67,32 +67,32 @@ class Student(_Strict):
     times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
         None,
         "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
-        "Stable Diffusion. One makes a one-step student, more a student of so many steps (terms=match alone). null: "
-        "the schedule's last, where the paper has T - 1. `student.t=X` is short for one.",
+        "Stable Diffusion. One time makes a one-step student, several a student of that many steps (only with "
+        "terms=match). null: the schedule's last, T - 1 in the paper. `student.t=X` is short for a single time.",
         "Section 3.1; DMD2 for several",
     )
     init: Place | None = entry(
-        None, "Student to go on from: a model folder, a run, or the name of one in the package. null: none.", "ours"
+        None, "Student to continue from: a model folder, a run, or the name of one in the package. null: none.", "ours"
     )
     network: Network | None = entry(
         None, "A new network for student and fake score. null: both start as copies of the teacher (Section 3.1)."
     )
     guidance: tuple[Factor, Factor] | None = entry(
         None,
-        "Range [low, high], low < high, of a guidance scale that becomes an input of the student. Training draws it "
+        "Range [low, high], low < high, of a guidance scale that becomes an input of the student. Training draws one "
         "per sample and ignores match.guidance and pairs.guidance. null: the scale is fixed.",
         "Section 5 names it as future work",
         pairs=True,
     )
     lora_rank: Natural = entry(
-        0, "Rank of adapters, which alone are trained (Stable Diffusion). 0: all weights are trained.", "ours"
+        0, "Rank of LoRA adapters (Stable Diffusion); only these are trained. 0: all weights are trained.", "ours"
     )
     ema: Decay = entry(
         0.999,
-        "Decay per step of the average of the student's weights, which is the result; 0: the last weights.",
+        "Decay per step of the average of the student's weights, which is the result. 0: the last weights.",
         "ours",
     )
-    optimizer: Optimiser = entry(Optimiser(), "AdamW of the student (Appendix B).")
+    optimizer: Optimiser = entry(Optimiser(), "AdamW for the student (Appendix B).")
 
     @model_validator(mode="before")
     @classmethod
@@ -121,23 +121,23 @@ class MatchTerm(_Strict):
     weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Appendix B: 1")
     batch: Positive = entry(
         64,
-        "Images of the student per step, of all processes together; the fake score is trained on them as well.",
+        "Student images per step, over all processes; the fake score is trained on them too.",
         "Appendix B: 392, 336 or 2304",
         small=2,
     )
     weighting: Literal["algorithm2", "eq8", "dreamfusion", "prolificdreamer"] = entry(
         "algorithm2",
-        "Factor on mu_fake - mu_real at each noise level. algorithm2: 1 / mean |x - mu_real|; eq8: the same times "
+        "Factor on mu_fake - mu_real at each noise level. algorithm2: 1 / mean |x - mu_real|; eq8: that times "
         "alpha; dreamfusion: w_t = sigma / alpha; prolificdreamer: w_t = sigma^3 / alpha.",
         "Algorithm 2, Eq. 8, Table 2",
     )
-    bins: Positive = entry(1000, "Number of noise levels T into which the schedule is divided.", "Appendix B.1: 1000")
+    bins: Positive = entry(1000, "Number T of noise levels that the schedule is divided into.", "Appendix B.1: 1000")
     min_step: Natural = entry(
-        20, "Lowest noise level of the term, as a bin below max_step; 0 is the lowest of all.", "Section 3.2: 0.02 T"
+        20, "Lowest noise level drawn, as a bin below max_step; 0 is the lowest of all.", "Section 3.2: 0.02 T"
     )
     max_step: Positive = entry(
         980,
-        "End of the noise levels of the term, as a bin: the highest drawn is the one below. At most bins.",
+        "End of the noise levels drawn, as a bin, exclusive: the highest is the one below. At most bins.",
         "Section 3.2: 0.98 T; Table 5: 500 in late stages",
     )
     guidance: Factor = entry(
@@ -147,7 +147,7 @@ class MatchTerm(_Strict):
         "Section 3.4; Section 4.3: 3 and 8",
     )
     pairs: bool = entry(
-        False, "Match also the images of the regression's noise, concat(x, x_ref).", "Algorithm 1, for LAION alone"
+        False, "Also match the student's images from the pairs' noise, concat(x, x_ref).", "Algorithm 1, only for LAION"
     )
 
     @model_validator(mode="after")
@@ -163,30 +163,30 @@ class RegressTerm(_Strict):
     weight: Factor = entry(
         0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"
     )
-    batch: Positive = entry(64, "Pairs per step, of all processes together.", "Appendix B: 392, 336 or 1152", small=2)
+    batch: Positive = entry(64, "Pairs per step, over all processes.", "Appendix B: 392, 336 or 1152", small=2)
     loss: Literal["mse", "huber", "lpips"] = entry(
         "mse",
-        "Distance of the student's image from the teacher's: mean squared error, pseudo-Huber, or LPIPS in the "
-        "features of VGG-16. Weights are not comparable between them.",
+        "Distance between the student's and the teacher's image: mean squared error, pseudo-Huber, or LPIPS in the "
+        "features of VGG-16. Each needs its own weight.",
         "Eq. 9, Section 3.3: lpips; the others are ours",
     )
     size: Positive = entry(
         224,
-        "Pixels per side at which LPIPS compares; shorter sides are enlarged to it, longer ones stay.",
+        "Pixels per side at which LPIPS compares; smaller images are enlarged to it, larger ones are kept.",
         "Appendix B.1: 224",
         small=32,
     )
     weights: Place | None = entry(
         None,
-        "Folder with the files of LPIPS, vgg16-397923af.pth and lpips_weights.pt. null: the folder in the environment "
-        "variable DISTMATCH_WEIGHTS, the cache of torch.hub, or a download.",
+        "Folder with the LPIPS files vgg16-397923af.pth and lpips_weights.pt. null: the folder in the environment "
+        "variable DISTMATCH_WEIGHTS, torch.hub's cache, or a download.",
         "ours",
         unnamed=True,
     )
     decoder: Literal["none", "tiny", "full"] = entry(
         "none",
-        "What decodes latents so that their images are compared: the tiny autoencoder, or the teacher's full one. "
-        "none: latents, or images that need no decoding, are compared as they are.",
+        "Decoder for latents, so that images are compared: the tiny autoencoder, or the teacher's full one. none: "
+        "latents, or images that need no decoding, are compared directly.",
         "Appendix B.3: tiny; Table 5: full in late stages",
     )
     tiny: Place = entry(
@@ -199,17 +199,17 @@ class Pairs(_Strict):
 
     path: Place | None = entry(
         None,
-        "Folder or URL of the store. null: a folder beside the runs, shared by all that have this teacher and these "
+        "Folder or URL of the store. null: a folder next to the runs, shared by all runs with this teacher and these "
         "settings.",
         "ours",
         unnamed=True,
     )
     count: Positive = entry(
-        100_000, "Number of pairs; a store grows.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=6
+        100_000, "Number of pairs; raising it adds pairs.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=6
     )
     sampler: Literal["heun", "euler", "pndm"] = entry(
         "heun",
-        "Deterministic sampler of the teacher; pndm is for models in diffusers' format.",
+        "Deterministic sampler for the teacher; pndm is for models in diffusers' format.",
         "Section 3.3: heun, pndm for LAION",
         pairs=True,
     )
@@ -222,33 +222,33 @@ class Pairs(_Strict):
     )
     guidance: Factor = entry(
         1.0,
-        "Scale of classifier-free guidance while sampling, as match.guidance. 1: no guidance.",
+        "Scale of classifier-free guidance during sampling, as in match.guidance. 1: no guidance.",
         "Section 3.4; Appendix B: 3 and 8 for LAION",
         pairs=True,
     )
     seed: int = entry(0, "Seed of the pairs' noise.", "ours", pairs=True)
-    dtype: Literal["float32", "float16"] = entry("float32", "Type in which the images are stored.", "ours", pairs=True)
+    dtype: Literal["float32", "float16"] = entry("float32", "Data type in which images are stored.", "ours", pairs=True)
     precision: Literal["fp32", "bf16", "fp16"] = entry(
-        "fp32", "Arithmetic of the teacher while sampling; the last two by autocast.", "ours", pairs=True
+        "fp32", "Arithmetic of the teacher during sampling; bf16 and fp16 by autocast.", "ours", pairs=True
     )
     shard: Positive = entry(1024, "Pairs per file.", "ours", pairs=True, small=4)
-    batch: Positive = entry(256, "Pairs that are sampled at once; only memory and speed depend on it.", "ours", small=2)
+    batch: Positive = entry(256, "Pairs sampled at once; affects only memory and speed.", "ours", small=2)
 
 
 class Prompts(_Strict):
-    """The texts of a text-to-image teacher; see `prompts.read_prompts`."""
+    """Prompts for a text-to-image teacher; see `prompts.read_prompts`."""
 
     path: Place | None = entry(
         None,
-        "File of prompts: .txt with one per line, .jsonl, .parquet, or captions of MS-COCO in .json. null is for "
-        "teachers that need none.",
+        "File of prompts: .txt with one per line, .jsonl, .parquet, or MS-COCO captions in .json. null: none, for "
+        "teachers without prompts.",
         "Appendix B.3: LAION-Aesthetics 6.25+",
         unnamed=True,
         pairs=True,
     )
     column: str | None = entry(
         None,
-        "Column of the table, or key of each JSON line, that holds the prompt. null: the first of prompt, caption, "
+        "Column of the table, or key of each JSON line, that contains the prompt. null: the first of prompt, caption, "
         "text.",
         "ours",
         unnamed=True,
@@ -256,7 +256,7 @@ class Prompts(_Strict):
     )
     cache: Place | None = entry(
         None,
-        "Folder for the prompts' text embeddings, which are computed once. null: they are computed for each batch.",
+        "Folder for the prompts' text embeddings, computed once. null: they are computed for each batch.",
         "ours",
         unnamed=True,
     )
@@ -268,7 +268,7 @@ class OwnTerm(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     source: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] = entry(
-        ..., "Its class, MODULE:CLASS or FILE.py:CLASS, which is imported and run.", "ours"
+        ..., "The term's class, MODULE:CLASS or FILE.py:CLASS. It is imported and run.", "ours"
     )
 
 
@@ -276,11 +276,12 @@ class Stage(_Strict):
     """A part of a run."""
 
     until: Positive = entry(
-        ..., "Last iteration of the stage. They rise from stage to stage, and the last is steps.", "Table 5"
+        ..., "Last step of the stage. Must rise from stage to stage; the last one equals steps.", "Table 5"
     )
     change: dict[str, float | int | str | bool] = entry(
         {},
-        "Entries that differ from the recipe in this stage, by dotted name; not those of the stage before.",
+        "Entries that differ from the recipe in this stage, by dotted name. Changes of earlier stages do not carry "
+        "over.",
         "Table 5",
     )
 
@@ -289,9 +290,9 @@ class Logging(_Strict):
     """What is logged during training."""
 
     every: Positive = entry(20, "Steps between two lines of the log.", "ours", small=1)
-    preview: Natural = entry(0, "Steps between two pictures of samples; 0: none.", "ours", small=3)
+    preview: Natural = entry(0, "Steps between two preview pictures; 0: none.", "ours", small=3)
     track: list[Literal["tensorboard", "wandb"]] = entry(
-        [], "Where figures also go, apart from log.jsonl; each needs its package.", "ours"
+        [], "Where to log figures in addition to log.jsonl; each needs its package.", "ours"
     )
 
 
@@ -299,23 +300,23 @@ class Checkpointing(_Strict):
     """Checkpoints, from which a run continues."""
 
     every: Positive = entry(500, "Steps between two checkpoints.", "ours", small=2)
-    keep: Positive = entry(2, "How many of the latest are kept, beside the best where the run is evaluated.", "ours")
+    keep: Positive = entry(2, "How many of the latest are kept, plus the best if the run is evaluated.", "ours")
 
 
 class Evaluation(_Strict):
     """Frechet distances of the averaged student during training; see `build.recipe_spaces`."""
 
     every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
-    images: Positive = entry(2000, "Images per evaluation; the distance of few images reads high.", "ours")
+    images: Positive = entry(2000, "Images per evaluation; with few images, distances are too high.", "ours")
     features: Place | None = entry(
         None,
-        "Feature spaces: a folder made by `distmatch classifier`, one of the package, pixels, or inception:FILE. null: "
+        "Feature spaces: a folder made by `distmatch classifier`, one in the package, pixels, or inception:FILE. null: "
         "no evaluation.",
         "ours; Appendix D: Inception",
     )
     reference: Place | None = entry(
         None,
-        "Real images, or for Inception their statistics, to compare with. null: those in the folder of the features.",
+        "Real images to compare with, or their statistics for Inception. null: those in the folder of the features.",
         "ours; Appendix D",
     )
 
@@ -332,44 +333,44 @@ class Recipe(_Strict):
     A file may name another recipe as its `base`, whose entries apply wherever the file has none.
     """
 
-    name: str = entry(..., "Name of the recipe; default: the file's.", "ours", unnamed=True)
+    name: str = entry(..., "Name of the recipe; default: the file's name.", "ours", unnamed=True)
     description: str = entry("", "What the recipe is, in one line.", "ours", free=True)
-    expected: str = entry("", "What comes out of it: quality, cost, memory.", "ours", free=True)
+    expected: str = entry("", "What to expect from it: quality, cost, memory.", "ours", free=True)
     teacher: Place = entry(
         ...,
-        "Diffusion model to distil: a model folder, one of the package, edm:FILE (a published checkpoint), "
+        "Diffusion model to distil: a model folder, one in the package, edm:FILE (a published checkpoint), "
         "diffusers:FOLDER_OR_ID, or mixture:NAME.",
         "Appendix B",
         pairs=True,
     )
     seed: int = entry(
-        0, "Seed of all that training draws: noise, conditions, noise levels, the order of pairs.", "ours"
+        0, "Seed for everything that training draws: noise, conditions, noise levels, the order of pairs.", "ours"
     )
     steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=3)
     terms: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)] = entry(
         ["match", "regress"],
-        "Terms of the objective, each once: match, regress, or names in own_terms. On the command line also as "
-        "terms=match,regress.",
-        "Section 3.3; Table 2 leaves out one",
+        "Terms of the objective, each at most once: match, regress, or names in own_terms. On the command line, "
+        "terms=match,regress also works.",
+        "Section 3.3; Table 2 omits one",
     )
     own_terms: dict[str, OwnTerm] = entry(
         {},
         "Terms of your own by name: {NAME: {source: FILE.py:CLASS, ARGUMENT: VALUE, ...}}; see examples/own_term.py.",
         "ours",
     )
-    prompts: Prompts = entry(Prompts(), "Texts of a text-to-image teacher.")
+    prompts: Prompts = entry(Prompts(), "Prompts for a text-to-image teacher.")
     student: Student = entry(Student(), "The one-step generator.")
     match: MatchTerm = entry(MatchTerm(), "Distribution matching (Section 3.2, Algorithms 2 and 3).", stage=True)
     regress: RegressTerm = entry(
-        RegressTerm(), "Regression to the teacher's images of the same noise (Section 3.3, Eq. 9).", stage=True
+        RegressTerm(), "Regression to the teacher's images from the same noise (Section 3.3, Eq. 9).", stage=True
     )
-    pairs: Pairs = entry(Pairs(), "Noise-image pairs, made by the teacher (Section 3.3).", stage=True)
+    pairs: Pairs = entry(Pairs(), "Noise-image pairs made by the teacher (Section 3.3).", stage=True)
     fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
     stages: list[Stage] = entry(
-        [], "Parts of the run in which terms and pairs differ; empty: the run is one.", "Table 5", unnamed=True
+        [], "Parts of the run with different terms and pairs; empty: the run has only one.", "Table 5", unnamed=True
     )
     accumulate: Positive = entry(
-        1, "Parts in which a batch is computed, one after the other, for less memory.", "ours", free=True, small=1
+        1, "Number of parts a batch is computed in, one by one, to save memory.", "ours", free=True, small=1
     )
     precision: Literal["fp32", "bf16"] = entry(
         "fp32", "Arithmetic of the networks; bf16 by autocast. Weights and averages stay fp32.", "Appendix B.2: mixed"
@@ -382,13 +383,13 @@ class Recipe(_Strict):
     )
     compile: bool = entry(False, "Compile the networks' blocks with torch.compile.", "ours", free=True)
     device: str = entry(
-        "auto", "cpu, cuda, cuda:1, mps. auto: CUDA where there is one, else the CPU.", "ours", free=True, small="cpu"
+        "auto", "cpu, cuda, cuda:1 or mps. auto: CUDA if available, else the CPU.", "ours", free=True, small="cpu"
     )
-    log: Logging = entry(Logging(), "What is written down while training.", free=True)
-    checkpoint: Checkpointing = entry(Checkpointing(), "What a run continues from.", free=True)
+    log: Logging = entry(Logging(), "What is logged during training.", free=True)
+    checkpoint: Checkpointing = entry(Checkpointing(), "Checkpoints, from which a run continues.", free=True)
     evaluate: Evaluation = entry(
         Evaluation(),
-        "Frechet distances of the averaged student while training; the first says which is best.",
+        "Frechet distances of the averaged student during training; the first space decides which checkpoint is best.",
         free=True,
     )
 
