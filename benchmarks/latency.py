@@ -38,7 +38,7 @@ from distmatch.diffusion.schedule import VP
 from distmatch.evaluation.measure import hardware
 from distmatch.models.diffusers.hub import fetched
 from distmatch.models.diffusers.stable import StableUNet
-from distmatch.recipe import build
+from distmatch.recipe import subjects
 from distmatch.system import progress, rng
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,7 +79,7 @@ def main(
     source
         A folder or model id in diffusers' format (Stable Diffusion 1.x or 2.x) instead of random weights.
     """
-    where = build.device(device)
+    where = subjects.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.backends.cudnn.benchmark = True  # the shapes never change

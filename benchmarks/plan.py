@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distmatch.evaluation.measure import hardware
 from distmatch.models.folder import save_model
 from distmatch.planning.cost import cost
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.smoke import make_networks, random_edm
 from distmatch.system.files import write_json
@@ -153,7 +153,7 @@ def compare(name: str, overrides: list[str], folder: Path, rounds: int) -> None:
         own.append(f"regress.weights={folder / 'weights'}")
     make_networks(recipe, folder, teacher=False)
     recipe = load_recipe(name, own)
-    subject = build.subject(recipe)
+    subject = subjects.subject(recipe)
     pairs = build.pair_store(recipe, subject, folder)
     first = build.distiller(recipe, subject, pairs)
     passes = bare(first, subject.denoiser, subject.info, recipe)

@@ -28,7 +28,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.evaluation.measure import hardware
 from distmatch.methods.distill import Distiller
 from distmatch.models.folder import Info, save_model
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.smoke import make_networks, random_edm
@@ -50,8 +50,8 @@ def main(recipe: str = "mnist", /, *overrides: str, rounds: int = 15) -> None:
 
 
 def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
-    before = memory_peak(build.device(recipe.device))
-    subject = build.subject(recipe)
+    before = memory_peak(subjects.device(recipe.device))
+    subject = subjects.subject(recipe)
     teacher, info = subject.denoiser, subject.info
     pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
     distiller = build.distiller(recipe, subject, pairs)

@@ -15,7 +15,7 @@ from cyclopts import App
 from distmatch.commands import cli
 from distmatch.evaluation.features import load_real
 from distmatch.models.library import find_model
-from distmatch.recipe import build
+from distmatch.recipe import subjects
 from distmatch.recipe.loading import entries, load_recipe, meant
 from distmatch.system import options
 from distmatch.system.paths import expand
@@ -244,7 +244,7 @@ def test_a_next_step_can_be_pasted(tmp_path):
 
 def test_no_message_builds_a_command_line_with_bare_paths():
     """`Next: distmatch sample {out}` breaks at the first space: `terminal.command` quotes."""
-    for file in Path(cli.__file__).parent.glob("*.py"):
+    for file in Path(cli.__file__).parent.parent.rglob("*.py"):
         assert not re.findall(r'distmatch [a-z]+ [^"`\n]*\{', file.read_text()), file
 
 
@@ -255,7 +255,7 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
     def interrupted(*_: object, **__: object):
         signal.raise_signal(signal.SIGINT)
 
-    for work in ("sample.find_pipeline", "teach.train_teacher", "serve.find_pipeline", "demo.mnist"):
+    for work in ("sample.find_pipeline", "teach.train_teacher", "serve.find_student", "demo.mnist"):
         monkeypatch.setattr(f"distmatch.commands.{work}", interrupted)
     monkeypatch.setattr("distmatch.commands.distillation.pair_store", interrupted)
     code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
@@ -266,8 +266,8 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
 
 
 def test_a_device_that_is_there_is_taken():
-    assert build.device("cpu").type == "cpu"
-    assert build.device("auto").type in ("cpu", "cuda")
+    assert subjects.device("cpu").type == "cpu"
+    assert subjects.device("auto").type in ("cpu", "cuda")
 
 
 def test_an_error_of_ours_shows_where_it_is_and_how_to_report_it(monkeypatch, capsys):

@@ -20,8 +20,8 @@ from distmatch.models.guidance import with_guidance as taking_guidance
 from distmatch.models.mixture import mixture
 from distmatch.models.mlp import MLP
 from distmatch.pipeline import TeacherPipeline
-from distmatch.recipe.build import subject
 from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.subjects import subject
 from distmatch.training.optim import Optimizer
 
 SCHEDULE = EDM(sigma_min=0.02, sigma_max=40.0)

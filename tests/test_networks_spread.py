@@ -20,7 +20,7 @@ from distmatch.diffusion.schedule import EDM
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.folder import Info, save_model
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
 from distmatch.training.engine import blocks, compile_blocks, idle, unwrapped, whole
@@ -78,7 +78,7 @@ def folder(tmp_path_factory):
 
 def distiller(folder: Path, family: str, *changes: str) -> build.Distiller:
     recipe = load_recipe(str(folder / f"{family.split('-')[0]}.yaml"), [*FAMILIES.get(family, ()), *changes])
-    subject = build.subject(recipe)
+    subject = subjects.subject(recipe)
     pairs = build.pair_store(recipe, subject, folder)
     return build.distiller(recipe, subject, pairs)
 
@@ -195,7 +195,7 @@ def test_idle_weights_are_found(folder):
     for family, expected in {"unet": [], "ncsn": ["net.map_augment.weight"], "sd-lora-guidance": []}.items():
         d = distiller(folder, family)
         recipe = load_recipe(str(folder / f"{family.split('-')[0]}.yaml"), FAMILIES.get(family, ()))
-        assert idle(d.student, *build.example(build.subject(recipe), d.device)) == expected
+        assert idle(d.student, *build.example(subjects.subject(recipe), d.device)) == expected
 
 
 # Recomputed activations
@@ -295,4 +295,4 @@ def test_a_network_without_blocks_is_named(folder):
     for entry in ("compile=true", "gradient_checkpointing=true"):
         recipe = load_recipe(str(folder / "unet.yaml"), ["terms=match", "match.pairs=false", entry])
         with pytest.raises(ValueError, match=r"are for networks of blocks, in nn.ModuleList; Bare has none: use false"):
-            build.distiller(recipe, build.subject(recipe, own), None)
+            build.distiller(recipe, subjects.subject(recipe, own), None)

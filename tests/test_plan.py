@@ -34,7 +34,7 @@ from distmatch.models.perceptual import write_random_weights
 from distmatch.planning.cost import Cost, Traffic, cost
 from distmatch.planning.plan import GPUS, Cluster, Gpu, pace, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
 
@@ -79,7 +79,7 @@ def planned(file: str, changes: tuple[str, ...], processes: int = 1) -> Cost:
 def distiller(folder, changes):
     """The real thing, and the teacher."""
     recipe = load_recipe(str(folder / "tiny.yaml"), changes)
-    subject = build.subject(recipe)
+    subject = subjects.subject(recipe)
     pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
     return build.distiller(recipe, subject, pairs), subject.denoiser
 

@@ -20,10 +20,10 @@ from distmatch.models.folder import Info, save_model
 from distmatch.models.library import find_model
 from distmatch.models.pixels import Pixels, principal_components
 from distmatch.pipeline import DistilledPipeline
-from distmatch.recipe import build
-from distmatch.recipe.build import recipe_spaces
+from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Evaluation
 from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.subjects import recipe_spaces
 from distmatch.system.paths import ASSETS
 
 
@@ -146,7 +146,7 @@ def test_only_a_model_of_its_images_is_compared_with_the_packages_reference(tmp_
 
 def test_students_are_of_their_teachers_images(tmp_path):
     recipe = load_recipe(str(tiny.recipe_file(tmp_path)))
-    subject = build.subject(recipe, (tiny.teacher(), replace(tiny.INFO, card={"pixels": "abc"})))
+    subject = subjects.subject(recipe, (tiny.teacher(), replace(tiny.INFO, card={"pixels": "abc"})))
     assert build.student_info(recipe, subject).card["pixels"] == "abc"
 
 

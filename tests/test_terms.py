@@ -18,7 +18,7 @@ from distmatch.diffusion.schedule import EDM, VP, Flow
 from distmatch.methods.terms import Samples
 from distmatch.models.folder import save_model
 from distmatch.pipeline import side_by_side
-from distmatch.recipe import build
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
 from distmatch.system.errors import Stopped
@@ -34,8 +34,8 @@ def recipe(folder, *changes, **entries):
 
 def distiller(folder, *changes):
     found = recipe(folder, *changes)
-    subject = build.subject(found)
-    pairs = build.pair_store(found, subject, folder) if build.reads_pairs(found) else None
+    subject = subjects.subject(found)
+    pairs = build.pair_store(found, subject, folder) if objectives.reads_pairs(found) else None
     return build.distiller(found, subject, pairs)
 
 

@@ -16,7 +16,7 @@ from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
 from distmatch.planning.preflight import Flight, checks
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.files import write_json
 from distmatch.system.plain import read_json
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 def distiller(folder, *overrides):
     recipe = load_recipe(str(folder / "text.yaml"), overrides)
-    subject = build.subject(recipe)
+    subject = subjects.subject(recipe)
     return build.distiller(recipe, subject, build.pair_store(recipe, subject, folder)), subject
 
 
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         "regress.decoder=tiny": "regress.decoder 'tiny' is for latents",
     }.items():
         recipe = load_recipe("mnist", [change, "pairs.count=2", "pairs.steps=1", f"pairs.path={tmp_path / 'pairs'}"])
-        subject = build.subject(recipe)
+        subject = subjects.subject(recipe)
         with pytest.raises(ValueError, match=message):
             build.distiller(recipe, subject, build.pair_store(recipe, subject, tmp_path))
 
@@ -209,7 +209,7 @@ def test_prompts_that_the_encoder_cuts_are_counted_once_and_written_down(folder)
     assert encoder.cut([longest, "a cat", "ä" * 20]) == 0
     (folder / "long.txt").write_text(f"a cat\n{longest}\n{cut}\n{cut} dog\n")
     with pytest.warns(Notice, match=rf"^2 of 4 prompts are longer than the {limit} tokens .* number 3, 'a cat cat"):
-        subject = build.subject(load_recipe(str(folder / "text.yaml"), [f"prompts.path={folder / 'long.txt'}"]))
+        subject = subjects.subject(load_recipe(str(folder / "text.yaml"), [f"prompts.path={folder / 'long.txt'}"]))
     assert subject.cut == 2
     recipe = load_recipe(str(folder / "text.yaml"))
     assert build.student_info(recipe, subject).card["prompts"] == {"count": 4, "cut": 2}

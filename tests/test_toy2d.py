@@ -20,7 +20,7 @@ from distmatch.methods.terms import Match, NoiseStream, Samples
 from distmatch.models.folder import Info, load_model
 from distmatch.models.mixture import MIXTURES, mixture
 from distmatch.pipeline import TeacherPipeline
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
 from distmatch.training.train import Plan, train
@@ -132,9 +132,9 @@ def test_the_recipe_trains_and_exports(tmp_path):
 def test_a_teacher_without_weights_needs_a_network_for_the_student():
     recipe = load_recipe("toy2d", ["student.network=null", "terms=match"])
     with pytest.raises(ValueError, match=r"'mixture:toy2d' has no weights .* student.network=\{type: mlp\}"):
-        build.distiller(recipe, build.subject(recipe), None)
+        build.distiller(recipe, subjects.subject(recipe), None)
     again = load_recipe("toy2d", ["student.network={type: mlp}", "terms=match"])
-    assert build.distiller(again, build.subject(again), None).student.prediction.sigma_data == 1.9
+    assert build.distiller(again, subjects.subject(again), None).student.prediction.sigma_data == 1.9
 
 
 def test_points_become_one_picture_with_the_second_axis_up():

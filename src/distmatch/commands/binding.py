@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distmatch.data.pairs import prompts_digest
-from distmatch.recipe import build
+from distmatch.recipe import subjects
 from distmatch.recipe.entries import Recipe, parse_recipe
 from distmatch.recipe.entry import flat
 from distmatch.recipe.loading import dump, free_entries
@@ -25,7 +25,7 @@ def same_recipe(recipe: Recipe, out: Path) -> None:
         _same({k: v for k, v in now.items() if k not in free}, before, out)
 
 
-def bind(recipe: Recipe, subject: build.Subject, out: Path) -> None:
+def bind(recipe: Recipe, subject: subjects.Subject, out: Path) -> None:
     """Record the recipe, teacher and prompts of the run in `out`, before anything else is made there.
 
     Raises `UserError` if that run has another teacher, or if its prompts were edited.

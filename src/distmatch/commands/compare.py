@@ -154,13 +154,13 @@ def _compare(
     from distmatch.evaluation.measure import enough, hardware, show_rows, show_spaces
     from distmatch.models.diffusers.families import family_in
     from distmatch.models.diffusers.text import notice_cut
-    from distmatch.recipe import build
+    from distmatch.recipe import subjects
     from distmatch.system import parallel
     from distmatch.system.files import write_atomic, write_json
     from distmatch.system.screen import console
 
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    device = build.device(options.device)
+    device = subjects.device(options.device)
     dtype = precisions[options.precision]
     picture = options.picture
     pipe = load_teacher(teacher, device, dtype)

@@ -41,7 +41,7 @@ def mnist(out: Path, runs: Path) -> None:
     from distmatch.evaluation.spaces import find_spaces, known_rows
     from distmatch.models.folder import Info
     from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-    from distmatch.recipe import build
+    from distmatch.recipe import build, subjects
     from distmatch.recipe.loading import load_recipe
     from distmatch.system.files import write_json
     from distmatch.system.progress import progress
@@ -56,7 +56,7 @@ def mnist(out: Path, runs: Path) -> None:
     )
     distil(recipe, out, runs)
 
-    subject = build.subject(recipe)
+    subject = subjects.subject(recipe)
     teacher, info = subject.denoiser, subject.info
     pairs = build.pair_store(recipe, subject, runs)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)

@@ -16,7 +16,7 @@ from distmatch.models.info import Info
 from distmatch.models.library import components
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline, side_by_side
 from distmatch.planning.preflight import Flight, checks, cleared
-from distmatch.recipe import build
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.system import parallel
 from distmatch.system.files import write_atomic
@@ -45,14 +45,14 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     parallel.first(lambda: binding.bind(recipe, subject, out))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # build pairs now, while the teacher is whole; it is sharded below
-        for stage in filter(build.reads_pairs, stages):
+        for stage in filter(objectives.reads_pairs, stages):
             pair_store(stage, subject, runs)
     watch = Clipping()
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
             continue  # a resumed run continues in the stage where it stopped
-        pairs = pair_store(stage, subject, runs) if build.reads_pairs(stage) else None
+        pairs = pair_store(stage, subject, runs) if objectives.reads_pairs(stage) else None
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs)
             watch = distillation(
@@ -80,7 +80,7 @@ def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[D
 
 def _train(
     recipe: Recipe,
-    subject: build.Subject,
+    subject: subjects.Subject,
     distiller: Distiller,
     spaces: Sequence[Space],
     out: Path,
@@ -114,7 +114,7 @@ def _train(
     train(distiller, out, plan, evaluate=figures, watch=watch, trackers=recipe.log.track, config=config, title=title)
 
 
-def _teacher_student(recipe: Recipe, subject: build.Subject, distiller: Distiller, out: Path) -> None:
+def _teacher_student(recipe: Recipe, subject: subjects.Subject, distiller: Distiller, out: Path) -> None:
     """Write `teacher-student.png`: the images of both from the same noise."""
     p, info = recipe.pairs, subject.info
     guidance = p.guidance if recipe.student.guidance is None else None
@@ -133,7 +133,7 @@ def _say(text: str) -> None:
         console.print(text)
 
 
-def pair_store(recipe: Recipe, subject: build.Subject, runs: Path) -> PairStore:
+def pair_store(recipe: Recipe, subject: subjects.Subject, runs: Path) -> PairStore:
     """Return the recipe's pairs, building them if necessary. Print their cost first."""
     spec = build.pair_spec(recipe, subject)
     folder = build.pairs_folder(recipe, spec, runs)

@@ -25,8 +25,8 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
         The folder that holds runs and pair stores.
     """
     from distmatch.commands.distillation import pair_store
-    from distmatch.recipe.build import subject
     from distmatch.recipe.loading import load_recipe
+    from distmatch.recipe.subjects import subject
     from distmatch.system import parallel
 
     resolved = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])

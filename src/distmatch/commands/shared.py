@@ -23,18 +23,18 @@ def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float 
 
 def find_teacher(model: str, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
     from distmatch.pipeline import TeacherPipeline
-    from distmatch.recipe import build
+    from distmatch.recipe import subjects
 
     scale = 1.0 if guidance is None else guidance
-    return TeacherPipeline.from_pretrained(model, build.device(device), steps=steps, guidance=scale)
+    return TeacherPipeline.from_pretrained(model, subjects.device(device), steps=steps, guidance=scale)
 
 
 def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
     """Return the student called `model`. Raises `UserError` for a `guidance` if the student's is fixed."""
     from distmatch.pipeline import DistilledPipeline
-    from distmatch.recipe import build
+    from distmatch.recipe import subjects
 
-    student = DistilledPipeline.from_pretrained(model, build.device(device))
+    student = DistilledPipeline.from_pretrained(model, subjects.device(device))
     if guidance not in (None, 1.0) and student.info.guidance is None:
         raise UserError(
             f"guidance {guidance} is for a teacher: add --teacher. This student's guidance is fixed by training"

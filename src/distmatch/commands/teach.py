@@ -114,7 +114,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     from distmatch.methods import teach
     from distmatch.models.folder import Info
     from distmatch.models.unet import UNet
-    from distmatch.recipe import build
+    from distmatch.recipe import subjects
     from distmatch.system.screen import console
     from distmatch.system.storage import name_of
     from distmatch.system.terminal import command
@@ -135,7 +135,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     torch.manual_seed(options.seed)  # for the initial weights
     network = {"widths": list(options.widths), "blocks": options.blocks, "patch": options.patch}
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
-    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(build.device(options.device)).train()
+    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(subjects.device(options.device)).train()
     how = teach.Settings(
         batch=options.batch,
         seed=options.seed,

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,7 +35,6 @@ from torch import Tensor
 from distmatch.pipeline import Output, Pipeline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
-from distmatch.system.paths import ASSETS
 from distmatch.system.screen import console
 
 log = logging.getLogger("uvicorn.error")
@@ -220,7 +220,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
 
     @app.get("/")
     def page() -> HTMLResponse:
-        return HTMLResponse((ASSETS / "page.html").read_text(encoding="utf-8"))
+        return HTMLResponse(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
     @app.get("/model")
     def model() -> dict[str, Any]:

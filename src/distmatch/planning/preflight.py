@@ -30,7 +30,7 @@ from distmatch.methods.terms import Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info
 from distmatch.models.library import components
-from distmatch.recipe import build
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.system import parallel
 from distmatch.system.errors import UserError
@@ -56,20 +56,20 @@ class Flight:
     def __init__(self, recipe: Recipe, out: Path, runs: Path, own: tuple[Denoiser, Info] | None = None):
         self.recipe, self.out, self.runs, self.own = recipe, out, runs, own
         self.stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
-        self.device = build.device(recipe.device)
+        self.device = subjects.device(recipe.device)
 
     @cached_property
-    def subject(self) -> build.Subject:
+    def subject(self) -> subjects.Subject:
         net = self.own and self.own[0].net
         odd = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)] if net else []
         if odd:
             raise UserError(f"the state of {type(net).__name__} holds more than tensors ({odd[0]}); it cannot be saved")
-        return build.subject(self.recipe, self.own)
+        return subjects.subject(self.recipe, self.own)
 
     @cached_property
     def spaces(self) -> list[Space]:
         """The spaces in which the student is measured during training, with their references."""
-        return build.recipe_spaces(self.recipe.evaluate, self.recipe.teacher, self.subject.info, self.device)
+        return subjects.recipe_spaces(self.recipe.evaluate, self.recipe.teacher, self.subject.info, self.device)
 
     @cached_property
     def fake(self) -> Denoiser:
@@ -117,7 +117,7 @@ class Flight:
     def pairs(self) -> dict[str, PairSpec]:
         """Return the largest pair store that the stages need at each place."""
         found: dict[str, PairSpec] = {}
-        for stage in filter(build.reads_pairs, self.stages):
+        for stage in filter(objectives.reads_pairs, self.stages):
             spec = build.pair_spec(stage, self.subject)
             place = build.pairs_folder(stage, spec, self.runs)
             found[place] = max(spec, found.get(place, spec), key=lambda spec: spec.count)
@@ -167,7 +167,7 @@ def batches(flight: Flight) -> str:
     """The processes can share the batches equally, in every stage."""
     for stage in flight.stages:
         build.check_batches(stage)
-    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms if name in build.TERMS]
+    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms if name in objectives.TERMS]
     return f"{', '.join(sizes)} over {parallel.world()} process{'es' if parallel.world() > 1 else ''}"
 
 
@@ -212,7 +212,7 @@ def teacher(flight: Flight) -> str:
 def student(flight: Flight) -> str:
     """It starts from what the recipe names and makes a valid sample; so does the fake score from that sample."""
     made = flight.sample
-    if build.trains_fake(flight.recipe):
+    if objectives.trains_fake(flight.recipe):
         with torch.no_grad(), autocast(flight.device, flight.recipe.precision), tried("the fake score, one sample"):
             t = torch.full((1,), flight.student.schedule.t_max, device=flight.device)
             checked(flight.fake(made.detach(), t, flight.cond), made, "the fake score")
@@ -226,7 +226,7 @@ def losses(flight: Flight) -> str:
     found, x = {}, flight.sample.detach().requires_grad_()
     for stage in flight.stages:
         if "regress" in stage.terms:
-            distance = build.regression(stage, flight.subject.info)
+            distance = objectives.regression(stage, flight.subject)
             with (
                 autocast(flight.device, flight.recipe.precision),
                 tried(f"regress.loss {stage.regress.loss}, of one sample"),
@@ -234,7 +234,7 @@ def losses(flight: Flight) -> str:
                 value = distance(x, torch.zeros_like(x))
                 value.backward()
             found[f"{stage.regress.loss}, decoder {stage.regress.decoder}"] = value
-    for name in (name for name in flight.recipe.terms if name not in build.TERMS):
+    for name in (name for name in flight.recipe.terms if name not in objectives.TERMS):
         found[name] = _own_loss(flight, name, x)
     with tried("the gradient, of one sample"):
         flight.sample.backward(torch.ones_like(x) if x.grad is None else x.grad)
@@ -251,10 +251,10 @@ def losses(flight: Flight) -> str:
 
 def _own_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
     """Return the student loss of your own term `name` for one sample, backpropagated to `x`."""
-    term = build.own_term(flight.recipe, flight.subject, flight.fake, name)
+    term = objectives.own_term(flight.recipe, flight.subject, flight.fake, name)
     generator = torch.Generator(flight.device).manual_seed(0)
-    if unknown := [stream for stream in term.reads if stream not in build.STREAMS]:
-        raise UserError(f"own_terms.{name} reads {unknown[0]!r}; expected {' or '.join(build.STREAMS)}")
+    if unknown := [stream for stream in term.reads if stream not in objectives.STREAMS]:
+        raise UserError(f"own_terms.{name} reads {unknown[0]!r}; expected {' or '.join(objectives.STREAMS)}")
     start = Start(flight.z, flight.cond, 1, generator, y=torch.zeros_like(x))
     cond = Cond.cat(*[flight.cond for _ in term.reads])
     with autocast(flight.device, flight.recipe.precision), tried(f"own_terms.{name}, of one sample"):
@@ -366,7 +366,7 @@ def checks(flight: Flight) -> Iterator[tuple[str, str]]:
             yield check.__name__, found
 
 
-def cleared(flight: Flight) -> tuple[build.Subject, list[Space]]:
+def cleared(flight: Flight) -> tuple[subjects.Subject, list[Space]]:
     """Run all checks, and return what they loaded for the run."""
     for _ in checks(flight):
         pass
@@ -379,7 +379,7 @@ def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
         if not is_url(place):
             yield Path(place), max(0, spec.nbytes - sum(Folder(place).sizes().values()))
     state = _state(flight.student, copies=2)
-    if build.trains_fake(flight.recipe):
+    if objectives.trains_fake(flight.recipe):
         state += sum(p.numel() for p in flight.fake.parameters()) * 3 * FP32
     kept = flight.recipe.checkpoint.keep + 1 + bool(flight.spaces)
     there = sum(file.stat().st_size for file in flight.out.glob("checkpoints/step-*/*"))

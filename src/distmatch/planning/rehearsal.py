@@ -30,7 +30,7 @@ from distmatch.methods.terms import Start
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
 from distmatch.planning.weightless import regression
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
 
 LOSSES = "decoder and LPIPS"
@@ -246,7 +246,8 @@ class _Stage:
             }
         )
         no_pairs: Any = object()
-        subject = build.Subject(self.teacher, replace(info, source=""), _Examples(self.example), "")
+        plain_info, cpu = replace(info, source=""), torch.device("cpu")
+        subject = subjects.Subject(self.teacher, plain_info, _Examples(self.example), "", cpu)
         self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
         batches = {"noise": self.match, "pairs": self.regress}
         streams = {n: _Inputs(self.example, n, batches[n], info.shape) for n in self.distiller.objective.streams}

@@ -304,7 +304,7 @@ class Checkpointing(_Strict):
 
 
 class Evaluation(_Strict):
-    """Frechet distances of the averaged student during training; see `build.recipe_spaces`."""
+    """Frechet distances of the averaged student during training; see `subjects.recipe_spaces`."""
 
     every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
     images: Positive = entry(2000, "Images per evaluation; with few images, distances are too high.", "ours")

@@ -1,0 +1,174 @@
+"""From a recipe to its objective: the streams, the paper's terms, and terms that users bring."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distmatch.data.pairs import PairStore
+from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term, TermContext
+from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
+from distmatch.models.library import family_of
+from distmatch.recipe.entries import Optimiser, OwnTerm, Recipe
+from distmatch.recipe.subjects import Subject
+from distmatch.system.errors import UserError
+from distmatch.system.paths import expand
+from distmatch.training.engine import replicate
+from distmatch.training.optim import Optimizer
+
+
+def optimizer(settings: Optimiser, network: nn.Module, steps: int) -> Optimizer:
+    return Optimizer(
+        network.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+        steps=steps,
+        decay=settings.decay,
+        clip=settings.clip,
+    )
+
+
+def objective(
+    recipe: Recipe,
+    subject: Subject,
+    fake: nn.Module | None,
+    pairs: PairStore | None,
+    before: Objective | None = None,
+) -> Objective:
+    """Return the recipe's terms, in its order, and the streams that they read.
+
+    Own terms of the stage `before` continue with the networks they train: no stage changes them.
+    """
+    kept = {term.name: term for term in before.terms if term.name not in TERMS} if before else {}
+    terms = [kept.get(name) or TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms]
+    streams = [STREAMS[name](recipe, subject, pairs) for name in dict.fromkeys(n for t in terms for n in t.reads)]
+    made = Objective({stream.name: stream for stream in streams}, terms)
+    for trained in made.trained.values():
+        replicate(trained.network)
+    return made
+
+
+def trains_fake(recipe: Recipe) -> bool:
+    """Return whether a term of the recipe trains the fake score."""
+    own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
+    return "match" in recipe.terms or any(hasattr(kind, "fake_loss") for kind in own)
+
+
+def reads_pairs(recipe: Recipe) -> bool:
+    """Return whether a term of the recipe reads the teacher's pairs."""
+    own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
+    return "regress" in recipe.terms or any("pairs" in getattr(kind, "reads", ()) for kind in own)
+
+
+def own_class(entry: OwnTerm) -> type:
+    """Import the class of your own term. Raises `UserError` if that fails."""
+    place, _, name = entry.source.partition(":")
+    try:
+        if place.endswith(".py"):
+            spec = spec_from_file_location(Path(place).stem, expand(place))
+            assert spec is not None
+            assert spec.loader is not None
+            module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = import_module(place)
+        return getattr(module, name)
+    except (ImportError, OSError, SyntaxError, AttributeError) as error:
+        raise UserError(
+            f"own_terms: source {entry.source!r} cannot be imported ({type(error).__name__}: {error}); expected "
+            "MODULE:CLASS or FILE.py:CLASS"
+        ) from error
+
+
+def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    """Make your own term. Raises `UserError` if its class cannot be imported or does not accept its entries."""
+    entry = recipe.own_terms[name]
+    steps = recipe.steps * recipe.fake.steps
+    context = TermContext(
+        name=name,
+        teacher=subject.denoiser,
+        fake=fake,
+        shape=subject.info.shape,
+        device=subject.device,
+        optimizer=lambda network: optimizer(recipe.fake.optimizer, network, steps),
+        seed=recipe.seed,
+    )
+    arguments = entry.model_extra or {}
+    try:
+        return own_class(entry)(context, **arguments)
+    except TypeError as error:
+        raise UserError(f"own_terms.{name}: {entry.source} does not take {arguments}: {error}") from error
+
+
+def _noise(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:
+    shape, dev = subject.info.shape, subject.device
+    return NoiseStream(shape, subject.conditions, recipe.match.batch, dev)
+
+
+def _pairs(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:
+    assert pairs is not None
+    return PairStream(pairs, subject.conditions, recipe.regress.batch, subject.device)
+
+
+STREAMS = {"noise": _noise, "pairs": _pairs}
+
+
+def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    assert fake is not None
+    m = recipe.match
+    return Match(
+        subject.denoiser,
+        fake,
+        weighting=WEIGHTINGS[m.weighting],
+        weight=m.weight,
+        reads=("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
+        bins=m.bins,
+        min_step=m.min_step,
+        max_step=m.max_step,
+        guidance=m.guidance if recipe.student.guidance is None else None,
+    )
+
+
+def _regress(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    return Regress(regression(recipe, subject), recipe.regress.weight)
+
+
+TERMS = {"match": _match, "regress": _regress}
+
+
+def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the distance of Eq. 9 between images; latents are decoded first if the recipe names a decoder."""
+    r, info = recipe.regress, subject.info
+    loss = REGRESSIONS.get(r.loss)
+    if loss is None:
+        from distmatch.models.perceptual import Lpips  # needs the `metrics` extra
+
+        loss = _kept(Lpips, r.weights, r.size)
+    if r.decoder == "none":
+        return loss
+    if not info.latent:
+        raise UserError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
+    if r.decoder == "tiny":
+        source, make = r.tiny, tiny_decoder
+    else:
+        source, make = info.source, family_of(info).decoder
+    decoder = _kept(make, source, recipe.gradient_checkpointing).to(subject.device)
+    channels = decoder.vae.config.latent_channels
+    if channels != info.shape[0]:
+        raise UserError(
+            f"{source} decodes latents of {channels} channels; those of {recipe.teacher!r} are {info.shape}"
+        )
+    return Decoded(loss, decoder)
+
+
+@cache
+def _kept(kind: Callable[..., Any], *arguments: Any) -> Any:
+    """Return `kind(*arguments)`, made only once: stages share their frozen networks."""
+    return kind(*arguments)

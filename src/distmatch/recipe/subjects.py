@@ -1,0 +1,125 @@
+"""What a recipe distils: its teacher, on its device, with the conditions and prompts of its samples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from distmatch.data.embeddings import Embeddings, embed
+from distmatch.data.pairs import fingerprint, prompts_digest
+from distmatch.data.prompts import read_prompts
+from distmatch.diffusion.conditions import Classes, Conditions, Guided, Prompts
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.evaluation.measure import Space
+from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
+from distmatch.models.family import Encoder
+from distmatch.models.info import Info
+from distmatch.models.library import components, find_model
+from distmatch.recipe.entries import Evaluation, Recipe
+from distmatch.system.errors import UserError
+from distmatch.system.paths import ASSETS
+from distmatch.system.progress import progress
+
+
+def device(name: str) -> torch.device:
+    """Return the device; `auto` is CUDA if available, else the CPU. Raises `UserError` for an unavailable device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found).cpu()  # `meta` is also a device, but it cannot compute
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here = ["auto", "cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise UserError(f"device {name!r} is not available here; use {' or '.join(here)}") from error
+    return found
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a recipe distils: the frozen teacher on its device, its samples' shape, and what they are conditioned on."""
+
+    denoiser: Denoiser
+    info: Info
+    conditions: Conditions
+    fingerprint: str
+    device: torch.device
+    prompts: Sequence[str] = ()
+    cut: int = 0
+    """Number of prompts that are longer than the text encoder accepts."""
+
+
+def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
+    """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
+    denoiser, info = own or find_model(recipe.teacher, kind="teacher")
+    for stage in [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]:
+        for scale in _scales(stage):
+            info.check_guidance(scale)
+    dev = device(recipe.device)
+    conditions, prompts, cut = Classes(len(info.classes)), [], 0
+    if info.text:
+        if recipe.prompts.path is None:
+            raise UserError(
+                f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
+            )
+        prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
+        encoder = components(info, dev).encode
+        assert encoder is not None
+        cut = encoder.cut(prompts)
+        conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
+    if recipe.student.guidance is not None:
+        conditions = Guided(conditions, *recipe.student.guidance)
+    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), dev, prompts, cut)
+
+
+def _scales(recipe: Recipe) -> list[float | None]:
+    """Return the scales with which the recipe guides its teacher; `None` stands for a range."""
+    if recipe.student.guidance is not None:
+        return [None]
+    by_term = {"match": recipe.match.guidance, "regress": recipe.pairs.guidance}
+    return [by_term[term] for term in recipe.terms if term in by_term]
+
+
+def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
+    """Map prompt numbers to conditions: encoded batch by batch, or from the cache, which is filled on first use."""
+    place = recipe.prompts.cache
+    if place is None:
+        return lambda numbers: encoder([prompts[i] for i in numbers])
+
+    @cache
+    def states() -> Embeddings:
+        folder = Path(place) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
+        with progress("prompts", len(prompts), unit="prompt") as advance:
+            return embed(folder, prompts, encoder, advance)
+
+    return lambda numbers: states()(numbers)
+
+
+def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
+    """Return the spaces in which the student is measured during training; none if the recipe names none.
+
+    Raises `UserError` if they belong to other images than the teacher's, or if `evaluate.images` is too small for them.
+    """
+    name = evaluation.features
+    if not evaluation.every or not name:
+        return []
+    packaged = not Path(name).is_dir() and (ASSETS / name).is_dir()
+    if packaged and evaluation.reference is None and not of_its_images(info, ASSETS / name):
+        raise UserError(
+            f"evaluate.features is {name}, and the teacher {teacher} is not known to be of the same images. Set "
+            "evaluate.features=FOLDER (`distmatch classifier IMAGES` makes one), or evaluate.every=0"
+        )
+    try:
+        spaces = find_spaces(name, evaluation.reference, device=device, shape=info.shape)
+    except UserError as error:
+        raise UserError(f"evaluate.features {name}, evaluate.reference {evaluation.reference}: {error}") from error
+    for _, real in spaces:
+        enough(len(real.mu), evaluation.images, "images (evaluate.images)")
+    return spaces
+
+
+def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
+    """Make `denoiser` a teacher: on its device, without dropout, never trained."""
+    return denoiser.to(dev).eval().requires_grad_(False)
