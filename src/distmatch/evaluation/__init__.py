@@ -1,1 +1,1 @@
-"""Figures of a model: distances in feature spaces, precision and recall, accuracy, speed."""
+"""Measures models: distances in feature spaces, precision and recall, accuracy, speed."""

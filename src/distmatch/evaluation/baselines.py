@@ -1,6 +1,7 @@
-"""What a text-to-image student is compared with (DMD, arXiv 2311.18828, Appendix C.3), by diffusers' own pipelines.
+"""The methods that a text-to-image student is compared with, run by diffusers' own pipelines.
 
-The teacher with PNDM, fast solvers, and LCM-LoRA: all of them make prompts of given noise into images of 8 bits.
+They are the teacher with PNDM, fast solvers and LCM-LoRA (DMD, arXiv 2311.18828, Appendix C.3). Each turns prompts and
+given noise into 8-bit images.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,13 @@ from distmatch.system.extras import need
 from distmatch.system.finite import check_images
 
 SOLVERS = {"DPM-Solver++ 4": ("DPMSolverMultistepScheduler", 4), "UniPC 4": ("UniPCMultistepScheduler", 4)}
-"""The paper's fast solvers, with diffusers' defaults (Appendix C.3), and their steps."""
+"""The paper's fast solvers, with diffusers' defaults (Appendix C.3), and their number of steps."""
 
 MODELS_OWN = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
 )
-"""What a solver takes from the scheduler that the model came with: all that is not of the solver itself."""
+"""Settings that a solver takes over from the model's own scheduler; all others are the solver's."""
 
 LCM_STEPS = (1, 2, 4)
 PNDM_STEPS = 50
@@ -39,7 +40,7 @@ class Method:
     """A column: `make(prompts, z f32[B,C,H,W], noise_of) -> pixels u8[B,3,H',W']` on the CPU, in `nfe` evaluations per
     image. `noise_of` is for students of several steps, see `pipeline.NoiseOf`.
 
-    Evaluations are of the U-Net: guidance costs two per step.
+    Evaluations of the U-Net are counted: guidance costs two per step.
     """
 
     name: str
@@ -50,10 +51,10 @@ class Method:
 def methods(
     pipe: Any, merged: Any | None, student: Pipeline | None, guidance: float, dtype: torch.dtype = torch.float32
 ) -> list[Method]:
-    """The columns from left to right as in Figure 6: ours, the fast ones, the teacher.
+    """Return the columns from left to right as in Figure 6: the student, the fast methods, the teacher.
 
     Args:
-        pipe, merged: of `load_teacher` and `load_lora`.
+        pipe, merged: made by `load_teacher` and `load_lora`.
         dtype: what the student's network computes in, by autocast.
     """
     columns = []
@@ -67,13 +68,13 @@ def methods(
 
 
 def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline called `teacher`, quiet, with its images left as they are made."""
+    """Return the diffusers pipeline called `teacher`, without progress bars or changes to finished images."""
     family = family_in(teacher)
     return family.pipeline(teacher, dtype, **family.untouched).to(device)
 
 
 def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Another copy of the teacher with the LoRA called `lora` merged into its weights, as it would be served."""
+    """Return another copy of the teacher with the LoRA called `lora` merged into its weights, as it would be served."""
     pipe = load_teacher(teacher, device, dtype)
     try:
         pipe.load_lora_weights(lora, use_safetensors=True)
@@ -89,7 +90,7 @@ def load_lora(teacher: str, lora: str, device: torch.device, dtype: torch.dtype)
 
 
 def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Method:
-    """diffusers' pipeline `pipe` with its scheduler called `kind`, of `steps` steps; PNDM evaluates its first twice."""
+    """Return diffusers' `pipe` with its scheduler `kind` and `steps` steps; PNDM evaluates its first step twice."""
     of_the_model = {name: pipe.scheduler.config[name] for name in MODELS_OWN if name in pipe.scheduler.config}
     plain = STABLE_DIFFUSION if kind == "PNDMScheduler" else {}
     scheduler = getattr(_diffusers(), kind).from_config({**plain, **of_the_model})
@@ -113,13 +114,13 @@ def solver(pipe: Any, name: str, kind: str, steps: int, guidance: float) -> Meth
 
 
 def generators(z: Tensor) -> list[torch.Generator]:
-    """One per image, for the noise that LCM adds between its steps: a function of `z`, so that batches don't matter."""
+    """Return one generator per image, for the noise LCM adds between steps: a function of `z`, whatever the batch."""
     seeds = [rng.key("between steps", digests.digest(row)) for row in z]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def digest(network: torch.nn.Module) -> str:
-    """SHA-256 of the network's weights, by name."""
+    """Return the SHA-256 of the network's weights, sorted by name."""
     return digests.weights_digest(dict(sorted(network.state_dict().items())))
 
 

@@ -1,7 +1,7 @@
-"""CLIP score: how well images show what their prompts say (Hessel et al. 2021, arXiv 2104.08718).
+"""CLIP score: how well images match their prompts (Hessel et al. 2021, arXiv 2104.08718).
 
-The cosine of the angle between the embeddings of image and text, without the factor of 2.5 and the clipping of that
-paper. As DMD reports it (arXiv 2311.18828, Table 4), by GigaGAN's evaluation code (Appendix D): OpenCLIP's ViT-g-14,
+The score is the cosine of the angle between image and text embeddings, without that paper's factor of 2.5 and clipping.
+It follows DMD (arXiv 2311.18828, Table 4), which uses GigaGAN's evaluation code (Appendix D): OpenCLIP's ViT-g-14,
 images of 256 x 256, and `A photo depicts` before each prompt.
 """
 
@@ -22,20 +22,20 @@ PUBLISHED = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 
 PREFIX = "A photo depicts "
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""What the weights are called in the folder of a published model."""
+"""Names of the weights in the folder of a published model."""
 
 
 class ClipScore:
     """`(pixels u8[B,3,H,W], prompts) -> f32[B]` on the CPU, each cosine in [-1, 1]; the score is their mean.
 
-    Images are brought to the network's size and normalised by OpenCLIP's own preprocessing; float32.
+    Images are resized and normalised by OpenCLIP's own preprocessing; the network computes in float32.
 
     Args:
-        weights: the model's file (.safetensors, or a state dict of tensors), or the folder with it.
+        weights: the model's file (.safetensors, or a state dict of tensors), or the folder that contains it.
         model: OpenCLIP's name of the network.
 
-    Raises `UserError` where the extra `metrics` is not installed, the model is unknown, or the file is missing,
-    damaged or of another model.
+    Raises `UserError` if the extra `metrics` is not installed, the model is unknown, or the file is missing, damaged or
+    of another model.
     """
 
     def __init__(self, weights: str | Path, model: str = MODEL, device: torch.device | str = "cpu"):
@@ -45,9 +45,9 @@ class ClipScore:
             raise UserError(f"CLIP model {model!r} is unknown to OpenCLIP; the paper's is {MODEL}")
         file = _file(Path(weights), model)
         try:
-            # OpenCLIP's own reader, which knows other publishers' names too; it reads tensors and nothing else.
+            # OpenCLIP's own reader also knows the names that other publishers use, and reads only tensors.
             made = open_clip.create_model_from_pretrained(model, str(file.resolve()), weights_only=True)
-        except Exception as error:  # whatever the reader runs into in a damaged file
+        except Exception as error:  # a damaged file can raise anything here
             raise UserError(f"{file} holds no weights of {model}: {type(error).__name__}: {error!s:.300}") from error
         self.network, self.preprocess = made
         self.network = self.network.to(device).eval()
@@ -70,7 +70,7 @@ class ClipScore:
 
 
 def _file(weights: Path, model: str) -> Path:
-    """The file `weights`, or that in the folder of the name."""
+    """Return the file `weights`, or the first of `FILES` in the folder `weights`."""
     candidates = [weights / name for name in FILES] if weights.is_dir() else [weights]
     for file in candidates:
         if file.is_file():

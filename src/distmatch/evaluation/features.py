@@ -1,4 +1,4 @@
-"""Reference statistics: what real images look like to a network, computed once and kept by fingerprint."""
+"""Reference statistics of real images in a feature space, computed once and cached by fingerprint."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,26 +27,26 @@ FORMAT = "distmatch-reference-1"
 
 
 class FeatureSpace(Protocol):
-    """What images are compared in: a `Classifier`'s features, `Pixels`' components, or the `Inception` of FID."""
+    """The space in which images are compared: a `Classifier`'s features, `Pixels`' components, or FID's `Inception`."""
 
     @property
     def name(self) -> str:
-        """What it is called beside figures, e.g. `pooled`."""
+        """Its name next to figures, e.g. `pooled`."""
         ...
 
     @property
     def distance(self) -> str:
-        """What the Frechet distance in these features is called among the figures: `fid` or `frechet/NAME`."""
+        """Name of the Frechet distance in these features among the figures: `fid` or `frechet/NAME`."""
         ...
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes that it recognises, in the order of its logits; empty if it knows none."""
+        """Names of the classes it recognises, in the order of its logits; empty if it knows none."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the features besides the weights, as JSON."""
+        """Everything apart from the weights that determines the features, as JSON."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -54,7 +54,7 @@ class FeatureSpace(Protocol):
     def to(self, device: torch.device, /) -> Any: ...
 
     def both(self, pixels: Tensor, /) -> tuple[Tensor, Tensor | None]:
-        """`pixels u8[B,C,H,W]` in 0..255 -> `(features f[B,F], logits f[B,K] or None)`: of classes, if it knows any."""
+        """`pixels u8[B,C,H,W]` in 0..255 -> `(features f[B,F], logits f[B,K])`; None for logits without classes."""
         ...
 
 
@@ -64,12 +64,12 @@ class Reference:
 
     Args:
         mu, cov: f64[F], f64[F,F], of all images.
-        features: f32[n,F] of n images drawn at random, for kernel distance, precision and recall; of half precision,
-            which is what the file stores. None (n = 0) where only the statistics are known.
-        count: number of images; 0 where unknown.
-        source: what they are, in words.
+        features: f32[n,F] of n images drawn at random, for kernel distance, precision and recall; rounded to half
+            precision, which is what the file stores. Empty (n = 0) if only the statistics are known.
+        count: number of images; 0 if unknown.
+        source: description of the images.
         images, classifier: SHA-256 of the pixels and of the feature space (`image_fingerprint`, `fingerprint`); empty
-            where unknown.
+            if unknown.
     """
 
     mu: Tensor
@@ -81,7 +81,7 @@ class Reference:
     classifier: str
 
     def save(self, file: Path) -> None:
-        """Write one safetensors file; what is no tensor goes into its header."""
+        """Write one safetensors file; everything but the tensors goes into its header."""
         tensors = {"mu": self.mu, "cov": self.cov, "features": self.features.half()}
         names = ("count", "source", "images", "classifier")
         header = json.dumps({"format": FORMAT, **{name: getattr(self, name) for name in names}})
@@ -89,9 +89,9 @@ class Reference:
 
 
 def load_reference(file: Path, space: FeatureSpace | None = None) -> Reference:
-    """The reference in `file`, made in `space` where one is given.
+    """Return the reference in `file`, which must have been made in `space` if one is given.
 
-    Raises `UserError` where the file is missing or damaged, or was made in another feature space.
+    Raises `UserError` if the file is missing or damaged, or was made in another feature space.
     """
     if not file.exists():
         raise UserError(f"{file} does not exist; `distmatch classifier` makes a reference.safetensors")
@@ -121,17 +121,17 @@ def reference(
     batch: int = 250,
     progress: Callable[[int], None] | None = None,
 ) -> Reference:
-    """The reference of `images` in `space`, from the folder `cache` if it is there already.
+    """Return the reference of `images` in `space`, from the folder `cache` if it is there already.
 
-    It is found there by the fingerprints of the pixels and of the space; one that cannot be read is made again.
+    Cached references are looked up by the fingerprints of pixels and space; a damaged one is recomputed.
 
     Args:
-        cache: `None` computes it always and keeps nothing.
-        keep: how many images' features to keep, drawn at random by position.
+        cache: with `None`, always compute the reference and store nothing.
+        keep: number of images whose features are kept, drawn at random by position.
         source: description of the images.
         progress: called with the number of images after each batch.
 
-    Raises `UserError` for fewer than 2 images, or images that the network does not take.
+    Raises `UserError` for fewer than 2 images, or images that the network does not accept.
     """
     pixels, network = image_fingerprint(images.pixels), fingerprint(space)
     source = source or f"{len(images):,} images, SHA-256 {pixels[:12]}"
@@ -156,18 +156,18 @@ def reference(
     features = torch.cat(parts)[chosen].half().float()
     made = Reference(moments.mean, moments.cov, features, len(images), source, pixels, network)
     if file is not None:
-        with suppress(OSError):  # a cache that cannot be written to is no reason to fail
+        with suppress(OSError):  # failing to write the cache is not an error
             made.save(file)
     return made
 
 
 def load_statistics(file: Path) -> Reference | None:
-    """The statistics `mu` and `sigma` in `file`, an .npz such as EDM and pytorch-fid have them, else `None`.
+    """Return the statistics `mu` and `sigma` in `file`, an .npz as in EDM and pytorch-fid, or `None` if it has none.
 
-    Statistics don't say which network and which resize they were made with: FID's Inception and `legacy` by custom.
-    ADM's files hold some of the images besides; they are left alone, since the statistics are of all of them.
+    Statistics don't say which network and which resize they were made with; by convention, FID's Inception and
+    `legacy`. ADM's files also hold some of the images; these are ignored, because the statistics cover all images.
 
-    Raises `UserError` where they are no mean f[F] and covariance f[F,F], and where the file is damaged.
+    Raises `UserError` if they are not a mean f[F] and covariance f[F,F], or if the file is damaged.
     """
     if file.suffix != ".npz":
         return None
@@ -189,11 +189,11 @@ def load_statistics(file: Path) -> Reference | None:
 
 
 def load_real(path: Path) -> Images:
-    """Images of a folder or an archive (see `data.load_images`), or of an array u8[N,H,W,C] in an .npy or .npz.
+    """Return images from a folder or an archive (see `data.load_images`), or an array u8[N,H,W,C] in an .npy or .npz.
 
-    An .npz has it under the name `arr_0`, as ADM's have (Dhariwal and Nichol 2021), or as its only array.
+    In an .npz the array is called `arr_0`, as in ADM's files (Dhariwal and Nichol 2021), or is the only one.
 
-    Raises `UserError` where the path is missing or damaged, or holds no such array.
+    Raises `UserError` if the path is missing or damaged, or holds no such array.
     """
     if path.suffix not in (".npz", ".npy"):
         return load_images(path)
@@ -212,11 +212,11 @@ def load_real(path: Path) -> Images:
 
 
 def image_fingerprint(pixels: Tensor) -> str:
-    """SHA-256 of the shape and the bytes of `pixels u8[N,C,H,W]`."""
+    """Return the SHA-256 of the shape and the bytes of `pixels u8[N,C,H,W]`."""
     return tensor_digest(pixels)
 
 
 def fingerprint(space: FeatureSpace) -> str:
-    """SHA-256 over all that decides what `space` computes: its network and its weights."""
+    """Return the SHA-256 of everything that determines what `space` computes: its network and its weights."""
     weights = {name: tensor_digest(value) for name, value in sorted(space.state_dict().items())}
     return sha256(json.dumps({"network": space.identity, "weights": weights}).encode()).hexdigest()

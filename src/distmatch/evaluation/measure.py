@@ -1,11 +1,11 @@
-"""Measuring a model: distances in a feature space, class accuracy, latency and throughput.
+"""Measures a model: distances in feature spaces, class accuracy, latency and throughput.
 
-FID is the Frechet distance in the features of Inception-v3 (Heusel et al. 2017, arXiv 1706.08500). By the protocol of
-EDM (Karras et al. 2022, arXiv 2206.00364), which DMD follows (arXiv 2311.18828, Appendix D), it is that of 50,000
-images, rounded to 8 bits and enlarged as TensorFlow 1 did it, to the training images; EDM gives the least of three
-seeds. Means and covariances are unbiased and of float64.
+FID is the Frechet distance in the features of Inception-v3 (Heusel et al. 2017, arXiv 1706.08500). We follow the
+protocol of EDM (Karras et al. 2022, arXiv 2206.00364), as DMD does (arXiv 2311.18828, Appendix D): 50,000 images,
+rounded to 8 bits and resized as in TensorFlow 1, against the training images. EDM reports the lowest of three seeds.
+Means and covariances are unbiased and float64.
 
-A model is measured in several feature spaces at once, since each is blind to something. A figure in a space is called
+A model is measured in several feature spaces at once, because each is blind to something. A figure in a space is called
 `FIGURE/SPACE`, e.g. `frechet/pixels`; Inception's Frechet distance is `fid`.
 """
 
@@ -42,16 +42,16 @@ COLUMNS = {
     "accuracy": ("class accuracy", "{:.3f}"),
     "ratio": ("ratio to the teacher", "{:.2f}"),
 }
-"""Figures of a row: heading and format."""
+"""Heading and format of the figures in a row."""
 
 SECONDS = 3.0
-"""How long a latency is measured for, at least."""
+"""Minimum duration of a latency measurement."""
 
 Space = tuple[FeatureSpace, Reference]
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Heading and format of each figure that one of `rows` has, in the order of `COLUMNS`; spaces in their own."""
+    """Return heading and format of each figure in any of `rows`, ordered as in `COLUMNS`; spaces keep their order."""
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
     shown = {}
     for figure, (heading, form) in COLUMNS.items():
@@ -63,16 +63,17 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
 
 
 def fewest(features: int) -> int:
-    """The fewest images that a distance in so many features is given for: twice as many.
+    """Return the minimum number of images for a distance in `features` features: twice as many.
 
-    No more images than features have a singular covariance. From twice as many, chance alone scores about an eighth of
-    the features' whole variance (`metrics.frechet_bias` with equal eigenvalues), and no model's difference would show.
+    With no more images than features the covariance is singular. With twice as many, chance alone already scores about
+    an eighth of the total feature variance (`metrics.frechet_bias` with equal eigenvalues), and differences between
+    models would not show with fewer.
     """
     return 2 * features
 
 
 def enough(features: int, n: int, what: str) -> None:
-    """Raises `UserError` where `n` of `what` are too few for distances in `features`."""
+    """Raise `UserError` if `n` of `what` are too few for distances in `features` features."""
     if n < fewest(features):
         raise UserError(
             f"{n:,} {what} are too few for distances in {features:,} features: chance would decide. Take at least "
@@ -81,12 +82,12 @@ def enough(features: int, n: int, what: str) -> None:
 
 
 def judge(spaces: Sequence[Space], classes: Sequence[str]) -> FeatureSpace | None:
-    """The last space that knows all of `classes` by name, if there is one: classes are best told by pooled features."""
+    """Return the last space that knows all of `classes` by name, if any: pooled features recognise classes best."""
     return next((space for space, _ in reversed(spaces) if classes and set(classes) <= set(space.classes)), None)
 
 
 def chance(spaces: Sequence[Space], n: int) -> dict[str, Any]:
-    """A row: the Frechet distances that `n` real images have on average, for they are finitely many."""
+    """Return a row of the expected Frechet distances of `n` real images; they are above zero because `n` is finite."""
     expected = {
         space.distance: frechet_bias(real.cov, n) + (frechet_bias(real.cov, real.count) if real.count else 0.0)
         for space, real in spaces
@@ -106,20 +107,20 @@ def score(
     progress: Callable[[int], None] | None = None,
     full: bool = True,
 ) -> dict[str, float]:
-    """Figures of `n` images in each of `spaces`.
+    """Return the figures of `n` images in each of `spaces`.
 
-    Several processes (see `parallel`) share the images batch by batch, all of them call this. The first gets the
-    figures, the same to the last bit as those of one process with that batch; the others get none.
+    Several processes (see `parallel`) share the images batch by batch; all of them must call this. The first one gets
+    figures identical to the last bit to those of one process with that batch size; the others get none.
 
     Args:
         make: `(start, stop) -> pixels u8[stop - start, C, H, W]`, images by index.
-        labels: i64[n], the classes that were asked for, by their numbers in `classes`.
-        classes: their names. The accuracy is the share of images that a space which knows all of these names takes for
-            the class asked for; where none does, there is no accuracy.
-        full: kernel distance, precision and recall besides the Frechet distance; they use as many images as the
-            reference kept features of, and are left out where it kept none.
+        labels: i64[n], the requested classes as indices into `classes`.
+        classes: class names. Accuracy is the share of images that a space which knows all of these names assigns to
+            the requested class; if no space does, there is no accuracy.
+        full: add kernel distance, precision and recall to the Frechet distance; they use as many images as the
+            reference kept features of, and are omitted if it kept none.
 
-    Raises `UserError` where a reference is of another number of features, and for too few images (see `fewest`).
+    Raises `UserError` if a reference has another number of features, or for too few images (see `fewest`).
     """
     for _, real in spaces:
         enough(len(real.mu), n, "images")
@@ -128,7 +129,8 @@ def score(
     numbers = None if expert is None else torch.tensor([list(expert.classes).index(name) for name in classes])
 
     def look(rows: range) -> tuple[list[Tensor], Tensor | None]:
-        pixels, seen, agreed = make(rows.start, rows.stop), [], None
+        pixels = make(rows.start, rows.stop)
+        seen, agreed = [], None
         for space, real in spaces:
             features, logits = space.both(pixels)
             if features.shape[1] != len(real.mu):
@@ -173,7 +175,7 @@ class _Tally:
         self.moments.update(features)
 
     def figures(self) -> dict[str, float]:
-        """Kernel distance, precision and recall; none without real features."""
+        """Return kernel distance, precision and recall; nothing without real features."""
         if not len(self.real):
             return {}
         fake = torch.cat(self.kept)[: len(self.real)]
@@ -192,7 +194,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     full: bool = True,
 ) -> dict[str, float]:
-    """`score` of images `0 .. n - 1` of `seed`, of `conditions` by number: the classes in turn unless told."""
+    """Return the `score` of images `0 .. n - 1` of `seed`, with `conditions` by number; default: classes in turn."""
     classes = pipeline.info.classes
     labels = torch.arange(n) % len(classes) if classes else None
     conditions = conditions or Classes(len(classes))
@@ -204,13 +206,13 @@ def evaluate(
 
 
 def speed(pipeline: Pipeline, batch: int = 256) -> dict[str, float]:
-    """`ms_per_image`, the median latency at batch 1, and `images_per_second` at `batch`; warm."""
+    """Return `ms_per_image`, the median latency at batch size 1, and `images_per_second` at `batch`, both warm."""
     one, many = (median_seconds(lambda size=size: pipeline(size, batch=size)) for size in (1, batch))
     return {"ms_per_image": 1000 * one, "images_per_second": batch / many}
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
-    """Return the median time of `call`, which ends on the host, of at least 3 and of `SECONDS`, after one more."""
+    """Return the median duration of `call`, which must end on the host, over at least 3 calls and `SECONDS`, warm."""
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - began < SECONDS:
@@ -226,7 +228,7 @@ def named(model: str, nfe: int) -> str:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table with one model per column, which fits any terminal; leave out figures that none has."""
+    """Print rows as a table with one model per column, which fits any terminal; omit figures that no row has."""
     table = Table("", *(row["name"] for row in rows))
     for key, (heading, form) in columns(rows).items():
         if key != "name":
@@ -242,7 +244,7 @@ def show_spaces(name: str, spaces: Sequence[Space]) -> None:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),

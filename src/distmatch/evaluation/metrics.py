@@ -1,6 +1,6 @@
-"""Distances between two sets of images, seen as features of a classifier: pure functions and streaming statistics.
+"""Distances between two sets of images, given their features: pure functions and streaming statistics.
 
-All of it is computed in float64 on the CPU, whatever the features' type and device.
+Everything is computed in float64 on the CPU, whatever the type and device of the features.
 """
 
 import torch
@@ -11,10 +11,10 @@ from distmatch.system.errors import UserError
 
 
 class Moments:
-    """Mean and covariance of features that arrive in batches, without the cancellation of summing squares.
+    """Mean and covariance of features that arrive in batches, without the cancellation of summed squares.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979): the result does not depend on how the
-    features were cut into batches, but for rounding.
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979): except for rounding, the result does
+    not depend on how the features were split into batches.
     """
 
     def __init__(self):
@@ -23,7 +23,7 @@ class Moments:
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor) -> None:
-        """Take in `features f[B,F]`. Raises `UserError` for another shape than before."""
+        """Add `features f[B,F]`. Raises `UserError` if their shape differs from earlier ones."""
         if features.ndim != 2:
             raise UserError(f"features are {tuple(features.shape)}; expected (batch, features)")
         if len(features) == 0:
@@ -35,7 +35,7 @@ class Moments:
         self.merge(batch)
 
     def merge(self, other: "Moments") -> None:
-        """Take in all that `other` has seen."""
+        """Add everything that `other` has seen."""
         if other.count == 0:
             return
         if self.count == 0:
@@ -51,7 +51,7 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """f64[F]. Raises `UserError` before the first sample."""
+        """The mean, f64[F]. Raises `UserError` before the first sample."""
         if self.count == 0:
             raise UserError("the mean of 0 samples was asked for; at least 1 is needed")
         return self._mean
@@ -65,9 +65,10 @@ class Moments:
 
 
 def frechet(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
-    """`|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, the squared Frechet distance of two Gaussians, at least 0.
+    """Return `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, the squared Frechet distance of two Gaussians, at least
+    0.
 
-    `tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2)`, and the latter is symmetric: its eigenvalues are real and cost
+    `tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2)`, and the latter is symmetric: its eigenvalues are real and need
     no general matrix root (Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500, Eq. 6).
 
     Args:
@@ -82,14 +83,14 @@ def frechet(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
 
 
 def frechet_bias(cov: Tensor, n: int) -> float:
-    """What `frechet` gives on average for `n` samples of the very Gaussian that they are compared with.
+    """Return the expected `frechet` between `n` samples of a Gaussian and that same Gaussian.
 
     With the eigenvalues l of its covariance, to first order in 1 / n:
 
         (1 / n) (sum_i l_i + sum_ij l_i l_j / (2 (l_i + l_j)) + sum_i l_i / 4)
 
-    the errors of the mean and, by the second derivative of the matrix root, of the covariance (1 / n times
-    F (F + 5) / 4 for F equal eigenvalues of 1).
+    These are the errors of the mean and, by the second derivative of the matrix root, of the covariance (1 / n times F
+    (F + 5) / 4 for F equal eigenvalues of 1).
     """
     values = torch.linalg.eigvalsh(_double(cov)).clamp(min=0)
     pairs = values.outer(values) / (values[:, None] + values).clamp(min=torch.finfo(values.dtype).tiny)
@@ -97,11 +98,12 @@ def frechet_bias(cov: Tensor, n: int) -> float:
 
 
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Kernel distance (Binkowski et al. 2018, arXiv 1801.01401; KID on Inception features): mean and std over subsets.
+    """Return mean and std over subsets of the kernel distance (Binkowski et al. 2018, arXiv 1801.01401; on Inception:
+    KID).
 
-    The unbiased estimate of the squared MMD with the kernel `(x.y / F + 1)^3`; it may be negative. Each subset draws
-    `size` rows (all of the smaller set, where it has fewer) from `x` and from `y`, without replacement, as a function
-    of `(seed, subset)`.
+    It is the unbiased estimate of the squared MMD with the kernel `(x.y / F + 1)^3` and may be negative. Each subset
+    draws `size` rows (or all of the smaller set, if it has fewer) from `x` and from `y`, without replacement, as a
+    function of `(seed, subset)`.
 
     Args:
         x, y: f[N,F], f[M,F].
@@ -125,17 +127,17 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, 
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), each in 0..1.
+    """Return improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), each in 0..1.
 
     A set's manifold is the union of balls around its points, each reaching to the k-th nearest other point. Precision
-    is the share of `fake` within the manifold of `real`; recall is the share of `real` within that of `fake`. Both
-    depend on the number of points: compare sets of equal size only.
+    is the share of `fake` inside the manifold of `real`; recall is the share of `real` inside that of `fake`. Both
+    depend on the number of points: only compare sets of equal size.
 
     Args:
         real, fake: f[N,F], f[M,F].
-        chunk: rows of the distance matrix that are held at a time.
+        chunk: rows of the distance matrix held at a time.
 
-    Raises `UserError` where a set has no more than `k` points.
+    Raises `UserError` if a set has no more than `k` points.
     """
     _same_features(real, fake)
     for name, points in (("real", real), ("fake", fake)):
@@ -157,7 +159,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radius(x: Tensor, k: int, chunk: int) -> Tensor:
-    """Distance from each point to its k-th nearest other one, f64[N]; the nearest of all is the point itself."""
+    """Return each point's distance to its k-th nearest other one, f64[N]; the nearest of all is the point itself."""
     return torch.cat([torch.cdist(rows, x).topk(k + 1, largest=False).values[:, k] for rows in x.split(chunk)])
 
 

@@ -1,4 +1,4 @@
-"""The folder of `distmatch sample`: a grid, numbered pictures of one call, and `sample.json`, which says of which."""
+"""The output folder of `distmatch sample`: a grid, numbered images, and `sample.json`, which describes the call."""
 
 import re
 from pathlib import Path
@@ -17,9 +17,9 @@ GRID = "grid.png"
 
 
 def earlier(out: Path) -> list[Path]:
-    """Return the pictures of an earlier call in `out`, which `write` replaces.
+    """Return the images of an earlier call in `out`, which `write` replaces.
 
-    Raises `UserError` where there are others of such names, which would be mixed with the new ones or lost.
+    Raises `UserError` if other files have such names, which would be mixed with the new images or lost.
     """
     known = _known(out / MANIFEST)
     found = sorted(path for path in out.glob("*.png") if path.name == GRID or re.fullmatch(r"\d{6,}", path.stem))
@@ -33,9 +33,9 @@ def earlier(out: Path) -> list[Path]:
 
 
 def write(out: Path, pixels: Tensor, columns: int, zoom: int, made: dict[str, Any]) -> None:
-    """Write `pixels u8[N,C,H,W]` in place of an earlier call's, and how they were `made`.
+    """Write `pixels u8[N,C,H,W]`, and how they were `made`, replacing those of an earlier call.
 
-    The earlier ones go first, and `sample.json` comes next, so that a killed call leaves no mixture.
+    The old images are deleted first and `sample.json` is written next, so that a killed call leaves no mixture.
     """
     for path in earlier(out):
         path.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def _picture(file: Path, image: np.ndarray, zoom: int = 1) -> None:
 
 
 def _known(manifest: Path) -> int:
-    """How many pictures there are of the call that `sample.json` tells of."""
+    """Return how many images the call described by `sample.json` made."""
     if not manifest.exists():
         return 0
     try:

@@ -1,7 +1,7 @@
-"""The feature spaces that models are measured in: found by name, each with its reference; made of images.
+"""Finds the feature spaces that models are measured in, each with its reference, and makes new ones from images.
 
-Two unlike spaces are the least: in one that averages over positions, a model that draws strokes in the wrong places
-passes for perfect; in another, one that blurs.
+At least two different spaces are needed: one that averages over positions rates a model as perfect that draws strokes
+in the wrong places; another may do so for a model that blurs.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ FILES = {
     "pixels": (Pixels, "reference-pixels.safetensors"),
     "classifier": (Classifier, "reference.safetensors"),
 }
-"""The spaces of a folder, by sub-folder, with their references. Folders of earlier versions have the last only."""
+"""The spaces of a folder by sub-folder, with their references. Folders of earlier versions only have the last."""
 
 KEEP = 5_000
-"""Images whose features a folder keeps for precision and recall."""
+"""Number of images whose features a folder keeps for precision and recall."""
 
 
 def find_spaces(
@@ -43,18 +43,18 @@ def find_spaces(
     device: torch.device | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> list[Space]:
-    """The feature spaces called `name`, each with its reference.
+    """Return the feature spaces called `name`, each with its reference.
 
     Args:
         name: a folder made by `distmatch classifier`, or one of the package; `pixels`, the principal components of the
             pixels of `real`; or `inception:FILE` (see `models.inception`).
-        real: the reference: images (`features.load_real`), which always give the space `pixels` too, or for Inception
-            statistics (`features.load_statistics`); unless told that which lies in the folder.
-        resize: for Inception, how it enlarges images.
+        real: the reference: images (`features.load_real`), which always add the space `pixels`, or for Inception
+            statistics (`features.load_statistics`); default: the one in the folder.
+        resize: how Inception resizes images.
         device: where the spaces compute.
-        shape: that of the images to be measured. Beside Inception there is `pixels` where the real ones have it too.
+        shape: shape of the images to be measured. `pixels` is added to Inception only if the real images have it too.
 
-    Raises `UserError` for a name that is none, a missing reference, and for what is damaged or does not fit.
+    Raises `UserError` for an unknown name, a missing reference, or anything damaged or unsuitable.
     """
     device = device or torch.device("cpu")
     inception = name.startswith("inception:")
@@ -86,9 +86,9 @@ def find_spaces(
 def _references(
     real: str, networks: Sequence[FeatureSpace], shape: tuple[int, ...] | None
 ) -> tuple[list[Reference], Pixels | None]:
-    """The references of the images `real` in `networks`, shown as they are computed, then in the pixels themselves.
+    """Return the references of the images `real` in `networks`, then in the pixels themselves; show progress.
 
-    The latter only of images of `shape`, where one is given.
+    If `shape` is given, the pixels are used only for images of that shape.
     """
     with console.status(f"reading {real}"):
         file = local(real)
@@ -109,7 +109,7 @@ def _references(
 
 
 def features_folder(name: str) -> Path:
-    """The folder of the spaces called `name`. Raises `UserError` where there is none."""
+    """Return the folder of the spaces called `name`. Raises `UserError` if there is none."""
     for folder in (Path(name), ASSETS / name):
         if any((folder / part).is_dir() for part in FILES):
             return folder
@@ -120,9 +120,9 @@ def features_folder(name: str) -> Path:
 
 
 def default_features(model: str, info: Info) -> str:
-    """The features of the package that `model` may be measured in without being told.
+    """Return the features of the package that `model` is measured in by default.
 
-    Raises `UserError` unless its card says that it was taught on the very images of their reference.
+    Raises `UserError` unless its card says that it was taught on exactly the images of their reference.
     """
     packaged = sorted(file.parent for file in ASSETS.glob("*/reference.safetensors"))
     for folder in packaged:
@@ -142,9 +142,9 @@ def train_spaces(
     """Make the spaces of `real` in `out`: a classifier that pools, one that keeps positions, and the pixels.
 
     Args:
-        source: what `real` are, in words.
-        positions: per side; 1 leaves out the second classifier. Small images have fewer: a part is 4 pixels at least.
-        training: of each classifier.
+        source: description of `real`.
+        positions: per side; 1 omits the second classifier. Small images get fewer: a part is at least 4 pixels wide.
+        training: settings of each classifier.
 
     Returns the figures of the `test` images as a row (see `save_spaces`). Raises `UserError` for too few images.
     """
@@ -166,7 +166,7 @@ def save_spaces(
 ) -> list[dict[str, Any]]:
     """Write `spaces`, by their names in `FILES`, with their references and the figures of the `test` images to `out`.
 
-    Returns the figures as a row; none of fewer images than the spaces need.
+    Returns the figures as a row; no row if there are fewer images than the spaces need.
     """
     measured: list[Space] = [
         (spaces[part], reference(real, spaces[part], cache=None, keep=KEEP, source=source))
@@ -175,7 +175,7 @@ def save_spaces(
     ]
     rows: list[dict[str, Any]] = []
     if len(test) >= max(fewest(len(known.mu)) for _, known in measured):
-        # Folders come sorted by class, and precision and recall take the first images.
+        # Folders are sorted by class, and precision and recall take the first images.
         order = torch.from_numpy(rng.shuffled(0, len(test), 0, len(test)))
         pixels, labels = test.pixels[order], None if test.labels is None else test.labels[order]
         figures = score(lambda a, b: pixels[a:b], labels, len(test), measured, classes=test.classes)
@@ -185,17 +185,17 @@ def save_spaces(
             spaces[part].save(beside / part)
             known.save(beside / FILES[part][1])
         write_json(beside / "figures.json", {"rows": rows, "spaces": [known.classifier for _, known in measured]})
-    for part in FILES.keys() - spaces.keys():  # of an earlier set
+    for part in FILES.keys() - spaces.keys():  # left by an earlier set
         remove(out / part)
         remove(out / FILES[part][1])
     return rows
 
 
 def known_rows(features: str, info: Info, spaces: Sequence[Space], n: int) -> list[dict[str, Any]]:
-    """Rows to put a model's figures beside: its teacher, real test images, and what `n` real ones score by chance.
+    """Return rows to compare a model's figures with: its teacher, real test images, and `n` real images by chance.
 
-    The first two stand in `figures.json` of the folder `features`, where they are known. A teacher's has `teacher`,
-    the name that a student's recipe has it by.
+    The first two come from `figures.json` in the folder `features`, if it has them. A teacher's row has `teacher`, the
+    name that a student's recipe uses for it.
     """
     rows = []
     if features != "pixels" and not features.startswith("inception:"):
@@ -207,15 +207,15 @@ def known_rows(features: str, info: Info, spaces: Sequence[Space], n: int) -> li
 
 
 def _known(file: Path, spaces: Sequence[Space]) -> dict[str, list[Any]]:
-    """What `save_spaces` wrote to `file` of these spaces. Raises `UserError` where it is of others, or damaged."""
+    """Return what `save_spaces` wrote to `file`. Raises `UserError` if it belongs to other spaces, or is damaged."""
     remedy = "Delete it to go on without the figures of real images, or run `distmatch classifier` again"
     known = read_json(file, dict[str, list[Any]], remedy)
     here = [real.classifier for _, real in spaces if real.classifier]
-    if "rows" not in known or not {*here} <= {*known.get("spaces", here)}:  # earlier versions named none
+    if "rows" not in known or not {*here} <= {*known.get("spaces", here)}:  # earlier versions did not record the spaces
         raise UserError(f"{file} is not of the spaces beside it. {remedy}")
     return known
 
 
 def of_its_images(info: Info, folder: Path) -> bool:
-    """Whether the model's card says that it was taught on the images of the reference in `folder`."""
+    """Return whether the model's card says that it was taught on the images of the reference in `folder`."""
     return info.card.get("pixels") == load_reference(folder / FILES["classifier"][1]).images
