@@ -1,1 +1,1 @@
-"""What is trained: Algorithm 1 with its streams and terms, and the teacher's objective."""
+"""The training methods: Algorithm 1 with its streams and terms, and the teacher's objective."""

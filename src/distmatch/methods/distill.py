@@ -24,25 +24,25 @@ from distmatch.training.optim import Optimizer
 
 @dataclass
 class Part:
-    """One part of a step's batch: what its streams start from, and what its terms draw. By name."""
+    """One part of a step's batch: the start of each stream and what each term drew, by name."""
 
     starts: dict[str, Start]
     drawn: dict[str, Any]
 
 
 class Distiller:
-    """The task of `distmatch train`: one step of Algorithm 1, over any objective.
+    """The task of `distmatch train`: one step of Algorithm 1, for any objective.
 
     Args:
-        student, fake: trained copies of the teacher; `fake` and its optimizer are `None` where no term trains it.
-        teacher: whose passes the clock counts as time in networks.
-        forward: what to call in place of the student, where it is spread over processes.
-        process: `(rank, world)`; a process makes its share of every batch, and the gradients are those of the whole.
-        conditions, decode: of the previews; default: classes in turn, and no decoding.
-        steps: the student's times; default: the schedule's `t_max` alone.
+        student, fake: trained copies of the teacher; `fake` and its optimizer are `None` if no term trains it.
+        teacher: its passes are counted as network time by the clock.
+        forward: what to call instead of the student if it is distributed over processes.
+        process: `(rank, world)`; each process makes its share of every batch, with gradients of the whole batch.
+        conditions, decode: for the previews; default: classes in turn, and no decoding.
+        steps: the student's times; default: only the schedule's `t_max`.
         fake_updates: updates of the fake score per update of the student; the first uses the student's images of the
             same step (Algorithm 1), the others fresh ones.
-        accumulate: parts that each batch is cut into; gradients are summed over them.
+        accumulate: number of parts that each batch is split into; gradients are summed over them.
         precision: "fp32", or "bf16" for autocast around the networks; weights and preconditioning stay fp32.
     """
 
@@ -110,12 +110,12 @@ class Distiller:
         return losses
 
     def draw(self, index: int, share: Share) -> Part:
-        """Everything random in one part of step `index`."""
+        """Draw everything random in one part of step `index`."""
         starts = {name: self.start(stream, index, 0, share) for name, stream in self.objective.streams.items()}
         return Part(starts, {term.name: term.draw([starts[name] for name in term.reads], share) for term in self.terms})
 
     def start(self, stream: Stream, index: int, turn: int, share: Share) -> Start:
-        """A share of the stream's batch. Which of the student's steps makes its images is drawn for all of it."""
+        """Draw a share of the stream's batch. One draw per batch decides which student step makes its images."""
         start = stream.draw(self.seed, index, turn, share)
         if len(self.steps) == 1:
             return start
@@ -126,7 +126,7 @@ class Distiller:
         return replace(start, noise=tuple(rows(one, share) for one in noise))
 
     def renew(self, part: Part, made: dict[str, Samples], index: int, turn: int, share: Share) -> None:
-        """Draw a part again for a further update of the fake score: fresh images, and what its terms do with them."""
+        """Redraw a part for a further update of the fake score: fresh images, and what its terms need for them."""
         for name, stream in self.objective.streams.items():
             if stream.fresh:
                 part.starts[name] = self.start(stream, index, turn, share)
@@ -135,7 +135,7 @@ class Distiller:
             part.drawn[term.name] = term.draw([part.starts[name] for name in term.reads], share)
 
     def update_student(self, index: int, parts: Sequence[Part]) -> tuple[list[dict[str, Samples]], dict[str, Tensor]]:
-        """Lines 5-13 of Algorithm 1: images of all streams in one forward pass, summed losses, one update.
+        """Lines 5-13 of Algorithm 1: make the images of all streams in one forward pass, sum the losses, update once.
 
         Returns the images of each part by stream, without graph, and the unweighted losses.
         """
@@ -155,13 +155,13 @@ class Distiller:
         self.ema.update()
         for own in (self.fake_optimizer, *(trained.optimizer for trained in self.objective.trained.values())):
             if own is not None:
-                own.clear()  # what the student's loss sent through the fake score, as a GAN's does
+                own.clear()  # gradients that the student's loss sent through the fake score, as in a GAN
         return made, {**losses, "gradient_norm": norm}
 
     def update_fake(
         self, index: int, parts: Sequence[Part], images: Sequence[Mapping[str, Samples]]
     ) -> dict[str, Tensor]:
-        """Lines 15-19 of Algorithm 1: one update of the fake score, and of the terms' own networks, part by part."""
+        """Lines 15-19 of Algorithm 1: update the fake score and the terms' own networks once, part by part."""
         assert self.fake is not None
         assert self.fake_optimizer is not None
         terms = self.objective.fake_terms
@@ -181,29 +181,29 @@ class Distiller:
         return {**losses, "fake_gradient_norm": self.fake_optimizer.step(index)}
 
     def generate_all(self, starts: Mapping[str, Start]) -> dict[str, Samples]:
-        """The student's images of several streams in one forward pass."""
+        """Return the student's images for several streams from one forward pass."""
         z, cond = torch.cat([one.z for one in starts.values()]), Cond.cat(*(one.cond for one in starts.values()))
         noise = [torch.cat(step) for step in zip(*(one.noise for one in starts.values()), strict=True)]
         images = self.student_forward(z, cond, noise).split([len(one.z) for one in starts.values()])
         return {name: Samples(x, start.cond) for (name, start), x in zip(starts.items(), images, strict=True)}
 
     def student_forward(self, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()) -> Tensor:
-        """The images of step `len(noise)`; those of the earlier steps are made without gradient."""
+        """Return the images of step `len(noise)`; those of the earlier steps are made without gradients."""
         with torch.no_grad():
             x = self.steps.start(self.forward, self.student.schedule, z, cond, noise, len(noise))
         return self.steps.step(self.forward, x, cond, len(noise))
 
     @torch.no_grad()
     def generate(self, start: Start) -> Samples:
-        """The student's images for `start`, without graph."""
+        """Return the student's images for `start`, without graph."""
         with autocast(self.device, self.precision):
             return Samples(self.student_forward(start.z, start.cond, start.noise), start.cond)
 
     @torch.no_grad()
     def preview(self) -> Tensor:
-        """The EMA student's samples of fixed noises, conditions in turn: 64, or 16 that have to be decoded."""
+        """Return the EMA student's samples of fixed noise, conditions in turn: 64, or 16 if they have to be decoded."""
         numbers = range(64 if self.decode is None else 16)
-        z, *noise = (  # of a seed that no pair has
+        z, *noise = (  # a seed that no pair uses
             rng.noise(self.seed + 1, numbers, self.info.shape, step).to(self.device) for step in range(len(self.steps))
         )
         cond = self.conditions.at(numbers)
@@ -215,7 +215,7 @@ class Distiller:
 
 
 def _read(term: Term, samples: Mapping[str, Samples]) -> Samples:
-    """The images of the streams that `term` reads, one behind the other."""
+    """Concatenate the images of the streams that `term` reads."""
     read = [samples[name] for name in term.reads]
     if len(read) == 1:
         return read[0]

@@ -1,4 +1,4 @@
-"""Training a teacher on images: the EDM objective (Karras et al. 2022, Section 5)."""
+"""Trains a teacher on images with the EDM objective (Karras et al. 2022, Section 5)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,27 +24,27 @@ P_MEAN, P_STD = -1.2, 1.2
 """Noise levels in training: `ln(sigma) ~ N(P_MEAN, P_STD^2)`."""
 
 PREVIEW_STEPS = 18
-"""Heun steps of the sample grids."""
+"""Number of Heun steps for the sample grids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a teacher is trained."""
+    """How to train a teacher."""
 
     batch: int = 128
     """Images per step."""
 
     seed: int = 0
-    """Seed of the order of the images and of all noise."""
+    """Seed of the image order and of all noise."""
 
     ema: float = 0.999
     """Decay of the moving average of the weights."""
 
     label_dropout: float = 0.0
-    """Probability of training without the label, which makes the teacher fit for guidance."""
+    """Probability of hiding the label, which prepares the teacher for guidance."""
 
     flip: bool = False
-    """Mirror every other image at random, the only augmentation."""
+    """Mirror half of the images at random, the only augmentation."""
 
     precision: str = "fp32"
     """fp32, or bf16 for autocast around the network."""

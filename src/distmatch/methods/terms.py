@@ -1,8 +1,8 @@
-"""Streams and terms: where the student's images come from, and what the objective says of them.
+"""Streams and terms: where the student's images come from, and the losses computed on them.
 
-The paper has two of each (Figure 2). Images of fresh noise are matched with the teacher's distribution; images of the
-noise that the teacher has already sampled from are compared with its images. A term of your own is a class like `Match`
-or `Regress`, see examples/own_term.py.
+The paper has two of each (Figure 2). Images made from fresh noise are matched to the teacher's distribution; images
+made from noise that the teacher has already sampled are compared with the teacher's images. Your own term is a class
+like `Match` or `Regress`, see examples/own_term.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +26,9 @@ class Start:
 
     Args:
         z: f[B,*D], standard normal.
-        cond: of each row.
-        batch: rows of the whole batch, of all processes and parts.
-        generator: what the stream's terms draw from, one after another, once the stream itself has drawn.
+        cond: condition of each row.
+        batch: rows of the whole batch, over all processes and parts.
+        generator: random source of the stream's terms, which draw from it in turn after the stream itself.
         y: f[B,*D], the teacher's image of each row, for pairs.
         noise: f[B,*D] for each of the student's steps before the one whose image is trained; see `sampler.Steps`.
     """
@@ -44,8 +44,7 @@ class Start:
 class Stream(Protocol):
     """A source of the student's inputs.
 
-    `fresh`: whether each update of the fake score has images of its own. Otherwise it sees those of the student's
-    update again.
+    `fresh`: whether each update of the fake score gets new images. Otherwise it reuses those of the student's update.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Stream(Protocol):
     fresh: bool
 
     def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
-        """A share of the batch of step `index`; `turn` counts the fake score's updates within the step."""
+        """Draw a share of the batch of step `index`; `turn` counts the updates of the fake score in this step."""
         ...
 
 
@@ -69,14 +68,14 @@ class NoiseStream:
     fresh: bool = True
 
     def draw(self, seed: int, index: int, turn: int, share: Share) -> Start:
-        generator = rng.stream(self.device, seed, "match", index, turn)  # "match": so that older runs can continue
+        generator = rng.stream(self.device, seed, "match", index, turn)  # named "match" so that older runs can continue
         z = torch.randn(self.batch, *self.shape, generator=generator, device=self.device)
         return Start(rows(z, share), self.conditions.draw(self.batch, generator, share), self.batch, generator)
 
 
 @dataclass
 class PairStream:
-    """The teacher's noise-image pairs in an endless shuffle, conditioned as they were made."""
+    """The teacher's noise-image pairs, shuffled endlessly, with the conditions they were made under."""
 
     store: PairStore
     conditions: Conditions
@@ -108,7 +107,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that a term trains besides the fake score, such as a discriminator's head, and its optimizer."""
+    """A network that a term trains in addition to the fake score, e.g. a discriminator's head, and its optimizer."""
 
     network: nn.Module
     optimizer: Optimizer
@@ -122,39 +121,39 @@ class Term(Protocol):
     reads: tuple[str, ...]
 
     def draw(self, starts: Sequence[Start], share: Share) -> Any:
-        """Everything random that the term needs for one step, as a dataclass of its own. `starts`: of its streams.
+        """Draw everything random that the term needs for one step, as its own dataclass. `starts`: one per stream.
 
         Drawing it first makes the rest deterministic.
         """
         ...
 
     def student_loss(self, drawn: Any, samples: Samples) -> Tensor:
-        """Loss f[] of the student's images, which carry its graph: those of all the term's streams, in order."""
+        """Return the loss f[] of the student's images, from all the term's streams in order, with their graph."""
         ...
 
 
 @runtime_checkable
 class FakeTerm(Term, Protocol):
-    """A term that also trains the fake score, and `trained` networks of its own, by name, if it has any."""
+    """A term that also trains the fake score, and optionally `trained` networks of its own, by name."""
 
     trained: Mapping[str, Trained]
 
     def fake_loss(self, drawn: Any, samples: Samples) -> Tensor:
-        """Loss f[] of the fake score on the student's images, which carry no graph."""
+        """Return the loss f[] of the fake score on the student's images, which carry no graph."""
         ...
 
 
 @dataclass(frozen=True)
 class TermContext:
-    """What a term of the user's may be made of: `CLASS(context, **arguments)`, with the arguments in the recipe.
+    """What your own term can be built from: `CLASS(context, **arguments)`, with the arguments in the recipe.
 
     Args:
-        name: of the term in the recipe.
+        name: the term's name in the recipe.
         teacher: the real score, frozen.
         fake: the fake score, if a term of the recipe trains one.
-        shape: of one image (or latent).
+        shape: shape of one image (or latent).
         optimizer: makes the optimizer of a network, with the settings of the fake score's.
-        seed: of the recipe, for a new network's weights.
+        seed: the recipe's seed, for the weights of new networks.
     """
 
     name: str
@@ -168,7 +167,7 @@ class TermContext:
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms of a distillation, and the streams that they read, by name."""
+    """The terms of a distillation, and the streams they read, by name."""
 
     streams: Mapping[str, Stream]
     terms: Sequence[Term]
@@ -185,7 +184,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Levels:
-    """Times `t f[N]` and noise `eps f[N,*D]` for the N images: of the student's loss, and of the fake score's."""
+    """Times `t f[N]` and noise `eps f[N,*D]` for the N images, for the student's loss and for the fake score's."""
 
     t: Tensor
     eps: Tensor
@@ -197,13 +196,13 @@ class Match:
     """Distribution matching (Section 3.2, Algorithms 2 and 3).
 
     Args:
-        teacher: the real score, frozen; `guidance` applies to it alone (Section 3.4); `None`: the condition's own.
-        fake: the fake score, a denoiser of the teacher's kind.
+        teacher: the real score, frozen. `guidance` applies only to it (Section 3.4); `None`: the condition's scale.
+        fake: the fake score, a denoiser like the teacher.
         weighting: the factor on `mu_fake - mu_real`, one of `losses.WEIGHTINGS`.
         reads: the streams whose images are matched; with "pairs" it is `concat(x, x_ref)` (Algorithm 1, for LAION).
-        bins: T; the schedule's grid read upwards is the list of noise levels.
+        bins: T; the noise levels are the schedule's grid in rising order.
         min_step, max_step: the student's levels are drawn from bins `min_step .. max_step - 1` (0.02 T, 0.98 T); the
-            fake score's from all of them.
+            fake score's from all bins.
     """
 
     name = "match"
@@ -233,7 +232,7 @@ class Match:
         batches = [start.batch for start in starts]
 
         def mine(v: Tensor) -> Tensor:
-            """The share of each stream's rows. All rows are drawn, so that what a row gets depends on no share."""
+            """Return the share of each stream's rows. All rows are drawn: no row's value depends on the share."""
             shares = [rows(own, share) for own in v.split(batches)]
             return torch.cat(shares) if len(shares) > 1 else shares[0]
 
