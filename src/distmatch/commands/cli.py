@@ -65,8 +65,7 @@ for group in (pairs, import_edm, export):
 
 
 def main() -> None:
-    """Entry point. A user error is shown as one message (DISTMATCH_DEBUG=1 adds the traceback); a bug with its
-    traceback."""
+    """Entry point. A user error is shown as one message (DISTMATCH_DEBUG=1: traceback), a bug with its traceback."""
     # OpenMP threads that spin while they wait cost a busy CPU more than they save; torch reads this on import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -35,8 +35,7 @@ class Options:
     """With --teacher: number of sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
 
     guidance: Scale | None = None
-    """Classifier-free guidance, uncond + w (cond - uncond), of the teacher or of a student trained on a range of
-    scales."""
+    """Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student trained on a range."""
 
     batch: Count | None = None
     """Images per batch; does not affect the images."""

@@ -128,8 +128,7 @@ def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
 
 
 def figure3(recipe: Recipe, runs: Path, n: int = 4000) -> list[Panel]:
-    """Return the figure's four panels, `n` samples each from the same noise: the start and the result of each
-    objective."""
+    """Return the figure's four panels, `n` samples each from the same noise: the start and each objective's result."""
     real = MIXTURES["toy2d"]()
     z = torch.randn(n, 2, generator=rng.stream("cpu", recipe.seed, "figure3"))
 

@@ -122,8 +122,7 @@ class Studio:
         return pixels, 1000 * (time.perf_counter() - began)
 
     def new_round(self, wish: Wish) -> dict[str, Any]:
-        """Draw one request with both models and return the pictures in random order. Which is which stays here until
-        the guess."""
+        """Return both models' pictures for one request, in random order. Which is which stays here until the guess."""
         assert self.teacher is not None
         made = [(*self.draw(pipe, wish), pipe.nfe) for pipe in (self.student, self.teacher)]
         teacher = secrets.randbelow(2)
