@@ -1,1 +1,1 @@
-"""Networks, the families of teachers, and model folders."""
+"""Networks, families of teachers, and model folders."""

@@ -1,10 +1,10 @@
-"""A small convolutional classifier of 8-bit images: its accuracy and its feature space are what models are measured in.
+"""A small convolutional classifier of 8-bit images, used for class accuracy and as a feature space.
 
-Frechet distances in its features order models of one data set among themselves. They are not FID, which means the
-features of one particular Inception network (Heusel et al. 2017, arXiv 1706.08500), and don't compare with it.
+Frechet distances in its features rank models of the same data set. They are not FID, which uses the features of one
+particular Inception network (Heusel et al. 2017, arXiv 1706.08500), and cannot be compared with it.
 
-Features that are averaged over the whole image hardly see where a stroke is, only that it is there. A second
-classifier, whose features keep a grid of positions, sees both.
+Features averaged over the whole image hardly show where a stroke is, only that it is there. A second classifier, whose
+features keep a grid of positions, shows both.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from distmatch.training.optim import Optimizer
 
 FORMAT = "distmatch-classifier-1"
 NETWORK = ("channels", "size", "classes", "widths", "positions")
-"""The entries of `config` that the network is built from; files of the time before `positions` lack it, for 1."""
+"""Entries of `config` that define the network; files older than `positions` lack that entry, which means 1."""
 
 WIDTHS = (16, 32, 64)
 
@@ -41,12 +41,12 @@ class Classifier(nn.Module):
         channels: C.
         size: (H, W).
         classes: the K class names.
-        widths: channels at the half resolution (two layers) and at the quarter (three).
-        positions: features are averages over each of P x P parts of the image. With 1, the whole of it, they are the
-            last layer's channels; with more, an eighth as many at each part, about the same number in all.
+        widths: channels at half resolution (two layers) and at quarter resolution (three).
+        positions: features are averaged over each of P x P parts of the image. With 1 (the whole image) they are the
+            last layer's channels; with more, each part has an eighth as many, so that the total is about the same.
 
-    `config` holds these arguments and, after training, `accuracy` (on the test images, 0..1) and `training`.
-    It is a feature space (see `features.FeatureSpace`).
+    `config` holds these arguments and, after training, `accuracy` (on the test images, 0..1) and `training`. This is a
+    feature space (see `features.FeatureSpace`).
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Classifier(nn.Module):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The network's arguments. `positions` of 1 is left out, as it was when there was no other."""
+        """The network's arguments. A `positions` of 1 is left out: earlier versions had no such argument."""
         return {name: self.config[name] for name in NETWORK if (name, self.config[name]) != ("positions", 1)}
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.both(pixels)[1]
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Penultimate activations, f[B,F]: the last layer's channels, averaged over each part of the image."""
+        """Return the penultimate activations f[B,F]: the last layer's channels, averaged over each image part."""
         if pixels.dtype != torch.uint8:
             raise UserError(f"pixels are {pixels.dtype}; expected uint8 in 0..255, see imaging.to_uint8")
         shape = (self.config["channels"], *self.config["size"])
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
         return self.body(x.contiguous(memory_format=torch.channels_last))
 
     def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`(features f[B,F], logits f[B,K])` of one evaluation."""
+        """Return `(features f[B,F], logits f[B,K])` from one evaluation."""
         features = self.features(pixels)
         return features, self.head(features)
 
@@ -122,9 +122,9 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":
-        """The classifier in `folder`, frozen and in evaluation mode. Nothing in the folder is executed.
+        """Load the classifier in `folder`, frozen and in evaluation mode. Nothing in the folder is executed.
 
-        Raises `UserError` where the folder holds no classifier, is damaged, or needs another version.
+        Raises `UserError` if the folder holds no classifier, is damaged, or needs another version.
         """
         file = folder / "config.json"
         if not file.exists():
@@ -147,10 +147,10 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a classifier is trained."""
+    """How to train a classifier."""
 
     steps: int = 3000
-    """The learning rate rises over their first tenth, and falls to zero by their end."""
+    """The learning rate rises over the first tenth of the steps, then falls to zero by the last."""
 
     batch: int = 128
     """Images per step."""
@@ -162,10 +162,10 @@ class Training:
     """See `Classifier`."""
 
     flip: bool = False
-    """Mirror every other image at random."""
+    """Mirror half of the images at random."""
 
     seed: int = 0
-    """Seed of the initial weights, the order of the images and their shifts."""
+    """Seed of the initial weights, the image order and the random shifts."""
 
 
 def train_classifier(
@@ -178,15 +178,14 @@ def train_classifier(
     """Train on `images` and measure the accuracy on `test`.
 
     AdamW, cross entropy, linear warm-up over a tenth of the steps and linear decay to zero. Images are shifted at
-    random by up to a fourteenth of their side, but not for a classifier that keeps positions: that would teach it to
-    overlook them. The result is frozen, in evaluation mode, and a function of the arguments (and the machine's
-    rounding).
+    random by up to 1/14 of their side, except for a classifier that keeps positions: shifts would teach it to ignore
+    them. The result is frozen, in evaluation mode, and a function of the arguments (up to the machine's rounding).
 
     Args:
         positions: see `Classifier`.
         progress: called with 1 after every step.
 
-    Raises `UserError` where labels are missing or `test` has other classes or another image shape.
+    Raises `UserError` if labels are missing or `test` has other classes or another image shape.
     """
     for name, part in (("training", images), ("test", test)):
         if part.labels is None:
@@ -223,7 +222,7 @@ def train_classifier(
 
 @torch.inference_mode()
 def accuracy(classifier: Classifier, images: Images, batch: int = 500) -> float:
-    """The share of labelled `images` whose class is recognised, 0..1."""
+    """Return the share of labelled `images` whose class is recognised, 0..1."""
     assert images.labels is not None
     right = sum(
         int((classifier(pixels).argmax(1).cpu() == labels).sum())
@@ -238,7 +237,7 @@ def _layer(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[
 
 
 def _shifted(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to `most` pixels either way, its edges repeated."""
+    """Shift each image by up to `most` pixels in each direction, repeating its edges."""
     b, c, h, w = pixels.shape
     down, right = torch.randint(-most, most + 1, (2, b, 1), generator=generator)
     rows = (torch.arange(h) + down).clamp(0, h - 1)

@@ -1,4 +1,4 @@
-"""A family of teachers: what the rest asks of a kind of model, besides evaluating its network."""
+"""The interface of a teacher family: everything asked of a kind of model except evaluating its network."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from distmatch.system.errors import UserError
 
 
 class Encoder(Protocol):
-    """Prompts to conditions."""
+    """Turns prompts into conditions."""
 
     def __call__(self, prompts: Sequence[str]) -> Cond: ...
 
     def cut(self, prompts: Sequence[str]) -> int:
-        """Return how many of `prompts` are longer than it takes, and warn of them."""
+        """Return how many of `prompts` exceed the encoder's maximum length, with a warning."""
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the conditions."""
+        """Return the SHA-256 of everything that determines the conditions."""
         ...
 
 
@@ -32,11 +32,11 @@ def _unchanged(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Components:
-    """What a model has besides its network.
+    """The parts of a model other than its network.
 
     Args:
-        encode: for a model of prompts, `(prompts) -> Cond`.
-        decode: turns what the network makes into images f[B,C,H,W] in about [-1, 1].
+        encode: for a text-to-image model, `(prompts) -> Cond`.
+        decode: turns the network's output into images f[B,C,H,W] in about [-1, 1].
     """
 
     encode: Encoder | None = None
@@ -44,45 +44,45 @@ class Components:
 
 
 class Family:
-    """What a family answers; the answers here are those of models that are a network and nothing else.
+    """A teacher family. The defaults here suit a model that consists only of a network.
 
-    One of them is made per kind of model, and keeps nothing.
+    There is one instance per kind of model, without state.
     """
 
     sampler: ClassVar[str] = "heun"
-    """The sampler of its teachers, unless another is asked for."""
+    """The default sampler of its teachers."""
 
     steps: ClassVar[int] = 18
-    """How many of its steps, unless others are asked for."""
+    """The default number of sampler steps."""
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
-        """The teacher `source`, in evaluation mode. Raises `UserError` where it cannot be had or is none of these."""
+        """Load the teacher `source` in evaluation mode. Raises `UserError` if unavailable or not of this family."""
         raise NotImplementedError
 
     def outline(self, source: str) -> tuple[Denoiser, Info]:
-        """The teacher `source` on the meta device, for plans; families that can do so read no weights."""
+        """Return the teacher `source` on the meta device, for plans, if possible without reading its weights."""
         denoiser, info = self.load(source)
         return denoiser.to("meta"), info
 
     def components(self, source: str, device: torch.device | str = "cpu") -> Components:
-        """What the model `source` has besides its network, loaded anew."""
+        """Load the parts of the model `source` other than its network."""
         return Components()
 
     def component_weights(self, source: str) -> int:
-        """How many weights `components` loads; none is read."""
+        """Return the number of weights that `components` would load, without reading any."""
         return 0
 
     def decoder(self, source: str, checkpointing: bool = False, weights: bool = True) -> nn.Module:
-        """`(latents) -> images` by the model `source`, frozen; gradients go through.
+        """Return `(latents) -> images` by the model `source`, frozen; gradients pass through.
 
         Args:
             checkpointing: recompute activations in the backward pass instead of keeping them.
-            weights: read them; without, it is built from its settings alone.
+            weights: read the weights; otherwise build the decoder from its settings alone.
 
-        Raises `UserError` for a model of pixels.
+        Raises `UserError` for a model that makes pixels.
         """
         raise UserError(f"{source or 'this model'} makes images of its own and has no decoder")
 
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond | None:
-        """A condition of `n` samples for the network `net`: its shapes count, not its values."""
+        """Return a condition of `n` samples for the network `net`; only its shapes matter."""
         return Cond(label=torch.zeros(n, dtype=torch.long)) if info.classes else None

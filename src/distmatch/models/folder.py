@@ -1,8 +1,7 @@
-"""A model on disk: a folder with `model.safetensors` and `config.json`. Nothing in it is executed.
+"""Saves and loads models: a folder with `model.safetensors` and `config.json`. Nothing in it is executed.
 
 `config.json` holds what is needed to rebuild the denoiser (network, schedule, prediction), what it makes (image shape,
-class names), the student's time if it is a one-step generator, a free `card` on how it came about, and the digest of
-the weights that it goes with.
+class names), the times of a student, a free-form `card` on how the model was made, and the digest of its weights.
 """
 
 import math
@@ -44,16 +43,16 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
-    """Write `denoiser` and `info` to `folder`, weights in `dtype`. A model that is there is replaced at the end.
+    """Write `denoiser` and `info` to `folder`, weights in `dtype`. An existing model is replaced at the very end.
 
-    Of several processes all must call this, for the weights may be sharded; the first writes.
-    A network that is not one of `NETWORKS`, and a schedule that is not one of `SCHEDULES`, cannot be rebuilt from the
-    folder: `load_model` needs them.
+    All processes must call this, since the weights may be sharded; the first one writes. A network that is not one of
+    `NETWORKS`, or a schedule that is not one of `SCHEDULES`, cannot be rebuilt from the folder: `load_model` needs it
+    as an argument.
     """
     net: Any = denoiser.net
     network: dict[str, Any] = {"type": None, "class": type(net).__name__}
     for kind, known in NETWORKS.items():
-        if isinstance(net, known):  # a sharded one has a class of its own, derived from it
+        if isinstance(net, known):  # a sharded network has its own class, derived from it
             network = {"type": kind, **dict(getattr(net, "config"))}  # noqa: B009  its constructor's arguments
     config = {
         "format": FORMAT,
@@ -71,14 +70,14 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
 
 
 def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | None = None) -> tuple[Denoiser, Info]:
-    """The denoiser in evaluation mode with fp32 weights, and what goes with it.
+    """Load a model: the denoiser in evaluation mode with fp32 weights, and its `Info`.
 
     Args:
-        net: the network to load the weights into, for a model whose network is none of `NETWORKS`.
-        schedule: the schedule, for a model whose schedule is none of `SCHEDULES`.
+        net: the network to load the weights into, if the model's is not one of `NETWORKS`.
+        schedule: the schedule, if the model's is not one of `SCHEDULES`.
 
-    Raises `UserError` where the folder is no model, is damaged, or needs a newer version, and where `schedule` is not
-    the one that the model was saved with.
+    Raises `UserError` if the folder is not a model, is damaged, or needs a newer version, or if `schedule` is not the
+    one that the model was saved with.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -108,7 +107,7 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         try:
             prediction = Prediction(**config["prediction"])
             if prediction.name == "iddpm" and config["schedule"]["type"] == "edm":
-                config["schedule"]["type"] = "iddpm"  # imported before times were rounded to its levels
+                config["schedule"]["type"] = "iddpm"  # imported by a version that did not round times to its levels
             denoiser = Denoiser(net, schedule_of(config["schedule"], schedule), prediction)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
@@ -129,7 +128,7 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
 
 
 def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
-    """How to see what the student of a run makes: a command, or Python where no command can know its network."""
+    """Say how to sample a run's student: by a command, or in Python if no command can know its network."""
     if not isinstance(net, tuple(NETWORKS.values())):
         return f"DistilledPipeline.from_pretrained({str(folder)!r}, net={type(net).__name__}(...))(n=16) in Python"
     if len(info.shape) != 3:
@@ -138,11 +137,11 @@ def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
 
 
 def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
-    """`Info` of JSON, which has lists for tuples. Models of earlier versions lack some entries."""
+    """Parse `Info` from JSON, which has lists for tuples. Models of earlier versions lack some entries."""
     entries = dict(entries)
-    if entries.get("source"):  # of old, what had one was text-to-image on latents
+    if entries.get("source"):  # in earlier versions, a model with a source was always text-to-image on latents
         entries = {"text": True, "latent": True, **entries}
-    if "t" in entries:  # of old, one time or none
+    if "t" in entries:  # earlier versions had one time or none
         one: Any = float | None
         t = fitting(entries.pop("t"), f"{file}: t", one)
         entries["times"] = [] if t is None else [t]
@@ -162,9 +161,9 @@ def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
 
 
 def _check_fit(network: dict[str, Any], info: Info, file: Path) -> None:
-    """Raise `UserError` where the settings of a `network` of ours are not for the images and classes of `info`."""
+    """Raise `UserError` if the settings of a built-in `network` do not fit the images and classes of `info`."""
     said = {
-        # None at all is a model that takes no labels, of a network that does.
+        # A network for labels may be used by a model without classes, so none at all is fine.
         "classes": (network.get("classes", network.get("label_dim")) if info.classes else None, len(info.classes)),
         "channels": (network.get("channels", network.get("in_channels")), info.shape[0]),
         "rows": (network.get("img_resolution"), info.shape[1] if len(info.shape) == 3 else None),

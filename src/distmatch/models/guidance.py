@@ -1,8 +1,8 @@
-"""The guidance scale as an input of a network, so that a student's guidance can be chosen when it samples.
+"""The guidance scale as an input of a network, so that a student's guidance can be chosen when sampling.
 
-The scale is embedded and added to the time embedding through a projection that starts at zero: a network that is given
-the input computes what it did before (DMD, Section 5, leaves this open; the embedding is that of Meng et al. 2023,
-arXiv 2210.03142, in the form that diffusers' pipelines have).
+The scale is embedded and added to the time embedding through a projection initialised to zero, so a network with the
+new input first computes the same as before. DMD, Section 5, leaves this open; the embedding is that of Meng et al. 2023
+(arXiv 2210.03142), as implemented in diffusers' pipelines.
 """
 
 import math
@@ -15,13 +15,13 @@ from distmatch.diffusion.denoiser import Cond
 from distmatch.system.errors import UserError
 
 CHANNELS = 256
-"""Width of the embedding, that of published guidance-conditioned U-Nets (`time_cond_proj_dim`)."""
+"""Width of the embedding, as in published guidance-conditioned U-Nets (`time_cond_proj_dim`)."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class GuidanceInput(nn.Linear):
-    """`cond.extra["guidance"] f[B] -> f[B,width]`, zero at first."""
+    """`cond.extra["guidance"] f[B] -> f[B,width]`, initially zero."""
 
     def __init__(self, width: int):
         super().__init__(CHANNELS, width, bias=False)
@@ -34,7 +34,7 @@ class GuidanceInput(nn.Linear):
 
 
 def embed_guidance(scale: Tensor, channels: int) -> Tensor:
-    """Sinusoids f[B,channels] of guidance scales f[B]: of `1000 (w - 1)`, as diffusers' pipelines embed them."""
+    """Return sinusoids f[B,channels] of guidance scales f[B]: of `1000 (w - 1)`, as in diffusers' pipelines."""
     half = channels // 2
     rates = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scale.device))
     angles = 1000 * (scale.float() - 1)[:, None] * rates
@@ -42,7 +42,7 @@ def embed_guidance(scale: Tensor, channels: int) -> Tensor:
 
 
 def with_guidance(net: Network) -> Network:
-    """The same function, which takes a guidance scale besides. Raises `UserError` for a network that cannot."""
+    """Return the same network with a guidance scale as an extra input. Raises `UserError` if it cannot have one."""
     config: dict[str, Any] = dict(getattr(net, "config", {}))
     if "guidance" not in config:
         raise UserError(f"student.guidance: the network {type(net).__name__} takes no guidance scale")

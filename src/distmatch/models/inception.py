@@ -1,10 +1,10 @@
-"""The Inception-v3 in whose features FID is measured (Heusel et al. 2017, arXiv 1706.08500), with weights from a file.
+"""The Inception-v3 network in whose features FID is measured, with weights from a file.
 
-It is the network of 2015-12-05 with 1008 outputs, not the later one of the same name that classifies ImageNet. Its
-structure is torch-fidelity's port (the extra `metrics`), or comes with a TorchScript archive. Images are enlarged to
-299 x 299 in one of two ways, whose figures don't compare:
+It is the network of 2015-12-05 with 1008 outputs (Heusel et al. 2017, arXiv 1706.08500), not the later one of the same
+name that classifies ImageNet. Its structure comes from torch-fidelity's port (the extra `metrics`) or from a
+TorchScript archive. Images are resized to 299 x 299 in one of two ways, whose figures cannot be compared:
 
-- `legacy`: bilinear as TensorFlow 1 did it, what FID was defined with and EDM and DMD report (Karras et al. 2022,
+- `legacy`: bilinear as in TensorFlow 1, which defines FID and which EDM and DMD report (Karras et al. 2022,
   arXiv 2206.00364; Yin et al. 2024, arXiv 2311.18828, Appendix D).
 - `clean`: bicubic with antialiasing (Parmar et al. 2022, arXiv 2104.11222).
 """
@@ -37,7 +37,7 @@ NORM = {
     "running_mean": {"running_mean", "moving_mean", "mean"},
     "running_var": {"running_var", "moving_variance", "var"},
 }
-"""The vectors of batch normalisation: the port's names, and what other files call them."""
+"""Vectors of batch normalisation: the port's names -> names in other files."""
 
 
 class Inception:
@@ -45,8 +45,8 @@ class Inception:
 
     Args:
         network: holds the weights.
-        whole: `pixels u8[B,3,H,W] -> f32[B,2048]`, enlarges by itself as `legacy`.
-        layers: `f32[B,3,299,299] in about [-1, 1] -> f32[B,2048]`, the same network behind the enlarging.
+        whole: `pixels u8[B,3,H,W] -> f32[B,2048]`; resizes by itself, as `legacy`.
+        layers: `f32[B,3,299,299] in about [-1, 1] -> f32[B,2048]`, the same network after the resizing.
         resize: `legacy` or `clean`.
         identity: see `features.FeatureSpace`.
     """
@@ -77,7 +77,8 @@ class Inception:
 
     @torch.no_grad()
     def both(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """`(features f32[B,2048], None)` of `pixels u8[B,C,H,W]`; grey images (C = 1) count as three equal channels.
+        """Return `(features f32[B,2048], None)` of `pixels u8[B,C,H,W]`; a grey image (C = 1) becomes three equal
+        channels.
 
         Raises `UserError` for other pixels, and for a network with another number of features.
         """
@@ -86,7 +87,7 @@ class Inception:
                 f"pixels are {pixels.dtype} {tuple(pixels.shape)}; Inception takes uint8 (B, 1 or 3, H, W) in 0..255"
             )
         precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        # An optimised archive may round otherwise after its first batches.
+        # An optimised archive may round differently after its first batches.
         with precise, torch.jit.optimized_execution(False):  # type: ignore[reportPrivateImportUsage]
             if self.resize == "clean":
                 enlarged = clean_resize(pixels).to(self.device).expand(-1, 3, -1, -1)
@@ -100,18 +101,18 @@ class Inception:
 
 
 def load_inception(file: Path, resize: str = "legacy") -> Inception:
-    """The Inception-v3 whose weights are in `file`.
+    """Load the Inception-v3 whose weights are in `file`.
 
     Args:
         file: one of
-            a TorchScript archive (`inception-2015-12-05.pt`), called as `archive(pixels, return_features=True)`; it is
-            a program in TorchScript's language and runs as such, so it should be one that you trust;
-            the PyTorch port's state dict (.pth, .safetensors), as of torch-fidelity or pytorch-fid;
-            NVIDIA's pickle (.pkl), of which the tensors are read and nothing is executed. Its names are others: there,
-            and in a .pth with foreign names, the order of the convolutions decides (.safetensors keeps no order).
+            a TorchScript archive (`inception-2015-12-05.pt`), called as `archive(pixels, return_features=True)`: a
+            program in TorchScript's language that is executed, so only use one you trust;
+            a state dict of the PyTorch port (.pth, .safetensors), as in torch-fidelity or pytorch-fid;
+            NVIDIA's pickle (.pkl), from which tensors are read and nothing is executed. Its names differ: there, and in
+            a .pth with foreign names, convolutions are matched by their order (.safetensors keeps no order).
         resize: `legacy` or `clean`, see above.
 
-    Raises `UserError` where the file is missing or damaged, holds another network, or the extra `metrics` is missing.
+    Raises `UserError` if the file is missing, damaged or another network, or if the extra `metrics` is not installed.
     """
     if resize not in RESIZES:
         raise UserError(f"resize {resize!r} is unknown; expected one of {', '.join(RESIZES)}")
@@ -125,14 +126,14 @@ def load_inception(file: Path, resize: str = "legacy") -> Inception:
         identity = {"inception": resize, "archive": file_sha256(file)}
         return Inception(archive, partial(archive, return_features=True), archive.layers, resize, identity)
     port = _port(_state(file), file)
-    layers = nn.Sequential(*list(port.children())[:-1], nn.Flatten())  # registered in order; the last are the logits
+    layers = nn.Sequential(*list(port.children())[:-1], nn.Flatten())  # in order of registration, without the logits
     return Inception(port, lambda pixels: port(pixels)[0], layers, resize, {"inception": resize})
 
 
 def clean_resize(pixels: Tensor) -> Tensor:
-    """`pixels u8[B,C,H,W]` as f32[B,C,299,299] in 0..255, on the CPU, as clean-fid does it.
+    """Return `pixels u8[B,C,H,W]` as f32[B,C,299,299] in 0..255, on the CPU, as in clean-fid.
 
-    Pillow's bicubic filter, which antialiases where it reduces; each channel in float32, clipped and not rounded.
+    Uses Pillow's bicubic filter, which antialiases when shrinking; each channel in float32, clipped and not rounded.
     """
     planes = pixels.cpu().flatten(0, 1).numpy().astype(np.float32)
     images = [Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for plane in planes]
@@ -151,7 +152,7 @@ def _is_torchscript(file: Path) -> bool:
 def _archive(file: Path) -> torch.jit.ScriptModule:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch would rather have archives of another kind
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates this kind of archive
             archive = torch.jit.load(file, map_location="cpu")
         arguments = {argument.name for argument in archive.forward.schema.arguments}  # type: ignore[union-attr]
     except (RuntimeError, AttributeError) as error:
@@ -165,14 +166,14 @@ def _archive(file: Path) -> torch.jit.ScriptModule:
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """The tensors in `file` by name, in its order."""
+    """Return the tensors in `file` by name, in the file's order."""
     if file.suffix == ".pkl":
         from distmatch.system.unpickle import read_state
 
         return read_state(file)
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except Exception as error:  # whatever the readers run into in a damaged file
+    except Exception as error:  # a damaged file can raise anything here
         raise UserError(
             f"{file} is no state dict, or is damaged ({type(error).__name__}); "
             "pickles of anything but tensors are not read"
@@ -184,7 +185,7 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 
 def _port(state: dict[str, Tensor], file: Path) -> nn.Module:
-    """torch-fidelity's network with the weights `state`, which came from `file`."""
+    """Return torch-fidelity's network with the weights `state`, read from `file`."""
     need("torch_fidelity", by=f"FID with {file.name}")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -192,7 +193,7 @@ def _port(state: dict[str, Tensor], file: Path) -> nn.Module:
         def load_state_dict(self, state_dict, *args, **kwargs):
             return super().load_state_dict(_fitted(state_dict, self.state_dict(), file))
 
-    # Its constructor unpickles a file, or downloads one. What it gets is neither: the tensors, written here in memory.
+    # Its constructor unpickles a file or downloads one. We give it a buffer with our tensors instead.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -200,12 +201,12 @@ def _port(state: dict[str, Tensor], file: Path) -> nn.Module:
 
 
 def _fitted(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """`state` for the port, whose own state is `network`: by name if it has the port's, else by order.
+    """Rename `state` for the port, whose own state is `network`: by name if it has the port's names, else by order.
 
     Raises `UserError` naming what does not fit.
     """
     found = state if any(name in network for name in state) else _by_order(state, network, file)
-    # A counter of training steps, and the logits, which FID has no use for, may be missing.
+    # The counter of training steps and the logits may be missing: FID does not use them.
     optional = {name for name in network if name.endswith("num_batches_tracked") or name.startswith("fc.")}
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     wrong = [f"{name} is missing" for name in network if name not in found and name not in optional]
@@ -222,10 +223,10 @@ def _fitted(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: Pa
 
 
 def _by_order(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """`state` under the names of `network`: convolution by convolution, each with the vectors that belong to it.
+    """Rename `state` to the names of `network`: convolution by convolution, each with the vectors that belong to it.
 
-    They must have equal shapes in equal order. That order is no guess: another order of a block's branches shows in
-    the shapes, as the first and the last branch differ in some blocks of each kind.
+    Shapes must be equal in equal order. This is not a guess: a different order of a block's branches would show in the
+    shapes, since the first and the last branch differ in some blocks of each kind.
     """
     ours, theirs = ([name for name, v in weights.items() if v.ndim == 4] for weights in (network, state))
     if len(ours) != len(theirs):
@@ -254,7 +255,7 @@ def _by_order(state: Mapping[str, Tensor], network: Mapping[str, Tensor], file: 
 
 
 def _vectors(state: Mapping[str, Tensor], convolution: str) -> list[tuple[str, Tensor]]:
-    """Vectors of the module that holds `convolution`, by the last part of their names; else those of its parent."""
+    """Return the vectors of the module that holds `convolution`, by the last part of their names; else its parent's."""
     own = convolution.rpartition(".")[0]
     for prefix in (own, own.rpartition(".")[0]):
         inside = {k: v for k, v in state.items() if prefix and k.startswith(f"{prefix}.") and v.ndim == 1}

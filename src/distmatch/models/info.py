@@ -1,4 +1,4 @@
-"""What goes with a denoiser: what it makes, of what, and how it came about."""
+"""`Info`, the description of a model: what it makes, from which conditions, and how it was made."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,17 +8,17 @@ from distmatch.system.errors import UserError
 
 @dataclass(frozen=True)
 class Info:
-    """What goes with a denoiser.
+    """The description of a model.
 
     Args:
         shape: (C, H, W) of one image.
         classes: class names; empty for an unconditional model.
-        times: at which a student is evaluated, falling, see `sampler.Steps`; none for a teacher.
-        source: the model in diffusers' format whose text encoders and autoencoder go with this one, if there is one.
-        guidance: the scales (low, high) that a student takes as an input; `None` for a student of one scale.
+        times: the times at which a student is evaluated, falling, see `sampler.Steps`; empty for a teacher.
+        source: the model in diffusers' format whose text encoders and autoencoder are used, if any.
+        guidance: the range of scales (low, high) that a student takes as an input; `None` for a fixed scale.
         scheduler: the settings of the model's own diffusers scheduler, if it came with one.
         card: how the model was made and measured, as plain JSON data.
-        text: it makes images of prompts.
+        text: it makes images from prompts.
         latent: it makes latents, and `shape` is theirs; an autoencoder turns them into images.
     """
 
@@ -38,9 +38,9 @@ class Info:
         return "text" if self.text else "classes" if self.classes else "none"
 
     def check_guidance(self, scale: float | None) -> None:
-        """Raise `UserError` where the guidance `scale` would guide by an `uncond` that the teacher never learnt.
+        """Raise `UserError` if the guidance `scale` would need an `uncond` that the teacher never learnt.
 
-        `None` is a scale that each sample brings; 1 needs no `uncond`.
+        `None` means that each sample has its own scale; 1 needs no `uncond`.
         """
         if scale == 1:
             return

@@ -1,6 +1,6 @@
-"""Networks that files describe: built where their settings fit the weights that come along, before memory is taken.
+"""Builds networks described by files, checking them against their weights before memory is allocated.
 
-Settings may say anything: widths that no memory holds, or a billion blocks.
+The settings in a file may say anything: widths that fit in no memory, or a billion blocks.
 """
 
 import math
@@ -20,19 +20,20 @@ from distmatch.system.errors import UserError
 Net = TypeVar("Net", bound=nn.Module)
 
 MISFITS = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError)
-"""What constructors run into that get settings of another form."""
+"""Errors that constructors raise for malformed settings."""
 
 
 def build(
     where: str, make: Callable[..., Net], settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> Net:
-    """`make(**settings)`, if the network's weights have these `shapes`; else `UserError` that begins with `where`.
+    """Return `make(**settings)` if the network's weights have these `shapes`, else raise `UserError` starting with
+    `where`.
 
-    What is too large is refused before it takes memory: no setting is a larger number than there are numbers in the
-    weights, no list of numbers is longer than there are weights, and a weight whose shape is none of theirs is refused
-    when a module registers it, which is before anything is written to it.
+    Anything too large is refused before it uses memory: a setting larger than the number of values in the weights, a
+    list of numbers longer than the number of weights, or a weight whose shape is not among theirs. The last is refused
+    when a module registers it, before anything is written to it.
     """
-    left = Counter([tuple(shape) for shape in shapes.values()] * 2)  # twice: a constructor may replace what it made
+    left = Counter([tuple(shape) for shape in shapes.values()] * 2)  # twice: a constructor may replace a weight it made
     numbers = sum(map(math.prod, shapes.values()))
 
     def check(weight: Tensor) -> None:
@@ -51,7 +52,7 @@ def build(
 
 
 def shapes_in(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in a safetensors file, by its header. Raises `OSError` and `digests.Damaged`."""
+    """Return the shapes in a safetensors file's header. Raises `OSError` and `digests.Damaged`."""
     try:
         with safe_open(file, framework="pt") as content:
             return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
@@ -61,7 +62,7 @@ def shapes_in(file: Path) -> dict[str, list[int]]:
 
 @contextmanager
 def at_most(tensors: int) -> Iterator[None]:
-    """Within it, a network of more than `tensors` weights is refused by `UserError` while it is being built."""
+    """Refuse, with `UserError`, networks of more than `tensors` weights that are built inside the with block."""
     left = tensors
 
     def count(_: Tensor) -> None:
@@ -76,7 +77,7 @@ def at_most(tensors: int) -> Iterator[None]:
 
 @contextmanager
 def registering(check: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within it, `check` is called with every weight that a module gets, before it is initialised."""
+    """Call `check` with every weight that a module gets inside the with block, before it is initialised."""
 
     def hook(_module: nn.Module, _name: str, weight: Tensor | None) -> None:
         if weight is not None:

@@ -1,5 +1,7 @@
-"""Models by name or path: `mnist` and other models of the package, a folder of a model or a run, `edm:FILE`,
-`diffusers:FOLDER_OR_ID`, `mixture:NAME`; and the family of each.
+"""Finds models and their families by name or path.
+
+Names are `mnist` and other models of the package, a model or run folder, `edm:FILE`, `diffusers:FOLDER_OR_ID` and
+`mixture:NAME`.
 """
 
 from functools import cache
@@ -22,25 +24,25 @@ from distmatch.system.paths import ASSETS, RECIPES, expand
 from distmatch.system.terminal import command
 
 FAMILIES: dict[str, Family] = {"mixture": Mixtures(), "edm": Published()}
-"""By scheme; those of `diffusers:` have a table of their own."""
+"""Families by scheme; those of `diffusers:` have their own table."""
 
 BARE = Family()
-"""Of models that are a network and nothing else."""
+"""The family of models that consist only of a network."""
 
 
 def find_model(
     name: str, kind: Literal["teacher", "student"], net: nn.Module | None = None, schedule: Schedule | None = None
 ) -> tuple[Denoiser, Info]:
-    """The model called `name`.
+    """Load the model called `name`.
 
     Args:
         name: `mixture:NAME` (exact Gaussian mixture), `edm:FILE` (a published EDM checkpoint, file or URL),
             `diffusers:FOLDER_OR_ID` (Stable Diffusion), a folder (of a model, or of a run, which has one in `model/`),
-            or the name of a model in the package, which has a teacher and a student each.
-        kind: which of the two is wanted.
+            or the name of a model in the package, which has a teacher and a student for each name.
+        kind: which of the two to load.
         net, schedule: see `load_model`.
 
-    Raises `UserError` when nothing of that name exists, or when it is of the other kind.
+    Raises `UserError` if there is nothing of that name, or if it is of the other kind.
     """
     family, source = _by_scheme(name)
     denoiser, info = family.load(source) if family else load_model(model_folder(source, kind), net, schedule)
@@ -51,10 +53,10 @@ def find_model(
 
 
 def outline(teacher: str) -> tuple[Denoiser, Info]:
-    """The teacher called `teacher` on the meta device, for plans.
+    """Return the teacher called `teacher` on the meta device, for plans.
 
-    Published checkpoints are known by name and models in diffusers' format by their settings; their weights are not
-    read. Raises `UserError` where a model is not known.
+    Published checkpoints are known by name, models in diffusers' format by their settings; their weights are not read.
+    Raises `UserError` if a model is unknown.
     """
     family, source = _by_scheme(teacher)
     if family:
@@ -64,12 +66,12 @@ def outline(teacher: str) -> tuple[Denoiser, Info]:
 
 
 def family_of(info: Info) -> Family:
-    """The family that answers for the model of `info`. Raises `UserError` where its source cannot be had."""
+    """Return the family of the model described by `info`. Raises `UserError` if its source is unavailable."""
     return family_in(info.source) if info.source else BARE
 
 
 def components(info: Info, device: torch.device | str = "cpu") -> Components:
-    """What the model of `info` has besides its network, loaded once per source and device."""
+    """Return the parts of a model other than its network, loaded once per source and device."""
     return _components(info.source, str(device)) if info.source else Components()
 
 
@@ -79,7 +81,7 @@ def _components(source: str, device: str) -> Components:
 
 
 def _by_scheme(name: str) -> tuple[Family | None, str]:
-    """The family that `name` says, and what it says of it; none for the name of a folder."""
+    """Split `name` into a family and a source; the family is None if `name` is a folder."""
     name = expand(name)
     scheme, _, source = name.partition(":")
     if scheme == "diffusers":
@@ -88,7 +90,7 @@ def _by_scheme(name: str) -> tuple[Family | None, str]:
 
 
 def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
-    """Where the model called `name` lies; see `find_model`."""
+    """Return the folder of the model called `name`; see `find_model`."""
     folder = Path(expand(name))
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists():

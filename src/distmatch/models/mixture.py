@@ -1,7 +1,7 @@
 """The exact teacher: a Gaussian mixture, whose diffused density, score and posterior mean have closed forms.
 
 With `p(x0) = sum_k w_k N(m_k, s_k^2 I)` the diffused marginal is `sum_k w_k N(alpha m_k, ((alpha s_k)^2 + sigma^2) I)`.
-It is the yardstick of the tests: any schedule, any dimension, with labels, and nothing to learn.
+Tests measure against it: any schedule, any dimension, with labels, and nothing to train.
 """
 
 import math
@@ -23,10 +23,10 @@ class Mixture(Denoiser):
     Args:
         means: f[K,D].
         stds: f[K], isotropic.
-        weights: f[K], positive; brought to sum 1.
+        weights: f[K], positive; normalised to sum 1.
         labels: i64[K], the class of each component; a condition with label `c` keeps only those of class `c`.
-            A class that no component has raises `UserError`.
-        prediction: decides `weight(t)` alone; the denoiser is exact whatever it says.
+            A label that no component has raises `UserError`.
+        prediction: only determines `weight(t)`; the denoiser is exact in any case.
     """
 
     def __init__(
@@ -53,24 +53,24 @@ class Mixture(Denoiser):
         return self.means.shape[1]
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """The posterior mean `E[x0 | x_t]`, computed in float64 and returned in `x`'s precision."""
+        """Return the posterior mean `E[x0 | x_t]`, computed in float64 and returned in `x`'s precision."""
         return self._x0(x.double(), t.double(), cond).to(x.dtype)
 
     def score(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """`grad_x log q_t(x)`: f[B,D]."""
+        """Return `grad_x log q_t(x)`: f[B,D]."""
         x, t = x.double(), t.double()
         responsibility, variance = self._responsibility(x, t, cond)
         pull = (self.schedule.alpha(t)[:, None, None] * self.means - x[:, None]) / variance[..., None]
         return (responsibility[..., None] * pull).sum(1)
 
     def log_density(self, x: Tensor, t: Tensor | None = None, cond: Cond | None = None) -> Tensor:
-        """`log q_t(x)`: f[B]; of the data itself, `log p(x)`, without `t`."""
+        """Return `log q_t(x)`: f[B]; without `t`, the density of the data itself, `log p(x)`."""
         x = x.double()
         alpha, sigma = (x.new_ones(len(x)), x.new_zeros(len(x))) if t is None else self._levels(t.double())
         return torch.logsumexp(self._joint(x, alpha, sigma, cond), dim=1)
 
     def sample(self, n: int, generator: torch.Generator | None = None, cond: Cond | None = None) -> Tensor:
-        """`n` exact samples of the data: f64[n,D]; with `cond`, one for each of its `n` labels."""
+        """Return `n` exact samples of the data: f64[n,D]; with `cond`, one for each of its `n` labels."""
         weights = self._log_weights(n, cond).exp()
         k = torch.multinomial(weights, 1, replacement=True, generator=generator)[:, 0]
         eps = torch.randn(n, self.dim, dtype=torch.float64, generator=generator, device=self.means.device)
@@ -80,26 +80,26 @@ class Mixture(Denoiser):
         return self.schedule.alpha(t), self.schedule.sigma(t)
 
     def _x0(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        """`sum_k r_k (m_k sigma^2 + alpha s_k^2 x) / variance_k`, which stays regular where alpha or sigma is 0."""
+        """Return `sum_k r_k (m_k sigma^2 + alpha s_k^2 x) / variance_k`, which stays regular if alpha or sigma is 0."""
         alpha, sigma = (v[:, None] for v in self._levels(t))
         responsibility, variance = self._responsibility(x, t, cond)
         pull = (sigma**2)[..., None] * self.means + (alpha * self.stds**2)[..., None] * x[:, None]
         return (responsibility[..., None] * pull / variance[..., None]).sum(1)
 
     def _responsibility(self, x: Tensor, t: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        """`(p(k | x_t), variance of component k)`, each f[B,K]."""
+        """Return `(p(k | x_t), variance of component k)`, each f[B,K]."""
         alpha, sigma = self._levels(t)
         return self._joint(x, alpha, sigma, cond).softmax(1), _variance(alpha, sigma, self.stds)
 
     def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond | None) -> Tensor:
-        """`log w_k N(x; alpha m_k, variance_k)`: f[B,K]."""
+        """Return `log w_k N(x; alpha m_k, variance_k)`: f[B,K]."""
         variance = _variance(alpha, sigma, self.stds)
         distance = (x[:, None] - alpha[:, None, None] * self.means).square().sum(-1)
         normal = -0.5 * (distance / variance + self.dim * (2 * math.pi * variance).log())
         return self._log_weights(len(x), cond) + normal
 
     def _log_weights(self, n: int, cond: Cond | None) -> Tensor:
-        """Log weights f[n,K] under the condition, `-inf` for components of other classes."""
+        """Return log weights f[n,K] under the condition, `-inf` for components of other classes."""
         weights = self.log_weights.expand(n, -1)
         if cond is None or cond.label is None:
             return weights
@@ -123,7 +123,7 @@ def mixture(
     weights: Sequence[float] | None = None,
     labels: Sequence[int] | None = None,
 ) -> Mixture:
-    """A `Mixture` from plain numbers; equal weights unless told."""
+    """Make a `Mixture` from plain numbers; default: equal weights."""
     return Mixture(
         schedule,
         torch.tensor(means, dtype=torch.float64),
@@ -136,15 +136,15 @@ def mixture(
 def _toy2d() -> Mixture:
     """Two modes in the plane, as in Figure 3 of the paper.
 
-    They weigh 3 and 1 and lie 1.5 and 4.5 from the origin, which is the mean of the data. There a one-step student
-    starts that knows nothing but the scale: near the heavy mode, far from the other one.
+    They have weights 3 and 1 and lie 1.5 and 4.5 from the origin, which is the mean of the data. A one-step student
+    that knows only the scale of the data starts at the origin: near the heavy mode, far from the other one.
     """
     return Mixture(
         EDM(sigma_min=0.02, sigma_max=10.0),
         means=torch.tensor([[1.2, 0.9], [-3.6, -2.7]]),
         stds=torch.tensor([0.6, 0.6]),
         weights=torch.tensor([3.0, 1.0]),
-        prediction=Prediction("edm", sigma_data=1.9),  # root mean square of a coordinate of the data
+        prediction=Prediction("edm", sigma_data=1.9),  # root mean square of the data's coordinates
     )
 
 
@@ -153,7 +153,7 @@ MIXTURES: dict[str, Callable[[], Mixture]] = {"toy2d": _toy2d}
 
 
 class Mixtures(Family):
-    """Mixtures by name."""
+    """The family of mixtures, found by name."""
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
         if source not in MIXTURES:

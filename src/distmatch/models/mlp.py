@@ -9,16 +9,16 @@ from distmatch.models.guidance import GuidanceInput
 
 
 class MLP(nn.Module):
-    """`(x f[B,D], noise f[B], cond) -> f[B,D]`, unconditional: of `cond`, a guidance scale alone is looked at.
+    """`(x f[B,D], noise f[B], cond) -> f[B,D]`, unconditional: it uses nothing of `cond` but a guidance scale.
 
     Args:
         dim: D.
-        width: of every layer.
+        width: units per layer.
         depth: number of residual layers.
         guidance: it takes a guidance scale; see `models.guidance`.
 
-    The last layer starts at zero. Under EDM's preconditioning a new network is then `x0 = skip x_t`, which is the exact
-    denoiser of `N(0, sigma_data^2 I)`: the best that can be said of centred data of which only the scale is known.
+    The last layer starts at zero. With EDM's preconditioning a new network is then `x0 = skip x_t`, the exact denoiser
+    of `N(0, sigma_data^2 I)`: the best guess for centred data of which only the scale is known.
     """
 
     def __init__(self, dim: int = 2, width: int = 64, depth: int = 2, guidance: bool = False):

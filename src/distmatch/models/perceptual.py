@@ -1,7 +1,7 @@
-"""LPIPS as the regression loss: how far two images are apart in the features of a network that recognises things.
+"""LPIPS as the regression loss: the distance of two images in the features of a recognition network.
 
-Zhang et al., arXiv 1801.03924, with VGG-16 and average pooling as in `piq`, which the paper uses (Section 3.3,
-Appendix B): images upsampled to 224 x 224, values not clamped.
+Zhang et al., arXiv 1801.03924, with VGG-16 and average pooling as in `piq`, which the paper uses (Section 3.3, Appendix
+B): images upsampled to 224 x 224, values not clamped.
 """
 
 import os
@@ -25,24 +25,24 @@ VARIABLE = "DISTMATCH_WEIGHTS"
 LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 CHANNELS = [64, 128, 256, 512, 512]
 FILES = ("vgg16-397923af.pth", "lpips_weights.pt")
-"""As torchvision and piq publish them."""
+"""Names under which torchvision and piq publish the files."""
 
 
 class Lpips:
     """`(x f[B,C,H,W], y f[B,C,H,W]) -> f[]`, the mean over the batch; only `x` gets a gradient.
 
-    Images are in [-1, 1] and have one or three channels; values beyond count as they are, and so does their gradient.
-    A side shorter than `size` is upsampled to it. The weights follow the images to their device.
+    Images are in [-1, 1] and have one or three channels; values outside are used as they are, with their gradients. A
+    side shorter than `size` is upsampled to it. The weights follow the images to their device.
 
-    VGG runs under the caller's autocast, the distance in fp32: bf16 then moves the value by some 1e-4 and keeps the
+    VGG runs under the caller's autocast, the distance in fp32: bf16 then changes the value by about 1e-4 and keeps the
     gradient's direction (cosine above 0.999 at distances of 5e-4 and more, measured with random weights).
 
     Args:
-        weights: folder with `vgg16-397923af.pth` and `lpips_weights.pt`. A file that it lacks is taken from the folder
+        weights: folder with `vgg16-397923af.pth` and `lpips_weights.pt`. A file missing there is taken from the folder
             in the environment variable DISTMATCH_WEIGHTS, from the cache of `torch.hub`, or downloaded to that cache.
         size: in pixels; the paper's is 224.
 
-    Raises `UserError` where the extra `metrics` is not installed, or a file cannot be had or is damaged.
+    Raises `UserError` if the extra `metrics` is not installed, or if a file is unavailable or damaged.
     """
 
     def __init__(self, weights: str | None = None, size: int = 224):
@@ -57,7 +57,7 @@ class Lpips:
         if found != CHANNELS:
             raise UserError(f"{linear_file} holds no weights of LPIPS: expected five tensors of {CHANNELS} weights")
         linear = [w.detach().float().view(1, -1, 1, 1) for w in linear]
-        with torch.device("meta"):  # the classifier, 500 MB, is neither made nor kept
+        with torch.device("meta"):  # the 500 MB classifier is never allocated
             features = vgg16().features
         state = _read(vgg_file)
         try:
@@ -82,7 +82,7 @@ class Lpips:
         return torch.stack(distances).sum(0).mean()
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        """Five feature maps in fp32, of unit length over the channels."""
+        """Return five feature maps in fp32, of unit length over the channels."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise UserError(f"LPIPS compares images of 1 or 3 channels; got shape {list(x.shape)}: choose another loss")
         x = (x.float() + 1) / 2
@@ -92,7 +92,7 @@ class Lpips:
 
 
 def write_random_weights(folder: Path) -> None:
-    """Both files with random weights, where only the arithmetic matters: tests, benchmarks, `--scale cpu-smoke`."""
+    """Write both files with random weights, if values don't matter: tests, benchmarks, `--scale cpu-smoke`."""
     need("torchvision", by="LPIPS")
     from torchvision.models import vgg16
 
@@ -109,7 +109,7 @@ def write_random_weights(folder: Path) -> None:
 
 
 def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
-    """The file of `url` in the first folder that has it; downloaded if none has."""
+    """Return the file of `url` in the first folder that has it; download it if none has."""
     name = url.rsplit("/", 1)[-1]
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     folders = [*(Path(expand(folder)) for folder in (weights, os.environ.get(VARIABLE)) if folder), cache]
@@ -127,7 +127,7 @@ def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
 
 
 def _read(file: Path) -> Any:
-    """What `torch.save` wrote; tensors only."""
+    """Read a file written by `torch.save`; tensors only."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError) as error:

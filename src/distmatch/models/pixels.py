@@ -1,6 +1,6 @@
-"""A feature space without training: the principal components of the pixels of real images.
+"""A feature space that needs no training: the principal components of the pixels of real images.
 
-It sees where everything is and nothing of what it means: as unlike a classifier's features as can be.
+It sees where everything is but not what it means, which makes it as different as possible from a classifier's features.
 """
 
 from math import prod
@@ -50,7 +50,7 @@ class Pixels(nn.Module):
         return {"space": "pixels", "shape": list(self.shape)}
 
     def both(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """`(features f[B,F], None)`. Raises `UserError` for images of another shape than the basis was made of."""
+        """Return `(features f[B,F], None)`. Raises `UserError` for images of another shape than those of the basis."""
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape:
             expected = f"uint8 (B, {', '.join(map(str, self.shape))})"
             raise UserError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; the real images are {expected}")
@@ -65,7 +65,7 @@ class Pixels(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Pixels":
-        """The space in `folder`. Raises `UserError` where the folder is damaged or holds something else."""
+        """Load the space in `folder`. Raises `UserError` if the folder is damaged or holds something else."""
         try:
             config = read_json(folder / "config.json", dict[str, Any])
             if config["format"] != FORMAT:
@@ -78,10 +78,10 @@ class Pixels(nn.Module):
 
 
 def principal_components(images: Images, components: int = COMPONENTS, sample: int = 10_000) -> Pixels:
-    """The space of the first `components` principal components of `images`, or of a `sample` of them.
+    """Return the space of the first `components` principal components of `images`, or of a `sample` of them.
 
-    There are fewer where there are fewer pixels, or fewer images than twice as many, which could not span them.
-    A function of the images, but for rounding. Raises `UserError` for fewer than 2 images.
+    There are fewer components if there are fewer pixels, or if there are fewer than two images per component. The
+    result depends only on the images, up to rounding. Raises `UserError` for fewer than 2 images.
     """
     if len(images) < 2:
         raise UserError(f"principal components of {len(images)} image were asked for; at least 2 are needed")
@@ -90,6 +90,6 @@ def principal_components(images: Images, components: int = COMPONENTS, sample: i
     mean = x.mean(0)
     most = min(components, x.shape[1], len(images) // 2)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the method starts from random directions and turns them
+        torch.manual_seed(0)  # the method starts from random directions
         basis = torch.svd_lowrank(x - mean, q=min(most + 16, *x.shape), niter=4)[2][:, :most]
     return Pixels(tuple(images.pixels.shape[1:]), mean, basis.contiguous())

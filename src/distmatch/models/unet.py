@@ -1,7 +1,7 @@
-"""A small U-Net for small images: the network behind `distmatch teach` and the embedded teacher.
+"""A small U-Net for small images: the network of `distmatch teach` and of the embedded teacher.
 
 Residual blocks with adaptive group normalisation and one attention layer at the lowest resolution, after Dhariwal and
-Nichol (2021) and Karras et al. (2022). A space-to-depth stem trades resolution for channels, which a CPU likes.
+Nichol (2021) and Karras et al. (2022). A space-to-depth stem trades resolution for channels, which is faster on a CPU.
 """
 
 import math
@@ -21,7 +21,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start a residual branch at zero, so that every block begins as the identity."""
+    """Initialise the end of a residual branch to zero, so that every block starts as the identity."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, all told the same embedding."""
+    """Residual blocks at one resolution, all given the same embedding."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, embedding: int):
         super().__init__()
@@ -88,8 +88,8 @@ class UNet(nn.Module):
         patch: side of the space-to-depth stem; H and W must be multiples of `patch * 2 ** (len(widths) - 1)`.
         guidance: it takes a guidance scale; see `models.guidance`.
 
-    `noise` is what the prediction wrapper makes of the noise level (EDM: `ln(sigma) / 4`). Label number `classes`
-    stands for "no label", so that a network trained with label dropout can be guided.
+    `noise` is the prediction wrapper's encoding of the noise level (EDM: `ln(sigma) / 4`). Label number `classes` means
+    "no label", so that a network trained with label dropout can be guided.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)
 
     def embedding(self, noise: Tensor, cond: Cond | None) -> Tensor:
-        """Noise level and label as one vector per sample: f[B,E]."""
+        """Return noise level and label as one vector per sample: f[B,E]."""
         angles = noise[:, None] * self.freqs
         embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
         if self.label is not None:

@@ -1,1 +1,1 @@
-"""Teachers in diffusers' format: one file per family, and what they share."""
+"""Teachers in diffusers' format: one file per family, and shared code."""

@@ -1,4 +1,4 @@
-"""Latents to pixels: the autoencoder's decoder of a latent diffusion model, full or tiny."""
+"""Decodes latents to pixels with a latent diffusion model's autoencoder, full or tiny."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,14 +14,14 @@ from distmatch.system.extras import need
 
 
 class Decoder(nn.Module):
-    """`(latents f[B,C,h,w]) -> images f[B,3,8h,8w]` in about [-1, 1], not clamped; gradients go through.
+    """`(latents f[B,C,h,w]) -> images f[B,3,8h,8w]` in about [-1, 1], not clamped; gradients pass through.
 
     Latents are scaled as the diffusion model sees them.
 
     Args:
-        vae: diffusers' autoencoder, whose decoder is frozen and whose encoder goes.
-        checkpointing: recompute activations in the backward pass instead of keeping them. At 512 x 512 the full decoder
-            keeps some gigabytes per image otherwise.
+        vae: diffusers' autoencoder; its decoder is frozen and its encoder is deleted.
+        checkpointing: recompute activations in the backward pass instead of keeping them. Without it, the full decoder
+            keeps several gigabytes per image at 512 x 512.
     """
 
     def __init__(self, vae: Any, checkpointing: bool = False):
@@ -36,14 +36,14 @@ class Decoder(nn.Module):
             return checkpoint(self._decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
         if torch.is_grad_enabled():
             return self._decode(z)
-        return torch.cat([self._decode(one) for one in z.split(1)])  # the full decoder takes gigabytes per image
+        return torch.cat([self._decode(one) for one in z.split(1)])  # the full decoder uses gigabytes per image
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z, return_dict=False)[0]
 
 
 def tiny_decoder(source: str, checkpointing: bool = False, weights: bool = True) -> Decoder:
-    """The decoder of a tiny autoencoder such as madebyollin/taesd (folder or model id).
+    """Return the decoder of a tiny autoencoder such as madebyollin/taesd (folder or model id).
 
     Without `weights` it is built from its settings alone.
     """
@@ -56,7 +56,7 @@ def tiny_decoder(source: str, checkpointing: bool = False, weights: bool = True)
 
 
 def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Latents f[B,C,h,w] as the autoencoder has them, from those that the diffusion model sees."""
+    """Convert latents f[B,C,h,w] from the diffusion model's scale to the autoencoder's."""
     z = latents / config["scaling_factor"]
     if config.get("latents_mean") is None:
         return z
@@ -65,9 +65,10 @@ def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:
-    """Raise `UserError` where an autoencoder's settings scale latents otherwise than the pipeline does.
+    """Raise `UserError` if an autoencoder's settings scale latents differently from the pipeline.
 
-    Stable Diffusion's has `scaling_factor` alone, that of XL (`means`) also both of `latents_mean`, `latents_std`.
+    Stable Diffusion's autoencoder has only `scaling_factor`; that of XL (`means`) may also have both `latents_mean` and
+    `latents_std`.
     """
     scale = vae.get("scaling_factor", 1.0)
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
@@ -80,7 +81,7 @@ def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:
 
 
 class Decoded:
-    """A distance of latents: that of the images that `decode` makes of them. Only `x` gets a gradient."""
+    """A distance of latents: the distance of the images that `decode` makes of them. Only `x` gets a gradient."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], decode: Callable[[Tensor], Tensor]):
         self.loss, self.decode = loss, decode

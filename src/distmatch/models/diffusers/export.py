@@ -1,8 +1,8 @@
-"""Students in diffusers' format: a pipeline of its own, or a LoRA for the teacher's.
+"""Exports students in diffusers' format: a complete pipeline, or a LoRA for the teacher's.
 
-Both come with a scheduler that makes diffusers' one step ours: DDIM (arXiv 2010.02502) that ends at the student's time
-`t`, counted down to a last step that returns `x0` as it is. An export is written beside its place; `distmatch.json` in
-it says that it is one, so that it may be replaced, and has the SHA-256 of each of its files.
+Both come with a scheduler whose single step is the student's: DDIM (arXiv 2010.02502), truncated at the student's time
+`t` so that its one step starts there and returns `x0` unchanged. An export is written next to its place and then moved.
+Its `distmatch.json` marks it as one, so that it may be replaced, and has the SHA-256 of each of its files.
 """
 
 from collections.abc import Callable
@@ -31,11 +31,12 @@ FORMAT = "distmatch-export-1"
 
 @owns_out
 def export_diffusers(run: str, out: Path, source: str | None = None, half: bool = False) -> None:
-    """`distmatch export diffusers`: the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens.
+    """Write the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens (`distmatch export
+    diffusers`).
 
     `pipe(prompt, num_inference_steps=1, guidance_scale=1)` makes the student's image from its noise, adapters merged.
-    Raises `UserError` where the student is none of a model in diffusers' format, or `out` holds anything but an older
-    export of this kind, which is replaced.
+    Raises `UserError` if the student does not come from a model in diffusers' format, or if `out` holds anything but an
+    older export of this kind, which is replaced.
     """
     _parts(out, "diffusers")
     need("diffusers", "transformers", by="export")
@@ -53,9 +54,9 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
 
 @owns_out
 def export_lora(run: str, out: Path) -> None:
-    """`distmatch export lora`: the adapters of the student `run` and its scheduler, for the teacher's pipeline.
+    """Write the adapters of the student `run` and its scheduler, for the teacher's pipeline (`distmatch export lora`).
 
-    Raises `UserError` where the student has no adapters, or `out` holds anything but an older export of this kind,
+    Raises `UserError` if the student has no adapters, or if `out` holds anything but an older export of this kind,
     which is replaced.
     """
     _parts(out, "lora")
@@ -78,7 +79,7 @@ def export_lora(run: str, out: Path) -> None:
 
 
 def _parts(out: Path, kind: str) -> set[str]:
-    """The parts of the export of this kind in `out`, if there is one. Raises `UserError` for anything else there."""
+    """Return the parts of an export of this kind in `out`, if any. Raises `UserError` for anything else there."""
     there = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
     mark = read_json(out / MARK, dict[str, Any]) if MARK in there else {}
     if there and (mark.get("format"), mark.get("kind")) != (FORMAT, kind):
@@ -90,7 +91,7 @@ def _parts(out: Path, kind: str) -> set[str]:
 
 
 def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any]) -> None:
-    """The export that `write(folder)` makes, as `out`. Without the file `last`, diffusers does not take it for one."""
+    """Place the export made by `write(folder)` in `out`. Without the file `last`, diffusers does not accept it."""
     before = _parts(out, kind)
     with together(out, last) as beside:
         write(beside)

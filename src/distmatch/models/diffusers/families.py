@@ -1,4 +1,4 @@
-"""The families in diffusers' format, by the class in their `model_index.json`: one line each."""
+"""The families of teachers in diffusers' format, by the class in their `model_index.json`: one line each."""
 
 import re
 from pathlib import Path
@@ -18,15 +18,15 @@ FAMILIES: dict[str, DiffusersFamily] = {
 NETWORKS: dict[str, type[nn.Module]] = {
     name: network for family in FAMILIES.values() for name, network in family.networks.items()
 }
-"""Their networks by the names that they have in model folders."""
+"""Their networks, by their names in model folders."""
 
 
 def family_in(source: str) -> DiffusersFamily:
-    """The family of the model `source`, a folder in diffusers' format or a model id.
+    """Return the family of the model `source`, a folder in diffusers' format or a model id.
 
-    Raises `UserError` where there is no such model, or it is of none of `FAMILIES`.
+    Raises `UserError` if there is no such model, or if its class is not in `FAMILIES`.
     """
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # or a hub would be asked for it
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # otherwise the hub would be asked
         raise UserError(f"{source!r} is neither a folder here nor a model id, OWNER/NAME")
     kind = index(source)[0]
     if kind not in FAMILIES:

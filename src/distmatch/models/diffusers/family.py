@@ -1,4 +1,4 @@
-"""What the families in diffusers' format share: encoders and an autoencoder beside the network, and a pipeline."""
+"""The base of all families in diffusers' format: text encoders, an autoencoder and a pipeline."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -18,51 +18,51 @@ from distmatch.system.extras import need
 
 
 class DiffusersFamily(Family):
-    """A class of pipelines in diffusers. One of its own is a subclass in a file, and a line in `families`.
+    """A class of pipelines in diffusers. To add your own, write a subclass in a file and a line in `families`.
 
     `source` is a folder in diffusers' format, or the id of a model in the cache or on the hub.
     """
 
     networks: ClassVar[Mapping[str, type[nn.Module]]]
-    """Our networks for it, by the names that they have in model folders."""
+    """Our networks for this family, by their names in model folders."""
 
     kinds: ClassVar[Mapping[str, str]]
-    """The classes in diffusers of its networks, by part; text encoders are of those that the model names."""
+    """The diffusers classes of its networks, by part; the model itself names those of its text encoders."""
 
     untouched: ClassVar[Mapping[str, Any]] = {}
-    """The arguments with which its pipeline leaves finished images as they are."""
+    """Pipeline arguments that leave finished images unchanged."""
 
     def settings(self, source: str) -> Settings:
-        """What the model's files say of it.
+        """Return the settings in the model's files, without reading weights.
 
-        Raises `UserError` for what changes the mathematics and is not followed here; no weight is read.
+        Raises `UserError` for settings that change the mathematics in ways that are not supported here.
         """
         raise NotImplementedError
 
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
-        """The condition of `prompts` by the encoders of `pipe`; `negative`: as the `uncond` of guidance."""
+        """Return the condition of `prompts` by the encoders of `pipe`; `negative`: as the `uncond` of guidance."""
         raise NotImplementedError
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
-        """The pipeline of `source` with the student in it, whose one step is the student's.
+        """Return the pipeline of `source` with the student in it, whose single step is the student's.
 
-        Raises `UserError` for a student that is not of this family, or of another model than `source`.
+        Raises `UserError` for a student of another family, or of another model than `source`.
         """
         raise NotImplementedError
 
     def student_lora(self, student: Denoiser, info: Info) -> tuple[dict[str, Any], Any]:
-        """The student's adapters as the pipeline's `save_lora_weights` takes them, and its scheduler.
+        """Return the student's adapters, as the pipeline's `save_lora_weights` takes them, and its scheduler.
 
-        Raises `UserError` for a student without adapters, or which is more than they can carry.
+        Raises `UserError` for a student without adapters, or with trained weights besides them.
         """
         raise NotImplementedError
 
     def pipeline(self, source: str, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
-        """diffusers' pipeline of the model; see `hub.pipeline`. What `settings` refuses is refused."""
+        """Return diffusers' pipeline of the model; see `hub.pipeline`. Refuses what `settings` refuses."""
         return hub.pipeline(source, self.settings(source).parts, self.kinds, dtype, **parts)
 
     def text_encoder(self, source: str, device: torch.device | str = "cpu") -> TextEncoder:
-        """The model's own text encoders, in fp32 as the networks that conditions go into."""
+        """Return the model's own text encoders, in fp32 like the networks that use the conditions."""
         known = self.settings(source)
         absent: dict[str, Any] = dict.fromkeys(
             name for name in known.parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))

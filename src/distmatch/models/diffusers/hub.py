@@ -1,7 +1,7 @@
-"""Models in diffusers' format, from a folder, the cache or the hub: the one place that reads them.
+"""The only reader of models in diffusers' format, from a folder, the cache or the hub.
 
-Settings are checked before anything is computed: what changes the mathematics is followed or refused by name. Weights
-are read from safetensors alone, in full or half precision, and all of them have to be there.
+Settings are checked before anything is computed: those that change the mathematics are either followed or refused by
+name. Weights are only read from safetensors, in full or half precision, and all of them must be there.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,19 +22,19 @@ from distmatch.system.plain import read_json
 T = TypeVar("T")
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of a pipeline that it can do without."""
+"""Parts that a pipeline can do without."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model's own files say of it.
+    """The settings in a model's own files.
 
     Args:
         parts: library and class of each of its parts, by name.
         scheduler: its scheduler's settings, as the pipeline uses them.
-        schedule, prediction: the same in our words.
+        schedule, prediction: the same as distmatch's schedule and prediction.
         network: its denoising network's settings.
-        shape: (C, h, w) of what the network makes.
+        shape: (C, h, w) of the network's output.
         size: (H, W) of images.
     """
 
@@ -48,14 +48,14 @@ class Settings:
 
 
 def index(source: str) -> tuple[str, dict[str, tuple[str, str]]]:
-    """The class of the model's pipeline, and library and class of each of its parts, by name."""
+    """Return the class of the model's pipeline, and library and class of each of its parts, by name."""
     found = config(source, "model_index.json")
     parts = {name: tuple(part) for name, part in found.items() if isinstance(part, list | tuple) and part[0]}
     return str(found.get("_class_name")), parts
 
 
 def config(source: str, file: str, folder: str | None = None) -> dict[str, Any]:
-    """A file of settings, as plain data."""
+    """Return a file of settings as plain data."""
     need("diffusers", by=source)
     from diffusers.configuration_utils import ConfigMixin
 
@@ -69,9 +69,9 @@ def config(source: str, file: str, folder: str | None = None) -> dict[str, Any]:
 
 
 def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The network `name` of the model, of the class `kind`; `name` is empty where the source is that network.
+    """Load the model's network `name`, of class `kind`; `name` is empty if the source is that network itself.
 
-    Raises `UserError` where it cannot be had, where weights are missing or left over, or are not finite.
+    Raises `UserError` if it is unavailable, or if weights are missing, left over or not finite.
     """
     _no_pickles(source, name)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
@@ -79,7 +79,7 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
         options["subfolder"] = name
     found, info = _in_any_precision(source, lambda half: kind.from_pretrained(source, **options, **half))
     wrong = [str(key) for faults in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in info[faults]]
-    wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # which older files have, of no effect
+    wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # present in older files, without effect
     if wrong:
         raise UserError(
             f"{source}: {len(wrong)} weights of {name or kind.__name__} are missing, left over or of another shape, "
@@ -91,9 +91,9 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
 
 
 def outline(source: str, name: str, kind: Any) -> Any:
-    """The network `name` of the model as its settings have it; no weight is read. See `network`."""
+    """Build the model's network `name` from its settings, without reading weights. See `network`."""
     part = {"subfolder": name} if name else {}
-    if hasattr(kind, "load_config"):  # diffusers'; others are transformers'
+    if hasattr(kind, "load_config"):  # diffusers' classes; the others are transformers'
         return kind.from_config(fetched(source, lambda: kind.load_config(source, **part)))
     return kind(fetched(source, lambda: kind.config_class.from_pretrained(source, **part)))
 
@@ -105,13 +105,13 @@ def pipeline(
     dtype: torch.dtype = torch.float32,
     **parts: Any,
 ) -> Any:
-    """diffusers' pipeline of the model, quiet; `parts` are given in place of its own, and its arguments.
+    """Return diffusers' pipeline of the model, without progress bars; `parts` replace its own parts and arguments.
 
-    Optional parts that the folder lists and lacks are left out. Raises `UserError` where it cannot be had.
+    Optional parts that the folder lists but lacks are omitted. Raises `UserError` if the model is unavailable.
 
     Args:
         listed: library and class of each part, see `index`.
-        kinds: the classes in diffusers that the networks among them have to be of.
+        kinds: the required diffusers classes of its networks.
     """
     need("diffusers", "transformers", by=source)
     import diffusers
@@ -135,24 +135,24 @@ def pipeline(
     pipe: Any = _in_any_precision(source, lambda half: DiffusionPipeline.from_pretrained(source, **options, **half))
     pipe.set_progress_bar_config(disable=True)
     for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and part is not None and part.model_max_length > 1_000_000:  # it is not said
+        if name.startswith("tokenizer") and part is not None and part.model_max_length > 1_000_000:  # not set
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
             part.model_max_length = encoder.config.max_position_embeddings
     return pipe
 
 
 def fetched(source: str, load: Callable[[], T]) -> T:
-    """`load()`; what it raises where `source` cannot be had becomes a `UserError` that says what to do."""
+    """Return `load()`; an error because `source` is unavailable becomes a `UserError` that says what to do."""
     need("diffusers", "transformers", by=source)
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # or every caption of more than 77 tokens is printed
+    logging.set_verbosity_error()  # otherwise every caption of more than 77 tokens is printed
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     for file in [*Path(source).glob("*.json"), *Path(source).glob("*/*config.json")]:
-        read_json(file, dict[str, Any])  # diffusers takes them as they are
+        read_json(file, dict[str, Any])  # diffusers does not check them
     try:
         with at_most(limits.limit(limits.TENSORS)):
             return load()
@@ -166,7 +166,7 @@ def fetched(source: str, load: Callable[[], T]) -> T:
 
 
 def _in_any_precision(source: str, load: Callable[[dict[str, str]], T]) -> T:
-    """What `load` makes of the weights in full precision or, where there are no such files, in half."""
+    """Call `load` for the weights in full precision or, if there are no such files, in half precision."""
 
     def either() -> T:
         try:
@@ -181,7 +181,7 @@ def _in_any_precision(source: str, load: Callable[[dict[str, str]], T]) -> T:
 
 
 def _no_pickles(source: str, name: str) -> None:
-    """Raise `UserError` where a folder has weights as pickles alone."""
+    """Raise `UserError` if a folder has its weights only as pickles."""
     files = [file.name for file in (Path(source) / name).glob("*")] if Path(source).is_dir() else []
     pickles = [file for file in files if file.endswith((".bin", ".ckpt", ".pt", ".pth"))]
     if pickles and not any(file.endswith(".safetensors") for file in files):

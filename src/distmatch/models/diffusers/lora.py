@@ -1,4 +1,4 @@
-"""Adapters (LoRA, arXiv 2106.09685) beside the linear layers of a network's transformer blocks, by peft."""
+"""Adds and merges adapters (LoRA, arXiv 2106.09685) in the transformer blocks of a network, using peft."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from distmatch.system.extras import need
 
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-"""The linear layers of the transformer blocks, which adapters are put beside."""
+"""The linear layers of the transformer blocks that get adapters."""
 
 
 def add_adapters(network: Any, rank: int) -> None:
-    """Put adapters beside the linear layers of `network`, one of diffusers', and freeze the rest of it."""
+    """Add adapters to the linear layers of `network`, one of diffusers', and freeze everything else in it."""
     need("peft", by="student.lora_rank")
     from peft import LoraConfig
 
@@ -20,13 +20,13 @@ def add_adapters(network: Any, rank: int) -> None:
 
 
 def merge_adapters(network: Any) -> None:
-    """Add the adapters of `network` to the weights that they are beside, and take them away."""
+    """Add the adapters of `network` to its weights, and remove them."""
     network.fuse_lora()
     network.unload_lora()
 
 
 def adapters(network: Any) -> dict[str, Tensor]:
-    """The adapters' weights, named as diffusers' `save_lora_weights` takes them."""
+    """Return the adapters' weights, named as diffusers' `save_lora_weights` expects."""
     need("peft", by="a LoRA")
     from peft.utils.save_and_load import get_peft_model_state_dict
 

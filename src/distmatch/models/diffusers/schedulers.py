@@ -1,4 +1,4 @@
-"""diffusers' schedulers: what their settings mean to us, and one whose only step is a student's."""
+"""Translates the settings of diffusers' schedulers, and makes one whose single step is a student's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-"""diffusers' `prediction_type` in our words."""
+"""diffusers' `prediction_type` -> our name."""
 
 
 def schedule_of(scheduler: Mapping[str, Any], source: str) -> VP:
-    """The noise schedule of a diffusers scheduler's settings. Raises `UserError` for one without betas."""
+    """Return the noise schedule of a diffusers scheduler's settings. Raises `UserError` for one without betas."""
     try:
         return VP.from_scheduler(scheduler)
     except UserError as error:
@@ -20,7 +20,7 @@ def schedule_of(scheduler: Mapping[str, Any], source: str) -> VP:
 
 
 def prediction_of(scheduler: Mapping[str, Any], source: str) -> str:
-    """What the network of a model with this scheduler predicts."""
+    """Return what the network of a model with this scheduler predicts."""
     kind = str(scheduler.get("prediction_type", "epsilon"))
     if kind not in PREDICTIONS:
         raise UserError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
@@ -28,11 +28,11 @@ def prediction_of(scheduler: Mapping[str, Any], source: str) -> str:
 
 
 def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
-    """diffusers' DDIM with the one step of `G(z) = mu(z, t)`: at `t`, straight to `x0`.
+    """Return diffusers' DDIM with the single step `G(z) = mu(z, t)`: from `t` straight to `x0`.
 
-    With `trailing` spacing, a single step is at the last of the trained times: the betas behind `t` are cut off.
+    With `trailing` spacing, a single step is at the last of the trained times: the betas after `t` are cut off.
 
-    Raises `UserError` for a `t` that is no whole step.
+    Raises `UserError` if `t` is not a whole step.
     """
     need("diffusers", by="export")
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -43,7 +43,7 @@ def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
         num_train_timesteps=int(t) + 1,
         trained_betas=schedule.table()[: int(t) + 1].tolist(),
         clip_sample=False,
-        steps_offset=1,  # not used by this spacing; others are warned of
+        steps_offset=1,  # unused by this spacing; other values cause a warning
         set_alpha_to_one=True,
         timestep_spacing="trailing",
         prediction_type=prediction,

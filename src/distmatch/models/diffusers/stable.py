@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x, 2.x and XL: their U-Net as one of our networks, and what each of the two families answers.
+"""Stable Diffusion 1.x, 2.x and XL: their U-Net as one of our networks, and the two families.
 
-Everything is read from the model's own configurations; nothing is decided by its name.
+Everything is read from the model's own configuration; nothing depends on its name.
 """
 
 import copy
@@ -26,7 +26,7 @@ from distmatch.system.extras import need
 from distmatch.system.plain import fitting
 
 TOKENS = 77
-"""The length of CLIP's texts."""
+"""Length of CLIP's texts, in tokens."""
 
 TEXT_ALONE: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
@@ -35,11 +35,11 @@ TEXT_ALONE: dict[str, tuple[Any, ...]] = {
     "time_cond_proj_dim": (None,),
     "addition_embed_type": (None, "text_time"),
 }
-"""Settings of a U-Net's further inputs, and their values where it has none but SDXL's."""
+"""Settings for further inputs of a U-Net, and the values that mean it has none except SDXL's."""
 
 
 PLAIN = {"thresholding": False, "clip_sample": False, "skip_prk_steps": True}
-"""Settings of a scheduler that change what is sampled, and the values that are followed."""
+"""Scheduler settings that change what is sampled, and the only values supported."""
 
 
 _Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
@@ -48,16 +48,16 @@ _Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
 class StableUNet(nn.Module):
     """`(x f[B,4,h,w], t f[B], cond) -> f[B,4,h,w]`: diffusers' `UNet2DConditionModel`.
 
-    `cond.text f[B,L,C]` are the text encoders' states; without text the network takes its own `null_text`, the states
-    of the empty prompt, so that it can be guided. SDXL's further conditions are `cond.extra["pooled"] f[B,P]` and
+    `cond.text f[B,L,C]` are the text encoders' states; without text the network uses its own `null_text`, the states of
+    the empty prompt, so that it can be guided. SDXL's further conditions are `cond.extra["pooled"] f[B,P]` and
     `cond.extra["size"] f[B,6]`.
 
     Args:
         unet: its configuration, or diffusers' own network.
         text: (L, C).
         pooled: P, for SDXL.
-        guidance: it takes the scale `cond.extra["guidance"] f[B]` besides; see `models.guidance`.
-        lora: rank of the adapters beside its linear layers; 0 is none. Only they are trained then.
+        guidance: it also takes the scale `cond.extra["guidance"] f[B]`; see `models.guidance`.
+        lora: rank of the adapters on its linear layers; 0 for none. With adapters, only they are trained.
     """
 
     def __init__(self, unet: Any, text: tuple[int, int], pooled: int = 0, guidance: bool = False, lora: int = 0):
@@ -99,13 +99,13 @@ class StableUNet(nn.Module):
         return self.unet(x, t, text.to(x.dtype), timestep_cond=scale, added_cond_kwargs=added, return_dict=False)[0]
 
     def with_adapters(self, rank: int) -> "StableUNet":
-        """The same function with adapters of `rank`; all but they is frozen."""
+        """Return the same function with adapters of `rank`; everything else is frozen."""
         net = copy.deepcopy(self)
         net._adapt(rank)
         return net
 
     def merged(self) -> "StableUNet":
-        """The same function without adapters: they are added to the weights."""
+        """Return the same function with the adapters merged into the weights."""
         net = copy.deepcopy(self)
         if net.lora:
             merge_adapters(net.unet)
@@ -115,7 +115,7 @@ class StableUNet(nn.Module):
     def _adapt(self, rank: int) -> None:
         self.lora = rank
         add_adapters(self.unet, rank)
-        if self.guidance:  # a scale that is an input has weights of its own
+        if self.guidance:  # the guidance input has its own weights, which are trained too
             self.unet.time_embedding.cond_proj.requires_grad_(True)
 
 
@@ -127,9 +127,9 @@ class StableDiffusion(DiffusersFamily):
     kinds: ClassVar[Mapping[str, str]] = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     untouched: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     scheduler: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
-    """What its pipeline sets in the scheduler, whatever the file says."""
+    """Settings that its pipeline imposes on the scheduler, whatever the file says."""
     means = False
-    """Whether its pipeline follows the autoencoder's `latents_mean` and `latents_std`."""
+    """Whether its pipeline uses the autoencoder's `latents_mean` and `latents_std`."""
 
     def settings(self, source: str) -> Settings:
         _, parts = index(source)
@@ -156,7 +156,7 @@ class StableDiffusion(DiffusersFamily):
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         if Path(source).is_dir():
-            source = str(Path(source).resolve())  # students name it, wherever they are used
+            source = str(Path(source).resolve())  # students record this path, and are used from anywhere
         known = self.settings(source)
         unet: Any = network(source, "unet", UNet2DConditionModel)
         null = self.text_encoder(source).null()
@@ -193,7 +193,7 @@ class StableDiffusion(DiffusersFamily):
             )
         pipe = self.pipeline(source, dtype, unet=net.merged().unet)
         pipe.register_modules(scheduler=scheduler)
-        return pipe.to(dtype=dtype)  # all of one kind, whatever the source's files have
+        return pipe.to(dtype=dtype)  # the source's files may mix precisions
 
     def student_lora(self, student: Denoiser, info: Info) -> tuple[dict[str, Any], Any]:
         net, scheduler = self._exported(student, info)
@@ -204,7 +204,7 @@ class StableDiffusion(DiffusersFamily):
         return {"unet_lora_layers": adapters(net.unet)}, scheduler
 
     def _exported(self, student: Denoiser, info: Info) -> tuple[StableUNet, Any]:
-        """The student's network, and the scheduler whose one step is its own."""
+        """Return the student's network, and a scheduler whose single step is the student's."""
         if type(student.schedule) is not VP or not info.times:
             raise UserError("the student has another schedule than a Stable Diffusion has; it cannot be exported")
         t, *later = info.times
@@ -218,14 +218,14 @@ class StableDiffusion(DiffusersFamily):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL: two encoders, a pooled text, and the size that it was told of in training."""
+    """Stable Diffusion XL: two text encoders, pooled text, and the image size as a condition."""
 
     untouched: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     scheduler: ClassVar[Mapping[str, Any]] = {}
     means = True
 
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
-        """`text`, `extra["pooled"] f[B,P]`, and `extra["size"] f[B,6]`: an image neither scaled nor cropped."""
+        """Return `text`, `extra["pooled"] f[B,P]` and `extra["size"] f[B,6]`, for images not scaled or cropped."""
         text, negative_text, pooled, negative_pooled = _states(pipe, prompts, negative)
         size = torch.tensor([*known.size, 0, 0, *known.size], device=pipe.device, dtype=torch.float32)
         size = size.expand(len(prompts), -1)
@@ -245,7 +245,7 @@ def _stable(net: nn.Module) -> StableUNet:
 
 
 def _states(pipe: Any, prompts: list[str], negative: bool) -> Any:
-    """(text, negative text) and, for SDXL, (pooled, negative pooled) as well; negative ones on demand."""
+    """Return (text, negative text) and for SDXL also (pooled, negative pooled); negative ones only if asked for."""
     return pipe.encode_prompt(
         prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=negative
     )
@@ -257,7 +257,7 @@ def _info(source: str, known: Settings) -> Info:
 
 
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int]:
-    """(C, h, w) of the latents, where the U-Net takes them, text, and nothing besides."""
+    """Return (C, h, w) of the latents. Raises `UserError` if the U-Net takes anything but latents and text."""
     channels = unet.get("in_channels", 4)
     if not channels == unet.get("out_channels", 4) == vae.get("latent_channels", 4):
         raise UserError(

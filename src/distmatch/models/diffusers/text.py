@@ -1,4 +1,4 @@
-"""Prompts to conditions, by the text encoders that a diffusers model comes with."""
+"""Turns prompts into conditions with the text encoders of a diffusers model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ class TextEncoder:
     """`(prompts) -> Cond` by the model's own tokenizers and encoders.
 
     Args:
-        pipeline: diffusers' pipeline with these parts, on the device on which they compute.
-        states: `(pipeline, prompts, negative) -> Cond`, which a family knows; `negative`: as the `uncond` of guidance.
+        pipeline: diffusers' pipeline with these parts, on the device where they compute.
+        states: `(pipeline, prompts, negative) -> Cond`, from the family; `negative`: as the `uncond` of guidance.
     """
 
     def __init__(self, pipeline: Any, states: Callable[[Any, list[str], bool], Cond]):
@@ -27,31 +27,32 @@ class TextEncoder:
 
     @torch.no_grad()
     def null(self) -> Cond:
-        """The condition of no prompt, the `uncond` of guidance: one row."""
+        """Return the condition of the empty prompt, the `uncond` of guidance: one row."""
         return self.states(self.pipeline, [""], True)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the conditions: the encoders' weights and the tokenizers' sizes."""
+        """Return the SHA-256 of everything that determines the conditions: encoder weights and tokenizer sizes."""
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
         encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
         states = {f"{name}.{k}": v.float() for name, part in encoders.items() for k, v in part.state_dict().items()}
         return weights_digest(states, str({name: len(p) for name, p in parts.items() if name.startswith("tokenizer")}))
 
     def cut(self, prompts: Sequence[str]) -> int:
-        """How many of `prompts` are cut, of which `notice_cut` warns."""
+        """Return how many of `prompts` are cut, with a warning; see `notice_cut`."""
         return notice_cut(self.pipeline, prompts)
 
 
 def notice_cut(pipeline: Any, prompts: Sequence[str]) -> int:
-    """Warn of prompts that are longer than a tokenizer of diffusers' `pipeline` takes; return how many there are."""
+    """Warn about prompts that are longer than the tokenizers of `pipeline` accept; return how many there are."""
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
     limit = min((tokenizer.model_max_length for tokenizer in tokenizers), default=0)
-    # A token is a byte or more, and two stand around each text: few prompts have to be looked at.
+    # A token is at least one byte, and each text gets two extra: only few prompts need to be tokenized.
     long = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > limit - 2]
     cut: set[int] = set()
-    for tokenizer in tokenizers if long else ():
-        lengths = map(len, tokenizer([prompts[i] for i in long], truncation=False, verbose=False)["input_ids"])
-        cut |= {i for i, length in zip(long, lengths, strict=True) if length > tokenizer.model_max_length}
+    if long:
+        for tokenizer in tokenizers:
+            lengths = map(len, tokenizer([prompts[i] for i in long], truncation=False, verbose=False)["input_ids"])
+            cut |= {i for i, length in zip(long, lengths, strict=True) if length > tokenizer.model_max_length}
     if cut:
         first = min(cut)
         notice(

@@ -1,6 +1,6 @@
-"""A tiny random Stable Diffusion in diffusers' format, for tests and for `--scale cpu-smoke`.
+"""Writes a tiny random Stable Diffusion in diffusers' format, for tests and for `--scale cpu-smoke`.
 
-The parts have the kinds and the names of the real ones, and a million parameters in all: latents 4x8x8, images 64x64.
+The parts have the classes and names of the real ones, with a million parameters in all: latents 4x8x8, images 64x64.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from distmatch.system.extras import need
 
 MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
-"""The pieces that the tokenizer knows besides single bytes."""
+"""The merges that the tokenizer knows in addition to single bytes."""
 
 VAE_WIDTHS = (8, 16, 16, 16)
 
@@ -19,10 +19,10 @@ VAE_WIDTHS = (8, 16, 16, 16)
 def write_tiny_sd(
     folder: Path, *, kind: Literal["sd", "sdxl"] = "sd", prediction: str = "epsilon", seed: int = 0
 ) -> Path:
-    """Write a pipeline with the weights of `seed` into `folder`, which is returned.
+    """Write a pipeline with weights from `seed` to `folder`; return `folder`.
 
     Args:
-        kind: Stable Diffusion 1.5 or SDXL by its parts.
+        kind: the parts of Stable Diffusion 1.5 or of SDXL.
         prediction: `epsilon` or `v_prediction`.
     """
     diffusers, transformers = _libraries()
@@ -83,12 +83,12 @@ def write_tiny_sd(
             unet = diffusers.UNet2DConditionModel(
                 **size,
                 **blocks,
-                cross_attention_dim=64,  # both text encoders
+                cross_attention_dim=64,  # both text encoders together
                 attention_head_dim=(2, 4),
                 use_linear_projection=True,
                 addition_embed_type="text_time",
                 addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=6 * 8 + 32,  # six sizes and places, one pooled text
+                projection_class_embeddings_input_dim=6 * 8 + 32,  # six sizes and positions, one pooled text
             )
             pipe = diffusers.StableDiffusionXLPipeline(
                 vae=vae,
@@ -105,7 +105,7 @@ def write_tiny_sd(
 
 
 def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
-    """Write a tiny autoencoder (diffusers' `AutoencoderTiny`) for the same latents into `folder`, which is returned."""
+    """Write a tiny autoencoder (diffusers' `AutoencoderTiny`) for the same latents to `folder`; return `folder`."""
     diffusers, _ = _libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -121,7 +121,7 @@ def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
 
 
 def _libraries() -> tuple[Any, Any]:
-    """diffusers and transformers."""
+    """Import diffusers and transformers."""
     need("diffusers", "transformers", by="a text-to-image model")
     import diffusers
     import transformers
@@ -130,9 +130,9 @@ def _libraries() -> tuple[Any, Any]:
 
 
 def _vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary: each byte as one character, each again as the end of a word, the merges, start and end.
+    """Return CLIP's vocabulary: each byte as a character, each again as the end of a word, the merges, start and end.
 
-    Bytes that print stand for themselves; the others are the characters from 256 on, as in GPT-2.
+    Printable bytes stand for themselves; the others are mapped to the characters from 256 on, as in GPT-2.
     """
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [256 + i for i in range(256 - len(printing))]

@@ -1,1 +1,1 @@
-"""The networks of the EDM paper (Karras et al. 2022), and the checkpoints that were published with it."""
+"""The networks of the EDM paper (Karras et al. 2022), and the checkpoints published with it."""

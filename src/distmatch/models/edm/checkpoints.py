@@ -1,5 +1,6 @@
-"""The published EDM checkpoints (Karras et al. 2022). The source code in their pickles is never executed, see
-`unpickle`.
+"""Reads the published EDM checkpoints (Karras et al. 2022) and caches them as model folders.
+
+The source code in their pickles is never executed, see `unpickle`.
 """
 
 from hashlib import sha256
@@ -48,19 +49,19 @@ PUBLISHED: dict[str, tuple[type[SongUNet] | type[DhariwalUNet], dict[str, Any]]]
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 PRECONDITIONINGS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 FIXED = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "C_1": 0.001, "C_2": 0.008}
-"""Arguments of the preconditionings that are built in here."""
+"""Arguments of the preconditionings whose values are hard-coded here."""
 UNUSED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "img_channels", "label_dropout", *FIXED}
-"""Arguments that the network's constructor does not get: read elsewhere, or of no effect outside training."""
+"""Arguments that are not passed to the network: they are read elsewhere, or have no effect outside training."""
 
 
 class Published(Family):
-    """The EDM paper's networks, by a file or a URL."""
+    """The networks of the EDM paper, from a file or a URL."""
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
         return cached_edm(source)
 
     def outline(self, source: str) -> tuple[Denoiser, Info]:
-        """By the checkpoint's name: the file need not be there."""
+        """Return the outline by the checkpoint's name; the file need not exist."""
         name = Path(source).stem
         if name not in PUBLISHED:
             raise UserError(f"teacher 'edm:{source}' is no published checkpoint; import it and name its folder")
@@ -72,9 +73,9 @@ class Published(Family):
 
 
 def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:
-    """Write the checkpoint `source`, a file or a URL, as a model folder `out`; returns what was written.
+    """Write the checkpoint `source`, a file or a URL, as a model folder `out`; return what was written.
 
-    Raises `UserError` where the file is missing, damaged, hostile, or no EDM checkpoint.
+    Raises `UserError` if the file is missing, damaged, hostile, or not an EDM checkpoint.
     """
     denoiser, info = read_edm(_local(source))
     save_model(out, denoiser, info)
@@ -82,7 +83,7 @@ def import_edm(source: str, out: Path) -> tuple[Denoiser, Info]:
 
 
 def cached_edm(source: str) -> tuple[Denoiser, Info]:
-    """The checkpoint `source`, a file or a URL, by way of a model folder in the cache; a damaged one is made again."""
+    """Load the checkpoint `source`, a file or a URL, through a model folder in the cache; remake a damaged one."""
     file = _local(source)
     folder = CACHE / f"edm-{file_sha256(file)[:32]}"
     if (folder / "config.json").exists():
@@ -94,10 +95,10 @@ def cached_edm(source: str) -> tuple[Denoiser, Info]:
 
 
 def read_edm(file: Path) -> tuple[Denoiser, Info]:
-    """The EMA network of a published `.pkl`, with its preconditioning, in evaluation mode and fp32.
+    """Return the EMA network of a published `.pkl`, with its preconditioning, in evaluation mode and fp32.
 
-    Its noise range is EDM's sampler's, 0.002 to 80, inside of what the preconditioning allows; classes have numbers for
-    names. Raises `UserError` where the file is missing, damaged, hostile, or no EDM checkpoint.
+    Its noise range is that of EDM's sampler, 0.002 to 80, limited to what the preconditioning allows; classes are named
+    by their numbers. Raises `UserError` if the file is missing, damaged, hostile, or not an EDM checkpoint.
     """
     found = unpickle.network(file)
     top, inner = found.modules[""], found.modules.get("model")
@@ -112,7 +113,7 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
     channels, side = (top.kwargs.get(name) for name in ("img_channels", "img_resolution"))
     if not isinstance(channels, int) or not isinstance(side, int):
         raise UserError(f"{file}: img_channels is {channels!r} and img_resolution {side!r}; expected whole numbers")
-    iddpm = top.class_name == "iDDPMPrecond"  # its networks predict variances too
+    iddpm = top.class_name == "iDDPMPrecond"  # its networks also predict variances
     arguments = {"in_channels": channels, "out_channels": channels * (2 if iddpm else 1)}
     arguments |= {k: v for k, v in top.kwargs.items() if k not in UNUSED}
     state = {k.removeprefix("model."): v.float() for k, v in found.state.items() if k.startswith("model.")}
@@ -133,7 +134,7 @@ def read_edm(file: Path) -> tuple[Denoiser, Info]:
 def _network(
     kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], file: Path
 ) -> SongUNet | DhariwalUNet:
-    """The network with its weights."""
+    """Build the network and load its weights."""
     shapes = {name: value.shape for name, value in state.items()}
     net = build(f"{file}: {kind}", NETWORKS[kind], arguments, shapes)
     try:
@@ -144,7 +145,7 @@ def _network(
 
 
 def _local(source: str) -> Path:
-    """The file `source`, downloaded to the cache if it is a URL."""
+    """Return the file `source`, downloaded to the cache if it is a URL."""
     if not source.startswith(("http://", "https://")):
         file = Path(expand(source))
         if not file.is_file():

@@ -1,9 +1,9 @@
-"""The U-Nets of Karras et al. 2022 (EDM, arXiv 2206.00364), in the parameter naming of the published checkpoints.
+"""The U-Nets of Karras et al. 2022 (EDM, arXiv 2206.00364), with the parameter names of the published checkpoints.
 
 `SongUNet` is DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456): CIFAR-10, FFHQ, AFHQv2. `DhariwalUNet` is ADM
 (Dhariwal and Nichol 2021, arXiv 2105.05233): ImageNet-64. Written from the papers. The constructors take the arguments
-that the checkpoints were made with, under their names. Dropout acts in training mode only, which distillation is never
-in; the augmentation labels of EDM's training are accepted (`cond.extra["augment"]`) and, absent, stand for none.
+of the checkpoints, under their names. Dropout only acts in training mode, which distillation never uses. The
+augmentation labels of EDM's training are accepted (`cond.extra["augment"]`); without them there is no augmentation.
 """
 
 import math
@@ -21,9 +21,9 @@ HALF = math.sqrt(0.5)
 
 
 def resample(x: Tensor, kernel: Tensor, direction: str) -> Tensor:
-    """`x` at twice ("up") or half ("down") the resolution, smoothed by `kernel f[1,1,n,n]`, which sums to one."""
+    """Return `x` at twice ("up") or half ("down") the resolution, smoothed by `kernel f[1,1,n,n]` of sum one."""
     n = kernel.shape[-1]
-    if n == 2:  # the box: means and copies of 2x2 pixels
+    if n == 2:  # the box filter: means or copies of 2x2 pixels
         return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
     depthwise = kernel.to(x.dtype).expand(x.shape[1], 1, n, n)
     if direction == "down":
@@ -37,7 +37,7 @@ def _kernel(taps: Sequence[float]) -> Tensor:
 
 
 class Resample(nn.Module):
-    """A resolution change with nothing learned."""
+    """A resolution change without learned weights."""
 
     def __init__(self, direction: str, taps: Sequence[float]):
         super().__init__()
@@ -63,9 +63,10 @@ class ResampledConv(nn.Conv2d):
 
 
 class BlurredConv(nn.Conv2d):
-    """A 3x3 convolution, then half the resolution: NCSN++'s residual path from the input image.
+    """A 3x3 convolution followed by halving the resolution: NCSN++'s residual path from the input image.
 
-    The filter's padding is the convolution's, which sees zeros beyond the border rather than blurring into them.
+    The convolution also applies the filter's padding, so that it sees zeros beyond the border, instead of the filter
+    blurring into them.
     """
 
     def __init__(self, inputs: int, outputs: int, taps: Sequence[float]):
@@ -80,14 +81,14 @@ class BlurredConv(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """The residual block of all these networks, with its attention where it has heads.
+    """The residual block of all these networks, with attention if it has heads.
 
     Args:
-        direction: "up" or "down" where the block changes the resolution.
-        heads: of the attention; 0 for none.
-        adaptive: the embedding scales and shifts the normalised features (ADM); else it is added before (DDPM++).
+        direction: "up" or "down" if the block changes the resolution.
+        heads: number of attention heads; 0 for no attention.
+        adaptive: the embedding scales and shifts the normalised features (ADM); otherwise it is added before (DDPM++).
         scale: factor on the sum of branch and skip connection.
-        project: a resolution change has a 1x1 convolution on its skip connection even between equal widths.
+        project: with a resolution change, the skip connection has a 1x1 convolution even between equal widths.
     """
 
     def __init__(
@@ -191,14 +192,14 @@ class Positional(nn.Module):
 
 
 def _one_hot(cond: Cond | None, noise: Tensor, classes: int) -> Tensor:
-    """f[B,classes]; zeros where there is no label, or one of number `classes`."""
+    """Return f[B,classes]; zeros without a label, or for label number `classes`."""
     if cond is None or cond.label is None:
         return noise.new_zeros(len(noise), classes)
     return (cond.label[:, None] == torch.arange(classes, device=noise.device)).to(noise.dtype)
 
 
 class _UNet(nn.Module):
-    """The encoder and decoder of both networks, modules named by resolution."""
+    """The encoder and decoder of both networks, with modules named by resolution."""
 
     def __init__(
         self,
@@ -223,7 +224,8 @@ class _UNet(nn.Module):
         super().__init__()
         sides = [img_resolution >> level for level in range(len(widths))]
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        skips, width, image = [], first, in_channels
+        skips = []
+        width, image = first, in_channels
         for side, outputs in zip(sides, widths, strict=True):
             if side == img_resolution:
                 self.enc[f"{side}x{side}_conv"] = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -249,7 +251,7 @@ class _UNet(nn.Module):
                 width = outputs
 
     def trunk(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`(x f[B,C,H,H], embedding f[B,E]) -> f[B,width,H,H]`: down, and up again over the skip connections."""
+        """`(x f[B,C,H,H], embedding f[B,E]) -> f[B,width,H,H]`: down, then up again with the skip connections."""
         x = image = x.contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []
         for name, module in self.enc.items():
@@ -259,7 +261,7 @@ class _UNet(nn.Module):
                 x = module(x, embedding) if isinstance(module, Block) else module(x)
                 skips.append(x)
         for module in self.dec.values():
-            if isinstance(module, Block):  # else an output layer of SongUNet, which its forward applies
+            if isinstance(module, Block):  # otherwise an output layer of SongUNet, applied in its forward
                 x = module(torch.cat([x, skips.pop()], dim=1) if module.inputs != x.shape[1] else x, embedding)
         return x
 
@@ -360,7 +362,7 @@ class SongUNet(_UNet):
         return self.dec[f"{self.out}_conv"](F.silu(self.dec[f"{self.out}_norm"](x)))
 
     def _initialise(self) -> None:
-        """Glorot's uniform with zero biases; last layers of branches near zero (Karras et al. 2022, Appendix F.2)."""
+        """Glorot-uniform weights, zero biases; last layers of branches near zero (Karras et al. 2022, Appendix F.2)."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 last = name.endswith(("conv1", "proj", "aux_conv"))
@@ -370,7 +372,7 @@ class SongUNet(_UNet):
 
 
 class DhariwalUNet(_UNet):
-    """ADM: `(x f[B,C,H,H], noise f[B], cond) -> f[B,C,H,H]`, 64 channels per attention head; else as `SongUNet`."""
+    """ADM: `(x f[B,C,H,H], noise f[B], cond) -> f[B,C,H,H]`, 64 channels per attention head; see `SongUNet`."""
 
     def __init__(
         self,
@@ -391,7 +393,7 @@ class DhariwalUNet(_UNet):
         widths = [model_channels * m for m in channel_mult]
 
         def block(inputs: int, outputs: int, direction: str | None = None, attention: bool = False) -> Block:
-            heads = outputs // 64 if attention else 0  # a block of fewer channels has no attention at all
+            heads = outputs // 64 if attention else 0  # a block with fewer channels has no attention
             return Block(inputs, outputs, embedding, direction=direction, heads=heads, dropout=dropout)
 
         super().__init__(
@@ -428,7 +430,7 @@ class DhariwalUNet(_UNet):
         return self.out_conv(F.silu(self.out_norm(self.trunk(x, embedding))))
 
     def _initialise(self) -> None:
-        """PyTorch's own, which is ADM's, but for labels of unit variance and zeros at the end of every branch."""
+        """PyTorch's initialisation, as in ADM, except labels of unit variance and zeros at the end of every branch."""
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
         for name, module in self.named_modules():
