@@ -1,6 +1,6 @@
 """distmatch: turn a pretrained diffusion model into a one-step generator by Distribution Matching Distillation.
 
-The names below are loaded when they are first used, so that `import distmatch` costs nothing.
+The names below are loaded on first use, so that `import distmatch` stays fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Making images with a finished model: a one-step student, or a teacher with its sampler."""
+"""Makes images with a finished model: a one-step or few-step student, or a teacher with its sampler."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from distmatch.system.errors import UserError
 from distmatch.system.finite import check_images
 
 NoiseOf = Callable[[int], Tensor]
-"""Noise f[B,*D] of a batch's rows for a step behind the first, from 1."""
+"""Noise f[B,*D] for a batch's rows at a step after the first; steps count from 1."""
 
 Labels = int | str | Sequence[int] | Tensor | None
 
 
 @dataclass(frozen=True)
 class Output:
-    """`pixels u8[N,C,H,W]` and, as `images`, the same as Pillow images."""
+    """`pixels u8[N,C,H,W]` and, as `images`, the same in Pillow's format."""
 
     pixels: Tensor
 
@@ -43,12 +43,12 @@ class Output:
 class Pipeline:
     """`(n, labels or prompts, seed) -> images`: noise per sample, `make(z, cond)`, pixels, 8-bit rounding.
 
-    Image `i` of a seed is the same whatever `n`, the batch size and the other labels or prompts.
+    Image `i` of a seed is always the same, whatever `n`, the batch size and the other labels or prompts.
 
     Args:
         make: `(z f[B,*D], cond, noise_of) -> x f[B,*D]`.
-        nfe: network evaluations of one image.
-        parts: what encodes the model's prompts and decodes its latents.
+        nfe: network evaluations per image.
+        parts: encodes the model's prompts and decodes its latents.
     """
 
     def __init__(
@@ -76,15 +76,14 @@ class Pipeline:
         batch: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Output:
-        """Make `n` images; 16, or one per prompt, unless told.
+        """Make `n` images; default: 16, or one per prompt.
 
         Args:
             labels, prompts, guidance_scale: see `condition`.
-            batch: images per network evaluation; 256 unless told, 4 of a text-to-image model.
+            batch: images per network evaluation; default: 256, or 4 for a text-to-image model.
             progress: called with the number of images after each batch.
 
-        Raises `UserError` for a condition that the model does not take, and for a model of something other than
-        images.
+        Raises `UserError` for a condition that the model does not take, and for a model that does not make images.
         """
         if len(self.info.shape) != 3:
             raise UserError(
@@ -121,15 +120,15 @@ class Pipeline:
         prompts: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
     ) -> Cond | None:
-        """What `n` images are conditioned on, on the model's device.
+        """Return the condition of `n` images, on the model's device.
 
         Args:
-            labels: for a model with classes, one for all (number or name), one number per image, or `None` for the
-                classes in turn. A number in text is a name where classes are called by numbers.
-            prompts: for a text-to-image model, one for all or one per image.
-            guidance_scale: for a student that takes one (`info.guidance`); the middle of its range unless told.
+            labels: for a model with classes: one for all (number or name), one number per image, or `None` for the
+                classes in turn. A string of digits is a name if the classes are named by numbers.
+            prompts: for a text-to-image model: one for all, or one per image.
+            guidance_scale: for a student that takes one (`info.guidance`); default: the middle of its range.
 
-        Raises `UserError` for what the model does not take.
+        Raises `UserError` for anything that the model does not take.
         """
         numbers = self._labels(n, labels)
         texts = self._prompts(n, [prompts] if isinstance(prompts, str) else prompts)
@@ -142,15 +141,16 @@ class Pipeline:
         return None if cond is None else cond.to(self.device)
 
     def pixels(self, rows: Sequence[int], cond: Cond | None, seed: int) -> Tensor:
-        """Images number `rows` of `seed`: u8[len(rows),C,H,W] on the CPU."""
+        """Return the images numbered `rows` of `seed`: u8[len(rows),C,H,W] on the CPU."""
         return self.render(rng.noise(seed, rows, self.info.shape), cond, self.noise_of(seed, rows))
 
     def noise_of(self, seed: int, rows: Sequence[int]) -> NoiseOf:
-        """The noise of images number `rows` of `seed` for a student's later steps: the same in every batch."""
+        """Return the noise of images number `rows` of `seed` for a student's later steps: the same in every batch."""
         return lambda step: rng.noise(seed, rows, self.info.shape, step)
 
     def render(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
-        """Images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `UserError` where one is not finite.
+        """Return the images of given noise `z f[B,*D]`: u8[B,C,H,W] on the CPU. Raises `UserError` if one is not
+        finite.
 
         `noise_of`: for a student of several steps; default: that of the first images of seed 0.
         """
@@ -160,11 +160,11 @@ class Pipeline:
 
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
-        """Images f[B,C,H,W] in about [-1, 1], or points, for given noise `z f[B,*D]` on the model's device."""
+        """Return images f[B,C,H,W] in about [-1, 1], or points, for noise `z f[B,*D]` on the model's device."""
         return self.decoded(self.make(z, cond, noise_of or self.noise_of(0, range(len(z)))))
 
     def decoded(self, x: Tensor) -> Tensor:
-        """What `make` makes, as images."""
+        """Return the output of `make` as images."""
         return self.parts.decode(x)
 
     def _labels(self, n: int, labels: Labels) -> Tensor | None:
@@ -191,7 +191,7 @@ class Pipeline:
     def _prompts(self, n: int, prompts: Sequence[str] | None) -> list[str] | None:
         if not self.info.text:
             if prompts is not None:
-                raise UserError("this model takes no prompts" + "; give labels" * bool(self.info.classes))
+                raise UserError("this model takes no prompts" + ("; give labels" if self.info.classes else ""))
             return None
         if prompts is None:
             raise UserError("this model makes images of prompts; give one, or one per image")
@@ -213,7 +213,7 @@ class Pipeline:
 
 
 class DistilledPipeline(Pipeline):
-    """A one-step or few-step generator: as many network evaluations per image as it has times."""
+    """A one-step or few-step generator: one network evaluation per image for each of its times."""
 
     def __init__(self, denoiser: Denoiser, info: Info, parts: Components | None = None):
         if not info.times:
@@ -235,18 +235,18 @@ class DistilledPipeline(Pipeline):
         net: nn.Module | None = None,
         schedule: Schedule | None = None,
     ) -> "DistilledPipeline":
-        """Load a model folder, a run's folder, or a student that comes with the package ("mnist").
+        """Load a model folder, a run's folder, or a student of the package ("mnist").
 
-        A network of your own, which takes the weights, and a schedule of your own are given by `net` and `schedule`.
+        A custom network, into which the weights are loaded, and a custom schedule are passed as `net` and `schedule`.
         """
         denoiser, info = find_model(str(path), "student", net, schedule)
         return cls(denoiser.to(device), info, components(info, device))
 
 
 class TeacherPipeline(Pipeline):
-    """A teacher with its deterministic sampler: `2 steps - 1` evaluations per image for Heun, twice as many guided.
+    """A teacher with its deterministic sampler: `2 steps - 1` evaluations per image for Heun, twice as many if guided.
 
-    `guidance: None` takes the scale of each image from its condition.
+    With `guidance: None`, each image's scale comes from its condition.
     """
 
     def __init__(
@@ -281,9 +281,9 @@ class TeacherPipeline(Pipeline):
         net: nn.Module | None = None,
         schedule: Schedule | None = None,
     ) -> "TeacherPipeline":
-        """Load a model folder, a teacher that comes with the package ("mnist"), or `diffusers:FOLDER_OR_ID`.
+        """Load a model folder, a teacher of the package ("mnist"), or `diffusers:FOLDER_OR_ID`.
 
-        Default: 18 steps of Heun, for Stable Diffusion 50 of PNDM. `net`, `schedule`: as for a student.
+        Default: 18 steps of Heun, or 50 of PNDM for Stable Diffusion. `net`, `schedule`: as for a student.
         """
         denoiser, info = find_model(str(path), "teacher", net, schedule)
         family, parts = family_of(info), components(info, device)
@@ -294,7 +294,7 @@ class TeacherPipeline(Pipeline):
 def side_by_side(
     teacher: Pipeline, student: Pipeline, conditions: Conditions, columns: int = 10, rows: int = 4, seed: int = 2
 ) -> np.ndarray:
-    """`rows` rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
+    """Return `rows` rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
     z = rng.noise(seed, range(rows * columns), teacher.info.shape)
     cond = conditions.at(range(rows * columns))
     images = [_in_parts(pipe, z, cond, columns, seed) for pipe in (teacher, student)]
