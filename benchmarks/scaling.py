@@ -120,7 +120,7 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         make = prepare(recipe, [*overrides, f"device={device}", f"parallel={how}"], small, Path(temporary))
         alone = make(batch)  # before the group is there: this one knows of no other process
-        with parallel.joined():
+        with parallel.process_group():
             shared = make(batch * parallel.world())
             report(alone, shared, rounds, f"{recipe}, {how}, batch {batch} per process and term")
 

@@ -248,7 +248,7 @@ def _slowly(seconds: float) -> None:
 def _sharded(folder, how: str) -> None:
     """Save, go on at once with collectives in the main thread, and compare what is loaded to the bit."""
     _slowly(0.2)
-    with parallel.joined():
+    with parallel.process_group():
         network = tiny.teacher().requires_grad_(True)
         spread = engine.spread(network, how, "fp32", (torch.ones(1, 1, 8, 8), torch.ones(1)))
         optimizer = Optimizer(network.parameters(), lr=1e-2, warmup=3)
@@ -349,7 +349,7 @@ def test_an_error_behind_the_shards_leaves_no_checkpoint(tmp_path, monkeypatch):
 
 
 def _one_disk_is_full(folder) -> None:
-    with parallel.joined():
+    with parallel.process_group():
         checkpoints = Checkpoints(folder, {"network": torch.nn.Linear(4, 4)})
         checkpoints.save(1)
         if parallel.rank() == 1:

@@ -344,7 +344,7 @@ def test_the_last_column_is_tried_before_the_first_is_measured(teacher, tmp_path
 
 
 def _compare_with_others(teacher: str, out, settings: dict[str, Any]) -> None:
-    with parallel.joined():
+    with parallel.process_group():
         rows = compared(teacher, STUDENT, PROMPTS, out, **settings)
         assert bool(rows) == (parallel.rank() == 0)
 

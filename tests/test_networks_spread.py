@@ -116,7 +116,7 @@ def kept_in(d: build.Distiller) -> set[torch.dtype]:
 
 def _all(folder: Path, how: str, out: Path) -> None:
     torch.set_num_threads(1)  # before there are threads: PyTorch makes its pool anew after a fork, and not safely
-    with parallel.joined():
+    with parallel.process_group():
         results = {}
         for family in FAMILIES:
             d = distiller(folder, family, f"parallel={how}")
@@ -163,7 +163,7 @@ def test_two_processes_follow_one(results, family, how):
 
 def _collectives(folder: Path, how: str, accumulate: int, out: Path) -> None:
     torch.set_num_threads(1)
-    with parallel.joined():
+    with parallel.process_group():
         d = distiller(folder, "unet", f"parallel={how}", f"accumulate={accumulate}", "match.batch=6", "regress.batch=6")
         for index in range(2):  # DDP sorts its buckets anew after the first
             d.step(index)
@@ -273,7 +273,7 @@ def test_compiled_steps_follow_plain_ones(folder, monkeypatch):
 def _compiled(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     build.compile_blocks = partial(compile_blocks, backend="aot_eager")
-    with parallel.joined():
+    with parallel.process_group():
         result = train(distiller(folder, "unet", "compile=true", "parallel=fsdp", "gradient_checkpointing=true"), 1)
         if parallel.rank() == 0:
             torch.save({**result, "frames": dict(counters["frames"])}, out)

@@ -38,7 +38,7 @@ def _mistaken() -> None:
 
 
 def _work(folder, count: int) -> None:
-    with parallel.joined():
+    with parallel.process_group():
         done = []
 
         def task(job: int) -> tuple[int, int, torch.Tensor]:
@@ -46,9 +46,9 @@ def _work(folder, count: int) -> None:
             return job, parallel.rank(), torch.full((job,), job)
 
         results = list(parallel.shared(task, range(count)))
-        chosen = parallel.first(lambda: [parallel.rank(), torch.ones(3)])
+        chosen = parallel.on_first(lambda: [parallel.rank(), torch.ones(3)])
         with pytest.raises(ValueError, match="mistake of 0"):
-            parallel.first(_mistaken)
+            parallel.on_first(_mistaken)
         assert parallel.world() == int(os.environ["WORLD_SIZE"])
         torch.save({"done": done, "results": results, "chosen": chosen}, folder / f"{parallel.rank()}.pt")
     assert (parallel.rank(), parallel.world()) == (0, 1)
@@ -66,7 +66,7 @@ def test_jobs_are_shared_and_their_results_come_to_the_first_in_order(tmp_path, 
 
 
 def _meet(folder, own: bool) -> None:
-    with parallel.joined():
+    with parallel.process_group():
         out = folder / (str(parallel.rank()) if own else "one") / "run"
         if own:
             with pytest.raises(ValueError, match=f"{out} is not the same folder for all 2 processes"):
@@ -84,8 +84,8 @@ def test_processes_notice_that_each_has_a_folder_of_its_own(tmp_path, own):
 
 def test_one_process_does_it_all():
     assert list(parallel.shared(lambda job: job**2, range(4))) == [0, 1, 4, 9]
-    assert parallel.first(lambda: 3) == 3
-    with parallel.joined():
+    assert parallel.on_first(lambda: 3) == 3
+    with parallel.process_group():
         assert (parallel.rank(), parallel.world()) == (0, 1)
 
 

@@ -156,7 +156,7 @@ class Collectives(TorchDispatchMode):
 
 def _spread(folder, changes, out) -> None:
     torch.set_num_threads(1)
-    with parallel.joined():
+    with parallel.process_group():
         real, _ = distiller(folder, changes)
         real.step(0)
         with Collectives() as collectives:

@@ -283,7 +283,7 @@ def _one_fails() -> int:
 
 
 def _agree(folder: Path) -> None:
-    with parallel.joined():
+    with parallel.process_group():
         with pytest.raises(parallel.Agreed, match="process 1 of 2: no such file"):
             parallel.agreed(_one_fails)
         assert parallel.agreed(parallel.rank) == parallel.rank()

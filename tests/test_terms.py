@@ -98,7 +98,7 @@ def test_its_head_is_saved_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def _two(folder, out):
     torch.set_num_threads(1)
-    with parallel.joined():
+    with parallel.process_group():
         d = distiller(folder, *JUDGE)
         losses = [{k: parallel.mean(v.clone()).item() for k, v in d.step(i).items()} for i in range(2)]
         if parallel.rank() == 0:

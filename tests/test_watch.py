@@ -17,7 +17,7 @@ def _enter(rank, world, port, silent, log) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     heartbeat.EVERY, heartbeat.SILENCE = 0.1, 1.5
-    with parallel.joined():
+    with parallel.process_group():
         parallel.barrier()
         if rank == silent:
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -88,7 +88,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
 
     need("diffusers", "transformers", by="a comparison")
     teacher = teacher.removeprefix("diffusers:")
-    with parallel.joined():
+    with parallel.process_group():
         if options.prompts != "coco":
             prompts = read_prompts(Path(options.prompts), options.column)
             n = options.n or len(prompts)
@@ -194,7 +194,7 @@ def _compare(
     if space is not None:
         enough(len(space[1].mu), count, "images (-n)")
         enough(len(space[1].mu), space[1].count or count, f"real images ({space[1].source})")
-    parallel.first(lambda: same_settings(settings, out / "settings.json"))
+    parallel.on_first(lambda: same_settings(settings, out / "settings.json"))
     comparison = Comparison(prompts, shape, options.seed, space, clip)
     columns = methods(pipe, merged, student, options.guidance, dtype)
     if count > picture:  # try all methods first: an error in the last should not show up after hours of the others
@@ -203,10 +203,10 @@ def _compare(
     rows: list[dict[str, Any]] = []
     for method in columns:
         folder = method_folder(out, method.name)
-        done = parallel.first(partial(finished, folder, method.name, picture))
+        done = parallel.on_first(partial(finished, folder, method.name, picture))
         if done is None:
             figures, pictures = comparison.measure(method, count, options.batch, picture)
-            latency = parallel.first(partial(comparison.latency, method))
+            latency = parallel.on_first(partial(comparison.latency, method))
             done = {"name": method.name, "nfe": method.nfe, "images": count, "ms_per_image": latency, **figures}
             if parallel.rank() == 0:
                 for i, image in enumerate(pictures.permute(0, 2, 3, 1).numpy()):

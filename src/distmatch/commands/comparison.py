@@ -146,7 +146,7 @@ def fid_space(name: str, real: Path | None, device: torch.device) -> Space:
         with progress("reference", total, unit="image") as advance:
             return reference(images, space, keep=0, source=str(real), progress=advance)
 
-    return space, parallel.first(make)
+    return space, parallel.on_first(make)
 
 
 def method_folder(out: Path, method: str) -> Path:

@@ -29,7 +29,7 @@ from distmatch.training.clipping import Clipping, distillation
 from distmatch.training.train import Plan, train
 
 
-@parallel.joined()
+@parallel.process_group()
 @owns_out
 def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """Run `distmatch train`: build pairs if the recipe needs them, then distil into `out`.
@@ -38,11 +38,11 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         runs: the folder where pair stores are shared.
         teacher: your own denoiser, with its image shape and classes; `recipe.teacher` then only names it.
     """
-    parallel.first(lambda: binding.same_recipe(recipe, out))
+    parallel.on_first(lambda: binding.same_recipe(recipe, out))
     flight = Flight(recipe, out, runs, teacher)
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
-    parallel.first(lambda: binding.bind(recipe, subject, out))
+    parallel.on_first(lambda: binding.bind(recipe, subject, out))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     if recipe.parallel == "fsdp":  # build pairs now, while the teacher is whole; it is sharded below
         for stage in filter(objectives.reads_pairs, stages):
@@ -69,10 +69,10 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
     _say(f"The student is in {out / 'model'}. Next: {look}, {command('report', out)}")
 
 
-@parallel.joined()
+@parallel.process_group()
 def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """Run `distmatch train --check`: only the checks that `distil` makes first, one line per result."""
-    parallel.first(lambda: binding.same_recipe(recipe, out))
+    parallel.on_first(lambda: binding.same_recipe(recipe, out))
     for name, found in checks(Flight(recipe, out, runs, teacher)):
         _say(f"✓ {name:<10} {found}")
     _say("Nothing stands in the way of this run")

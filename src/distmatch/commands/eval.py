@@ -68,7 +68,7 @@ def evaluate(model: Name, /, options: Options = Options()) -> None:
     """
     from distmatch.system import parallel
 
-    with parallel.joined():
+    with parallel.process_group():
         _measure(model, options)
 
 

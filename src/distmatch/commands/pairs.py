@@ -30,7 +30,7 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     from distmatch.system import parallel
 
     resolved = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
-    with parallel.joined():
+    with parallel.process_group():
         pair_store(resolved, subject(resolved), runs)
 
 

@@ -22,7 +22,8 @@ def as_pixels(data: Tensor, value_range: tuple[float, float] | None) -> Tensor:
     if data.ndim == 3:
         data = data[:, None]
     if data.ndim != 4 or data.shape[1] not in (1, 3) or 0 in data.shape:
-        hint = "; move the channels with .permute(0, 3, 1, 2)" * (data.ndim == 4 and data.shape[-1] in (1, 3))
+        channels_last = data.ndim == 4 and data.shape[-1] in (1, 3)
+        hint = "; move the channels with .permute(0, 3, 1, 2)" if channels_last else ""
         raise UserError(f"images are {tuple(data.shape)}; expected (N, C, H, W) with C of 1 or 3, or (N, H, W){hint}")
     data = data.detach().cpu()
     if data.dtype == torch.uint8:

@@ -84,7 +84,7 @@ class Decoder:
             if len(groups) > 1:
                 ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
                 found = [f"{len(names):,} of {key} (e.g. {printable(names[0])})" for key, names in ordered[:5]]
-                more = f" and {len(ordered) - 5} {what} more" * (len(ordered) > 5)
+                more = f" and {len(ordered) - 5} {what} more" if len(ordered) > 5 else ""
                 raise UserError(f"{self.place} has images of {len(groups)} {what}: {', '.join(found)}{more}; "
                                  "bring them all to one first")  # fmt: skip
         assert self.pixels is not None

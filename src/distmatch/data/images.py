@@ -152,8 +152,8 @@ def load_images(
 
 def _account(classes: Sequence[str], origin: str, left_out: Counter[str], notes: Sequence[str]) -> Account:
     if classes:
-        names = ", ".join(printable(name, 30) for name in classes[:6]) + ", ..." * (len(classes) > 6)
-        origin = f"{len(classes):,} class{'es' * (len(classes) > 1)} {origin}: {names}"
+        names = ", ".join(printable(name, 30) for name in classes[:6]) + (", ..." if len(classes) > 6 else "")
+        origin = f"{len(classes):,} {'classes' if len(classes) > 1 else 'class'} {origin}: {names}"
     return Account(origin, tuple(left_out.most_common()), tuple(notes))
 
 

@@ -152,7 +152,8 @@ def _key(names: Any, place: str) -> str:
 
 
 def _names(names: Collection[str]) -> str:
-    return ", ".join(printable(name, 40) for name in list(names)[:12]) + ", ..." * (len(names) > 12) or "nothing"
+    shown = ", ".join(printable(name, 40) for name in list(names)[:12]) or "nothing"
+    return f"{shown}, ..." if len(names) > 12 else shown
 
 
 READERS: dict[str, Callable[[Path, Any], Iterator[tuple[str, Any]]]] = {

@@ -211,7 +211,7 @@ def _parquet(files: Files, names: list[str], split: str) -> Table:
     pixels, notes = decoder.finish()
     if not label:
         return Table(pixels, None, (), "no classes: the tables have no column of labels", set(tables), left_out, notes)
-    origin = f"from {label[0]} in {len(chosen)} Parquet file{'s' * (len(chosen) > 1)}"
+    origin = f"from {label[0]} in {len(chosen)} Parquet {'files' if len(chosen) > 1 else 'file'}"
     return Table(pixels, labels_of(labels, f"{place}: {label[0]}"), known, origin, set(tables), left_out, notes)
 
 

@@ -77,7 +77,7 @@ def find_spaces(
         if real is None:
             files = [folder / FILES[part][1] for part in parts]
             return [(space, load_reference(file, space)) for space, file in zip(networks, files, strict=True)]
-    references, pixels = parallel.first(lambda: _references(real or "", networks, shape if inception else None))
+    references, pixels = parallel.on_first(lambda: _references(real or "", networks, shape if inception else None))
     if pixels is not None:
         networks.append(pixels.to(device))
     return list(zip(networks, references, strict=True))

@@ -1,1 +1,1 @@
-"""The machine: files, processes, the terminal, memory and its limits. Nothing of diffusion."""
+"""The machine: files, processes, the terminal, memory and its limits. Nothing here knows about diffusion."""

@@ -1,4 +1,4 @@
-"""NumPy's .npz and .npy files, of which the headers are looked at before memory is taken. Nothing is unpickled."""
+"""Reads NumPy's .npz and .npy files, checking headers before allocating memory. Nothing is unpickled."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from distmatch.system.errors import UserError
 
 @dataclass(frozen=True)
 class Array:
-    """An array in a file: `read()` gets it. Raises `UserError` where the file is damaged, or it holds objects."""
+    """An array in a file; `read()` loads it. Raises `UserError` if the file is damaged or the array holds objects."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -29,15 +29,15 @@ class Array:
 
 
 def arrays(file: Path) -> dict[str, Array]:
-    """The arrays in an .npz by name, that in an .npy as `arr_0`.
+    """Return the arrays in an .npz by name, or the one in an .npy as `arr_0`.
 
-    Raises `UserError` where the file is missing or damaged, or holds something else.
+    Raises `UserError` if the file is missing or damaged, or holds something else.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist; expected an .npz or .npy")
     with _damage(file):
         if file.suffix == ".npy":
-            mapped: Any = np.load(file, mmap_mode="r", allow_pickle=False)  # raises unless the file is long enough
+            mapped: Any = np.load(file, mmap_mode="r", allow_pickle=False)  # raises if the file is too short
             return {"arr_0": Array(mapped.dtype, mapped.shape, lambda: np.array(mapped))}
         with ZipFile(file) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -62,7 +62,7 @@ def _read(file: Path, name: str) -> np.ndarray:
 def _damage(file: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever zipfile, zlib and NumPy run into
+    except Exception as error:  # whatever zipfile, zlib and NumPy raise
         if isinstance(error, MemoryError):
             raise
         raise UserError(f"{file} is damaged, or holds something other than arrays of numbers") from error

@@ -1,9 +1,9 @@
-"""Work shared by processes and machines that come and go, without a coordinator: files in a folder, each made once.
+"""Shares work between processes that come and go, without a coordinator: files in a folder, each made once.
 
-A claim on `name` is the file `name.claim-0`, which only one process can create. Its owner changes it all the time until
-the work is done. One that no longer changes, by the clock of whoever looks, is a dead process's, and so is one whose
-process ran on this host and has ended: `name.claim-1` may then be created, again by one process alone. No clocks are
-compared, and a live claim is never deleted.
+A claim on `name` is the file `name.claim-0`, which only one process can create. The owner rewrites it every few seconds
+until the work is done. If it stops changing for `expiry` seconds by the observer's clock, or if its owner ran on this
+host and has ended, the owner is considered dead: `name.claim-1` may then be created, again by one process only. Clocks
+of different machines are never compared, and a live claim is never deleted.
 """
 
 import random
@@ -18,7 +18,7 @@ from distmatch.system.process import FORM, identity, is_dead
 from distmatch.system.storage import Folder
 
 EXPIRY = 60.0
-"""Seconds after which a claim that does not change is a dead process's."""
+"""Seconds without a change after which the owner of a claim is considered dead."""
 
 
 class Claims:
@@ -29,14 +29,14 @@ class Claims:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def expired(self, claim: str) -> bool:
-        """Whether the owner of the file `claim` is dead: known to have ended, or silent for `expiry` seconds.
+        """Return whether the owner of the file `claim` is dead: known to have ended, or silent for `expiry` seconds.
 
-        Silent is a file that has not changed, as far as this process has seen.
+        Silent means that this process has not seen the file change.
         """
         try:
             beat = self.folder.read(claim)
         except FileNotFoundError:
-            return False  # done just now
+            return False  # finished just now
         if is_dead(owner(beat)):
             return True
         now = time.monotonic()
@@ -56,27 +56,29 @@ class Claims:
         about: str = "",
         lost: Callable[[], None] | None = None,
     ) -> Iterator[bool]:
-        """Whether `name.claim-<number>` is this process's; it is renewed within, and removed with all before it.
+        """Try to claim `name.claim-<number>`: yield whether this process got it. Renewed inside the with block.
+
+        At the end, this claim and all earlier ones on `name` are removed.
 
         Args:
-            dead: the content of the claim before it, for one process alone even where that death is an old story:
-                another has taken over since, finished, and made room for a third. Empty for a first claim.
-            about: what others may read of the owner.
-            lost: called, in a thread, when this process was taken for dead and the claim is no longer its own.
+            dead: the content of the previous claim; empty for a first one. If it is gone, this process looked too long
+                ago: another has since taken over, finished and made room for a third. The claim then fails.
+            about: what others can read about the owner.
+            lost: called from a thread when this process was considered dead and the claim is no longer its own.
         """
         claim, mark, done = f"{name}.claim-{number}", f"{identity()}-{uuid4().hex}", threading.Event()
 
         def content(beat: int) -> bytes:
-            return f"{mark} {beat:08d} {about}".encode()  # always as long, so that a full disk does not refuse it
+            return f"{mark} {beat:08d} {about}".encode()  # constant length, so that a full disk cannot refuse a rewrite
 
         def renew() -> None:
             beat = 0
             while not done.wait(self.expiry / 4):
                 beat += 1
-                with suppress(OSError, ValueError):  # a network that is down for a moment
+                with suppress(OSError, ValueError):  # the network may be down for a moment
                     if lost is not None and latest(self.folder.sizes()).get(name) != number:
                         lost()
-                    if self.folder.exists(claim):  # else this process stood still, was taken for dead, others did it
+                    if self.folder.exists(claim):  # if it is gone, this process hung and was considered dead
                         self.folder.change(claim, content(beat))
 
         if not self.folder.create(claim, content(0)):
@@ -97,7 +99,7 @@ class Claims:
                 self.folder.remove(f"{name}.claim-{old}")
 
     def _follows(self, name: str, number: int, dead: bytes) -> bool:
-        """Whether claim `number` is the last, and the one before it is still the `dead` one."""
+        """Return whether claim `number` is the latest, and the one before it is still the `dead` one."""
         if latest(self.folder.sizes()).get(name) != number:
             return False
         with suppress(FileNotFoundError):
@@ -106,7 +108,7 @@ class Claims:
 
     @contextmanager
     def waited(self, name: str) -> Iterator[None]:
-        """Within it, the claim on `name` is this process's; those of others are waited for."""
+        """Hold the claim on `name` inside the with block, waiting for the claims of others first."""
         pause = 0.0
         while True:
             number = latest(self.folder.sizes()).get(name, -1)
@@ -119,9 +121,9 @@ class Claims:
             time.sleep(pause)
 
     def tidy(self, names: Collection[str]) -> None:
-        """Remove what dead processes left of claims on `names`, which are done; waits until it is known who is dead.
+        """Remove the claims that dead processes left on `names`, whose work is done. In a read-only folder they stay.
 
-        In a folder that is not to be written they stay.
+        Waits until it is clear which owners are dead.
         """
         left = [file for file in self.folder.sizes() if _parts(file)[0] in names]
         if left and not self.folder.is_writable():
@@ -136,10 +138,10 @@ class Claims:
                     left.remove(claim)
                     continue
                 if beat != first.setdefault(claim, beat):
-                    left.remove(claim)  # its owner lives and removes it, e.g. when the file has grown
+                    left.remove(claim)  # its owner is alive and will remove it, e.g. when the file has grown
                 elif self.expired(claim):
                     left.remove(claim)
-                    with suppress(OSError):  # it may stay where it cannot be removed: what it was for is done
+                    with suppress(OSError):  # harmless if it cannot be removed: the work is done
                         self.folder.remove(claim)
             if left:
                 pause = min(2 * pause + 0.02, self.expiry / 20)
@@ -147,19 +149,19 @@ class Claims:
 
 
 def owner(content: bytes) -> str:
-    """The `process.identity` in a claim's content; empty where it has none."""
+    """Return the `process.identity` in a claim's content, or an empty string if there is none."""
     found = re.match(FORM, content.decode(errors="replace"))
     return found[0] if found else ""
 
 
 def _parts(file: str) -> tuple[str, int]:
-    """Name and number of a claim; an empty name for any other file, such as an editor's copy of one."""
+    """Return the name and number of a claim; the name is empty for any other file, such as an editor's backup."""
     found = re.fullmatch(r"(.+)\.claim-(\d{1,9})", file)
     return (found[1], int(found[2])) if found else ("", -1)
 
 
 def latest(names: Collection[str]) -> dict[str, int]:
-    """The number of the latest claim on each name, among the files `names`."""
+    """Return the number of the latest claim on each name, among the files `names`."""
     found: dict[str, int] = {}
     for name, number in map(_parts, names):
         if name:
@@ -175,14 +177,14 @@ def make_together(
     found: Callable[[Collection[str]], None] = lambda _: None,
     expiry: float = EXPIRY,
 ) -> None:
-    """Make what is missing of the files `names` in `folder`, together with all other processes that do so.
+    """Make the missing ones of the files `names` in `folder`, together with all other processes that do the same.
 
-    Returns when all are there. What a process was making when it died is made by another, `expiry` seconds later.
+    Returns when all are there. If a process dies while making one, another takes it over `expiry` seconds later.
 
     Args:
         present: whether the file `name` is there and complete, given the folder's `sizes`.
-        make: makes one. Two processes may make the same one only where the first stood still for longer than `expiry`.
-        found: called with those that are there at the beginning, and with those that others have made.
+        make: makes one file. Two processes make the same one only if the first hung for longer than `expiry`.
+        found: called with the names present at the start, and with those that other processes have made.
     """
     claims, missing, unopposed, pause = Claims(folder, expiry), list(names), True, 0.0
 
@@ -210,11 +212,11 @@ def make_together(
             name = random.choice(dead)
             number = claimed[name] + 1
         with claims.held(name, number) as mine:
-            # Another may have finished it between the look and the claim.
+            # Another process may have finished it between our look at the folder and the claim.
             if mine and not is_there(name):
                 try:
                     make(name)
-                except FileNotFoundError:  # this process stood still while it wrote: others made it, and swept
+                except FileNotFoundError:  # this process hung while writing; others made the file and swept ours
                     if not is_there(name):
                         raise
                 missing.remove(name)

@@ -1,7 +1,7 @@
-"""Safetensors files that carry the digest of all they hold, which is compared when they are read.
+"""Safetensors files that carry a digest of their whole content, which is verified on reading.
 
-It is SHA-256 of the names, types, shapes and bytes of the tensors and of the metadata; it does not depend on their
-order. Files without one, older ones or those of others, are taken as they are.
+The digest is the SHA-256 of the tensors' names, types, shapes and bytes and of the metadata, whatever their order.
+Files without one, from older versions or other tools, are accepted as they are.
 """
 
 import json
@@ -23,7 +23,7 @@ class Damaged(UserError):
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
-    """safetensors' `save_file`, with the digest among the metadata. Returns the digest."""
+    """Like safetensors' `save_file`, with the digest added to the metadata. Returns the digest."""
     metadata = dict(metadata or {})
     found = content_digest(tensors, metadata)
     _save_file(tensors, path, {**metadata, SEAL: found})
@@ -31,17 +31,17 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str
 
 
 def load_file(path: Path, expected: str | None = None) -> dict[str, Tensor]:
-    """The tensors in `path`, memory-mapped; see `read_file`."""
+    """Return the tensors in `path`, memory-mapped; see `read_file`."""
     return read_file(path, expected)[0]
 
 
 def read_file(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in `path`, memory-mapped, and its metadata without the digest. All of it is read and compared.
+    """Return the tensors in `path`, memory-mapped, and its metadata without the digest. Reads and verifies all of it.
 
     Args:
-        expected: the digest that another file has of this one.
+        expected: the digest that another file records for this one.
 
-    Raises `OSError`, and `Damaged` where the file is not as it was written, or not the `expected` one.
+    Raises `OSError`, and `Damaged` if the file has changed since it was written or is not the `expected` one.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -58,13 +58,13 @@ def read_file(path: Path, expected: str | None = None) -> tuple[dict[str, Tensor
 
 
 def known_digest(path: Path) -> str | None:
-    """The digest that `path` has of itself; nothing is compared. Raises `OSError` and `SafetensorError`."""
+    """Return the digest stored in `path`, without verifying it. Raises `OSError` and `SafetensorError`."""
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {}).get(SEAL)
 
 
 def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of all that a safetensors file of these holds."""
+    """Return the SHA-256 of everything that a safetensors file of these holds."""
     names = sorted(tensors)
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     h = sha256(json.dumps([layout, dict(metadata)], sort_keys=True).encode())
@@ -74,7 +74,7 @@ def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 
 def digest(*tensors: Tensor) -> str:
-    """SHA-256 of the tensors' values in row-major order, one tensor after the other."""
+    """Return the SHA-256 of the tensors' values in row-major order, one tensor after the other."""
     h = sha256()
     for tensor in tensors:
         h.update(_bytes(tensor))
@@ -82,14 +82,14 @@ def digest(*tensors: Tensor) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and values."""
+    """Return the SHA-256 of a tensor's type, shape and values."""
     h = sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
     h.update(_bytes(tensor))
     return h.hexdigest()
 
 
 def weights_digest(weights: Mapping[str, Tensor], head: str = "") -> str:
-    """SHA-256 of `head`, and of the names and values of `weights` in their order."""
+    """Return the SHA-256 of `head` and of the names and values of `weights`, in their order."""
     h = sha256(head.encode())
     for name, value in weights.items():
         h.update(name.encode())
@@ -98,7 +98,7 @@ def weights_digest(weights: Mapping[str, Tensor], head: str = "") -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """As `sha256sum` prints it."""
+    """Return the SHA-256 of a file, as `sha256sum` prints it."""
     with file.open("rb") as stream:
         return file_digest(stream, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""What the machine refuses, in words: the disk, rights, memory. One message that says what to do next."""
+"""Turns errors of the machine (disk, permissions, memory) into one message that says what to do next."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MEMORY = re.compile(r"can't allocate memory|not enough memory|[Oo]ut of memory|Unable to allocate")
-"""What PyTorch and NumPy say of memory that they cannot get."""
+"""What PyTorch and NumPy say when they cannot allocate memory."""
 
 RUST = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers, which are written in Rust, say what the system refused."""
+"""How safetensors and tokenizers, which are written in Rust, report an error of the operating system."""
 
 ZIP = re.compile(r"inline_container|PytorchStreamWriter failed")
-"""What PyTorch says where it cannot write an archive, for whatever reason."""
+"""What PyTorch says when it cannot write an archive, whatever the reason."""
 
 ADVICE = {
     errno.EROFS: "choose another place, e.g. with --out",
@@ -35,7 +35,7 @@ ADVICE = {
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What the system refuses within it is an `OSError` on `path`, whichever library met it and whatever it names."""
+    """Raise every system error in the with block as an `OSError` on `path`, whichever library met it."""
     try:
         yield
     except Exception as error:
@@ -46,7 +46,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def explained(error: BaseException) -> str | None:
-    """One message on an error that the machine is the reason of; `None` where it is another's."""
+    """Return one message for an error caused by the machine, or `None` for any other error."""
     if isinstance(error, MemoryError) or MEMORY.search(str(error)) or _number(error) == errno.ENOMEM:
         first = (str(error).strip().splitlines() or ["no more can be had"])[0]
         return (
@@ -62,13 +62,13 @@ def explained(error: BaseException) -> str | None:
                 "run the same again: what is complete is kept"
             )
         return f"{place}{os.strerror(number)}" + (f"; {ADVICE[number]}" if number in ADVICE else "")
-    if isinstance(error, OSError):  # such as of the network, by libraries with errors of their own
+    if isinstance(error, OSError):  # e.g. network errors, from libraries that subclass OSError
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error, as the system, Rust or PyTorch's writer of archives tell it."""
+    """Return the errno of an error, as reported by the system, by Rust or by PyTorch's archive writer."""
     if isinstance(error, OSError):
         return error.errno
     if found := RUST.search(str(error)):
@@ -82,7 +82,7 @@ def _place(error: BaseException) -> str:
 
 
 def _free(error: BaseException) -> str:
-    """What is left on the disk that the error is of."""
+    """Return how much space is left on the disk that the error is about."""
     name = getattr(error, "filename", None)
     if isinstance(name, str):
         for folder in (Path(name), *Path(name).parents):

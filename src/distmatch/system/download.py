@@ -1,4 +1,4 @@
-"""Files from the web, whole or not at all."""
+"""Downloads files from the web, completely or not at all."""
 
 import re
 from http.client import HTTPException
@@ -16,8 +16,8 @@ MEGABYTE = 2**20
 def download(url: str, file: Path) -> None:
     """Fetch `url` to `file`.
 
-    Raises `UserError`, and leaves nothing, where it cannot be had, where fewer bytes arrive than were announced, or
-    where their SHA-256 does not begin as the name says, if it ends like `vgg16-397923af.pth`.
+    Raises `UserError`, and leaves nothing behind, if the file cannot be fetched, if fewer bytes arrive than announced,
+    or if its SHA-256 does not start with the one in its name (for names that end like `vgg16-397923af.pth`).
     """
     write_atomic(file, lambda beside: _fetch(url, beside))
 

@@ -1,18 +1,18 @@
-"""The ways in which a command ends early that are no error of ours. This file imports nothing, so that all can use it.
+"""Exceptions that end a command early without being a bug. Imports nothing, so that every file can use it.
 
-The command line shows their message alone. Any other exception is a bug and is shown with its traceback.
+The command line shows only their message. Any other exception is a bug and is shown with its traceback.
 """
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: an option, a recipe, a file, a machine that lacks something.
+    """A mistake in what the user provided: an option, a recipe, a file, a machine that lacks something.
 
     The message names the thing, its value, what was expected and what to do next.
     """
 
 
 class Agreed(UserError):
-    """A mistake that all processes of a job raise alike, so that one of them can tell it for all."""
+    """A mistake that all processes of a job raise alike, so that one of them can report it for all."""
 
 
 class Stopped(Exception):

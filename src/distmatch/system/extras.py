@@ -1,4 +1,4 @@
-"""Optional packages: which extra brings each, and one message where one is missing."""
+"""Optional packages: which extra installs each, and one message if a package is missing."""
 
 from importlib import import_module
 
@@ -22,11 +22,11 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
-"""What is imported only where it is used, and the extra of this package that brings it."""
+"""Packages that are imported only where they are used, and the extra of distmatch that installs them."""
 
 
 def need(*packages: str, by: str) -> None:
-    """Raise `UserError` unless all `packages` can be imported; it says that `by` needs them and how to get them."""
+    """Raise `UserError` if any of `packages` is missing; it says that `by` needs them and how to install them."""
     for package in packages:
         try:
             import_module(package)

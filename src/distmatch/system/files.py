@@ -1,9 +1,9 @@
-"""Files that are written beside their place and moved there: a reader sees all of one or none of it.
+"""Writes files atomically: beside their destination, then moved there, so that a reader sees all of one or nothing.
 
-JSON files carry the digest of their content, which `plain.read_json` compares.
+JSON files carry a digest of their content, which `plain.read_json` verifies.
 
-A writer that is killed leaves a hidden file or folder, which names its process: `.NAME.HOST-PID-START-xxxxxxxx`. The
-next process that writes there deletes it.
+A writer that is killed leaves a hidden file or folder whose name says which process it was:
+`.NAME.HOST-PID-START-xxxxxxxx`. The next process that writes to the folder deletes it.
 """
 
 import json
@@ -22,16 +22,16 @@ from distmatch.system.plain import SEAL, json_digest
 from distmatch.system.process import FORM, identity, is_dead, is_here
 
 ABANDONED = 3600.0
-"""Seconds without a change after which a temporary file is a dead writer's, where nothing else tells."""
+"""Seconds without a change after which a temporary file is considered abandoned, if nothing else tells."""
 
 _swept: set[Path] = set()
-"""The folders that this process has looked through for what dead writers left."""
+"""The folders that this process has already searched for leftovers of dead writers."""
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write(temporary_path)`, then move the finished file to `path`: readers see all of it or none of it.
 
-    What the system refuses is an `OSError` on `path`, whichever library `write` calls; nothing is left beside it.
+    Errors of the system are raised as an `OSError` on `path`, whichever library `write` calls; nothing is left behind.
     """
     with naming(path):
         _write_atomic(path, write)
@@ -50,10 +50,10 @@ def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def together(folder: Path, last: str) -> Iterator[Path]:
-    """Yield a folder to write to. At the end, its entries are moved to `folder`, over those of the same names.
+    """Yield a folder to write to. At the end, its entries move to `folder`, replacing those of the same names.
 
-    The file `last` makes the others count: it is deleted before they are moved, files before folders, and comes after
-    them. A process that is killed leaves all old ones, all new ones, or no `last`. Other entries of `folder` stay.
+    The file `last` makes the others valid: it is deleted before they move, and moves last; folders move after files.
+    A process that is killed leaves all old entries, all new ones, or no `last`. Other entries of `folder` stay.
     """
     with naming(folder):
         beside = Path(tempfile.mkdtemp(prefix=_prefix(last), dir=_tidy(folder)))
@@ -64,7 +64,7 @@ def together(folder: Path, last: str) -> Iterator[Path]:
                     _to_disk(file)
             remove(folder / last)
             for entry in sorted(beside.iterdir(), key=lambda entry: (entry.name == last, entry.is_dir())):
-                if entry.is_dir():  # which no rename replaces
+                if entry.is_dir():  # a rename cannot replace a folder that is not empty
                     remove(folder / entry.name)
                 entry.replace(folder / entry.name)
         finally:
@@ -72,7 +72,7 @@ def together(folder: Path, last: str) -> Iterator[Path]:
 
 
 def _tidy(folder: Path) -> Path:
-    """Make `folder` and delete, once, what dead writers left in it."""
+    """Make `folder` and delete, once per process, what dead writers left in it."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if folder not in _swept:
@@ -82,12 +82,12 @@ def _tidy(folder: Path) -> Path:
 
 
 def sweep(folder: Path, age: float, spare: Callable[[str], bool] = lambda _: False) -> None:
-    """Delete the temporary files in `folder` whose writer is known to be dead, or that are unchanged for `age` seconds.
+    """Delete temporary files in `folder` whose writer is known to be dead or that have not changed for `age` seconds.
 
-    Their age is taken by the disk's own clock. Where nothing is left, or the disk is read-only, nothing is written.
+    Age is measured by the disk's own clock. If there are no such files or the disk is read-only, nothing is written.
 
     Args:
-        spare: whether the age of a file by this writer (a `process.identity`) says nothing.
+        spare: whether to ignore the age of the files of this writer (a `process.identity`).
     """
     left = [(path, writer) for path in folder.glob(".*") if (writer := _writer(path.name))]
     if not left:
@@ -105,16 +105,16 @@ def _prefix(name: str) -> str:
 
 
 def _writer(name: str) -> str:
-    """The identity of the process that wrote a temporary file; empty for any other file."""
+    """Return the identity of the process that wrote a temporary file; empty for any other file."""
     found = re.fullmatch(rf"\..+\.({FORM})-\w{{8}}", name)
     return found[1] if found else ""
 
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder to try things in, in `folder` or, where that is not there yet, in the nearest one above it.
+    """Yield an empty folder to try things in, inside `folder` or, if that does not exist yet, its nearest parent.
 
-    Raises `OSError` on `folder` where it cannot be written. What a killed process leaves goes as temporary files do.
+    Raises `OSError` on `folder` if it is not writable. What a killed process leaves is swept like temporary files.
     """
     there = next(place for place in (folder, *folder.parents) if place.exists())
     with naming(folder), tempfile.TemporaryDirectory(prefix=_prefix("trial"), dir=there) as name:
@@ -122,7 +122,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(file: Path) -> None:
-    """Raise `UserError` or `OSError` unless `file` can be written, which is done at the end of something long."""
+    """Raise `UserError` or `OSError` if `file` cannot be written. For long jobs that write it only at their end."""
     if file.is_dir():
         raise UserError(f"{file} is a folder; expected the name of a file to write")
     with scratch(file.parent):
@@ -130,7 +130,7 @@ def check_writable(file: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -138,8 +138,8 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """`data` as indented JSON with the digest of its content, atomically."""
-    content = json.loads(json.dumps(data))  # as it will be read: keys are strings, tuples are lists
+    """Write `data` atomically, as indented JSON with the digest of its content."""
+    content = json.loads(json.dumps(data))  # as it will be read back: keys are strings, tuples are lists
     sealed = json.dumps({**content, SEAL: json_digest(content)}, indent=2) + "\n"
     write_atomic(path, lambda p: p.write_text(sealed))
 

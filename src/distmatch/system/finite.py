@@ -1,4 +1,4 @@
-"""Weights and images that are not finite: found where they come in and where they go out, never shown as black."""
+"""Checks that weights and images are finite, on input and on output, so that NaNs are never shown as black."""
 
 from collections.abc import Mapping
 
@@ -9,8 +9,8 @@ from distmatch.system.errors import UserError
 
 
 def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
-    """Raise `UserError` naming the first of `weights` that has a NaN or an infinity. Reads each weight once."""
-    # Sums of finite numbers are finite in float64, and cost no memory as a mask would.
+    """Raise `UserError` naming the first of `weights` with a NaN or an infinity. Reads each weight once."""
+    # Sums of finite weights stay finite in float64 and, unlike a mask, use no memory.
     bad = [k for k, v in weights.items() if v.is_floating_point() and not v.sum(dtype=torch.float64).isfinite()]
     if bad:
         raise UserError(
@@ -20,7 +20,7 @@ def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
 
 
 def check_images(images: Tensor) -> None:
-    """Raise `UserError` where one of `images f[B,*D]`, which are about to become 8 bits, is not finite."""
+    """Raise `UserError` if one of `images f[B,*D]`, which are about to become 8 bits, is not finite."""
     bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(

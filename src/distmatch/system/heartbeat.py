@@ -1,8 +1,8 @@
-"""Signs of life between the processes of a job: where one is silent, all others would wait for it for ever.
+"""Heartbeats between the processes of a job: if one goes silent, the job exits instead of waiting forever.
 
-`torchrun` sees a process of its own machine die. It does not see one that stands still, and where a machine is gone,
-the others see nothing at all. So every process says in the job's store that it lives; the first watches all others, and
-they watch the first. What counts is how long a sign has not changed, by the clock of whoever looks.
+`torchrun` notices when a process on its own machine dies. It does not notice one that hangs, and if a machine is gone,
+the others notice nothing at all. So every process writes a heartbeat to the job's store; the first process watches all
+others, and they watch the first. What counts is how long a heartbeat has not changed, by the observer's clock.
 """
 
 import os
@@ -15,21 +15,21 @@ from typing import Any
 from torch.distributed.distributed_c10d import Store
 
 EVERY = 5.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 
 SILENCE = 35.0
-"""Seconds without one after which a process is taken for lost."""
+"""Seconds without a heartbeat after which a process is considered lost."""
 
 
 @contextmanager
 def watched(store: Store, rank: int, world: int) -> Iterator[None]:
-    """Within it, the processes watch each other. Who finds one silent says so on standard error and exits at once.
+    """Have the processes watch each other inside the with block. One that finds another silent reports it and exits.
 
-    All of them must leave it at about the same time.
+    The report goes to standard error. All processes must leave the block at about the same time.
     """
     done = threading.Event()
-    own = store.clone()  # a connection of its own: on the first one, whoever waits keeps all others waiting
-    own.set(f"alive-{rank}", "0")  # `get` waits for what is not there
+    own = store.clone()  # a separate connection: on a shared one, a waiting caller blocks all others
+    own.set(f"alive-{rank}", "0")  # must be set first: `get` waits for a key that does not exist
     if rank == 0:
         own.set("lost", "")
     reached = [time.monotonic()]
@@ -48,7 +48,7 @@ def watched(store: Store, rank: int, world: int) -> Iterator[None]:
 
 
 def _watch(store: Any, rank: int, world: int, reached: list[float], done: threading.Event) -> None:
-    """Say that this process lives, look whether the others do; `reached` is when the store last answered."""
+    """Write this process's heartbeat and check those of others; `reached` is when the store last answered."""
     others = [f"alive-{other}" for other in (range(1, world) if rank == 0 else [0])]
     seen = dict.fromkeys(others, (b"", time.monotonic()))
     beat, lost = 0, ""
@@ -64,28 +64,28 @@ def _watch(store: Any, rank: int, world: int, reached: list[float], done: thread
                 elif now - seen[name][1] > SILENCE and not lost:
                     lost = name.removeprefix("alive-")
                     store.set("lost", lost)
-                    done.wait(3 * EVERY)  # the store may live in this process: the others read it first
+                    done.wait(3 * EVERY)  # the store may live in this process: let the others read the message first
             reached[0] = time.monotonic()
-        except RuntimeError:  # the store is that of the first process, or of its torchrun
+        except RuntimeError:  # the store lives in the first process or its torchrun, so that one is gone
             lost = "0"
-            done.wait(1.0)  # which may have just ended
+            done.wait(1.0)  # the job may have just ended normally
         if lost and not done.is_set():
             _leave(rank, world, lost)
 
 
 def _time(rank: int, world: int, reached: list[float], done: threading.Event) -> None:
-    """A store that stands still answers nothing at all: it is the first process's."""
+    """Exit if the store, which belongs to the first process, stops answering: `_watch` then hangs in a call."""
     while not done.wait(EVERY):
         if time.monotonic() - reached[0] > SILENCE + 4 * EVERY and not done.is_set():
             _leave(rank, world, "0")
 
 
 def _leave(rank: int, world: int, lost: str) -> None:
-    """Exit, whatever the main thread waits for."""
+    """Exit, even if the main thread is blocked."""
     message = (
         f"distmatch: process {rank} of {world} lost process {lost} of this job: no sign of life for {SILENCE:.0f} "
         "seconds, its machine may be gone. The last checkpoint is kept, and torchrun --max-restarts goes on from it\n"
     )
     with suppress(OSError):
-        os.write(2, message.encode())  # standard error without its lock, which the main thread may hold
+        os.write(2, message.encode())  # bypasses sys.stderr's lock, which the main thread may hold
     os._exit(1)

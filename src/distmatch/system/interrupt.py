@@ -1,4 +1,4 @@
-"""Stopping when it suits: SIGINT and SIGTERM as a flag."""
+"""Stops at a convenient moment: SIGINT and SIGTERM set a flag."""
 
 import signal
 from types import FrameType
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second one acts as usual."""
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second signal has its usual effect."""
 
     def __init__(self) -> None:
         self.received = ""
@@ -16,7 +16,7 @@ class Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._receive)
-            except ValueError:  # not the main thread: signals are not ours to handle
+            except ValueError:  # not the main thread, where Python allows no signal handlers
                 break
         return self
 

@@ -1,4 +1,4 @@
-"""How much is taken from files that anyone may have made. DISTMATCH_LIMITS=10 makes all of it ten times as much."""
+"""Limits on what is read from untrusted files. DISTMATCH_LIMITS=10 multiplies all of them by ten."""
 
 import os
 
@@ -8,16 +8,16 @@ VARIABLE = "DISTMATCH_LIMITS"
 MB = 10**6
 
 RECIPE = MB // 4
-"""Bytes of a recipe; YAML is read slowly."""
+"""Bytes of a recipe; YAML parses slowly."""
 
 SETTINGS = 64 * MB
-"""Bytes of a JSON file of ours or of diffusers'."""
+"""Bytes of a JSON file of ours or of diffusers."""
 
 LOG = 1024 * MB
 """Bytes of a run's log."""
 
 PROMPT = MB
-"""Bytes of a line, or of a table's entry, of prompts."""
+"""Bytes of one prompt: a line, or an entry of a table."""
 
 PROMPTS = 4096 * MB
 """Bytes of a file of prompts, unpacked."""
@@ -29,13 +29,13 @@ ARRAY = 8192 * MB
 """Bytes of an array of images, unpacked."""
 
 FILE = 256 * MB
-"""Bytes of one picture or file of labels, and of a file in an archive of them."""
+"""Bytes of one picture or label file, and of one file in an archive of them."""
 
 UNPACKED = 1024 * MB
-"""Bytes that an archive may unpack to besides a hundred times its own size."""
+"""Bytes that an archive may unpack to, in addition to a hundred times its own size."""
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 64_000 * MB
-"""Bytes of all pictures of a data set, decoded: what the machine has."""
+"""Bytes of all decoded pictures of a data set: the memory of the machine."""
 
 PIXELS = 100 * MB
 """Pixels of one picture."""
@@ -44,11 +44,11 @@ SAMPLE = 64 * MB
 """Numbers in one image or latent of a model."""
 
 TENSORS = 20_000
-"""Weights, by name, of a network that is laid out by its settings; SDXL has 1,680."""
+"""Named weights of a network that is built from its settings; SDXL has 1,680."""
 
 
 def check(size: float, most: int, what: str, unit: str = "bytes") -> None:
-    """Raises `UserError` where `what` takes more than the limit `most` of these, as raised by DISTMATCH_LIMITS."""
+    """Raise `UserError` if `what` needs more than the limit `most` of these units, scaled by DISTMATCH_LIMITS."""
     if size > (allowed := limit(most)):
         raise UserError(
             f"{what}: {size:,.0f} {unit} are more than the {allowed:,} that are read. If that is meant, set "
@@ -57,7 +57,7 @@ def check(size: float, most: int, what: str, unit: str = "bytes") -> None:
 
 
 def limit(most: int) -> int:
-    """The limit `most` as raised by DISTMATCH_LIMITS."""
+    """Return the limit `most`, scaled by DISTMATCH_LIMITS."""
     given = os.environ.get(VARIABLE, "1")
     try:
         factor = float(given)

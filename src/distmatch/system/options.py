@@ -1,4 +1,4 @@
-"""Types of the commands' options: numbers with their ranges, checked before a command starts, and paths with `~`."""
+"""Types of command options: numbers with ranges, checked before a command starts, and paths with `~`."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from distmatch.system.paths import expand
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, but for the ends that are `open`: "(", ")", "()" or none. NaN is in no range."""
+    """Numbers from `low` to `high`, excluding the ends that are `open`: "(", ")", "()" or none. NaN is out of range."""
 
     low: float
     high: float = math.inf
@@ -43,7 +43,7 @@ Images = Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))]
 
 
 def place(kind: Any, tokens: Sequence[Token]) -> Any:
-    """Put the home folder in place of `~`: all paths that commands are given pass through here."""
+    """Replace `~` by the home folder. Every path given to a command passes through here."""
     (token,) = tokens
     return Path(expand(token.value)) if Path in (kind, *get_args(kind)) else expand(token.value)
 

@@ -1,9 +1,9 @@
-"""A folder's owner: one job at a time writes into it, and the next one is told which.
+"""Makes a folder belong to one job at a time; a second job is told which job owns it.
 
-The owner is the process that holds the claim `.owner` in the folder (see `claims`); of the processes of a `torchrun`,
-the first holds it for all. A second job is refused as soon as it sees the owner alive. An owner that died on this host
-is known to be dead, and its folder is taken over at once. Of one on another host only silence tells, which takes
-`claims.EXPIRY` seconds.
+The owner is the process that holds the claim `.owner` in the folder (see `claims`); under `torchrun`, the first process
+holds it for all. A second job is refused as soon as it sees that the owner is alive. An owner that died on this host is
+known to be dead, and its folder is taken over at once. An owner on another host counts as dead only after
+`claims.EXPIRY` seconds of silence.
 """
 
 import inspect
@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 def owns_out(command: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a command: while it runs, the folder that it is given as `out` belongs to it alone (see `owned`)."""
+    """Decorate a command: while it runs, the folder passed as `out` belongs to it alone (see `owned`)."""
     parameters = inspect.signature(command)
 
     @wraps(command)
@@ -48,9 +48,9 @@ def owns_out(command: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
-    """Within it, `folder`, which is made, belongs to this job. All processes of the job must take part.
+    """Make `folder`, which belongs to this job inside the with block. All processes of the job must take part.
 
-    Raises `UserError` that names the owner where another job has it, and where it is not to be written.
+    Raises `UserError` naming the owner if another job has it, or if it is not writable.
     """
     parallel.same_folder(folder)
     with ExitStack() as until_the_end:
@@ -58,13 +58,13 @@ def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
         def take() -> None:
             until_the_end.enter_context(_taken(folder, expiry))
 
-        parallel.first(take)
+        parallel.on_first(take)
         yield
 
 
 @contextmanager
 def _taken(folder: Path, expiry: float) -> Iterator[None]:
-    """Take the claim, from a dead owner too, or raise `UserError`."""
+    """Take the claim, from a dead owner if need be, or raise `UserError`."""
     place = Folder(folder)
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,14 +80,14 @@ def _taken(folder: Path, expiry: float) -> Iterator[None]:
                     return
             time.sleep(random.uniform(0.01, 0.05))
     finally:
-        with suppress(OSError):  # only an empty one goes
+        with suppress(OSError):  # rmdir removes the folder only if it is empty
             folder.rmdir()
 
 
 def _without_owner(folder: Path, claims: Claims) -> tuple[int, bytes]:
-    """Number and content of the last claim, of an owner that is dead by now; -1 where there is none.
+    """Return the number and content of the last claim, once its owner is dead; the number is -1 if there is none.
 
-    Raises `UserError` where the owner is seen to live.
+    Raises `UserError` if the owner is alive.
     """
     first: dict[str, bytes] = {}
     while True:
@@ -97,7 +97,7 @@ def _without_owner(folder: Path, claims: Claims) -> tuple[int, bytes]:
         claim = f"{OWNER}.claim-{number}"
         try:
             content = claims.folder.read(claim)
-        except FileNotFoundError:  # just now
+        except FileNotFoundError:  # removed just now
             continue
         if claims.expired(claim):
             return number, content
@@ -118,7 +118,7 @@ def _without_owner(folder: Path, claims: Claims) -> tuple[int, bytes]:
 
 
 def _about() -> dict[str, Any]:
-    """What the next one is told of this job."""
+    """Return what the next job is told about this one."""
     name = Path(sys.argv[0]).name
     return {
         "command": shlex.join(["distmatch" if name == "__main__.py" else name, *sys.argv[1:]])[:1000],
@@ -130,13 +130,13 @@ def _about() -> dict[str, Any]:
 
 
 def _job() -> str | None:
-    """The name of this `torchrun`, which all its starts and restarts share; "none" is what it is called by default."""
+    """Return the name of this `torchrun` job, shared by all its starts and restarts; torchrun's default is "none"."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name == "none" else name
 
 
 def _read(content: bytes) -> dict[str, Any]:
-    """The owner's `_about`; empty where the claim says nothing that can be understood."""
+    """Return the owner's `_about`; empty if the claim cannot be understood."""
     try:
         about = json.loads(content.split(b" ", 2)[2])
     except (IndexError, ValueError):
@@ -145,12 +145,12 @@ def _read(content: bytes) -> dict[str, Any]:
 
 
 def _is_own_job(content: bytes) -> bool:
-    """Whether the owner is of this `torchrun`, which has started its processes again: it is about to end."""
+    """Return whether the owner belongs to this `torchrun`, which has restarted its processes: it is about to end."""
     return _job() is not None and _read(content).get("job") == _job() and owner(content) != identity()
 
 
 def _described(content: bytes) -> str:
-    """The owner, for people; nothing in a foreign file reaches their terminal as more than text."""
+    """Describe the owner for people, escaped: text from a file we did not write must not control the terminal."""
     about = _read(content)
     if not about:
         return "one that does not say who it is"
@@ -162,7 +162,7 @@ def _described(content: bytes) -> str:
 
 
 def _leave(folder: Path) -> None:
-    """Exit at once, whatever the main thread does: what it would write next is no longer this job's to write."""
+    """Exit at once, whatever the main thread is doing: the folder no longer belongs to this job."""
     message = (
         f"distmatch: {folder} no longer belongs to this job: it was deleted, or this process stood still for so long "
         "that another job took it over. This process ends and leaves it alone\n"

@@ -1,7 +1,7 @@
-"""Several processes with one job: who this one is, work in turns, results in order.
+"""Several processes working on one job: their ranks, broadcasts, and work shared with results in order.
 
-The processes are those of `torchrun`, or of anything that sets its variables RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. Without them, and before `joined`, there is one process, which does all of the work itself.
+The processes are started by `torchrun`, or anything that sets its variables RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. Without these, and outside of `process_group`, there is one process, which does all of the work itself.
 """
 
 import os
@@ -26,25 +26,25 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for the others, of which the first may have to look at a million images."""
+"""How long a process waits for the others. Long, because the first one may have to evaluate a million images."""
 
 
 _DEATHS = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|timed out|Timed out")
-"""What the others' groups say when a process is gone."""
+"""What gloo and NCCL say in the remaining processes when one is gone."""
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Within it, this process is one of the group that was started; the device `cuda` is the GPU of its own.
+def process_group() -> Iterator[None]:
+    """Join the group of processes inside the with block; the device `cuda` is then this process's own GPU.
 
-    What is on the host is passed around by gloo, what is on GPUs by NCCL. Inside of another `joined` it does nothing.
+    Tensors on the host travel by gloo, those on GPUs by NCCL. Nested inside another `process_group`, it does nothing.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
-    # Workers that torchrun has started again meet in the same store, where the dead ones' addresses still are.
+    # Workers that torchrun restarts get the same store, which still has the dead ones' addresses: use a prefix.
     found, number, size = next(rendezvous("env://"))
     store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -52,7 +52,7 @@ def joined() -> Iterator[None]:
     try:
         with watched(store, number, size):
             yield
-            barrier()  # the first is the last to be missed: the others' store may live in it
+            barrier()  # the first process must leave last: the others' store may live in it
     except RuntimeError as error:
         if not _DEATHS.search(str(error)):
             raise
@@ -61,17 +61,17 @@ def joined() -> Iterator[None]:
             "Its own message says why; the last checkpoint is kept, and torchrun --max-restarts goes on from it"
         ) from error
     finally:
-        aside.cache_clear()
+        background_group.cache_clear()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process; 0 is the one that prints and writes."""
+    """Return the number of this process; process 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -82,14 +82,15 @@ def barrier() -> None:
 
 
 @cache
-def aside() -> dist.ProcessGroup:
-    """A second group of all processes, for what a thread passes around while the first is in use. On the host; all must
-    ask for it."""
+def background_group() -> dist.ProcessGroup:
+    """Return a second group of all processes, on the host, for a thread to use while the first is busy.
+
+    All processes must call this."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def mean(table: torch.Tensor) -> torch.Tensor:
-    """The mean of the processes' tables, on the CPU, on all of them."""
+    """Return the mean of the processes' tables (on the CPU) to all of them."""
     if world() > 1:
         dist.all_reduce(table)
         table /= world()
@@ -97,24 +98,24 @@ def mean(table: torch.Tensor) -> torch.Tensor:
 
 
 def any(here: bool) -> bool:
-    """Whether it is so in any of the processes."""
+    """Return whether `here` is true in any of the processes."""
     return bool(mean(torch.tensor(float(here))) > 0)
 
 
-def told(value: Result) -> Result:
-    """The first process's `value`, on all of them."""
-    return first(lambda: value)
+def broadcast(value: Result) -> Result:
+    """Return the first process's `value` to all of them."""
+    return on_first(lambda: value)
 
 
-def first(make: Callable[[], Result]) -> Result:
-    """`make()` of the first process, on all of them; a `UserError` or `OSError` that it raises, all of them raise."""
+def on_first(make: Callable[[], Result]) -> Result:
+    """Return the first process's `make()` to all of them; a `UserError` or `OSError` is raised in all of them too."""
     if world() == 1:
         return make()
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = make()
-        except (OSError, UserError) as error:  # else the others would wait for the result and then lose the first
+        except (OSError, UserError) as error:  # otherwise the others would wait for a result that never comes
             box[1] = error
     dist.broadcast_object_list(box)
     if box[1] is not None:
@@ -123,7 +124,7 @@ def first(make: Callable[[], Result]) -> Result:
 
 
 def agreed(make: Callable[[], Result]) -> Result:
-    """`make()` of each process; where a `UserError` or `OSError` is raised in any of them, all raise `Agreed`.
+    """Return `make()`, called in every process; if any of them raises `UserError` or `OSError`, all raise `Agreed`.
 
     `make` itself must not wait for other processes.
     """
@@ -143,14 +144,14 @@ def agreed(make: Callable[[], Result]) -> Result:
 
 
 def same_folder(folder: Path) -> None:
-    """Make `folder`; raises `UserError`, in all processes, unless it is the same one for all of them.
+    """Make `folder`; raise `UserError` in all processes if they do not all see the same one.
 
-    On machines without a common file system each would write its own part of a checkpoint to a disk of its own.
+    Without a shared file system, each machine would write its part of a checkpoint to its own disk.
     """
     if world() == 1:
         return
-    folder.mkdir(parents=True, exist_ok=True)  # by all: a network disk may remember that it was not there
-    name = told(f".seen-by-all-{uuid4().hex}")
+    folder.mkdir(parents=True, exist_ok=True)  # in every process: a network disk may have cached that it does not exist
+    name = broadcast(f".seen-by-all-{uuid4().hex}")
     if rank() == 0:
         (folder / name).touch()
     barrier()
@@ -165,25 +166,28 @@ def same_folder(folder: Path) -> None:
 
 
 def shared(task: Callable[[Job], Result], jobs: Sequence[Job], level: bool = False) -> Iterator[Result]:
-    """`task(job)` of all `jobs` in their order, each done by one process: all must iterate, the first gets the results.
+    """Yield `task(job)` for all `jobs` in order, each computed by one process. All must iterate; the first gets them.
 
-    What a job gives and when it is seen don't depend on the number of processes: sums over the results are the same to
-    the last bit. Results are pickled on their way; tensors should be on the CPU.
+    Results and their order do not depend on the number of processes: sums over them are the same to the last bit.
+    Results are pickled for transport, so tensors should be on the CPU.
 
     Args:
-        level: every process does as many jobs as the others, the last one again where there is none for it, since work
-            with sharded networks needs all of them.
+        level: have every process do equally many jobs, repeating the last one if none is left for it: sharded networks
+            need all processes to take part.
     """
     for turn in range(0, len(jobs), world()):
-        mine = [task(job) for job in jobs[turn : turn + world()][rank() : rank() + 1]]
-        if level and not mine:
+        index = turn + rank()
+        mine: list[Result] = []
+        if index < len(jobs):
+            mine = [task(jobs[index])]
+        elif level:
             task(jobs[-1])
         for done in _gather(mine):
             yield from done
 
 
 def _gather(part: Result) -> list[Result]:
-    """What every process brings, by rank, on the first; nothing on the others."""
+    """Return every process's `part` by rank, in the first process; an empty list in the others."""
     if world() == 1:
         return [part]
     parts: list[Any] | None = [None] * world() if rank() == 0 else None

@@ -1,4 +1,4 @@
-"""Where things lie: the package's assets, the user's cache, and what `~` stands for."""
+"""Where things are: the package's assets, the user's cache, and what `~` stands for."""
 
 import os
 from importlib import resources
@@ -7,23 +7,23 @@ from pathlib import Path
 from distmatch.system.errors import UserError
 
 ASSETS = Path(str(resources.files("distmatch"))) / "assets"
-"""Models, classifiers and references that come with the package."""
+"""Models, classifiers and references shipped with the package."""
 
 RECIPES = ASSETS.parent / "recipe" / "library"
-"""The recipes that come with the package."""
+"""Recipes shipped with the package."""
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distmatch"
-"""Where what can be made or fetched again is kept."""
+"""Where everything that can be made or fetched again is kept."""
 
 SCHEMES = ("edm:", "diffusers:", "inception:", "file://")
-"""What may stand before a path."""
+"""Prefixes that may precede a path."""
 
 
 def expand(place: str) -> str:
-    """Return `place` with the home folder in place of a leading `~` or `~USER`, also behind one of `SCHEMES`.
+    """Return `place` with a leading `~` or `~USER`, also after one of `SCHEMES`, replaced by the home folder.
 
-    A shell does this only at the beginning of a word: never in `pairs.path=~/pairs`, `edm:~/net.pkl` or `--out=~/run`.
-    URLs and other names stay as they are. Raises `UserError` for the home of a user who does not exist.
+    A shell expands it only at the start of a word: never in `pairs.path=~/pairs`, `edm:~/net.pkl` or `--out=~/run`.
+    URLs and other names are unchanged. Raises `UserError` if the user does not exist.
     """
     scheme = next((s for s in SCHEMES if place.startswith(s)), "")
     path = place.removeprefix(scheme)

@@ -1,6 +1,6 @@
-"""JSON and YAML that anyone may have written: of bounded size and in the form that is expected, or refused by name.
+"""Reads untrusted JSON and YAML: bounded in size and validated, or refused with a message that names the file.
 
-JSON files that `files.write_json` wrote carry the digest of their content, which is compared.
+JSON files written by `files.write_json` carry a digest of their content, which is verified.
 """
 
 import json
@@ -18,11 +18,11 @@ from distmatch.system.errors import UserError
 
 T = TypeVar("T")
 SEAL = "sha256"
-"""The entry with the digest of all others."""
+"""The entry with the digest of all other entries."""
 
 
 def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
-    """What is in a JSON file, as `kind`: `dict[str, Any]`, or anything else that pydantic knows how to check.
+    """Read a JSON file as `kind`: `dict[str, Any]`, or any other type that pydantic can validate.
 
     Raises `FileNotFoundError`, and `UserError` that names the file and what is wrong with it, and ends with `remedy`.
     """
@@ -36,17 +36,17 @@ def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
 
 
 def json_of(content: bytes | str, where: str, kind: type[T], remedy: str = "") -> T:
-    """The JSON text `content` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
+    """Parse the JSON text `content` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
     return fitting(_parsed(content, where, remedy), where, kind, remedy)
 
 
 def json_digest(data: Any) -> str:
-    """SHA-256 of plain data, whatever the order of its keys."""
+    """Return the SHA-256 of plain data, independent of the order of its keys."""
     return sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def fitting(found: Any, where: str, kind: type[T], remedy: str = "") -> T:
-    """`found` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
+    """Validate `found` as `kind`. Raises `UserError` that begins with `where` and ends with `remedy`."""
     try:
         return _adapter(kind).validate_python(found)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def fitting(found: Any, where: str, kind: type[T], remedy: str = "") -> T:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The `key: value` lines of a YAML file.
+    """Read the `key: value` lines of a YAML file.
 
     Raises `FileNotFoundError`, and `UserError` that names the file and what is wrong with it.
     """
@@ -68,7 +68,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def yaml_of(text: bytes | str, where: str) -> Any:
-    """The YAML `text` as plain data. Raises `UserError` that begins with `where`."""
+    """Parse the YAML `text` into plain data. Raises `UserError` that begins with `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (RecursionError, yaml.YAMLError, ValueError) as error:
@@ -84,7 +84,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 def _parsed(content: bytes | str, where: str, remedy: str) -> Any:
     try:
         return json.loads(content)
-    except (RecursionError, ValueError) as error:  # among them text that is no UTF-8, numbers of thousands of digits
+    except (RecursionError, ValueError) as error:  # also text that is not UTF-8, numbers of thousands of digits
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
 
@@ -99,7 +99,7 @@ def _content(file: Path, most: int) -> bytes:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, by which a few hundred bytes stand for gigabytes, and without a key given twice."""
+    """YAML without aliases, with which a few hundred bytes expand to gigabytes, and without duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -1,4 +1,4 @@
-"""Which process wrote something, in words that another process can check: whether that one is dead."""
+"""Identifies the process that wrote something, so that another process can check whether it is dead."""
 
 import os
 import re
@@ -8,25 +8,25 @@ from hashlib import sha256
 from pathlib import Path
 
 FORM = r"[0-9a-f]{8}-\d{1,10}-\d{1,20}"
-"""A regular expression of what `identity` returns."""
+"""A regular expression that matches what `identity` returns."""
 
 ANYWHERE = "0" * 8
-"""The host of a process that cannot say where it runs: nobody can know whether it is dead."""
+"""The host of a process that cannot tell where it runs: nobody can know whether it is dead."""
 
 
 def identity() -> str:
-    """Return host, number and start time of this process, e.g. `3f0a91bc-4711-893021`."""
+    """Return host, process number and start time of this process, e.g. `3f0a91bc-4711-893021`."""
     pid = os.getpid()
     return f"{_host()}-{pid}-{_started(pid) or 0}"
 
 
 def is_here(identity: str) -> bool:
-    """Return whether the process of this `identity` runs, or ran, where this one can see it."""
+    """Return whether the process of this `identity` runs, or ran, where this process could see it."""
     return identity.partition("-")[0] == _host() != ANYWHERE
 
 
 def is_dead(identity: str) -> bool:
-    """Return whether the process of this `identity` is known to have ended; never of one on another host."""
+    """Return whether the process of this `identity` is known to have ended; never true for one on another host."""
     if not is_here(identity):
         return False
     _, pid, started = identity.split("-")
@@ -34,7 +34,7 @@ def is_dead(identity: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except (PermissionError, OverflowError):  # another user's
+    except (PermissionError, OverflowError):  # the process belongs to another user
         pass
     now = _started(int(pid))
     return now is not None and now != int(started)
@@ -42,19 +42,19 @@ def is_dead(identity: str) -> bool:
 
 @cache
 def _host() -> str:
-    """A digest of all that sets one table of processes apart from others: this boot, its PID namespace, its name."""
+    """Return a digest of what defines one process table: this boot, its PID namespace and its host name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         table = f"{boot}{os.readlink('/proc/self/ns/pid')}{socket.gethostname()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return ANYWHERE
     return sha256(table.encode()).hexdigest()[:8]
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; -1 for one that is dead but not yet waited for."""
+    """Return when a process started, in ticks since boot; -1 for a zombie, which is dead but not yet waited for."""
     try:
-        # The name in parentheses may itself hold blanks and parentheses.
+        # The process name, in parentheses, may itself contain spaces and parentheses.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

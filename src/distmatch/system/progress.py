@@ -28,10 +28,10 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Callable[[int], None]]:
-    """A bar of `total`, of which `done` is already there; yields `advance(n)`.
+    """Show a bar of `total`, of which `done` is already complete; yields `advance(n)`.
 
-    Where standard error is no terminal, a line with the rate and the time left is printed at each tenth instead. Of
-    several processes, the first shows it.
+    If standard error is not a terminal, a line with the rate and the time left is printed at each tenth instead. With
+    several processes, only the first shows it.
     """
     title = printable(title)
     if parallel.rank() > 0:

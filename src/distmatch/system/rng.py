@@ -1,7 +1,7 @@
-"""Randomness as a function of position: no generator state is ever saved, so resuming is an index.
+"""Randomness as a function of position: no generator state is ever saved, so resuming needs only an index.
 
-Per-sample noise makes sample `i` of a seed the same whatever the batch size or the process count; a stream is a
-generator named by what it is for and the step it is for.
+With per-sample noise, sample `i` of a seed is the same whatever the batch size or the number of processes. A stream is
+a generator named by its purpose and its step.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 def key(*parts: int | str) -> int:
-    """A 63-bit seed from any sequence of numbers and names."""
+    """Return a 63-bit seed for any sequence of numbers and names."""
     text = "/".join(str(part) for part in parts).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def stream(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A fresh generator for `parts`, e.g. `(seed, "critic", step)`."""
+    """Return a fresh generator for `parts`, e.g. `(seed, "critic", step)`."""
     return torch.Generator(device).manual_seed(key(*parts))
 
 
 def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
-    """Standard normal f32[len(indices), *shape], row `k` a function of `(seed, indices[k], step)`. Made on the CPU.
+    """Return normal noise f32[len(indices), *shape]: row `k` is a function of `(seed, indices[k], step)`. On the CPU.
 
-    `step`: which of a few-step student's evaluations it is for.
+    `step`: which evaluation of a few-step student it is for.
     """
     out = torch.empty(len(indices), *shape)
     generator = torch.Generator()
@@ -37,11 +37,11 @@ def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int], step
 
 
 def shuffled(seed: int, size: int, position: int, count: int, window: int = 1, block: int | None = None) -> np.ndarray:
-    """Entries `position .. position + count` of an endless shuffle of `range(size)`: i64[count].
+    """Return entries `position .. position + count` of an endless shuffle of `range(size)`: i64[count].
 
-    Each pass over the range is a new permutation, a function of `(seed, pass)`. Where the range has more than `window`
-    blocks of `block` entries, the blocks are shuffled, and then the entries of each `window` of them in turn: few
-    blocks are in use at a time.
+    Each pass over the range is a new permutation, a function of `(seed, pass)`. If the range has more than `window`
+    blocks of `block` entries, the blocks are shuffled, then the entries within each group of `window` blocks, so that
+    few blocks are in use at a time.
     """
     out = np.empty(count, dtype=np.int64)
     done = 0
@@ -57,7 +57,7 @@ _cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 
 
 def _permutation(seed: int, size: int, epoch: int, window: int, block: int) -> np.ndarray:
-    """The permutation of one pass. Those of two passes are kept: towards the end of one, the next is looked at too."""
+    """Return the permutation of one pass. Two are cached, because a batch near the end also reads the next pass."""
     kept = _cache.setdefault((seed, size, window, block), {})
     if epoch not in kept:
         if len(kept) == 2:

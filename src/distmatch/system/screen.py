@@ -1,4 +1,4 @@
-"""What people read on a terminal. Nothing that comes from a file or a command line can take hold of it."""
+"""Safe terminal output: nothing that comes from a file or a command line can control the terminal."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from rich.text import Text
 
 
 def escaped(text: object, kept: str = "\n\t") -> str:
-    """`text` with escapes for what would move the cursor, colour or turn around what follows, but for those `kept`."""
+    """Escape all characters in `text` that move the cursor, set colours or reverse text, except those in `kept`."""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def printable(name: object, most: int = 120) -> str:
-    """A name from anywhere, on one line and cut to `most` characters."""
+    """Return a name from anywhere as one line, cut to `most` characters."""
     text = escaped(str(name)[: most + 1], kept="")
     return text if len(text) <= most else text[:most] + "..."
 
@@ -24,7 +24,7 @@ def size(nbytes: float) -> str:
 
 
 class Screen(Console):
-    """Rich's console for text from anywhere: neither markup nor control characters have an effect."""
+    """Rich's console for untrusted text: markup and control characters have no effect."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -36,7 +36,7 @@ class Screen(Console):
         return super().status(Text(escaped(status)), **options)
 
     def on_broken_pipe(self) -> None:
-        raise  # rich would end the program with status 1
+        raise  # otherwise rich would end the program with status 1
 
 
 console = Screen(soft_wrap=True)

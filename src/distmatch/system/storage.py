@@ -1,6 +1,6 @@
-"""Folders on a disk or at a URL (`s3://`, `gs://`, `hf://`, ... by fsspec): whole files in, whole files out.
+"""Folders on a disk or at a URL (`s3://`, `gs://`, `hf://`, ... via fsspec), read and written in whole files.
 
-Files at a URL are read from copies on the local disk, of which those unused for longest go when they take too much.
+Files at a URL are read from local copies. When the copies take too much space, the least recently used are deleted.
 """
 
 import base64
@@ -27,27 +27,27 @@ from distmatch.system.progress import console
 Value = TypeVar("Value")
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-"""What fsspec needs for URLs of these kinds."""
+"""The package that fsspec needs for each kind of URL."""
 
 COPIES = CACHE / "copies"
-"""Where copies of remote files lie; all processes of a machine share them."""
+"""Where copies of remote files are kept, shared by all processes of a machine."""
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether `place` is a URL other than `file://`."""
+    """Return whether `place` is a URL other than `file://`."""
     scheme, separator, _ = str(place).partition("://")
     return bool(separator) and scheme not in ("file", "local")
 
 
 def name_of(place: str | Path) -> str:
-    """The last part of a path, also of one such as `.`, or of a URL."""
+    """Return the last part of a URL or of a path, also of one such as `.`."""
     return Path(place if is_url(place) else os.path.abspath(str(place).removeprefix("file://"))).name
 
 
 class Folder:
-    """A folder by its path or URL. Files in it are written whole, by a rename on a disk, by the store itself elsewhere.
+    """A folder at a path or URL. Its files are written whole: by a rename on a disk, by the store itself at a URL.
 
-    Raises `UserError` for a file, and for a URL that fsspec does not know or has no package for.
+    Raises `UserError` for a file, and for a URL that fsspec does not know or whose package is missing.
     """
 
     def __init__(self, place: "str | Path | Folder"):
@@ -63,18 +63,18 @@ class Folder:
         return self.place
 
     def at(self, name: str) -> str:
-        """Where the file `name` is, for people."""
+        """Return where the file `name` is, for people."""
         return f"{self.place}/{name}"
 
     def sizes(self) -> dict[str, int]:
-        """The files that are there now, with their sizes in bytes."""
+        """Return the files that exist now, with their sizes in bytes."""
         if self.path is not None:
             if not self.path.is_dir():
                 return {}
             found = {}
             with os.scandir(self.path) as entries:
                 for entry in entries:
-                    with suppress(FileNotFoundError):  # gone meanwhile
+                    with suppress(FileNotFoundError):  # deleted meanwhile
                         found[entry.name] = entry.stat().st_size
             return found
         self.fs.invalidate_cache()
@@ -91,24 +91,24 @@ class Folder:
             return self.fs.exists(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes:
-        """Raises `FileNotFoundError`."""
+        """Return the file's content. Raises `FileNotFoundError`."""
         if self.path is not None:
             return (self.path / name).read_bytes()
         with _reached(self.place):
             return self.fs.cat_file(f"{self.root}/{name}")
 
     def opened(self, name: str, read: Callable[[Path], Value]) -> Value:
-        """`read(file)` of the file or of its local copy. Raises `FileNotFoundError`."""
+        """Return `read(file)` for the file or its local copy. Raises `FileNotFoundError`."""
         if self.path is not None:
             return read(self.path / name)
         while True:
             with _reached(self.place):
                 file = copied(self.fs, f"{self.root}/{name}")
-            with suppress(FileNotFoundError):  # another process made room just now
+            with suppress(FileNotFoundError):  # another process has just deleted the copy to make room
                 return read(file)
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Call `write(temporary_path)` and put what it wrote at `name`, in one go."""
+        """Call `write(temporary_path)` and move what it wrote to `name` atomically."""
         if self.path is not None:
             return write_atomic(self.path / name, write)
         with tempfile.TemporaryDirectory(prefix="distmatch-") as folder:
@@ -118,9 +118,9 @@ class Folder:
                 self.fs.put_file(str(file), f"{self.root}/{name}")
 
     def create(self, name: str, content: bytes) -> bool:
-        """Make the file `name` unless there is one: of many that try, one has made it.
+        """Create the file `name` and return True, or return False if it exists: only one of many callers succeeds.
 
-        S3 and Google's store promise that, others may not. Raises `UserError` where the store is not to be written.
+        S3 and Google Cloud Storage guarantee this, others may not. Raises `UserError` if the store is not writable.
         """
         if self.path is None:
             try:
@@ -137,15 +137,15 @@ class Folder:
         try:
             with naming(self.path / name), file:
                 file.write(content)
-        except OSError:  # a full disk
+        except OSError:  # the disk is full
             self.remove(name)
             raise
         return True
 
     def change(self, name: str, content: bytes) -> None:
-        """Other content for a small file that one process alone writes."""
+        """Replace the content of a small file that only one process writes."""
         if self.path is not None:
-            with (self.path / name).open("rb+") as file:  # in place: a reader never sees an empty one
+            with (self.path / name).open("rb+") as file:  # in place, so that a reader never sees an empty file
                 file.write(content)
                 file.truncate()
         else:
@@ -153,7 +153,7 @@ class Folder:
                 self.fs.pipe_file(f"{self.root}/{name}", content)
 
     def remove(self, name: str) -> None:
-        """The file goes, if it is there."""
+        """Delete the file, if it exists."""
         with suppress(FileNotFoundError):
             if self.path is not None:
                 (self.path / name).unlink()
@@ -162,18 +162,18 @@ class Folder:
                     self.fs.rm_file(f"{self.root}/{name}")
 
     def is_writable(self) -> bool:
-        """Whether files may be made on this disk; of a store at a URL only the attempt tells."""
+        """Return whether this disk is writable; for a URL, always True: only an attempt can tell."""
         return self.path is None or os.access(self.path, os.W_OK)
 
     def sweep(self, age: float) -> None:
-        """Delete what killed writers left on a disk, see `files.sweep`."""
+        """Delete what killed writers left on a disk; see `files.sweep`."""
         if self.path is not None:
             sweep(self.path, age)
 
 
 @contextmanager
 def _reached(place: str) -> Iterator[None]:
-    """What a store's own package raises becomes a `UserError`; that a file is or is not there passes."""
+    """Turn what a store's own package raises into a `UserError`, except that a file does or does not exist."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, IsADirectoryError, UserError):
@@ -192,7 +192,7 @@ def _written(place: str) -> Iterator[None]:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of `url`, and the path in it."""
+    """Return fsspec's file system for `url`, and the path in it."""
     from fsspec.core import url_to_fs
 
     package = PACKAGES.get(url.partition("://")[0])
@@ -208,9 +208,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def local(place: str | Path) -> Path:
-    """A file or folder on the disk as it is; of a file at a URL its local copy.
+    """Return a file or folder on the disk unchanged, or the local copy of a file at a URL.
 
-    Raises `UserError` for a URL where there is no file.
+    Raises `UserError` if there is no file at the URL.
     """
     if not is_url(place):
         return Path(expand(str(place)).removeprefix("file://"))
@@ -225,7 +225,7 @@ def local(place: str | Path) -> Path:
 
 
 def limit() -> float:
-    """Bytes that the copies of remote files may take."""
+    """Return the most bytes that the copies of remote files may use."""
     given = os.environ.get("DISTMATCH_CACHE_GB", "20")
     try:
         return 1e9 * float(given)
@@ -234,21 +234,21 @@ def limit() -> float:
 
 
 def copied(fs: Any, path: str) -> Path:
-    """The local copy of a remote file as it is now, fetched if it is not there.
+    """Return the local copy of the current version of a remote file, fetching it if needed.
 
-    Raises `FileNotFoundError`, and `UserError` where it is larger than all copies may be, does not say its size, or
-    arrives with another size or another hash than the store says.
+    Raises `FileNotFoundError`, and `UserError` if it is larger than all copies may be, does not say its size, or has
+    another size or hash on arrival than the store states.
     """
     info = fs.info(path)
     if info["type"] == "directory":
         raise IsADirectoryError(path)
-    version = [fs.ukey(path), info["size"], info.get("ETag"), info.get("Last-Modified")]  # HTTP's ukey is the address
+    version = [fs.ukey(path), info["size"], info.get("ETag"), info.get("Last-Modified")]  # HTTP's ukey is only the URL
     suffix = Path(path.partition("?")[0]).suffix
     file = COPIES / (hashlib.sha256(f"{fs.protocol}{path}{version}".encode()).hexdigest()[:32] + suffix)
     if copy := kept(file):
         return copy
     COPIES.mkdir(parents=True, exist_ok=True)
-    with FileLock(COPIES / f".{file.stem}.lock") as lock:  # the processes of a machine fetch it once
+    with FileLock(COPIES / f".{file.stem}.lock") as lock:  # so that only one process of a machine fetches it
         copy = kept(file)
         if copy is None:
             reserved = _reserve(file.stem, info["size"], path)
@@ -261,7 +261,7 @@ def copied(fs: Any, path: str) -> Path:
 
 
 def keep(file: Path, fetch: Callable[[Path], Any]) -> Path:
-    """Have `fetch(temporary_path)` write a copy and keep it beside `file`, under a name with its SHA-256."""
+    """Have `fetch(temporary_path)` write a copy, and keep it beside `file` under a name with its SHA-256."""
     write_atomic(file, fetch)
     copy = file.replace(file.with_stem(f"{file.stem}-{file_sha256(file)}"))
     _compared.add(copy)
@@ -269,14 +269,14 @@ def keep(file: Path, fetch: Callable[[Path], Any]) -> Path:
 
 
 def kept(file: Path) -> Path | None:
-    """What `keep` made of `file`, unless its content is no longer that: then it is deleted.
+    """Return what `keep` made of `file`. If its content has changed, delete it and return None.
 
-    A process reads it for that once.
+    Each process verifies a copy only once.
     """
     for copy in file.parent.glob(f"{glob.escape(file.stem)}-*{glob.escape(file.suffix)}"):
-        with suppress(FileNotFoundError):  # another process made room
+        with suppress(FileNotFoundError):  # another process deleted it to make room
             if copy in _compared or copy.stem.endswith(file_sha256(copy)):
-                os.utime(copy)  # used just now
+                os.utime(copy)  # marks it as recently used
                 _compared.add(copy)
                 return copy
             copy.unlink()
@@ -285,19 +285,19 @@ def kept(file: Path) -> Path | None:
 
 
 _compared: set[Path] = set()
-"""The copies that this process has read."""
+"""The copies that this process has verified."""
 
 
 def _fetch(fs: Any, path: str, info: dict[str, Any], file: Path) -> None:
-    """A remote file, which must arrive as the store describes it."""
+    """Fetch a remote file and check it against the store's description."""
     fs.get_file(path, str(file))
     size = file.stat().st_size
     if size != info["size"]:
         raise UserError(f"{path} did not arrive whole: {size:,} of {info['size']:,} bytes. Run the same again")
     kind, known = "", ""
-    if info.get("lfs"):  # Hugging Face's
+    if info.get("lfs"):  # Hugging Face
         kind, known = "sha256", info["lfs"]["sha256"]
-    elif info.get("md5Hash"):  # Google's
+    elif info.get("md5Hash"):  # Google Cloud Storage
         kind, known = "md5", base64.b64decode(info["md5Hash"]).hex()
     if kind:
         with file.open("rb") as stream:
@@ -307,7 +307,7 @@ def _fetch(fs: Any, path: str, info: dict[str, Any], file: Path) -> None:
 
 
 def _reserve(stem: str, size: int | None, path: str) -> Path:
-    """Wait until there is room for `size` bytes more, and take it: by a file of that size and without content."""
+    """Wait until there is room for `size` more bytes, then reserve it with a sparse file of that size."""
     if size is None:
         raise UserError(f"{path} does not say its size, which decides whether there is room; download it first")
     if size > limit():
@@ -319,7 +319,7 @@ def _reserve(stem: str, size: int | None, path: str) -> Path:
     while True:
         with FileLock(COPIES / ".lock"):
             _sweep(stem)
-            reserved.unlink(missing_ok=True)  # of a process that was killed
+            reserved.unlink(missing_ok=True)  # left by a process that was killed
             if _make_room(size):
                 reserved.touch()
                 os.truncate(reserved, size)
@@ -328,9 +328,9 @@ def _reserve(stem: str, size: int | None, path: str) -> Path:
 
 
 def _make_room(size: int) -> bool:
-    """Delete the copies that were unused for longest until `size` bytes more are within the limit.
+    """Delete the least recently used copies until `size` more bytes are within the limit.
 
-    False, and nothing is deleted, where those that are being fetched leave no room for them.
+    If the files being fetched leave no room, return False and delete nothing.
     """
     copies, fetching = [], 0
     for file in COPIES.iterdir():
@@ -351,7 +351,7 @@ def _make_room(size: int) -> bool:
 
 
 def _sweep(own: str) -> None:
-    """Delete what killed processes reserved or fetched half. Who lives holds the lock of its file, here `own`."""
+    """Delete reservations and partial files of killed processes. A live one holds its file's lock; `own` is ours."""
     for stem in {file.name[1:].partition(".")[0] for file in COPIES.glob(".?*.*")} - {own}:
         with suppress(Timeout), FileLock(COPIES / f".{stem}.lock", blocking=False):
             for file in COPIES.glob(f".{stem}.*"):

@@ -1,4 +1,4 @@
-"""What users are told besides results: command lines that can be pasted into a shell, notices."""
+"""Messages for users besides results: notices, and command lines to paste into a shell."""
 
 import shlex
 import warnings
@@ -7,15 +7,15 @@ from distmatch.system import parallel
 
 
 class Notice(UserWarning):
-    """Something that a user should know and that is no error. The command line shows it as one line."""
+    """Something a user should know that is not an error. The command line shows it as one line."""
 
 
 def notice(text: str) -> None:
-    """Warn of `text`, once, by the first of several processes."""
+    """Warn with `text`, once, in the first of several processes."""
     if parallel.rank() == 0:
         warnings.warn(text, Notice, stacklevel=3)
 
 
 def command(*words: object) -> str:
-    """Return `distmatch WORDS` as one types it into a shell: words with spaces are quoted."""
+    """Return `distmatch WORDS` as typed into a shell: words with spaces are quoted."""
     return shlex.join(["distmatch", *map(str, words)])

@@ -1,11 +1,11 @@
-"""Foreign pickles as data: tensors, numbers, text and containers come out, and nothing in the file is executed.
+"""Reads untrusted pickles as data: tensors, numbers, text and containers. Nothing in the file is executed.
 
 Made for the networks that NVIDIA publishes (`edm-*.pkl`), whose modules are stored as class name, source text (which
 stays text) and attributes, and for CIFAR's batches.
 
-A pickle is a program that may import and call anything. Here `pickletools` cuts it into instructions, and the machine
-below carries out those that build data. A name in the file is never imported: it is looked up in a table of functions
-of this module, which check what they are given and hold what they allocate against the size of the file.
+A pickle is a program that may import and call anything. Here, `pickletools` splits it into instructions, and the
+machine below executes only those that build data. A name in the file is never imported: it is looked up in a table of
+functions in this module, which validate their arguments and limit what they allocate to a multiple of the file's size.
 """
 
 import io
@@ -23,22 +23,22 @@ from torch import Tensor
 
 from distmatch.system.errors import UserError
 
-ROOM = 4  # times the file's size, for storages, tensors and copies together; honest files take at most 3
-INSTRUCTIONS = 4_000_000  # of a program, as one byte can make an object of 200; 1,500 modules take 300,000
+ROOM = 4  # times the file's size, for storages, tensors and copies together; honest files need at most 3
+INSTRUCTIONS = 4_000_000  # per program, because one byte can make an object of 200 bytes; 1,500 modules need 300,000
 DIMENSIONS = 32
 KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NUMBERS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES = {name: getattr(torch, name) for name in NUMBERS}
 STORAGES = {f"{kind}Storage": DTYPES[name] for kind, name in zip(KINDS, NUMBERS, strict=True)}
 MAGIC = (0x1950A86A20F9469CFC6C, 1001)
-"""What `torch.save` begins its older format with, in which a storage is kept inside of a pickle."""
+"""How files in the older format of `torch.save` begin, in which a storage is nested inside a pickle."""
 SCALARS = (str, int, float, bool, type(None))
 BYTES = {f"{size}BIN{kind}" for size in ("", "SHORT_") for kind in ("UNICODE", "BYTES", "STRING")}
 PLAIN = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BYTEARRAY8", "BINUNICODE8", "BINBYTES8", *BYTES}
 VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 COUNTS = {"POP": 1, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
-"""Instructions that take so many objects from the stack; their others take all since the last mark."""
+"""How many objects these instructions pop; their variants not listed here pop everything since the last mark."""
 
 
 @dataclass(eq=False, repr=False)
@@ -46,9 +46,9 @@ class Stub:
     """An object whose class was not imported.
 
     Args:
-        class_name: of the class, without its module.
+        class_name: the class, without its module.
         state: its attributes.
-        meta: what the file says of a class stored with its source: `module_src`, `version`; empty for torch's own.
+        meta: what the file says about a class stored with its source: `module_src`, `version`; empty for torch's own.
     """
 
     class_name: str
@@ -58,7 +58,7 @@ class Stub:
 
 @dataclass(frozen=True)
 class Module:
-    """One module of a network: its class, what it was constructed with, and its attributes that are numbers or text."""
+    """One module of a network: its class, its constructor arguments, and its attributes that are numbers or text."""
 
     class_name: str
     args: tuple[Any, ...]
@@ -80,10 +80,10 @@ class Network:
 
 
 def load(source: Path | bytes) -> Any:
-    """The object in a pickle of protocol 2 to 5; modules and other objects of known kinds come as `Stub`.
+    """Return the object in a pickle of protocol 2 to 5; modules and other objects of known kinds become `Stub`.
 
-    Parameters come as tensors, named dictionaries as `dict`, NumPy scalars as Python numbers. Raises `UserError` where
-    the file is missing or damaged, or asks for anything that is not data.
+    Parameters become tensors, ordered dictionaries `dict`, NumPy scalars Python numbers. Raises `UserError` if the file
+    is missing or damaged, or asks for anything that is not data.
     """
     name = "the pickle" if isinstance(source, bytes) else str(source)
     try:
@@ -101,7 +101,7 @@ def load(source: Path | bytes) -> Any:
                 f"{name} asks for {refused}: this is refused, and nothing in the file was executed. "
                 f"Only tensors, numbers, text and containers are read from a pickle"
             ) from None
-        except Exception as error:  # whatever an ill-formed program runs into, stack or type or encoding
+        except Exception as error:  # whatever a malformed program causes: stack, type or encoding errors
             raise UserError(
                 f"{name} is damaged at byte {file.tell()}, or no pickle of protocol 2 to 5 "
                 f"({type(error).__name__}: {_cut(str(error))}); get it again from where it was published"
@@ -109,9 +109,9 @@ def load(source: Path | bytes) -> Any:
 
 
 def network(path: Path, key: str | None = "ema") -> Network:
-    """The network under `key` of the dictionary in `path`; key `None`: the object itself.
+    """Return the network under `key` of the dictionary in `path`; with key `None`, the object itself.
 
-    Raises `UserError` as `load` does, and where there is no such network.
+    Raises `UserError` like `load`, and if there is no such network.
     """
     found = load(path)
     if key is not None:
@@ -122,9 +122,9 @@ def network(path: Path, key: str | None = "ema") -> Network:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of the one network in `path`: the object itself, or one entry of a dictionary.
+    """Return the parameters and buffers of the only network in `path`: the object itself, or an entry of a dictionary.
 
-    Raises `UserError` as `load` does, and where there is no network or more than one.
+    Raises `UserError` like `load`, and if there is no network or more than one.
     """
     found = load(path)
     entries = found if isinstance(found, dict) else {None: found}
@@ -154,12 +154,12 @@ def _describe(value: Any) -> str:
 
 
 def _cut(text: str | int) -> str:
-    """Text from the file, fit for a message."""
+    """Shorten text from the file for use in a message."""
     return ascii(str(text)[:120])[1:-1]
 
 
 def _walk(top: Stub, budget: "_Budget") -> Network:
-    """The modules of `top` in the order of `state_dict`. The budget also ends cycles and endless repetition."""
+    """Return the modules of `top` in the order of `state_dict`. The budget also ends cycles and endless repetition."""
     modules: dict[str, Module] = {}
     state: dict[str, Tensor] = {}
     todo: list[tuple[str, Any]] = [("", top)]
@@ -192,7 +192,7 @@ def _walk(top: Stub, budget: "_Budget") -> Network:
 
 
 def _entries(stub: Stub, name: str) -> dict[str, Any]:
-    """One of the dictionaries by name that a module consists of."""
+    """Return one of the name-to-value dictionaries that make up a module."""
     entries = stub.state.get(name, {})
     if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
         raise _Refused(f"{name} of {_cut(stub.class_name)} {_describe(entries)}")
@@ -200,7 +200,7 @@ def _entries(stub: Stub, name: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, budget: "_Budget", depth: int = 16) -> Any:
-    """A copy of nested containers in which nothing is shared, so that its size is known."""
+    """Copy nested containers so that nothing is shared, which makes their size known."""
     budget.spend(1)
     if depth == 0:
         raise _Refused("settings nested without end")
@@ -212,11 +212,11 @@ def _plain(value: Any, budget: "_Budget", depth: int = 16) -> Any:
 
 
 class _Refused(Exception):
-    """The file can be read, but asks for something that is no data; the message names it."""
+    """The file is readable but asks for something that is not data; the message names it."""
 
 
 class _Budget:
-    """What may be allocated and done for a file of `size` bytes. A few bytes of a pickle can ask for any amount."""
+    """How much may be allocated and done for a file of `size` bytes: a few bytes of a pickle can ask for any amount."""
 
     def __init__(self, size: int):
         self.left = ROOM * size
@@ -234,7 +234,7 @@ class _Budget:
 
 
 class _Bounded:
-    """A file as `pickletools` reads it. It allocates no more than there is, whatever length an instruction claims."""
+    """A file for `pickletools` that never allocates more than it has, whatever length an instruction claims."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
@@ -246,30 +246,30 @@ class _Bounded:
 
 @dataclass(frozen=True)
 class _Name:
-    """What a name in the file becomes: nothing that was imported, but the function here that stands for it."""
+    """What a name in the file becomes: not an imported object, but the function in this module that stands for it."""
 
     make: Callable[..., Any]
 
 
 class _Machine:
-    """The stack machine of pickle protocols 2 to 5, less everything that reaches beyond its own stack.
+    """The stack machine of pickle protocols 2 to 5, without anything that reaches beyond its own stack.
 
     Args:
         file: what `_Bounded` provides.
-        names: all that the file may refer to.
+        names: everything that the file may refer to.
     """
 
     def __init__(self, file: Any, names: "_Names", budget: _Budget):
         self.file, self.names, self.budget = file, names, budget
 
     def run(self) -> Any:
-        """Read one pickle and leave the file behind its end."""
+        """Read one pickle and leave the file positioned after it."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
 
         def take(count: int | None = None) -> list[Any]:
-            """Remove the last `count` objects, or those since the last mark."""
+            """Pop the last `count` objects, or those since the last mark."""
             start = marks.pop() if count is None else len(stack) - count
             if not 0 <= start <= len(stack):
                 raise IndexError("the stack is empty")
@@ -335,7 +335,7 @@ class _Storage:
 
 
 class _Dtype:
-    """A plain NumPy dtype; its byte order comes after it is made. Objects, which are pickles again, are refused."""
+    """A plain NumPy dtype, whose byte order is set after construction. Object dtypes, nested pickles, are refused."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", _expect(code, str)):
@@ -350,7 +350,7 @@ class _Dtype:
 
 
 class _Names:
-    """All that a pickle may name. What these functions are given comes from the file, and they trust none of it."""
+    """Everything that a pickle may name. The arguments of these functions come from the file and are never trusted."""
 
     def __init__(self, budget: _Budget):
         self.budget = budget
@@ -385,11 +385,11 @@ class _Names:
         return _Name(self.makers[known])
 
     def reference(self, name: Any) -> Any:
-        """What the file means by a thing outside of it."""
+        """Resolve a reference to something outside of the file."""
         raise _Refused("something that is not in the file")
 
     def set_state(self, target: Any, state: Any) -> None:
-        """`BUILD`: give an object that was just made its content."""
+        """`BUILD`: fill an object that was just made."""
         match target:
             case Stub() if not target.state:
                 target.state = _expect(state, dict)
@@ -400,7 +400,7 @@ class _Names:
                 array: Any = self.array(data, dtype, shape, "F" if by_columns else "C")
                 target.__setstate__(array.__reduce__()[2])
             case dict():
-                pass  # attributes of an OrderedDict
+                pass  # ignores attributes of an OrderedDict
             case _:
                 raise _Refused(f"attributes for a {type(target).__name__.lstrip('_')}")
 
@@ -409,16 +409,16 @@ class _Names:
         return {_key(item) for item in items}
 
     def encode(self, text: Any, encoding: Any) -> bytes:
-        """Bytes in protocol 2, which has none."""
+        """Return bytes, which protocol 2 stores as encoded text."""
         self.budget.spend(len(_expect(text, str)))
         if encoding != "latin1":
             raise _Refused("_codecs.encode to other than latin1")
         return text.encode("latin1")
 
     def storage(self, data: Any) -> _Storage:
-        """A storage as the older `torch.save` writes it: five pickles, the count and the numbers.
+        """Read a storage as the older `torch.save` writes it: five pickles, the count and the numbers.
 
-        The count decides nothing here: the numbers are those that are there, or the file is damaged.
+        The count is not trusted: it must match the numbers that are there, or the file is damaged.
         """
         self.budget.spend(len(_expect(data, bytes)))
         file = io.BytesIO(data)
@@ -447,7 +447,7 @@ class _Names:
 
     def array(self, data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
         kind, shape = _expect(dtype, _Dtype).dtype, _sizes(shape)
-        data = self.encode(data, "latin1") if type(data) is str else data  # Python 2's
+        data = self.encode(data, "latin1") if type(data) is str else data  # from Python 2
         if type(data) not in (bytes, bytearray) or math.prod(shape) * kind.itemsize != len(data):
             raise _Refused("a NumPy array of other numbers than are there")
         self.budget.spend(len(data))
@@ -457,7 +457,7 @@ class _Names:
 
 
 class _StorageNames(_Names):
-    """What the pickles inside of a storage may name: its type, and by a reference the numbers that follow."""
+    """What the pickles inside a storage may name: its type and, by reference, the numbers that follow."""
 
     def lookup(self, module: str, name: str) -> Any:
         if module != "torch" or name not in STORAGES:
@@ -469,12 +469,12 @@ class _StorageNames(_Names):
 
 
 def _persistent(meta: Any) -> Stub:
-    """A class that NVIDIA's code stores with its source text, which stays text."""
+    """Return a class that NVIDIA's code stores with its source text, which stays text."""
     return Stub(_expect(_expect(meta, dict).get("class_name"), str), _expect(meta.get("state") or {}, dict), meta)
 
 
 def _check_bools(data: bytes) -> None:
-    """PyTorch and NumPy count truth values by adding their bytes: others than 0 and 1 lead them out of their memory."""
+    """Refuse bytes other than 0 and 1: PyTorch and NumPy count by adding bytes, then go out of bounds."""
     if data.translate(None, b"\0\1"):
         raise _Refused("truth values that are neither 0 nor 1")
 
@@ -486,14 +486,14 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """A key, if it is text or a small number: others can be made to collide, or to nest until hashing overflows."""
+    """Accept a key that is text or a small number: others could collide on purpose, or nest until hashing overflows."""
     if type(key) in (str, bytes) or (type(key) is int and abs(key) < 2**31):
         return key
     raise _Refused(f"a key of type {type(key).__name__}")
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    """A size, a stride or an offset."""
+    """Validate a size, a stride or an offset."""
     known = type(values) in (tuple, torch.Size) and len(values) <= DIMENSIONS
     if not known or not all(type(n) is int and 0 <= n < 2**40 for n in values):
         raise _Refused("a size that no tensor has")

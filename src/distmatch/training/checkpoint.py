@@ -61,7 +61,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first, as the first process sees them: network disks list late."""
         self.wait()
-        return parallel.first(self._steps)
+        return parallel.on_first(self._steps)
 
     def _steps(self) -> list[int]:
         names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob("step-*/state.json"))

@@ -41,7 +41,7 @@ class Saver:
         """
         alone = parallel.world() == 1
         mine = dict(tensors) if alone else _share(tensors)
-        group = None if alone else parallel.aside()
+        group = None if alone else parallel.background_group()
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # says the thread when there is one process
         writer = Writer(folder, finish)
         saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=self._stager, no_dist=alone)

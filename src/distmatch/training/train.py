@@ -135,10 +135,10 @@ def train(
         if look:
             preview(done)
         if evaluate is not None and measure:
-            figures = parallel.told(evaluate())
+            figures = parallel.broadcast(evaluate())
             log.scalars(done, figures)
             score = next(iter(figures.values()))
-        better = score is not None and parallel.told(checkpoints.improves(score))
+        better = score is not None and parallel.broadcast(checkpoints.improves(score))
         if keep or better:
             save(done, score if better else None)
         task.clock.read()
