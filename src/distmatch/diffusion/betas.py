@@ -1,4 +1,4 @@
-"""Betas of discrete diffusions, by diffusers' names and from the settings of its schedulers."""
+"""Betas of discrete diffusions, by diffusers' names or from the settings of its schedulers."""
 
 import math
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ SPACINGS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def spaced_betas(spacing: str, start: float, end: float, steps: int) -> Tensor:
-    """Betas f64[steps] by diffusers' `beta_schedule`.
+    """Return the betas f64[steps] of one of diffusers' `beta_schedule`s.
 
-    `linear` is DDPM's, `scaled_linear` Stable Diffusion's (linear in sqrt(beta)), `squaredcos_cap_v2` the cosine of
-    Nichol and Dhariwal 2021 (arXiv 2102.09672, Eq. 17, at most 0.999; it has no start and end), `sigmoid` GeoDiff's.
+    `linear` is DDPM's, `scaled_linear` Stable Diffusion's (linear in sqrt(beta)), `sigmoid` GeoDiff's.
+    `squaredcos_cap_v2` is the cosine schedule of Nichol and Dhariwal 2021 (arXiv 2102.09672, Eq. 17), capped at 0.999;
+    it ignores `start` and `end`.
     """
     match spacing:
         case "linear":
@@ -34,7 +35,7 @@ def spaced_betas(spacing: str, start: float, end: float, steps: int) -> Tensor:
 
 @cache
 def log_alphas(vp: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)` of a `schedule.VP`, summed in float64."""
+    """Return `log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)` of a `schedule.VP`, summed in float64."""
     return (0.5 * torch.log1p(-vp.table()).cumsum(0)).to(device, dtype)
 
 
@@ -44,13 +45,13 @@ MARGINALS = {
     "use_flow_sigmas": (False, "is flow matching, which has no betas"),
     "timestep_type": ("discrete", "is a network that takes noise levels, not steps"),
 }
-"""Entries of diffusers' schedulers that give their betas another meaning: the value that does not, and the meaning."""
+"""Settings of diffusers' schedulers that change what the betas mean: the harmless value, and what others mean."""
 
 
 def beta_settings(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `schedule.VP` in the settings of a diffusers scheduler.
+    """Return the arguments of `schedule.VP` from the settings of a diffusers scheduler.
 
-    Raises `UserError` for one that has no betas (flow matching, EDM), or that does not go by them alone.
+    Raises `UserError` if it has no betas (flow matching, EDM), or depends on more than its betas.
     """
     kind = scheduler.get("_class_name", "this scheduler")
     for name, (plain, meaning) in MARGINALS.items():

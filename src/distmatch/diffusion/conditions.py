@@ -1,6 +1,6 @@
-"""What samples are conditioned on, by number or at random: nothing, classes, prompts, and besides a guidance scale.
+"""What samples are conditioned on: nothing, classes or prompts, optionally with a guidance scale.
 
-A pair, a preview or an evaluated image has a number, and its condition is a function of it: nothing has to be stored.
+Each pair, preview and evaluated image has a number, and its condition is a function of it: nothing has to be stored.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,31 +14,31 @@ from distmatch.diffusion.denoiser import Cond
 from distmatch.system import rng
 
 Share = tuple[int, int]
-"""`(part, parts)`: which of how many equal parts of a batch is made here. What a row is does not depend on it."""
+"""`(part, parts)`: which of how many equal parts of a batch this process makes. Its rows are the same for any share."""
 
 WHOLE: Share = (0, 1)
 
 
 def rows(v: Tensor, share: Share) -> Tensor:
-    """The share of a tensor's rows."""
+    """Return this share of a tensor's rows."""
     part, parts = share
     return v.chunk(parts)[part] if parts > 1 else v
 
 
 class Conditions(Protocol):
-    """Where a batch's condition comes from. On the CPU, or on the device that a source of prompts encodes on."""
+    """Where a batch's condition comes from. On the CPU, or on the device where prompts are encoded."""
 
     def at(self, numbers: Sequence[int]) -> Cond | None:
-        """The conditions of the samples `numbers`, which start again at the first when there are no more."""
+        """Return the conditions of the samples `numbers`; when all have been used, they start over."""
         ...
 
     def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond | None:
-        """This process's share of `n` of them, uniformly at random, on the generator's device."""
+        """Return this process's share of `n` uniformly random conditions, on the generator's device."""
         ...
 
 
 class Classes:
-    """Labels `0 .. count - 1`; with 0 of them, no condition at all."""
+    """Labels `0 .. count - 1`; with `count` 0, no condition at all."""
 
     def __init__(self, count: int):
         self.count = count
@@ -54,7 +54,7 @@ class Classes:
 
 
 class Prompts:
-    """`count` texts, and `encode`, which turns numbers of them into a condition (see `embeddings`)."""
+    """`count` texts, and `encode`, which turns their numbers into a condition (see `embeddings`)."""
 
     def __init__(self, count: int, encode: Callable[[Sequence[int]], Cond]):
         self.count, self.encode = count, encode
@@ -63,14 +63,14 @@ class Prompts:
         return self.encode([i % self.count for i in numbers])
 
     def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond:
-        # Numbers are needed on the host: a CPU generator of the same seed spares waiting for the device.
+        # The numbers are needed on the host: a CPU generator with the same seed avoids waiting for the device.
         host = torch.Generator().manual_seed(generator.initial_seed())
         numbers = rows(torch.randint(0, self.count, (n,), generator=host), share)
         return self.encode(numbers.tolist()).to(generator.device)
 
 
 class Guided:
-    """Other conditions, each with a guidance scale between `low` and `high` in `extra["guidance"] f[B]`."""
+    """Adds to other conditions a guidance scale between `low` and `high`, in `extra["guidance"] f[B]`."""
 
     def __init__(self, inner: Conditions, low: float, high: float):
         self.inner, self.low, self.high = inner, low, high
@@ -89,6 +89,6 @@ class Guided:
 
 
 def with_guidance(cond: Cond | None, scale: Tensor) -> Cond:
-    """`cond` and the guidance scales `scale f[B]`."""
+    """Return `cond` with the guidance scales `scale f[B]`."""
     cond = cond or Cond()
     return replace(cond, extra={**cond.extra, "guidance": scale})

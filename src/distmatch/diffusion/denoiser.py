@@ -1,6 +1,6 @@
-"""The one type that everything is written against: a `Denoiser` maps `(x_t, t, cond)` to an estimate of `x0`.
+"""The one type everything is written against: a `Denoiser` maps `(x_t, t, cond)` to an estimate of `x0`.
 
-Teacher, fake score and generator are three of them. What a network predicts natively is the business of its wrapper.
+Teacher, student and fake score are all denoisers. What a network predicts natively is hidden by its wrapper.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from distmatch.system.errors import UserError
 
 @dataclass(frozen=True)
 class Cond:
-    """What a batch is conditioned on; each entry has the batch as first axis. Unconditional models take `None` instead.
+    """What a batch is conditioned on; the first axis of every entry is the batch. `None` stands for unconditional.
 
     `label i64[B]`, `text f[B,L,C]`, `extra: name -> f[B,...]`.
     """
@@ -27,7 +27,7 @@ class Cond:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Cond":
-        """The same condition with `f` applied to every tensor in it."""
+        """Return the same condition with `f` applied to every tensor in it."""
         return Cond(
             label=None if self.label is None else f(self.label),
             text=None if self.text is None else f(self.text),
@@ -41,12 +41,12 @@ class Cond:
         return self.map(lambda v: v.to(device))
 
     def null(self) -> "Cond":
-        """The condition that stands for none, the `uncond` of guidance: no label, no text."""
+        """Return the empty condition, the `uncond` of guidance: no label, no text."""
         return Cond(extra=self.extra)
 
     @staticmethod
     def cat(*conds: "Cond | None") -> "Cond | None":
-        """Batches joined in order; all of one kind."""
+        """Concatenate batches in order; all must be of one kind."""
         real = [c for c in conds if c is not None]
         if not real:
             return None
@@ -61,7 +61,7 @@ class Cond:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How a network's output `F` turns into `x0 = skip x_t + out F(scale x_t, noise)`.
+    """How a network's output `F` becomes `x0 = skip x_t + out F(scale x_t, noise)`.
 
     Named cases, with `a = alpha(t)`, `s = sigma(t)` (Eq. 11 and Appendix H for eps):
 
@@ -74,7 +74,7 @@ class Prediction:
         vp, iddpm  1 / a               -s / a            eps
         ve         1 / a               s / a             -eps
 
-    The last four are Karras et al. 2022, Table 1, for the schedule `EDM`; their inputs differ too, see `inputs`.
+    The last four are from Karras et al. 2022, Table 1, for the schedule `EDM`; their inputs differ too, see `inputs`.
     """
 
     name: str = "edm"
@@ -86,7 +86,7 @@ class Prediction:
         check_sigma_data(self.sigma_data)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """`(skip, out)`, each f[B]."""
+        """Return `(skip, out)`, each f[B]."""
         a, s, d = alpha, sigma, self.sigma_data
         match self.name:
             case "x0":
@@ -103,27 +103,27 @@ class Prediction:
                 return d**2 / (s**2 + d**2), s * d / (s**2 + d**2).sqrt()
 
     def inputs(self, x: Tensor, t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network sees: `(input f[B,*D], noise f[B])`."""
+        """Return what the network sees: `(input f[B,*D], noise f[B])`."""
         match self.name:
             case "edm":
                 return x / expand((sigma**2 + self.sigma_data**2).sqrt(), x), sigma.log() / 4
-            case "vp":  # 999 times the time of a linear beta(t) = 0.1 + 19.9 t
+            case "vp":  # 999 times the time in a linear schedule beta(t) = 0.1 + 19.9 t
                 time = ((0.1**2 + 2 * 19.9 * (sigma**2).log1p()).sqrt() - 0.1) / 19.9
                 return x / expand((sigma**2 + 1).sqrt(), x), 999 * time
             case "ve":
                 return x, (sigma / 2).log()
-            case "iddpm":  # the step, of 1000, whose sigma is nearest
+            case "iddpm":  # the step, out of 1000, with the nearest sigma
                 return x / expand((sigma**2 + 1).sqrt(), x), iddpm_step(sigma).to(sigma.dtype)
             case _:
                 return x, t
 
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The clean image of a native output, in `x`'s precision. iDDPM's variances, further channels, are left out."""
+        """Return the clean image for a native output, in `x`'s precision. Ignores iDDPM's extra variance channels."""
         skip, out = self.coefficients(alpha, sigma)
         return expand(skip, x) * x + expand(out, x) * output[:, : x.shape[1]].to(x.dtype)
 
     def native(self, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The native output whose clean image is `x0`: the inverse of `x0()`."""
+        """Return the native output whose clean image is `x0`: the inverse of `x0()`."""
         skip, out = self.coefficients(alpha, sigma)
         return (x0 - expand(skip, x) * x) / expand(out, x)
 
@@ -150,7 +150,7 @@ class Denoiser(nn.Module):
         return self.prediction.x0(output, x, alpha, sigma)
 
     def weight(self, t: Tensor) -> Tensor:
-        """The denoising-loss weight f[B] that makes the native output's squared error count equally everywhere.
+        """Return the denoising-loss weight f[B] that makes the native output's squared error count equally everywhere.
 
         `1 / out^2`: EDM `SNR + 1 / sigma_data^2`, eps `SNR` (Algorithm 3), v `SNR + 1`, x0 `1`, velocity `1 / sigma^2`.
         """
@@ -159,10 +159,10 @@ class Denoiser(nn.Module):
 
 
 def guided(denoiser: Denoiser, w: float | None) -> Callable[[Tensor, Tensor, Cond | None], Tensor]:
-    """Classifier-free guidance: `uncond + w * (cond - uncond)`, a function of the denoiser's own signature.
+    """Classifier-free guidance, `uncond + w * (cond - uncond)`, as a function with the denoiser's own signature.
 
-    `w = 1` is the plain conditional model and costs one evaluation; any other `w` costs two. `None` takes the scale of
-    each sample from `cond.extra["guidance"] f[B]`.
+    `w = 1` is the plain conditional model and costs one evaluation; any other `w` costs two. `None` takes each
+    sample's scale from `cond.extra["guidance"] f[B]`.
     """
     if w == 1:
         return denoiser

@@ -10,7 +10,7 @@ from distmatch.diffusion.schedule import EDM
 
 
 class IDDPM(EDM):
-    """EDM's grid, rounded to the 1000 noise levels that networks of Improved DDPM know."""
+    """EDM's grid, rounded to the 1000 noise levels on which networks of Improved DDPM were trained."""
 
     @property
     def t_min(self) -> float:
@@ -29,7 +29,7 @@ class IDDPM(EDM):
 
 @cache
 def iddpm_sigmas(device: torch.device) -> Tensor:
-    """Noise levels f32[1000] of the steps, rising."""
+    """Return the steps' noise levels f32[1000], rising."""
     alpha_bar = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 / 1.008 * math.pi / 2).sin() ** 2
     u = [0.0]
     for j in range(1000, 0, -1):
@@ -38,5 +38,5 @@ def iddpm_sigmas(device: torch.device) -> Tensor:
 
 
 def iddpm_step(sigma: Tensor) -> Tensor:
-    """The step i64[B], of 1000, whose noise level is nearest to `sigma f[B]`."""
+    """Return the step i64[B], out of 1000, whose noise level is nearest to `sigma f[B]`."""
     return (iddpm_sigmas(sigma.device) - sigma[:, None]).abs().argmin(1)

@@ -1,4 +1,4 @@
-"""Objectives and weightings as pure functions of tensors."""
+"""Loss functions and weightings, as pure functions of tensors."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,16 @@ Weighting = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _distance(x: Tensor, x0_real: Tensor) -> Tensor:
-    """Mean absolute difference over all axes but the batch: f[B]."""
+    """Return the mean absolute difference over all axes but the batch: f[B]."""
     return (x - x0_real).abs().flatten(1).mean(1)
 
 
-# In terms of denoised images Eq. 7 reads `w_t alpha (s_fake - s_real) = w_t (alpha / sigma)^2 (mu_fake - mu_real)`;
-# each entry is `w_t (alpha / sigma)^2` for one choice of `w_t`.
+# Written with denoised images, Eq. 7 is `w_t alpha (s_fake - s_real) = w_t (alpha / sigma)^2 (mu_fake - mu_real)`.
+# Each entry is `w_t (alpha / sigma)^2` for one choice of `w_t`.
 WEIGHTINGS: dict[str, Weighting] = {
-    # The paper's pseudo-code, the default: normalised by the denoiser's distance from the sample, no factor alpha.
+    # The paper's pseudo-code, and our default: normalised by the denoiser's distance from the sample, no factor alpha.
     "algorithm2": lambda x, x0_real, alpha, sigma: 1 / _distance(x, x0_real),
-    # Eq. 8 to the letter, w_t = (sigma^2 / alpha) / distance: one factor alpha stays. No difference for EDM.
+    # Eq. 8 taken literally, w_t = (sigma^2 / alpha) / distance: one factor alpha stays. The same for EDM, alpha = 1.
     "eq8": lambda x, x0_real, alpha, sigma: alpha / _distance(x, x0_real),
     # Table 2, w_t = sigma / alpha (DreamFusion).
     "dreamfusion": lambda x, x0_real, alpha, sigma: alpha / sigma,
@@ -31,21 +31,21 @@ WEIGHTINGS: dict[str, Weighting] = {
 
 
 def matching_loss(x: Tensor, x0_fake: Tensor, x0_real: Tensor, w: Tensor) -> Tensor:
-    """A loss f[] whose gradient in `x` is `w (mu_fake - mu_real)` over the number of elements (Algorithm 2).
+    """Return a loss f[] whose gradient in `x` is `w (mu_fake - mu_real)` over the number of elements (Algorithm 2).
 
-    `x f[B,*D]` carries the graph of the generator; `x0_fake`, `x0_real` are constants; `w f[B]`.
+    `x f[B,*D]` carries the student's graph; `x0_fake` and `x0_real` are constants; `w f[B]`.
     """
     gradient = expand(w, x) * (x0_fake - x0_real)
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
 def denoising_loss(x0: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`mean(weight (x0 - x)^2)`, f[] (Eq. 6, Algorithm 3); `x0` the prediction, `x` the clean image, `weight f[B]`."""
+    """`mean(weight (x0 - x)^2)`, f[] (Eq. 6, Algorithm 3): `x0` the prediction, `x` the clean image, `weight f[B]`."""
     return (expand(weight, x) * (x0 - x) ** 2).mean()
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float = 0.03) -> Tensor:
-    """`mean(sqrt((x - y)^2 + c^2) - c)`, f[]: squared error below `c`, absolute error above."""
+    """`mean(sqrt((x - y)^2 + c^2) - c)`, f[]: like squared error below `c`, like absolute error above."""
     return (((x - y) ** 2 + c**2).sqrt() - c).mean()
 
 

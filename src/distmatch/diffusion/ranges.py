@@ -1,4 +1,4 @@
-"""What the numbers of schedules and predictions may be, which files say too. Each check raises `UserError`."""
+"""Valid ranges for the numbers of schedules and predictions, which may come from files. Raises `UserError`."""
 
 import math
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from distmatch.diffusion.betas import SPACINGS
 from distmatch.system.errors import UserError
 
 STEPS = 100_000
-"""The most steps of a discrete diffusion, whose table is held in memory; all that are known have a few thousand."""
+"""The most steps of a discrete diffusion, whose table is held in memory; all known models have a few thousand."""
 
 
 def check_edm(low: float, high: float, rho: float) -> None:
-    """`0 < sigma_min < sigma_max <= 1e9` and `0.1 <= rho <= 100`."""
+    """Check `0 < sigma_min < sigma_max <= 1e9` and `0.1 <= rho <= 100`."""
     _numbers("EDM", sigma_min=low, sigma_max=high, rho=rho)
     if not 0 < low < high <= 1e9:
         raise UserError(f"EDM: sigma_min is {low} and sigma_max {high}; expected 0 < sigma_min < sigma_max")
@@ -24,7 +24,7 @@ def check_edm(low: float, high: float, rho: float) -> None:
 
 
 def check_vp(spacing: str, start: float, end: float, steps: int) -> None:
-    """A spacing that is known, `beta_start <= beta_end`, and at most `STEPS` steps."""
+    """Check for a known spacing, `beta_start <= beta_end`, and at most `STEPS` steps."""
     if spacing not in SPACINGS:
         raise UserError(f"VP: spacing {spacing!r} is unknown; expected {', '.join(SPACINGS)}, or betas=[...]")
     _numbers("VP", beta_start=start, beta_end=end, steps=steps)
@@ -35,7 +35,7 @@ def check_vp(spacing: str, start: float, end: float, steps: int) -> None:
 
 
 def betas_of(values: Iterable[Any]) -> tuple[float, ...]:
-    """`values` as floats."""
+    """Return `values` as floats."""
     try:
         return tuple(map(float, values))
     except (TypeError, ValueError) as error:
@@ -43,13 +43,13 @@ def betas_of(values: Iterable[Any]) -> tuple[float, ...]:
 
 
 def check_betas(betas: Tensor) -> None:
-    """At least two, all between 0 and 1."""
+    """Check for at least two betas, all between 0 and 1."""
     if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
         raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
 
 
 def check_flow(low: float, high: float) -> None:
-    """`0 < t_min < t_max <= 1`."""
+    """Check `0 < t_min < t_max <= 1`."""
     _numbers("Flow", t_min=low, t_max=high)
     if not 0 < low < high <= 1:
         raise UserError(f"Flow: t_min is {low} and t_max {high}; expected 0 < t_min < t_max <= 1")

@@ -1,8 +1,8 @@
-"""Samplers: pure functions of (denoiser, x, grid) for any schedule.
+"""Samplers for any schedule, as pure functions, and the step list of a student (`Steps`).
 
-All of them walk the probability-flow ODE written without its singular quotients: `dx = x0 d(alpha) + eps d(sigma)` with
-the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DDIM, Heun on it is EDM's solver for
-`alpha = 1` and the trapezoid rule on the velocity for flows.
+All of them follow the probability-flow ODE in a form without singular quotients, `dx = x0 d(alpha) + eps d(sigma)`,
+with the denoiser's `x0` and `eps = (x - alpha x0) / sigma`. Euler on this form is DDIM; Heun is EDM's solver if
+`alpha = 1`, and the trapezoid rule on the velocity for flows.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from distmatch.diffusion.schedule import Schedule, expand
 from distmatch.system.errors import UserError
 
 Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
-"""`(x f[B,*D], t f[B], cond) -> x0 f[B,*D]`: a `Denoiser`, or one under guidance."""
+"""`(x f[B,*D], t f[B], cond) -> x0 f[B,*D]`: a `Denoiser`, or one with guidance."""
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each step with `(step, x, x0)`."""
@@ -25,10 +25,10 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Steps:
-    """The times at which a student is evaluated, falling.
+    """A step list: the times at which a student is evaluated, falling.
 
-    One time is DMD's generator, `G(z) = mu(prior_std z, t)` (Section 3.1). With more, each image but the last is noised
-    to the next time, as in DMD2 (arXiv 2405.14867).
+    One time is DMD's one-step student, `G(z) = mu(prior_std z, t)` (Section 3.1). With more, each image but the last is
+    noised to the next time, as in DMD2 (arXiv 2405.14867).
     """
 
     times: tuple[float, ...]
@@ -38,20 +38,20 @@ class Steps:
             raise UserError(f"the student's times are {list(self.times)}; expected one or more, falling")
 
     def __len__(self) -> int:
-        """Network evaluations (NFE) of one image."""
+        """Return the network evaluations (NFE) per image."""
         return len(self.times)
 
     def sample(
         self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()
     ) -> Tensor:
-        """The student's images f[B,*D] of `z f[B,*D]`; `noise` has one f[B,*D] for each step behind the first."""
+        """Return the student's images f[B,*D] from `z f[B,*D]`; `noise` has one f[B,*D] per step after the first."""
         last = len(self) - 1
         return self.step(model, self.start(model, schedule, z, cond, noise, last), cond, last)
 
     def start(
         self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor], k: int
     ) -> Tensor:
-        """What the student is given in step `k`, from 0, made by its own `k` earlier steps (DMD2's simulation)."""
+        """Return the student's input at step `k` (from 0), made by its own first `k` steps (DMD2's simulation)."""
         x = schedule.prior_std * z
         for step in range(k):
             x0 = self.step(model, x, cond, step)
@@ -59,14 +59,14 @@ class Steps:
         return x
 
     def step(self, model: Model, x: Tensor, cond: Cond | None, k: int) -> Tensor:
-        """The image `x0 f[B,*D]` of step `k`."""
+        """Return the image `x0 f[B,*D]` of step `k`."""
         return model(x, x.new_full((len(x),), self.times[k]), cond)
 
 
 def euler(
     model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, steps: int, callback: Callback | None = None
 ) -> Tensor:
-    """First order, `steps` evaluations, from `z ~ N(0, I)` to a clean image. DDIM in other words."""
+    """First order, `steps` evaluations, from `z ~ N(0, I)` to a clean image. The same as DDIM."""
     grid = schedule.grid(steps)
     x = schedule.prior_std * z
     for i in range(steps):
@@ -93,9 +93,9 @@ def heun(
     """Second order, `2 * steps - 1` evaluations (Karras et al. 2022, Algorithm 2; 1 with `churn = 0`).
 
     Args:
-        z: f[B,*D], standard normal; the same `z` gives the same image when `churn` is 0.
-        churn: S_churn; noise is put back at times within `churn_range` (S_tmin, S_tmax), scaled by `churn_noise`
-            (S_noise), from `generator`. The first step of VP and Flow gets none: they have no time beyond `t_max`.
+        z: f[B,*D], standard normal; with `churn` 0, the same `z` gives the same image.
+        churn: S_churn; at times within `churn_range` (S_tmin, S_tmax), noise from `generator` is added again, scaled by
+            `churn_noise` (S_noise). The first step of VP and Flow adds none: they have no time beyond `t_max`.
     """
     grid = schedule.grid(steps)
     gamma = min(churn / steps, 2**0.5 - 1)
@@ -141,7 +141,7 @@ def _move(
     ahead: Tensor | None = None,
     x0_ahead: Tensor | None = None,
 ) -> Tensor:
-    """One step of `dx = x0 d(alpha) + eps d(sigma)`: Euler, or the trapezoid given the prediction at `ahead`."""
+    """Take one step of `dx = x0 d(alpha) + eps d(sigma)`: Euler or, given the prediction at `ahead`, the trapezoid."""
     d_alpha = expand(schedule.alpha(t_next) - schedule.alpha(t), x)
     d_sigma = expand(schedule.sigma(t_next) - schedule.sigma(t), x)
     eps = _eps(schedule, x, x0, t)
@@ -154,7 +154,7 @@ def _move(
 def _renoise(
     schedule: Schedule, x: Tensor, t: Tensor, t_up: Tensor, scale: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """`x_t` carried up to the noisier time `t_up` by the forward process."""
+    """Return `x_t` noised further, to the time `t_up`, by the forward process."""
     ratio = schedule.alpha(t_up) / schedule.alpha(t)
     added = (schedule.sigma(t_up) ** 2 - (ratio * schedule.sigma(t)) ** 2).clamp(min=0).sqrt()
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
 """Noise schedules: `x_t = alpha(t) x0 + sigma(t) eps` (DMD, Eq. 3).
 
-A schedule owns its time coordinate `t`; larger is noisier in all of them. EDM: `t` is sigma itself. VP: `t` is the step
-number of a discrete diffusion, read continuously. Flow: `t` runs from data (0) to noise (1).
+Each schedule defines its own time `t`; in all of them, larger is noisier. EDM: `t` is sigma itself. VP: `t` is the step
+number of a discrete diffusion, taken as continuous. Flow: `t` runs from data (0) to noise (1).
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from distmatch.system.errors import UserError
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
-    """`v f[B]` with the trailing axes that make it broadcast against `x f[B,*D]`."""
+    """Return `v f[B]` with trailing axes added, so that it broadcasts against `x f[B,*D]`."""
     return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Schedule(Protocol):
-    """What a schedule has. One of your own inherits the last three methods from here, or has them all.
+    """What a schedule provides. A custom one inherits the last three methods from here or defines them.
 
     `t_max` is where sampling and the one-step student start: from `prior_std * z`, `z ~ N(0, I)`.
     """
@@ -37,21 +37,21 @@ class Schedule(Protocol):
     def sigma(self, t: Tensor) -> Tensor: ...
 
     def grid(self, n: int) -> Tensor:
-        """Falling times f64[n] from `t_max` to `t_min`: the sampler's steps and, reversed, the paper's T bins."""
+        """Return falling times f64[n] from `t_max` to `t_min`: a sampler's steps and, reversed, the paper's T bins."""
         return _linspace(self.t_max, self.t_min, n)
 
     def nearest(self, t: Tensor) -> Tensor:
-        """The times f[B] nearest to `t f[B]` that the schedule's networks know."""
+        """Return the times f[B] nearest to `t f[B]` that the schedule's networks were trained on."""
         return t.clamp(self.t_min, self.t_max)
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """`x_t f[B,*D]` of `x f[B,*D]`, `eps f[B,*D]`, `t f[B]` (Eq. 3)."""
+        """Return `x_t f[B,*D]` from `x f[B,*D]`, `eps f[B,*D]`, `t f[B]` (Eq. 3)."""
         return expand(self.alpha(t), x) * x + expand(self.sigma(t), x) * eps
 
 
 @dataclass(frozen=True)
 class EDM(Schedule):
-    """`alpha = 1`, `sigma = t` (Karras et al. 2022, arXiv 2206.00364), with its rho-spaced grid (Eq. 5 there)."""
+    """`alpha = 1`, `sigma = t` (Karras et al. 2022, arXiv 2206.00364), with its rho-spaced grid (its Eq. 5)."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -83,7 +83,7 @@ class EDM(Schedule):
         return _linspace(*ends, n) ** self.rho
 
     def nearest(self, t: Tensor) -> Tensor:
-        return t  # beyond sigma_max too: churn starts from there (Algorithm 2)
+        return t  # not clamped at sigma_max: churn starts beyond it (Algorithm 2)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class VP(Schedule):
     """Variance preserving, `alpha^2 + sigma^2 = 1`, from the betas of a discrete diffusion (Ho et al. 2020).
 
     `linear` from 1e-4 to 2e-2 is DDPM, `scaled_linear` from 0.00085 to 0.012 Stable Diffusion; for the others see
-    `betas.spaced_betas`. `betas`, where given, hold in place of the other four arguments. `t` in [0, steps - 1];
-    `log alpha` is interpolated linearly between whole steps. Raises `UserError` unless all 0 < beta < 1.
+    `betas.spaced_betas`. `betas`, if given, replaces the other four arguments. `t` is in [0, steps - 1]; between whole
+    steps, `log alpha` is interpolated linearly. Raises `UserError` unless all 0 < beta < 1.
     """
 
     beta_start: float = 1e-4
@@ -112,7 +112,7 @@ class VP(Schedule):
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "VP":
-        """The schedule of a diffusers scheduler, or of its settings. Raises `UserError` for one without betas."""
+        """Build it from a diffusers scheduler or its settings. Raises `UserError` if the scheduler has no betas."""
         config = getattr(scheduler, "config", scheduler)
         return cls(**beta_settings({"_class_name": type(scheduler).__name__, **config}))
 
@@ -121,7 +121,7 @@ class VP(Schedule):
         return float(self.steps - 1)
 
     def table(self) -> Tensor:
-        """The betas, f64[steps]."""
+        """Return the betas, f64[steps]."""
         if self.betas is not None:
             return torch.tensor(self.betas, dtype=torch.float64, device="cpu")
         return spaced_betas(self.spacing, self.beta_start, self.beta_end, self.steps)

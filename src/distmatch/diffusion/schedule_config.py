@@ -1,4 +1,4 @@
-"""Schedules as plain JSON data, and back."""
+"""Converts schedules to plain JSON data and back."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "iddpm": IDDPM, "vp": VP, "f
 
 
 def schedule_config(schedule: Schedule) -> dict[str, Any]:
-    """The schedule as plain JSON data: its arguments, or the values of one that is none of `SCHEDULES`."""
+    """Return the schedule as plain JSON data: its arguments or, for a custom one, a table of its values."""
     for kind, known in SCHEDULES.items():
         if type(schedule) is known:
             entries: Any = schedule
@@ -23,9 +23,9 @@ def schedule_config(schedule: Schedule) -> dict[str, Any]:
 
 
 def schedule_of(config: dict[str, Any], own: Schedule | None = None) -> Schedule:
-    """The inverse of `schedule_config`; `own` is the schedule where its type is none of `SCHEDULES`.
+    """Invert `schedule_config`; `own` is the schedule to use if its type is not one of `SCHEDULES`.
 
-    Raises `UserError` for an unknown type, and where `own` is missing or has other values.
+    Raises `UserError` for an unknown type, and if `own` is missing or has other values.
     """
     entries = dict(config)
     kind = entries.pop("type", None)

@@ -1,4 +1,4 @@
-"""Samplers by name: our own, and the solver that the paper's text-to-image pairs come from, diffusers' PNDM."""
+"""Samplers by name: our own, and diffusers' PNDM, which the paper uses for its text-to-image pairs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +14,16 @@ from distmatch.system.extras import need
 NAMES = (*SAMPLERS, "pndm")
 
 STABLE_DIFFUSION = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
-"""PNDM's settings in Stable Diffusion's own configurations, for models that came without a scheduler."""
+"""PNDM's settings in Stable Diffusion's own configurations, for models that come without a scheduler."""
 
 
 def solver(name: str, scheduler: Mapping[str, Any] | None = None) -> Sampler:
-    """The sampler called `name`; see `sampler.Sampler`.
+    """Return the sampler called `name`; see `sampler.Sampler`.
 
     Args:
         scheduler: the settings of the model's diffusers scheduler, for `pndm`.
 
-    Raises `UserError` for an unknown name, and, when it samples, for `pndm` on a schedule that is not `VP`.
+    Raises `UserError` for an unknown name and, when sampling, for `pndm` on a schedule other than `VP`.
     """
     if name not in NAMES:
         raise UserError(f"sampler {name!r} is unknown; expected one of {', '.join(NAMES)}")
@@ -31,18 +31,18 @@ def solver(name: str, scheduler: Mapping[str, Any] | None = None) -> Sampler:
 
 
 def evaluations(name: str, steps: int, guidance: float | None = 1.0) -> int:
-    """Return the network evaluations (NFE) of one image. PNDM looks twice at its second time.
+    """Return the network evaluations (NFE) per image. PNDM evaluates its second time twice.
 
-    Guidance other than 1 takes two per step, and so does a range, `None`.
+    Guidance other than 1 needs two per step, and so does a guidance range, `None`.
     """
     calls = {"euler": steps, "heun": 2 * steps - 1, "pndm": steps + 1 if steps > 1 else 1}[name]
     return calls if guidance == 1 else 2 * calls
 
 
 def pndm(settings: Mapping[str, Any]) -> Sampler:
-    """Pseudo numerical methods (Liu et al. 2022, arXiv 2202.09778) as diffusers has them.
+    """Pseudo numerical methods (Liu et al. 2022, arXiv 2202.09778), as implemented in diffusers.
 
-    The solver combines what the settings' `prediction_type` names, eps or v, made from `x0` in the precision of `x`.
+    The solver works on eps or v, whichever the settings' `prediction_type` names, made from `x0` in `x`'s precision.
     """
     velocity = settings.get("prediction_type") == "v_prediction"
 
@@ -55,7 +55,7 @@ def pndm(settings: Mapping[str, Any]) -> Sampler:
         from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
         betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": schedule.spacing}
-        if schedule.betas is not None or schedule.spacing == "sigmoid":  # which diffusers' PNDM does not know by name
+        if schedule.betas is not None or schedule.spacing == "sigmoid":  # PNDM does not know these by name
             betas = {"trained_betas": schedule.table().tolist()}
         known = {**STABLE_DIFFUSION, **{k: v for k, v in settings.items() if not k.startswith("_")}}
         kind = {"num_train_timesteps": schedule.steps, "prediction_type": "v_prediction" if velocity else "epsilon"}
