@@ -1,1 +1,1 @@
-"""The training loop and what it needs of any method: optimizers, averages, checkpoints, logs, spreading."""
+"""The training loop and what any method needs from it: optimizers, EMA, checkpoints, logs, data parallelism."""

@@ -1,7 +1,7 @@
-"""Checkpoints: named stateful parts, copied at once, written in the background, atomically, by any number of processes;
-kept last-N plus best.
+"""Checkpoints: saved in the background and atomically by any number of processes; the last N and the best are kept.
 
-Nothing in a checkpoint is executed when it is read: tensors go into safetensors, everything else into JSON.
+A checkpoint holds named stateful parts. Nothing in it is executed when it is read: tensors go into safetensors,
+everything else into JSON.
 """
 
 import math
@@ -23,7 +23,7 @@ from distmatch.system.files import write_json
 from distmatch.system.plain import read_json
 
 if TYPE_CHECKING:
-    from distmatch.training.shards import Saver  # which takes seconds to import
+    from distmatch.training.shards import Saver  # takes seconds to import
 
 
 DAMAGE = (Damaged, SafetensorError, OSError, KeyError, TypeError, AttributeError)
@@ -38,17 +38,17 @@ class Stateful(Protocol):
 class Checkpoints:
     """The checkpoints of one run: the folders `folder/step-00001000/`, ...
 
-    Each holds the tensors in safetensors files, as many as processes wrote it (see `shards`), and `state.json` with all
-    else and the digests of the others, which `load` compares before it changes anything. It can be read by any number
-    of processes, sharded in any way. All of them must take part in `save` and `load`; the folder appears, whole, when
-    all have written.
+    Each holds the tensors in safetensors files, one per process that wrote it (see `shards`), and `state.json` with
+    everything else and the digests of the tensor files, which `load` verifies before it changes anything. Any number of
+    processes can read it, sharded in any way. All processes must take part in `save` and `load`. The folder appears,
+    complete, once all have written.
 
-    `save` copies and returns; a thread writes. There is one such thread at a time, and whatever must know how it went
-    waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `UserError` when it failed.
+    `save` copies and returns; a thread writes. Only one such thread runs at a time, and every method that depends on
+    its result waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `UserError` if it failed.
 
     Args:
         parts: what a checkpoint holds, by name: networks, EMA, optimizers. Their `state_dict`s share memory with them.
-        keep: how many of the latest stay; the best one stays besides.
+        keep: how many of the latest to keep, in addition to the best one.
     """
 
     def __init__(self, folder: Path, parts: Mapping[str, Stateful], keep: int = 2):
@@ -59,7 +59,7 @@ class Checkpoints:
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first, as the first process sees them: network disks list late."""
+        """Return the steps that have a checkpoint, oldest first, as the first process sees them: network disks lag."""
         self.wait()
         return parallel.on_first(self._steps)
 
@@ -71,7 +71,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def best(self) -> dict[str, Any] | None:
-        """`{"step": ..., "score": ...}` of the best one so far. Raises `UserError` where `best.json` is damaged."""
+        """Return `{"step": ..., "score": ...}` of the best so far. Raises `UserError` if `best.json` is damaged."""
         file = self.folder / "best.json"
         try:
             best = read_json(file, dict[str, Any])
@@ -85,18 +85,18 @@ class Checkpoints:
             ) from error
 
     def improves(self, score: float) -> bool:
-        """Whether `score` (lower is better) beats the best so far."""
+        """Return whether `score` (lower is better) beats the best so far."""
         self.wait()
         best = self.best()
         return best is None or score < best["score"]
 
     def save(self, step: int, meta: Mapping[str, Any] | None = None, best: float | None = None) -> None:
-        """Copy the parts as they are after `step` steps; have them written, and dropped what is too old, meanwhile.
+        """Copy the parts as they are after `step` steps, then write the copies and delete old ones in the background.
 
-        Of what all processes hold, each copies and writes its share. The copies' memory is kept for the next save.
+        Each process copies and writes its share of what all of them hold. The copies' memory is kept for the next save.
 
         Args:
-            best: the score with which this one is the best, which keeps it until a better one comes.
+            best: this checkpoint's score, if it is the best one so far; it is then kept until a better one comes.
         """
         self.wait()
         tensors, tree = self._state()
@@ -109,7 +109,7 @@ class Checkpoints:
         self._saving = step, saving
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there. Raises `UserError` when the disk refused it."""
+        """Wait until the checkpoint being written is complete. Raises `UserError` if the disk refused it."""
         if self._saving is None:
             return
         step, saving = self._saving
@@ -120,7 +120,7 @@ class Checkpoints:
         from distmatch.training.shards import failure
 
         cause = failure(error)
-        if not isinstance(cause, OSError | SafetensorError):  # the disk
+        if not isinstance(cause, OSError | SafetensorError):  # not caused by the disk
             raise error
         if parallel.rank() == 0:
             shutil.rmtree(self._unfinished(step), ignore_errors=True)
@@ -131,7 +131,7 @@ class Checkpoints:
         ) from error
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, and free the copies; no other can be saved."""
+        """Wait for the checkpoint being written, then free the copies; nothing can be saved afterwards."""
         try:
             self.wait()
         finally:
@@ -142,12 +142,12 @@ class Checkpoints:
         return self.folder / f".step-{step:08d}"
 
     def _finish(self, step: int, header: Mapping[str, Any], best: float | None) -> None:
-        """Called in the first process's thread when all have written and synced their shards."""
+        """Publish a checkpoint. Runs in the first process's thread once all have written and synced their shards."""
         path, unfinished = self.path(step), self._unfinished(step)
         digests = {shard.name: known_digest(shard) for shard in sorted(unfinished.glob("*.safetensors"))}
         write_json(unfinished / "state.json", {**header, "shards": digests})
         _to_disk(unfinished)
-        shutil.rmtree(path, ignore_errors=True)  # half of one, or of the same step again, which no run has
+        shutil.rmtree(path, ignore_errors=True)  # a partly deleted one, or an old one of the same step
         unfinished.rename(path)
         _to_disk(self.folder)
         if best is not None:
@@ -155,23 +155,23 @@ class Checkpoints:
         self._prune()
 
     def prune(self) -> list[int]:
-        """Delete all but the latest `keep` and the best one; returns the steps of those deleted."""
+        """Delete all but the latest `keep` and the best one; return the steps of those deleted."""
         self.wait()
         return self._prune()
 
     def _prune(self) -> list[int]:
         for path in self.folder.glob("step-*"):
             if re.fullmatch(r"step-\d+", path.name) and not (path / "state.json").exists():
-                shutil.rmtree(path, ignore_errors=True)  # half of one: a process was killed while it deleted it
+                shutil.rmtree(path, ignore_errors=True)  # partly deleted, by a process that was killed meanwhile
         best, steps = self.best(), self._steps()
         gone = sorted(set(steps) - {*steps[-self.keep :], *([best["step"]] if best else [])})
         for old in gone:
-            (self.path(old) / "state.json").unlink(missing_ok=True)  # half a checkpoint is none
+            (self.path(old) / "state.json").unlink(missing_ok=True)  # first: then it no longer counts
             shutil.rmtree(self.path(old), ignore_errors=True)
         return gone
 
     def verify(self, step: int) -> None:
-        """Read all of checkpoint `step`. Raises `UserError` where it is damaged or a number in it is not finite."""
+        """Read all of checkpoint `step`. Raises `UserError` if it is damaged or a number in it is not finite."""
         path = self.path(step)
         found: dict[str, int] = {}
         try:
@@ -189,11 +189,11 @@ class Checkpoints:
                 raise UserError(f"{path} is not complete: {name} has {found.get(name, 0)} of {size} numbers")
 
     def load(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
-        """Put checkpoint `step` (the latest unless told) back into the parts: `(step, meta)`, `None` if there is none.
+        """Load checkpoint `step` (default: the latest) into the parts; return `(step, meta)`, or `None` without one.
 
-        Of several processes, each compares the digests of its share of the files before any of them reads.
+        With several processes, each verifies the digests of its share of the files before any of them loads.
 
-        Raises `UserError` when it is damaged or holds other parts.
+        Raises `UserError` if it is damaged or holds other parts.
         """
         self.wait()
         if step is None:
@@ -222,14 +222,14 @@ class Checkpoints:
         return header["step"], header["meta"]
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All tensors by name, and what remains of the parts' states without them."""
+        """Return all tensors by name, and the remaining structure of the parts' states."""
         tensors: dict[str, Tensor] = {}
         tree = {name: _flatten(part.state_dict(), name, tensors) for name, part in self.parts.items()}
         return tensors, tree
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON skeleton of a state: tensors move to `tensors` and leave their name, dicts keep their key types."""
+    """Return a state's JSON skeleton: tensors move to `tensors` and leave their name, dicts keep their key types."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().contiguous()
         return {"tensor": name}
@@ -254,7 +254,7 @@ def _unflatten(tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """What `state.json` says of the checkpoint `path`."""
+    """Return what `state.json` says about the checkpoint `path`."""
     try:
         header = read_json(path / "state.json", dict[str, Any])
     except UserError as error:
@@ -265,7 +265,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
-    """The files with its tensors, and their digests; earlier versions wrote none."""
+    """Return its tensor files with their digests; earlier versions wrote no digests."""
     there = sorted(shard.name for shard in path.glob("*.safetensors"))
     written = header.get("shards", dict.fromkeys(there))
     for name in sorted({*there} ^ {*written}):
@@ -274,7 +274,7 @@ def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _compare(path: Path, header: Mapping[str, Any]) -> None:
-    """Compare this process's share of the files in `path` with their digests."""
+    """Verify the digests of this process's share of the files in `path`."""
     try:
         for name, digest in [*_shards(path, header).items()][parallel.rank() :: parallel.world()]:
             load_file(path / name, digest)
@@ -290,7 +290,7 @@ def _damaged(path: Path, error: BaseException) -> str:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Of whole tensors, sharded or not."""
+    """Return the shapes of the full tensors, sharded or not."""
     return {name: list(value.shape) for name, value in tensors.items()}
 
 
@@ -303,7 +303,7 @@ def _same_shapes(path: Path, there: Mapping[str, list[int]], here: Mapping[str, 
 
 
 def _to_disk(folder: Path) -> None:
-    """Its entries; `write_atomic` has seen to what they contain."""
+    """Sync the folder's entries to disk; `write_atomic` has already synced the files' content."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

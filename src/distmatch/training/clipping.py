@@ -1,4 +1,4 @@
-"""How many steps have their gradient clipped: a figure in the log, and a word to the user when it is most of them."""
+"""Reports how many steps have their gradient clipped: a figure in the log, and a notice if it is most of them."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.system.terminal import notice
 
 WINDOW = 200
-"""Steps that are looked at before anything is said."""
+"""Steps to look at before giving a notice."""
 
 LOUD = 5.0
-"""The factor behind a student's network from which on it is named as the cause of long gradients."""
+"""From this output factor on, the student's network is named as the cause of large gradients."""
 
 
 @dataclass(frozen=True)
 class Clipped:
-    """One network's gradients: the log's name of their norm, the length that they are cut to, and what to turn."""
+    """One network's gradients: the log's name for their norm, the length they are clipped to, and what to change."""
 
     norm: str
     clip: float
@@ -28,9 +28,9 @@ class Clipped:
 
 
 class Clipping:
-    """Called with the losses f[steps] by name whenever the loop has read them; returns the shares that were clipped.
+    """Called with the losses f[steps] by name whenever the loop has read them; returns the clipped shares.
 
-    It computes on the host, with norms that are there anyway. What it says, it says once for each network.
+    Runs on the host, with norms that are there anyway. It gives at most one notice per network.
     """
 
     def __init__(self, *networks: Clipped):
@@ -49,7 +49,7 @@ class Clipping:
 
     def _look(self, network: Clipped, norms: list[float]) -> None:
         seen = self.seen.get(network.norm)
-        if seen is None:  # all is said
+        if seen is None:  # already noticed
             return
         seen.extend(norms)
         clipped = sum(norm > network.clip for norm in seen)
@@ -62,7 +62,7 @@ class Clipping:
 
 
 def distillation(student: Denoiser, t: float, generator: float, critic: float) -> Clipping:
-    """Watch a distillation whose student is evaluated at `t` first, by the entries `clip` of both networks."""
+    """Watch a distillation whose student is first evaluated at `t`, given the `clip` entries of both networks."""
     schedule = student.schedule
     time = torch.tensor([t], dtype=torch.double)
     gain = student.prediction.coefficients(schedule.alpha(time), schedule.sigma(time))[1].abs().item()

@@ -1,4 +1,4 @@
-"""How much of a training step is spent inside network passes, and how much outside of them."""
+"""Measures how much of a training step is spent inside network passes, and how much outside."""
 
 import time
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Clock:
     """Sums the time that networks spend in `forward` (by hooks) and in backward passes (called through `backward`).
 
-    On a GPU the marks are CUDA events, read only in `read`, so that timing adds no synchronisation to the step.
+    On a GPU the marks are CUDA events that are read only in `read`, so timing adds no synchronisation to the step.
     """
 
     def __init__(self, networks: Iterable[nn.Module], device: torch.device):
@@ -24,13 +24,13 @@ class Clock:
             network.register_forward_hook(self._leave)
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`, counted as network time."""
+        """Call `loss.backward()`, counted as network time."""
         start = self._mark()
         loss.backward()
         self._spans.append((start, self._mark()))
 
     def read(self) -> tuple[float, float]:
-        """`(seconds in networks, seconds in all)` since the last call."""
+        """Return `(seconds in networks, seconds in total)` since the last call."""
         end = self._mark()
         if self._cuda:
             torch.cuda.synchronize()

@@ -10,15 +10,15 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def frozen_copy(network: Network) -> Network:
-    """An fp32 copy that is never trained."""
+    """Return an fp32 copy that is never trained."""
     return copy.deepcopy(network).float().eval().requires_grad_(False)
 
 
 class EMA(Generic[Network]):
-    """Keeps `network`, a frozen fp32 copy whose weights trail the trained ones; `average` is that copy, if it is made.
+    """Maintains `network`, a frozen fp32 copy whose weights trail the trained ones; `average` is that copy, if made.
 
     `average <- decay * average + (1 - decay) * weight` after every optimizer step, with the decay ramped up as
-    `min(decay, (1 + n) / (10 + n))` so that the start does not linger.
+    `min(decay, (1 + n) / (10 + n))` so that the initial weights are forgotten quickly.
     """
 
     def __init__(self, network: Network, decay: float, average: Network | None = None):

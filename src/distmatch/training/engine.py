@@ -1,9 +1,9 @@
-"""How a network runs: compiled, frugal with memory, spread over the processes of a `torchrun`; by PyTorch's own means.
+"""How a network runs: compiled, with gradient checkpointing, and data parallel under `torchrun`, using PyTorch only.
 
-`ddp` (DistributedDataParallel): every process has all of it. `fsdp` (FSDP2, `fully_shard`): every process has a slice
-of each block's weights, gradients and moments, and gathers a block when it is its turn.
+`ddp` (DistributedDataParallel): every process holds the whole network. `fsdp` (FSDP2, `fully_shard`): every process
+holds a slice of each block's weights, gradients and moments, and gathers a block when it is needed.
 
-All of it happens in place, but for `ddp`, and leaves the names of the weights as they are. The order is
+Everything but `ddp` works in place, and the names of the weights stay the same. Call in this order:
 `checkpoint_gradients`, `spread`, `compile_blocks`, which compiles what is called from then on.
 """
 
@@ -21,21 +21,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 RECOMPILATIONS = 256
-"""What `torch.compile` may make of one function: all blocks are one to it, in every width, batch and grad mode."""
+"""How often `torch.compile` may recompile one function: all blocks share one, in every width, batch and grad mode."""
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Keep only what goes into each part of each block, and compute the rest again in the backward pass.
+    """Keep only the inputs of each part of each block, and recompute the rest in the backward pass.
 
-    In place, and in copies made afterwards too. Without dropout, as distillation is.
+    In place; copies made later recompute too. Only for networks without dropout, as in distillation.
     """
     for block in blocks(network):
         for part in _parts(block):
-            part.forward = MethodType(_recomputed, part)  # a method: deep copies have it as their own
+            part.forward = MethodType(_recomputed, part)  # bound as a method, so that deep copies get their own
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:
-    """The smallest blocks within `block`, which is one itself if it lists bare layers, or nothing."""
+    """Return the smallest blocks within `block`, or `block` itself if it lists bare layers or nothing."""
     within = blocks(block)
     if not within or any(next(member.children(), None) is None for member in within):
         return [block]
@@ -48,12 +48,12 @@ def _recomputed(module: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """`torch.compile` each block of `network`, in place; deep copies are not compiled.
+    """Call `torch.compile` on each block of `network`, in place; deep copies are not compiled.
 
-    Shapes are taken as they are, which in training are few. Block by block, since a block is compiled once for all of
-    its kind, and since what `fsdp` does happens between them.
+    Shapes are static; training has few of them. Compiling block by block compiles blocks of one kind only once, and
+    leaves room between blocks for what `fsdp` does.
     """
-    from torch._dynamo import config  # takes a second
+    from torch._dynamo import config  # takes a second to import
 
     config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
     for block in blocks(network):
@@ -61,21 +61,21 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
 
 
 def try_compiler(device: torch.device) -> None:
-    """Compile one small function and its gradient, for whose lack of a compiler PyTorch raises one of many kinds."""
+    """Compile one small function and its gradient; without a compiler, PyTorch raises one of many kinds of error."""
     x = torch.ones(2, device=device, requires_grad=True)
     torch.compile(lambda x: (2 * x + 1).sin(), dynamic=False)(x).sum().backward()
 
 
 def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]) -> nn.Module:
-    """What to call in place of `network`, whose gradients are then the mean over the processes.
+    """Return what to call in place of `network`; its gradients are then the mean over the processes.
 
-    For `fsdp` that is the network itself, sharded in place. Where there is one process and no group, nothing is done.
+    For `fsdp` this is the network itself, sharded in place. Without a process group, nothing is done.
 
     Args:
         how: "ddp" or "fsdp".
         precision: with "bf16", blocks are gathered in bf16 and their gradients reduced in fp32; what each process keeps
             is fp32.
-        inputs: an example of what it is called with, a batch of one; for `ddp`, which must know of idle weights.
+        inputs: example arguments, a batch of one; for `ddp`, which must know whether some weights are unused.
     """
     if not dist.is_initialized():
         return network
@@ -83,7 +83,7 @@ def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]
         return shard(network, precision)
     cuda = next(network.parameters()).device.type == "cuda"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the name that torch 2.10 does not have yet
+        warnings.simplefilter("ignore", FutureWarning)  # about a name that torch 2.10 does not have yet
         return DistributedDataParallel(
             network,
             device_ids=[torch.cuda.current_device()] if cuda else None,
@@ -94,18 +94,18 @@ def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]
 
 
 def idle(network: nn.Module, *inputs: Any) -> list[str]:
-    """The trained weights that have no part in `network(*inputs)`, such as EDM's for augmentations: found by trying."""
+    """Return the trained weights that `network(*inputs)` does not use, such as EDM's augmentation layers, by trying."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(network(*inputs).sum(), list(trained.values()), allow_unused=True)
     return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
 def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
-    """`fully_shard` each block of `network`, then what is left of it. In place; frozen networks too.
+    """Apply `fully_shard` to each block of `network`, then to the rest. In place; frozen networks too.
 
-    With "bf16" it runs under autocast from then on, whoever calls it: its weights arrive in bf16.
+    With "bf16", the network always runs under autocast from then on: its weights arrive in bf16.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds to import
 
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     low = torch.bfloat16 if precision == "bf16" else None
@@ -113,7 +113,7 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 shards no other
     for block in (*blocks(network), network):
-        # The average changes between two uses: no gathered copy of it may be kept, not even the root's.
+        # The EMA changes between two uses, so no gathered copy may be kept, not even of the root's weights.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if low is not None:
         network.forward = torch.autocast(mesh.device_type, low)(network.forward)
@@ -121,7 +121,7 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The units of sharding: the members of the outermost lists and dictionaries of modules that have weights."""
+    """Return the units of sharding: the members, with weights, of the outermost ModuleLists and ModuleDicts."""
     found: list[nn.Module] = []
     for child in network.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -133,9 +133,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Within it, what the blocks `numbers` of `network` (see `blocks`) returned last, by number: for a GAN's head.
+    """Record what the blocks `numbers` of `network` (see `blocks`) last returned, by number: for a GAN's head.
 
-    Works for any network, however it is spread, without an argument in its `forward`. Tensors carry their graph.
+    Works for any network, with or without `spread`, and needs no argument in its `forward`. Tensors keep their graph.
     """
     found: dict[int, Tensor] = {}
 
@@ -152,14 +152,14 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
 
 
 def replicate(network: nn.Module) -> None:
-    """Give `network`, which every process has all of, the first process's weights in all of them."""
+    """Broadcast the first process's weights of `network`, which all processes hold in full."""
     if dist.is_initialized():
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
 def average_gradients(network: nn.Module) -> None:
-    """Make the gradients of `network` the mean over the processes, unless `spread` has it do so by itself."""
+    """Average the gradients of `network` over the processes, unless `spread` already makes it do so."""
     if dist.is_initialized() and not isinstance(network, DistributedDataParallel) and not _is_sharded(network):
         for parameter in network.parameters():
             if parameter.grad is not None:
@@ -168,13 +168,13 @@ def average_gradients(network: nn.Module) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which networks compute in `precision`, "fp32" or "bf16", whatever their weights have."""
+    """Return the context in which networks compute in `precision`, "fp32" or "bf16", whatever their weights' type."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager
 def summed(network: Any, last: bool) -> Iterator[None]:
-    """Gradient accumulation: what is passed backward within it is summed over the processes only if `last`."""
+    """Accumulate gradients: backward passes in the with block are summed over the processes only if `last`."""
     if _is_sharded(network):
         network.set_requires_gradient_sync(last)
         yield
@@ -186,15 +186,15 @@ def summed(network: Any, last: bool) -> Iterator[None]:
 
 
 def _is_sharded(network: nn.Module) -> bool:
-    return hasattr(network, "set_requires_gradient_sync")  # FSDPModule, whose import takes seconds
+    return hasattr(network, "set_requires_gradient_sync")  # FSDPModule takes seconds to import
 
 
 def unwrapped(network: nn.Module) -> Any:
-    """The network itself, whatever it is called through."""
+    """Return the network itself, without the wrapper it is called through."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's full value, on every process; all of them must ask. Others as they are."""
-    sharded: Any = tensor  # a DTensor, whose import takes seconds
+    """Return a sharded tensor's full value; all processes must call this. Other tensors are returned unchanged."""
+    sharded: Any = tensor  # a DTensor, which takes seconds to import
     return sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: JSON lines always, TensorBoard and Weights & Biases where asked for."""
+"""What a run logs: always JSON lines, and on request TensorBoard and Weights & Biases."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class Tracker(Protocol):
 class JsonLines:
     """`log.jsonl`: one object per line, `{"step": ..., name: value, ...}`.
 
-    Lines of steps after `start` are dropped on opening: a resumed run writes them again.
+    Opening it drops the lines after step `start`, because a resumed run writes them again.
     """
 
     def __init__(self, path: Path, start: int = 0):
@@ -40,7 +40,7 @@ class JsonLines:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        pass  # the loop keeps pictures as files beside the log
+        pass  # the training loop saves pictures as files beside the log
 
     def close(self) -> None:
         with naming(self._path):
@@ -52,9 +52,9 @@ EARLIER = {"match": "match/student", "regress": "regress/student", "fake": "matc
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that was cut off; empty if there is none.
+    """Return the lines of a log, ignoring a last one that was cut off; empty if there is no log.
 
-    Raises `UserError` that names the first line which is none of a log.
+    Raises `UserError` that names the first invalid line.
     """
     if not path.exists():
         return []
@@ -63,7 +63,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(texts, 1):
         if number == len(texts) and not text.endswith((b"}", b"]")):
-            break  # nothing, or what a killed process wrote of a line
+            break  # blank, or the start of a line from a process that was killed
         line = json_of(text, f"{path}, line {number}", dict[str, int | float], "Delete the line")
         if not isinstance(line.get("step"), int):
             raise UserError(f"{path}, line {number} has no step. Delete the line")
@@ -74,7 +74,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 class TensorBoard:
     @staticmethod
     def ready() -> None:
-        """Raise `UserError` unless it can start."""
+        """Raise `UserError` if it cannot start."""
         need("tensorboard", by="log.track")
 
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
@@ -87,7 +87,7 @@ class TensorBoard:
             self._writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with naming(self._folder):  # its thread writes, and what that met is raised at a later call
+        with naming(self._folder):  # its thread writes, and reports errors only at a later call
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
@@ -104,7 +104,7 @@ class TensorBoard:
 class Wandb:
     @staticmethod
     def ready() -> None:
-        """Raise `UserError` unless it can start: it is there, and has a key, which it asks for in a terminal."""
+        """Raise `UserError` if it cannot start: not installed, or no API key, which it asks for on a terminal."""
         need("wandb", by="log.track")
         wandb: Any = import_module("wandb")
         try:
@@ -115,7 +115,7 @@ class Wandb:
     def __init__(self, out: Path, config: Mapping[str, Any], start: int):
         need("wandb", by="log.track")
         self._wandb: Any = import_module("wandb")
-        mark = out / "wandb-id"  # one run there per folder here, whatever the folder is called
+        mark = out / "wandb-id"  # one W&B run per folder, even if the folder is renamed
         if not mark.exists():
             write_atomic(mark, lambda p: p.write_text(uuid4().hex[:12]))
         options = {"project": "distmatch", "name": out.name, "id": mark.read_text(), "resume": "allow"}
@@ -135,7 +135,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class Log:
-    """All the places one run writes to. Of several processes, the first writes."""
+    """Everywhere a run logs to. Only the first of several processes writes."""
 
     def __init__(self, out: Path, start: int, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None):
         self._trackers: list[Tracker] = []
@@ -153,6 +153,6 @@ class Log:
             tracker.image(step, name, image)
 
     def close(self) -> None:
-        with ExitStack() as stack:  # all are closed, whichever fails
+        with ExitStack() as stack:  # closes all of them, even if one fails
             for tracker in self._trackers:
                 stack.callback(tracker.close)

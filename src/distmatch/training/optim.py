@@ -1,4 +1,4 @@
-"""AdamW with the learning-rate schedule and the gradient clipping of one network."""
+"""AdamW with a learning-rate schedule and gradient clipping, for one network."""
 
 from collections.abc import Iterable
 
@@ -9,14 +9,14 @@ from distmatch.training.engine import whole
 
 
 class Optimizer:
-    """AdamW, warm-up, optional linear decay to zero at the end, clipping by the global L2 norm.
+    """AdamW with warm-up, optional linear decay to zero at the end, and clipping by the global L2 norm.
 
     Args:
         lr: peak learning rate.
         warmup: steps of linear warm-up from `lr / warmup`.
-        steps: length of the whole run, which the decay needs to know.
+        steps: length of the whole run; needed for the decay.
         decay: fraction of the run, at its end, over which the rate falls linearly to zero.
-        clip: largest L2 norm of the gradient; 0 leaves it alone.
+        clip: largest L2 norm of the gradient; 0 turns clipping off.
     """
 
     def __init__(
@@ -34,19 +34,19 @@ class Optimizer:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.lr, self.warmup, self.steps, self.decay, self.clip = lr, warmup, steps, decay, clip
         self.adamw = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        for p in self.parameters:  # as the first step would make them: a checkpoint is read into them
+        for p in self.parameters:  # as the first step would create them, so that a checkpoint can be loaded into them
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
 
     def rate(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
+        """Return the learning rate of step `step`, counted from 0."""
         up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         tail = self.decay * self.steps
         down = min(1.0, max(0.0, (self.steps - step) / tail)) if tail else 1.0
         return self.lr * min(up, down)
 
     def step(self, index: int) -> Tensor:
-        """Clip, apply and clear the gradients with the rate of step `index`; returns their norm f[] before clipping."""
+        """Clip, apply and clear the gradients at the rate of step `index`; return their norm f[] before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
         for group in self.adamw.param_groups:
             group["lr"] = self.rate(index)
@@ -55,7 +55,7 @@ class Optimizer:
         return whole(norm)
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self.adamw.zero_grad()
 
     def state_dict(self) -> dict:
@@ -63,7 +63,7 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state)
-        # The fused update walks raw memory: moments must be laid out like their weights (channels-last), not as saved.
+        # The fused update walks raw memory: moments must have their weights' layout (channels-last), not the saved one.
         for parameter, moments in self.adamw.state.items():
             for name, value in moments.items():
                 if value.shape == parameter.shape:

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint in safetensors files, one per process, by `torch.distributed.checkpoint`.
+"""Saves a checkpoint's tensors in safetensors files, one per process, with `torch.distributed.checkpoint`.
 
-They can be read by any number of processes, sharded in any way. Importing this takes seconds, of PyTorch's.
+Any number of processes can read them, sharded in any way. Importing this module takes seconds, because of PyTorch.
 """
 
 import json
@@ -29,20 +29,20 @@ from distmatch.system.files import remove, write_atomic
 
 
 class Saver:
-    """Copies tensors to the host's memory, which it keeps for the next time, and has a thread write the copies."""
+    """Copies tensors to host memory, which is kept for the next time, and writes the copies in a thread."""
 
     def __init__(self):
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # copies at once, to plain memory
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # copy immediately, to ordinary memory
 
     def save(self, tensors: Mapping[str, Tensor], folder: Path, finish: Callable[[], None]) -> Future:
-        """Copy `tensors`; have all processes write theirs into `folder`, then the first call `finish()`, meanwhile.
+        """Copy `tensors`; in the background, all processes write theirs to `folder`, then the first calls `finish()`.
 
-        Of what all processes hold, each copies and writes its share.
+        Each process copies and writes its share of what all of them hold.
         """
         alone = parallel.world() == 1
         mine = dict(tensors) if alone else _share(tensors)
         group = None if alone else parallel.background_group()
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # says the thread when there is one process
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by the thread, in a single process
         writer = Writer(folder, finish)
         saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=self._stager, no_dist=alone)
         return cast(Future, saving)
@@ -53,23 +53,23 @@ class Saver:
 
 
 def read(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill `tensors` with what `folder` has under their names. Raises what `failure` can name."""
+    """Fill `tensors` with what `folder` has under their names. `failure` names the cause of what it raises."""
     reader = HuggingFaceStorageReader(path=str(folder))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process, or that the interface may change
+        warnings.simplefilter("ignore")  # that there is only one process, or that the interface may change
         load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
 
 
 def failure(error: BaseException) -> BaseException:
-    """The first process's error of those that PyTorch has gathered, or the error itself."""
+    """Return the first of the processes' errors that PyTorch has gathered, or the error itself."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 class Writer(HuggingFaceStorageWriter):
-    """Shards by all processes in the folder `unfinished`, then `finish` by the first.
+    """Has all processes write shards to the folder `unfinished`, then calls `finish` in the first.
 
     PyTorch calls it in a thread: `prepare_global_plan` in the first process, `write_data` in all of them, `finish` in
-    the first when all have written. An error in one of them is an error of all processes.
+    the first once all have written. An error in one of them is raised in all processes.
     """
 
     def __init__(self, unfinished: Path, finish: Callable[[], None]):
@@ -79,7 +79,7 @@ class Writer(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         for left in self._folder.parent.glob(".step-*"):
-            if re.fullmatch(r"\.step-\d+", left.name):  # by processes that were killed
+            if re.fullmatch(r"\.step-\d+", left.name):  # left by processes that were killed
                 for file in left.iterdir():
                     remove(file)
                 if left != self._folder:
@@ -87,14 +87,14 @@ class Writer(HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """The file that PyTorch writes, but by `save_file`: its `safetensors.save` keeps the interpreter, and so the
-        loop, for a second per GB or more."""
+        """Write the same file as PyTorch would, but by `save_file`: `safetensors.save` holds the GIL, and so stalls the
+        training loop, for a second or more per GB."""
         tensors, offsets, seen = {}, {}, set()
         for item in plan.items:
             name, value = item.index.fqn, cast(Tensor, planner.resolve_data(item))
             storage = value.untyped_storage()
             own = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
-            tensors[name] = value if own else value.clone()  # a file has no slices and no tied weights
+            tensors[name] = value if own else value.clone()  # safetensors allows no views and no tied weights
             offsets[name] = {"saved_offsets": cast(TensorWriteData, item.tensor_data).chunk.offsets}
             seen.add(storage.data_ptr())
         if tensors:
@@ -110,7 +110,7 @@ class Writer(HuggingFaceStorageWriter):
 
 
 def _share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What this process writes: its part of what is sharded and, of what all hold, about as much as the others."""
+    """Return what this process writes: its part of sharded tensors, and about an equal share of the replicated ones."""
     written = [0] * parallel.world()
     mine: dict[str, Tensor] = {name: value for name, value in tensors.items() if isinstance(value, DTensor)}
     whole = ((name, value) for name, value in tensors.items() if name not in mine)

@@ -1,4 +1,4 @@
-"""The loop: steps, log, pictures, evaluation, checkpoints, and stopping without losing work. Nothing of any method."""
+"""The training loop: steps, log, previews, evaluation, checkpoints, and stopping without losing work."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ from distmatch.training.log import Log
 
 
 class Task(Protocol):
-    """What the loop drives: `Distiller`, `Teaching`."""
+    """What the loop drives: `Distiller`, `Teaching`. The loop knows nothing about any method."""
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
-        """Everything that a checkpoint must hold for a bit-exact continuation."""
+        """Everything that a checkpoint must hold to continue bit-exactly."""
         ...
 
     @property
@@ -36,21 +36,21 @@ class Task(Protocol):
     def images_per_step(self) -> int: ...
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """Step `index` (from 0): a function of the parts and of `index`. Returns losses f[] by name, on the device."""
+        """Run step `index` (from 0), a function of the parts and `index`. Returns losses f[] by name, on the device."""
         ...
 
     def preview(self) -> Tensor:
-        """A fixed grid of samples, u8[N,C,H,W]."""
+        """Return a fixed grid of samples, u8[N,C,H,W]."""
         ...
 
     def export(self, folder: Path) -> None:
-        """Write the model as it is now."""
+        """Write the current model."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When the loop does what, in steps; 0 means never. `keep` checkpoints stay, the best one besides."""
+    """When the loop does what, in steps; 0 means never. `keep` checkpoints stay, in addition to the best one."""
 
     steps: int
     log_every: int = 20
@@ -77,7 +77,7 @@ def train(
     first of which (lower is better) decides which checkpoint is the best. `watch` is called with the losses f[steps] by
     name whenever they have been read, and returns further figures for the log.
 
-    Raises `Diverged` when a loss is not finite, `Stopped` after SIGINT or SIGTERM, `UserError` when the checkpoint is
+    Raises `Diverged` if a loss is not finite, `Stopped` after SIGINT or SIGTERM, and `UserError` if the checkpoint is
     damaged.
     """
     checkpoints = Checkpoints(out / "checkpoints", task.parts, plan.keep)
@@ -126,12 +126,12 @@ def train(
         checkpoints.save(done, {"seconds": seconds()}, best)
 
     def between_steps(done: int, stopping: bool) -> None:
-        """Pictures, figures and checkpoints, where they are due. Their time counts as no step's."""
+        """Make the previews, figures and checkpoints that are due. Their time does not count for any step."""
         look, measure = due(done, plan.preview_every), evaluate is not None and due(done, plan.evaluate_every)
         keep, score = stopping or due(done, plan.save_every), None
         if not (look or measure or keep):
             return
-        flush(done)  # what is not finite stops here, before it is shown, measured or saved
+        flush(done)  # stops at a loss that is not finite, before it is shown, measured or saved
         if look:
             preview(done)
         if evaluate is not None and measure:
@@ -157,7 +157,7 @@ def train(
                 stopping = parallel.world() == 1 and bool(interrupt.received)
                 if due(done, plan.log_every):
                     flush(done)
-                    stopping = parallel.any(bool(interrupt.received))  # together, or some would wait for ever
+                    stopping = parallel.any(bool(interrupt.received))  # together, or some would wait forever
                 between_steps(done, stopping)
                 if stopping:
                     raise Stopped(f"stopped by {interrupt.received} after step {done} of {plan.steps}; all is saved")
@@ -167,6 +167,6 @@ def train(
             save(plan.steps)
         task.export(out / "model")
     finally:
-        with ExitStack() as stack:  # each is closed even where the other cannot be
-            stack.callback(checkpoints.close)  # what is being written is finished, whatever ended the run
+        with ExitStack() as stack:  # closes each, even if closing the other fails
+            stack.callback(checkpoints.close)  # finishes writing, however the run ended
             stack.callback(log.close)
