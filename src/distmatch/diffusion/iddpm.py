@@ -1,4 +1,4 @@
-"""The noise levels of Improved DDPM (Nichol and Dhariwal 2021), as EDM has them (Karras et al. 2022, Appendix C.3)."""
+"""The noise levels of Improved DDPM (Nichol and Dhariwal 2021) in EDM's form (Karras et al. 2022, App. C.3)."""
 
 import math
 from functools import cache

@@ -1,4 +1,4 @@
-"""Writes files atomically: beside their destination, then moved there, so that a reader sees all of one or nothing.
+"""Writes files atomically: beside their destination, then moved there, so readers see all of one or nothing.
 
 JSON files carry a digest of their content, which `plain.read_json` verifies.
 

@@ -1,4 +1,4 @@
-"""Checkpoints: saved in the background and atomically by any number of processes; the last N and the best are kept.
+"""Checkpoints: saved atomically in the background by any number of processes; keeps the last N and the best.
 
 A checkpoint holds named stateful parts. Nothing in it is executed when it is read: tensors go into safetensors,
 everything else into JSON.

@@ -1,4 +1,4 @@
-"""How a network runs: compiled, with gradient checkpointing, and data parallel under `torchrun`, using PyTorch only.
+"""How a network runs: compiled, with gradient checkpointing, spread over the processes of a `torchrun`.
 
 `ddp` (DistributedDataParallel): every process holds the whole network. `fsdp` (FSDP2, `fully_shard`): every process
 holds a slice of each block's weights, gradients and moments, and gathers a block when it is needed.
