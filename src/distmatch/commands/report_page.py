@@ -263,8 +263,9 @@ def differing(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 def _ablation(runs: list[Run]) -> Table:
     """Return a table of what each run changes with respect to the first, and of its final figures."""
     changes = {k: v for k, v in differing([run.recipe for run in runs]).items() if k not in ("name", "description")}
-    # eval.json may also hold the teacher: the student is the row with one network evaluation.
-    students = [next((row for row in run.figures.get("rows", []) if row.get("nfe") == 1), {}) for run in runs]
+    # eval.json may also hold the teacher, and real images, which take none: the student has the fewest evaluations.
+    models = [[row for row in run.figures.get("rows", []) if row.get("nfe")] for run in runs]
+    students = [min(rows, key=lambda row: row["nfe"], default={}) for rows in models]
     trained = [{key: run.last(key) for key in dict.fromkeys(k for line in run.lines for k in line)} for run in runs]
     logged, measured = _quality(trained), _quality(students)
     head = ["run", "changed", "steps", "minutes", *(f"{heading}, in training" for heading, _ in logged.values())]

@@ -26,8 +26,11 @@ def family_in(source: str) -> DiffusersFamily:
 
     Raises `UserError` if there is no such model, or if its class is not in `FAMILIES`.
     """
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # otherwise the hub would be asked
-        raise UserError(f"{source!r} is neither a folder here nor a model id, OWNER/NAME")
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # or a hub would be asked for it
+        raise UserError(
+            f"diffusers model {source!r} cannot be loaded: {source!r} is neither a folder here nor a model id, "
+            "OWNER/NAME. Give a folder in diffusers' format, or the name of a model on Hugging Face"
+        )
     kind = index(source)[0]
     if kind not in FAMILIES:
         raise UserError(f"{source} is a {kind}; expected {' or '.join(FAMILIES)}")
