@@ -1,7 +1,7 @@
-"""Files by name, in a folder, a tar or a zip: listed first, then read one at a time, each bounded in size.
+"""Lists and reads the files in a folder, tar or zip, one file at a time and with bounded size.
 
-Nothing is unpacked to the disk. What comes out of an archive is bounded too, so that one made to fill the memory or to
-take for ever is refused.
+Nothing is unpacked to disk. The total that comes out of an archive is bounded too, so that one made to fill the memory
+or take forever is refused.
 """
 
 import bz2
@@ -26,16 +26,16 @@ from distmatch.system.limits import FILE, UNPACKED, check, limit
 from distmatch.system.screen import printable
 
 LINKS = 3
-"""Symbolic links to folders that may follow one another; without a bound, a few of them make millions of paths."""
+"""How many symbolic links to folders may follow one another; without a limit, a few links make millions of paths."""
 EXPANSION = 100
-"""An archive may unpack to this many times its own size, plus `limits.UNPACKED`: pictures don't compress twice."""
+"""An archive may unpack to this many times its own size plus `limits.UNPACKED`: pictures do not compress further."""
 REPLACED = "replaced by later ones of the same name"
 MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x5d\x00\x00": lzma.open}
 DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
     NotImplementedError, RuntimeError, UnicodeError, ValueError, KeyError, OverflowError,
 )  # fmt: skip
-"""What Python's readers run into in damaged or unusual archives."""
+"""What Python's readers raise on damaged or unusual archives."""
 
 
 class Files:
@@ -43,13 +43,13 @@ class Files:
 
     Args:
         path: the folder or the archive.
-        without: a folder below `path` that is passed over.
+        without: a folder below `path` to skip.
 
     Attributes:
         sizes: bytes by name, sorted by name; names are relative, with `/`.
-        left_out: what has no name here, counted by reason.
+        left_out: what is not listed here, counted by reason.
 
-    Raises `UserError`, as does `read`, for what cannot be read, naming the archive and the file.
+    Raises `UserError` for anything unreadable, as does `read`, naming the archive and the file.
     """
 
     def __init__(self, path: Path, without: Path | None = None):
@@ -57,14 +57,14 @@ class Files:
         self.sizes: dict[str, int] = dict(sorted(self._list(without)))
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """`(name, content)` of each of `names`, in the order in which they lie there."""
+        """Yield `(name, content)` for each of `names`, in the order in which they are stored."""
         for name in names:
             check(self.sizes[name], FILE, f"{self.path}: {printable(name)}")
         return self._read(names)
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
-        """One file, to read anywhere in it. In an archive it is held in memory."""
+        """Open one file for random access. In an archive, its content is held in memory."""
         if self.path.is_dir():
             with _named(self.path, name):
                 file = (self.path / name).open("rb")
@@ -75,7 +75,7 @@ class Files:
             yield io.BytesIO(content)
 
     def _list(self, without: Path | None) -> Iterator[tuple[str, int]]:
-        """Folders behind symbolic links belong to it, except where they lead back to a folder they stand in."""
+        """List files and their sizes, following symbolic links to folders unless they lead back to a parent."""
         excluded = _identity(without) if without is not None and without.exists() else None
         todo: list[tuple[Path, str, tuple[tuple[int, int], ...], int]] = [(self.path, "", (_identity(self.path),), 0)]
         while todo:
@@ -100,12 +100,12 @@ class Files:
     def _read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             with _named(self.path, name), (self.path / name).open("rb") as file:
-                content = file.read(limit(FILE))  # it may have grown since it was listed
+                content = file.read(limit(FILE))  # the file may have grown since it was listed
             yield name, content
 
 
 class OneFile(Files):
-    """A file by itself, as a folder of one."""
+    """A single file, presented as a folder with one entry."""
 
     def __init__(self, path: Path):
         super().__init__(path.parent)
@@ -116,7 +116,7 @@ class OneFile(Files):
 
 
 class TarFiles(Files):
-    """The files in a tar archive, plain or compressed by gzip, bzip2 or xz. Of two of one name the later counts."""
+    """The files in a tar archive, plain or compressed (gzip, bzip2, xz). If a name occurs twice, the later wins."""
 
     def _list(self, without: Path | None) -> Iterator[tuple[str, int]]:
         self.position: dict[str, int] = {}
@@ -193,9 +193,9 @@ class ZipFiles(Files):
 
 
 def open_files(path: Path, without: Path | None = None) -> Files:
-    """The files of the folder or archive `path`.
+    """Return the files of the folder or archive `path`.
 
-    Raises `UserError` where it is neither.
+    Raises `UserError` if it is neither.
     """
     if path.is_dir():
         return Files(path, without)
@@ -206,7 +206,7 @@ def open_files(path: Path, without: Path | None = None) -> Files:
 
 
 class _Bounded:
-    """A file that gives at most `most` bytes: what tarfile needs of one."""
+    """A file that yields at most `most` bytes, with the methods that tarfile needs."""
 
     def __init__(self, file: Any, most: int):
         self.file, self.most, self.tell = file, most, file.tell
@@ -230,7 +230,7 @@ class _Bounded:
 
 
 def _check_end(archive: tarfile.TarFile, file: _Bounded) -> None:
-    """Tell an archive that ends from one that was cut or has a damaged header, where tarfile stops without a word."""
+    """Raise `UserError` if an archive was cut off or has a damaged header: tarfile silently stops there."""
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"it breaks off after {archive.offset:,} bytes: it was cut, or is damaged there; get it again")
@@ -241,7 +241,7 @@ def _check_end(archive: tarfile.TarFile, file: _Bounded) -> None:
 
 @contextmanager
 def _named(path: Path, name: str | None = None) -> Iterator[None]:
-    """What a reader runs into becomes a `UserError` that names the archive and the file in it."""
+    """Turn what a reader raises into a `UserError` that names the archive and the file in it."""
     try:
         yield
     except DAMAGED as error:
@@ -267,5 +267,5 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _clean(name: str) -> str:
-    """A name in an archive without what would lead out of it."""
+    """Return a name from an archive without the parts that would lead out of it."""
     return "/".join(p for p in name.replace("\\", "/").split("/") if p not in ("", "..", "."))

@@ -1,4 +1,4 @@
-"""Data sets given in Python: tensors, and PyTorch's and Hugging Face's data sets by what they have in common."""
+"""Data sets passed from Python: tensors, and data sets of PyTorch or Hugging Face."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from distmatch.system.errors import UserError
 
 
 def as_pixels(data: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """`u8[N,C,H,W]` of a tensor [N,C,H,W] or [N,H,W], C of 1 or 3: uint8, or floats in `value_range`.
+    """Return a tensor [N,C,H,W] or [N,H,W], C of 1 or 3, as `u8[N,C,H,W]`: uint8, or floats in `value_range`.
 
-    Raises `UserError` for anything else, and for values outside of the range.
+    Raises `UserError` for anything else, and for values outside the range.
     """
     if data.ndim == 3:
         data = data[:, None]
@@ -36,8 +36,8 @@ def as_pixels(data: Tensor, value_range: tuple[float, float] | None) -> Tensor:
     black, white = value_range
     if not -math.inf < black < white < math.inf:
         raise UserError(f"value_range=({black}, {white}) is no range; expected black below white, e.g. (-1, 1)")
-    slack = 1e-3 * (white - black)  # of resizing and rounding
-    if not black - slack <= low <= high <= white + slack:  # NaN neither
+    slack = 1e-3 * (white - black)  # for errors of resizing and rounding
+    if not black - slack <= low <= high <= white + slack:  # also false for NaN
         raise UserError(f"images are in {low:.4g}..{high:.4g}, outside of value_range=({black}, {white})")
     return torch.cat([_to_bytes((part.double() - black) / (white - black)) for part in data.split(256)])
 
@@ -47,14 +47,14 @@ def _to_bytes(unit: Tensor) -> Tensor:
 
 
 def plain(label: Any) -> Any:
-    """A label as Python has it, without NumPy's or PyTorch's type."""
+    """Return a label as a plain Python value, without NumPy's or PyTorch's type."""
     return label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label
 
 
 def collected(
     data: Any, classes: tuple[str, ...], value_range: tuple[float, float] | None
 ) -> tuple[Tensor, list[Any] | None, tuple[str, ...], list[str]]:
-    """Pixels, labels, classes and notes of a data set that is read image by image; see `Images.of`."""
+    """Return pixels, labels, classes and notes of a data set that is read image by image; see `Images.of`."""
     if isinstance(data, Mapping):
         raise UserError(f"the data set has the splits {', '.join(map(str, data))}; give one of them")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
@@ -94,7 +94,7 @@ def collected(
 
 
 def _columns(data: Any) -> tuple[str, dict[str | None, Sequence[str] | None]]:
-    """Where items are dictionaries: what the image is called; what a label may be called, with its classes if known."""
+    """For items that are dictionaries: the image's key, and possible keys of a label, with their classes if known."""
     first = data[0] if len(data) else None
     if not isinstance(first, Mapping):
         return "", {}

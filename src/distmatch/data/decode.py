@@ -1,10 +1,10 @@
-"""Encoded pictures to one array of pixels, with every decision taken for all of them together.
+"""Decodes pictures into one array of pixels; every choice is made for all of them together.
 
 - EXIF's orientation is applied.
-- What is transparent is put on white.
-- All become RGB where one has colour, else all are grey.
-- Of 16 bits per pixel the upper eight of those in use are taken: of 12 bits in 16, bits 4 to 11.
-- Of several frames the first is taken.
+- Transparent pixels are composited on white.
+- All become RGB if any has colour, otherwise all are grey.
+- Of 16 bits per pixel, the upper eight of those in use are kept: for 12 bits in 16, bits 4 to 11.
+- Of several frames, the first is used.
 """
 
 import io
@@ -23,18 +23,18 @@ from distmatch.system.limits import MEMORY, PIXELS, check
 
 GROUND = "white"
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-"""Pillow's readers that are used: among the others are some that start programs."""
+"""The Pillow readers that are used: some of the others start external programs."""
 SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
 ORIENTATION = 0x0112
-"""EXIF's tag of it: 1 is upright, 2 to 8 are turned or mirrored."""
+"""EXIF's orientation tag: 1 is upright, 2 to 8 are rotated or mirrored."""
 DEPTHS = (8, 10, 12, 14, 16)
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
 XMP = b"XML:com.adobe.xmp\0\0"
-"""How a note begins that may hold the orientation too, and is not compressed."""
+"""The start of an uncompressed PNG text chunk that may hold the orientation too."""
 
 
 class Decoder:
@@ -42,7 +42,7 @@ class Decoder:
 
     Args:
         place: where they come from, for messages.
-        fit: brings a picture to its size, after orientation and transparency; without it all must have one size.
+        fit: brings a picture to its size, after orientation and transparency; without it, all must have one size.
     """
 
     def __init__(self, place: object, count: int, fit: Callable[[Image.Image], Image.Image] | None = None):
@@ -52,11 +52,11 @@ class Decoder:
         self.depths: dict[int, list[str]] = {}
         self.broken: list[str] = []
         self.seen, self.grey = Counter[str](), 0
-        self.shallow: list[str] = []  # of 16 bits in colour, of which Pillow gives the upper eight, all of them small
+        self.shallow: list[str] = []  # 16-bit colour, of which Pillow keeps only the upper eight, all small
         self.deepest, self.bits = 0, 8
 
     def add(self, row: int, name: str, content: bytes | Image.Image) -> None:
-        """Take the picture `name` as number `row`. What is wrong with any of them is told by `finish`."""
+        """Add the picture `name` as number `row`. Problems with any of them are reported by `finish`."""
         try:
             with _quiet(), _opened(content) as image:
                 array = self._array(image, name, content)
@@ -65,7 +65,7 @@ class Decoder:
         except UnidentifiedImageError:
             self.broken.append(f"{printable(name)} (no picture of a known kind, or damaged)")
             return
-        except Exception as error:  # Pillow's readers raise whatever an ill-formed file makes them run into
+        except Exception as error:  # Pillow's readers raise anything on a malformed file
             self.broken.append(f"{printable(name)} ({printable(error, 300) or type(error).__name__})")
             return
         self.sizes.setdefault((array.shape[1], array.shape[0]), []).append(name)
@@ -74,9 +74,9 @@ class Decoder:
             self._place(row, array)
 
     def finish(self) -> tuple[np.ndarray, list[str]]:
-        """`u8[N,C,H,W]`, and what was done to the pictures, in words.
+        """Return `u8[N,C,H,W]`, and in words what was done to the pictures.
 
-        Raises `UserError` that counts and names the pictures that cannot be read, or are of other sizes or depths.
+        Raises `UserError` that counts and names the pictures that are unreadable or have other sizes or depths.
         """
         if self.broken:
             raise UserError(f"{self.place}: {_many(self.broken, self.count)} cannot be read: {self.broken[0]}")
@@ -96,7 +96,7 @@ class Decoder:
             self.bits = next(depth for depth in DEPTHS if int(self.pixels.max()) < 2**depth)
             said.append(f"16 bits per pixel with {self.bits} in use, of which the upper 8 are taken")
             small = np.empty(self.pixels.shape, np.uint8)
-            for row, pixels in zip(small, self.pixels, strict=True):  # one by one, for memory
+            for row, pixels in zip(small, self.pixels, strict=True):  # one by one, to save memory
                 row[:] = pixels >> (self.bits - 8)
             self.pixels = small
         elif self.shallow and self.deepest < 64:
@@ -107,7 +107,7 @@ class Decoder:
         return self.pixels, said + dark(self.pixels)
 
     def _array(self, image: Image.Image, name: str, content: bytes | Image.Image) -> np.ndarray:
-        """u8 or u16 [H,W] or u8[H,W,3]."""
+        """Return u8 or u16 [H,W], or u8[H,W,3]."""
         check(image.width * image.height, PIXELS, f"{image.width} x {image.height}", "pixels")
         several, turned = getattr(image, "is_animated", False), image.getexif().get(ORIENTATION, 1) in range(2, 9)
         deep = isinstance(content, bytes) and _deep(image, content)
@@ -131,7 +131,7 @@ class Decoder:
             size = array.itemsize * self.count * channels * array.shape[0] * array.shape[1]
             check(size, MEMORY, f"{self.place}: {self.count:,} images of {array.shape[1]}x{array.shape[0]}")
             self.pixels = np.empty((self.count, channels, *array.shape[:2]), array.dtype)
-        if channels == 3 and self.pixels.shape[1] == 1:  # the first in colour, after grey ones
+        if channels == 3 and self.pixels.shape[1] == 1:  # the first one in colour, after grey ones
             self.pixels = np.repeat(self.pixels, 3, axis=1)
         self.pixels[row] = array.transpose(2, 0, 1) if channels == 3 else array
 
@@ -140,13 +140,13 @@ class Decoder:
 
 
 def dark(pixels: np.ndarray) -> list[str]:
-    """What to say of `pixels u8[N,C,H,W]` that are nearly black, such as masks of 0 and 1."""
+    """Return a note if `pixels u8[N,C,H,W]` are nearly black, such as masks of 0 and 1."""
     most = int(pixels.max(initial=0))
     return [f"nearly black: no more than {most} of 255 in use"] if most < 16 else []
 
 
 def _check_tiff(image: Image.Image) -> None:
-    """Raise `UserError` where Pillow would take a TIFF's numbers for others than they are."""
+    """Raise `UserError` if Pillow would misread a TIFF's numbers."""
     tags = getattr(image, "tag_v2", {})
     if tags.get(262) == 0 and image.mode.startswith("I"):
         raise UserError("0 is white in it, at more than 8 bits; write it with 0 as black")
@@ -155,7 +155,7 @@ def _check_tiff(image: Image.Image) -> None:
 
 
 def _plain(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as mode L, RGB or I;16, and whether anything in it was transparent."""
+    """Return the picture in mode L, RGB or I;16, and whether any of it was transparent."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() >= 2**16:
@@ -179,13 +179,13 @@ def _opened(content: bytes | Image.Image) -> Image.Image:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _without_text(content: bytes) -> bytes:
-    """A PNG without its notes, which may be of any size once unpacked; those that hold EXIF or XMP data stay."""
+    """Return a PNG without its text chunks, which may unpack to any size; those with EXIF or XMP data stay."""
     if not content.startswith(PNG) or not any(kind in content for kind in TEXT):
         return content
     kept, at = [PNG], len(PNG)
@@ -198,7 +198,7 @@ def _without_text(content: bytes) -> bytes:
 
 
 def _deep(image: Image.Image, content: bytes) -> bool:
-    """Whether it has 16 bits per channel in colour."""
+    """Return whether it is in colour with 16 bits per channel."""
     if content.startswith(PNG):
         return content[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06")
     return image.format == "TIFF" and 16 in getattr(image, "tag_v2", {}).get(258, ())
@@ -206,7 +206,7 @@ def _deep(image: Image.Image, content: bytes) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Our own bound on pixels in place of Pillow's, which no option of ours would raise; no warnings of metadata."""
+    """Use our own pixel limit instead of Pillow's, which DISTMATCH_LIMITS cannot raise, and silence warnings."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():

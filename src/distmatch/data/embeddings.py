@@ -1,7 +1,7 @@
-"""The text encoders' states of a fixed list of prompts, computed once and read from memory-mapped files.
+"""Text embeddings of a fixed list of prompts, computed once and read from memory-mapped files.
 
-A text is then encoded once for all epochs and runs. Stable Diffusion 1.5 takes 118 kB per prompt in half precision:
-59 GB for 500,000 prompts.
+Each text is thus encoded once for all epochs and runs. For Stable Diffusion 1.5, a prompt needs 118 kB in half
+precision: 59 GB for 500,000 prompts.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -25,9 +25,9 @@ BATCH = 64
 
 
 class Embeddings:
-    """`(numbers) -> Cond` of prompts, from the files that `embed` wrote to `folder`.
+    """`(numbers) -> Cond` for prompts, from the files that `embed` wrote to `folder`.
 
-    A file is read and compared with its digest when it is first needed; `make(name)` makes it again if it is damaged.
+    A file is verified against its digest on first use; if it is damaged, `make(name)` makes it again.
     """
 
     def __init__(self, folder: Path, make: Callable[[str], None]):
@@ -57,9 +57,9 @@ def embed(
     encode: Callable[[Sequence[str]], Cond],
     progress: Callable[[int], None] | None = None,
 ) -> Embeddings:
-    """Encode what is missing of `texts` in `folder`, which is of these texts and these encoders alone.
+    """Encode those of `texts` that are missing in `folder`, which belongs to these texts and these encoders only.
 
-    Several processes may do so at once: they share the files. `progress` is called with numbers of prompts done.
+    Several processes may do so at once and share the work. `progress` is called with numbers of prompts done.
     """
     names = [_name(shard) for shard in range(-(-len(texts) // SHARD))]
     parts = {name: texts[number * SHARD : (number + 1) * SHARD] for number, name in enumerate(names)}
@@ -82,7 +82,7 @@ def embed(
 
 
 def _tensors(conds: Sequence[Cond]) -> dict[str, Tensor]:
-    """All conditions as one, by name, in half precision."""
+    """Return all conditions joined into one, by name, in half precision."""
     cond = Cond.cat(*conds)
     assert cond is not None
     assert cond.text is not None
@@ -94,7 +94,7 @@ def _name(shard: int) -> str:
 
 
 def _place(file: Path) -> str:
-    """Which texts a file is of: `embed`'s folder has a name of its own for each list of them."""
+    """Return which texts a file belongs to: `embed`'s folder has its own name for each list of them."""
     return f"{file.parent.name}/{file.name}"
 
 

@@ -1,4 +1,4 @@
-"""Data sets of images: from folders, archives and tables, or from Python, to one uint8 tensor with labels."""
+"""Data sets of images, from folders, archives, tables or Python, as one uint8 tensor with labels."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
@@ -24,13 +24,13 @@ from distmatch.system.storage import local
 
 @dataclass(frozen=True)
 class Account:
-    """What a data set was taken for.
+    """How a data set was interpreted.
 
     Args:
         labels: where classes and split come from, in words.
-        left_out: files that are no part of it, by reason.
+        left_out: files that do not belong to it, by reason.
         notes: what was done to the pixels.
-        bits: of each pixel, those in use, of which the upper 8 were taken.
+        bits: how many bits of each pixel are used, of which the upper 8 were kept.
     """
 
     labels: str = ""
@@ -47,7 +47,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels u8[N,C,H,W]`; `labels i64[N]` and their `classes`, or `None` and `()`; what they were read from."""
+    """`pixels u8[N,C,H,W]`; `labels i64[N]` and their `classes`, or `None` and `()`; and how they were read."""
 
     pixels: Tensor
     labels: Tensor | None
@@ -58,7 +58,7 @@ class Images:
         return len(self.pixels)
 
     def __str__(self) -> str:
-        """One line: how many, of what size, of which classes, what was left out."""
+        """Return one line: how many, of what size, of which classes, what was left out."""
         _, channels, height, width = self.pixels.shape
         account = f": {self.account}" if str(self.account) else ""
         return f"{len(self):,} images {height}x{width}, {'grey' if channels == 1 else 'RGB'}{account}"
@@ -72,7 +72,7 @@ class Images:
         classes: Sequence[str] = (),
         value_range: tuple[float, float] | None = None,
     ) -> "Images":
-        """Data of your own as images.
+        """Return your own data as images.
 
         Args:
             data: one of
@@ -80,12 +80,12 @@ class Images:
                 a `torch.utils.data.Dataset` or list of images, or of `(image, label)`;
                 one split of a Hugging Face data set with a column `image` and perhaps `label`.
                 An image is a Pillow image, or a tensor or array [C,H,W] or [H,W].
-            labels: of a tensor's images, numbers or names.
-            classes: names of the classes by number; those of the data set unless given, else the numbers.
-            value_range: of floats, e.g. `(-1, 1)` or `(0, 1)`: black and white.
+            labels: for a tensor's images, numbers or names.
+            classes: names of the classes by number (default: those of the data set, else the numbers).
+            value_range: black and white for floats, e.g. `(-1, 1)` or `(0, 1)`.
 
-        Raises `UserError` for anything else, for values outside of the range, and where labels and images differ in
-        number.
+        Raises `UserError` for anything else, for values outside the range, and if the numbers of labels and images
+        differ.
         """
         if isinstance(data, Images):
             return data
@@ -116,13 +116,13 @@ def load_images(
 
     Args:
         place: a folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of pictures, of CIFAR's batches, of MNIST's files
-            or of Parquet tables, or one such table; an archive or table may be at a URL. Which files count, what a
-            split is and where classes come from: `distmatch.layouts`; what becomes of pixels: `distmatch.decode`.
-        split: `train`, `test`, `val`, the name of a folder, or `all`, for which no folder is a split.
-        without: a folder that is passed over, such as the one that results go to.
-        fit: brings a picture to its size; without it all pictures must have one size.
+            or of Parquet tables, or one such table; an archive or table may be at a URL. For which files count, what a
+            split is and where classes come from, see `data.layouts`; for what is done to pixels, `data.decode`.
+        split: `train`, `test`, `val`, the name of a folder, or `all`, which treats no folder as a split.
+        without: a folder to skip, such as the one for results.
+        fit: brings a picture to its size; without it, all pictures must have one size.
 
-    Raises `UserError` for what is missing, damaged, too large (`distmatch.limits`) or can be read in two ways.
+    Raises `UserError` for data that is missing, damaged, too large (`system.limits`) or ambiguous.
     """
     path = local(place)
     if not path.exists():
@@ -158,7 +158,7 @@ def _account(classes: Sequence[str], origin: str, left_out: Counter[str], notes:
 
 
 def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
-    """`i64[N]` into the classes: `names` by number where they are known, else those that occur, in order."""
+    """Return `i64[N]` into the classes: `names` by number if known, else the labels that occur, in order."""
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"{printable(twice[0])!r} is the name of two classes; give classes=[...] of names that differ")
     if names and all(type(label) is int for label in labels):
@@ -174,7 +174,7 @@ def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Te
 
 
 def _ordered(labels: Set[Any]) -> tuple[Any, ...]:
-    """Numbers, written as text or not, in their order; names alphabetically."""
+    """Sort labels: numbers, written as text or not, by value; names alphabetically."""
     if all(type(label) is int or label.isdecimal() for label in labels):
         return tuple(sorted(labels, key=lambda label: (int(label), str(label))))
     return tuple(sorted(labels))

@@ -1,4 +1,4 @@
-"""Pixels as numbers and as pictures: to floats and back, grids, PNGs. Data sets are read by `distmatch.images`."""
+"""Converts pixels between numbers and pictures: to floats and back, grids, PNGs."""
 
 import io
 
@@ -12,19 +12,19 @@ from distmatch.data.images import load_images as load_images
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """u8 in 0..255 to f32 in [-1, 1]."""
+    """Convert u8 in 0..255 to f32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """f in [-1, 1] to u8 in 0..255, rounded and clamped."""
+    """Convert floats in [-1, 1] to u8 in 0..255, rounded and clamped."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def picture(samples: Tensor, extent: float = 6.0) -> Tensor:
-    """Samples as pictures u8[N,C,H,W]: images f[N,C,H,W] in [-1, 1] one by one, points f[N,2] as dots of one picture.
+    """Return samples as pictures u8[N,C,H,W]: images f[N,C,H,W] in [-1, 1] one by one, points f[N,2] in one picture.
 
-    Points outside of `[-extent, extent]^2` are left out; the second axis points up.
+    Points are drawn as dots; those outside `[-extent, extent]^2` are left out. The second axis points up.
     """
     if samples.ndim == 4:
         return to_uint8(samples)
@@ -37,7 +37,7 @@ def picture(samples: Tensor, extent: float = 6.0) -> Tensor:
 
 
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """`pixels u8[N,C,H,W]` row by row on a light ground: u8[rows * (H + gap) + gap, ..., 3]."""
+    """Arrange `pixels u8[N,C,H,W]` row by row on a light background: u8[rows * (H + gap) + gap, ..., 3]."""
     n, _, h, w = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -49,7 +49,7 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray
 
 
 def png(array: np.ndarray, zoom: int = 1) -> bytes:
-    """u8[H,W] or u8[H,W,C] as PNG, enlarged `zoom` times without smoothing."""
+    """Encode u8[H,W] or u8[H,W,C] as PNG, enlarged `zoom` times without smoothing."""
     image = Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
     if zoom > 1:
         image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)

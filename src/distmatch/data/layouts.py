@@ -1,20 +1,20 @@
-"""Which files of a data set are its pictures, which of them belong to a split, and what their classes are.
+"""Finds the pictures of a data set, which of them belong to a split, and what their classes are.
 
-**Left out**, and counted: hidden files and folders (`.thumbnails`, `.ipynb_checkpoints`), those that tools leave
-(`@eaDir`, `__MACOSX`), what runs of distmatch wrote, and files that are no pictures.
+**Left out**, and counted: hidden files and folders (`.thumbnails`, `.ipynb_checkpoints`), those left by tools
+(`@eaDir`, `__MACOSX`), output of distmatch runs, and files that are not pictures.
 
 **Splits** are folders called `train`, `training`, `trn`, `train2017`, `train_images` and the like; `test`, `testing`,
-`tst`; `val`, `valid`, `validation`, `dev`. Where there are some, one of them is read, and nothing of the others. `test`
-is met by `val` where there is no `test`. Without any, all is `train`.
+`tst`; `val`, `valid`, `validation`, `dev`. If there are any, only the one asked for is read. If there is no `test`,
+`val` is used for it. If there are no splits, everything is `train`.
 
-**Classes** come from the first of these that is there:
+**Classes** come from the first of these that exists:
 
 1. `dataset.json` of NVlabs' `dataset_tool.py`: `{"labels": [["00000/img00000000.png", 6], ...]}`,
 2. `metadata.jsonl`, `metadata.csv` or `metadata.parquet` of Hugging Face's imagefolder: `file_name` and `label`,
 3. WebDataset's `.cls` beside each picture: `000000.png`, `000000.cls`,
-4. the first folder below the split in which the paths differ; deeper folders say nothing.
+4. the first folder below the split in which the paths differ; deeper folders are ignored.
 
-Whole numbers are classes in their order, names in alphabetical order. What can be read in two ways is refused.
+Whole-number classes are ordered by value, names alphabetically. Ambiguous layouts are refused.
 """
 
 import re
@@ -35,11 +35,11 @@ KINDS = {
     "val": ("val", "valid", "validation", "valset", "dev"),
 }
 FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "dir", "folder"}
-"""Words that stand beside the split's in names such as `train_images`, `seg_test`."""
+"""Words that appear beside the split's name, as in `train_images` or `seg_test`."""
 LISTS = {".txt", ".lst", ".list"}
 TOOLS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "lost+found", "$RECYCLE.BIN"}
 RUN = {"log.jsonl", "settings.json", "recipe.yaml"}
-"""Files of a run, of which two, or one beside a folder of `RESULTS`, mark one."""
+"""Files of a run; two of them, or one beside a folder of `RESULTS`, identify one."""
 RESULTS = {"previews", "checkpoints"}
 
 
@@ -49,10 +49,10 @@ class Layout:
 
     Args:
         names: sorted.
-        labels: of each, a number or a name; `None` where there are none.
+        labels: a number or a name for each; `None` if there are none.
         origin: in words, where classes and split come from.
-        left_out: files that are no part of it, by reason.
-        notes: what else there is to say of the labels.
+        left_out: files that do not belong to it, by reason.
+        notes: what else there is to say about the labels.
     """
 
     names: list[str]
@@ -63,13 +63,13 @@ class Layout:
 
 
 def kind(folder: str) -> str | None:
-    """Which split a folder's name stands for, if any."""
+    """Return which split a folder's name stands for, if any."""
     words = [word for word in re.findall("[a-z]+", folder.lower()) if word not in FILLERS]
     return next((name for name, known in KINDS.items() if len(words) == 1 and words[0] in known), None)
 
 
 def visible(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The files of a data set that belong to it, and how many others there are."""
+    """Return the files that belong to a data set, and how many others there are."""
     names, left_out = list(names), Counter[str]()
     hidden = {n for n in names if any(part.startswith(".") or part in TOOLS for part in n.split("/"))}
     own = tuple(f"{folder}/" if folder else "" for folder in _own_folders(n for n in names if n not in hidden))
@@ -85,12 +85,12 @@ def visible(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
 
 
 def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) -> Layout:
-    """The pictures among the visible `names` that belong to `split`, and their labels.
+    """Return the pictures among the visible `names` that belong to `split`, and their labels.
 
     Args:
-        split: `train`, `test`, `val`, the name of a folder, or `all`: no folder is a split.
+        split: `train`, `test`, `val`, the name of a folder, or `all`, which treats no folder as a split.
 
-    Raises `UserError` where there are no pictures or no such split, and where the layout can be read in two ways.
+    Raises `UserError` if there are no pictures or no such split, or if the layout is ambiguous.
     """
     pictures = [n for n in names if splitext(n)[1].lower() in SUFFIXES]
     place = str(files.path)
@@ -112,18 +112,18 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
 
 @dataclass(frozen=True)
 class Part:
-    """The pictures of one split, and how many folders their paths have in common."""
+    """The pictures of one split, and how many leading folders their paths share."""
 
     names: list[str]
     depth: int
     where: str
     left_out: Counter[str]
     settled: bool
-    """Whether splits were found, or not asked for: a folder called `train` below is then a class."""
+    """Whether splits were found, or `all` was asked for: a folder called `train` further down is then a class."""
 
 
 def choose(place: str, pictures: list[str], split: str) -> Part:
-    """Follow the folders that all pictures share down to the splits, and go into the one asked for."""
+    """Follow the folders that all pictures share down to the splits, and enter the one asked for."""
     parts = {name: name.split("/") for name in pictures}
     for depth in range(max(map(len, parts.values()), default=0)):
         folders = Counter(p[depth] for p in parts.values() if len(p) > depth + 1)
@@ -146,7 +146,7 @@ def choose(place: str, pictures: list[str], split: str) -> Part:
 
 
 def _chosen(place: str, folders: Mapping[str, int], split: str) -> list[str] | None:
-    """Those of `folders`, which stand side by side, that make up `split`; `None` where they are no splits."""
+    """Return those of the sibling `folders` that make up `split`; `None` if they are not splits."""
     wanted = kind(split)
     if wanted is None:
         return [split] if split in folders else None
@@ -176,7 +176,7 @@ def _chosen(place: str, folders: Mapping[str, int], split: str) -> list[str] | N
 
 
 def _shared(names: list[str], depth: int) -> tuple[list[str], int]:
-    """Go down while all pictures stand in one folder."""
+    """Descend while all pictures are in one folder."""
     parts = [name.split("/") for name in names]
     while parts and all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
         depth += 1
@@ -184,7 +184,7 @@ def _shared(names: list[str], depth: int) -> tuple[list[str], int]:
 
 
 def _folders(place: str, part: Part) -> Labels:
-    """Classes by folder."""
+    """Return classes by folder."""
     parts = {name: name.split("/")[part.depth :] for name in part.names}
     heads = Counter(p[0] for p in parts.values() if len(p) > 1)
     loose = [name for name, p in parts.items() if len(p) == 1]
@@ -202,7 +202,7 @@ def _folders(place: str, part: Part) -> Labels:
 
 
 def _running(parts: Iterable[list[str]]) -> bool:
-    """Whether folders are thousands of running numbers: `01000/01234.png`, `00001/img00001234.png`."""
+    """Return whether folders just number the images by thousands: `01000/01234.png`, `00001/img00001234.png`."""
     for folder, *_, name in parts:
         number = re.search(r"(\d{5,})\D*$", name)
         if not (re.fullmatch(r"\d{5,}", folder) and number):
@@ -213,7 +213,7 @@ def _running(parts: Iterable[list[str]]) -> bool:
 
 
 def _check_deeper(place: str, names: Iterable[str]) -> None:
-    """Splits inside of other folders: none of their test images may be trained on."""
+    """Refuse splits inside other folders, so that no test image is ever trained on."""
     for name in names:
         if inner := next((folder for folder in name.split("/")[:-1] if kind(folder)), None):
             raise UserError(
@@ -223,7 +223,7 @@ def _check_deeper(place: str, names: Iterable[str]) -> None:
 
 
 def _check_lists(place: str, names: Iterable[str]) -> None:
-    """Refuse files such as `meta/test.txt` or `train_test_split.txt`, by which pictures of one folder are of splits."""
+    """Refuse files such as `meta/test.txt` or `train_test_split.txt`, which assign pictures of one folder to splits."""
     for name in names:
         stem, suffix = splitext(basename(name))
         if suffix.lower() in LISTS and (kind(stem) or {"train", "test"} <= set(re.findall("[a-z]+", stem.lower()))):
@@ -234,14 +234,14 @@ def _check_lists(place: str, names: Iterable[str]) -> None:
 
 
 def _own_folders(names: Iterable[str]) -> set[str]:
-    """Folders that distmatch wrote: runs, comparisons, samples."""
+    """Return folders that distmatch wrote: runs, comparisons, samples."""
     inside: dict[str, set[str]] = {}
     for name in names:
         while name:
             folder, _, base = name.rpartition("/")
             known = folder in inside
             inside.setdefault(folder, set()).add(base)
-            name = "" if known else folder  # what is above a known folder is known too
+            name = "" if known else folder  # if a folder is known, its parents are too
     return {folder for folder, content in inside.items() if _is_own(content)}
 
 

@@ -1,4 +1,4 @@
-"""Building a store of noise-image pairs: by any number of processes and machines that come and go."""
+"""Builds a store of noise-image pairs, with any number of processes and machines that come and go."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -45,20 +45,20 @@ def build(
     progress: Progress | None = None,
     expiry: float = EXPIRY,
 ) -> int:
-    """Make what is missing of the first `spec.count` pairs in `folder`; returns how many pairs this call sampled.
+    """Make the missing ones of the first `spec.count` pairs in `folder`; return how many pairs this call sampled.
 
-    Any number of processes on any machines that reach `folder`, a path or a URL, may run the same build at once, and
-    come and go: each shard is made by the one that claims it (see `claims`). Shards appear whole or not at all and
-    finished ones are kept, so after any interruption the same call continues. A store grows by a build with a larger
-    `count`; a last shard that was not full is then replaced by its full version.
+    Any number of processes, on any machines that can reach `folder` (a path or a URL), may run the same build at once
+    and come and go: each shard is made by the process that claims it (see `claims`). Shards appear complete or not at
+    all and finished ones are kept, so the same call continues after any interruption. To grow a store, build it with a
+    larger `count`; if its last shard was not full, a full version replaces it.
 
     Args:
         teacher: on `device`; put into evaluation mode.
-        conditions: of the pairs by number; the classes in turn unless told.
+        conditions: of the pairs, by number (default: the classes in turn).
         prompts: of the teacher's pairs, for the table beside them.
-        batch: images per evaluation, cut at fixed places in each shard. It changes nothing but rounding.
-        progress: called with the number of pairs that became ready, first with those that were there.
-        expiry: seconds after which a shard's claim that does not change is taken over: its process died.
+        batch: images per evaluation; each shard is split at fixed places. Changes nothing but rounding.
+        progress: called with the number of pairs that became ready, first with those already there.
+        expiry: seconds after which a shard's unchanged claim is taken over, because its process has died.
 
     Raises:
         UserError: `folder` holds pairs of another teacher or other settings, a shard is damaged, or the teacher made
@@ -99,7 +99,7 @@ def _make(
     device: torch.device | str,
     advance: Progress,
 ) -> None:
-    """Sample one shard and write it. The caller holds the claim on it."""
+    """Sample one shard and write it. The caller holds its claim."""
     rows = spec.rows(shard)
     model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
     low = PRECISIONS[spec.precision]
@@ -129,12 +129,12 @@ def _write_prompts(path: Path, prompts: Sequence[str]) -> None:
 
 
 def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
-    """What `folder` holds, at least `spec`: the manifest is written where it is missing or has a smaller count.
+    """Return what `folder` holds, at least `spec`: writes the manifest if it is missing or has a smaller count.
 
-    Raises `UserError` where the store there is a different one.
+    Raises `UserError` if it holds a different store.
     """
     stored = agree(folder, spec)
-    if stored is None or stored.count < spec.count:  # else without a write: the folder may be read-only
+    if stored is None or stored.count < spec.count:  # otherwise write nothing: the folder may be read-only
         with Claims(folder, expiry).waited(MANIFEST):
             stored = agree(folder, spec)
             if stored is None or stored.count < spec.count:
@@ -147,7 +147,7 @@ def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
 
 
 def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
-    """What `folder` holds, if anything, which binds as `spec` does; else `UserError` with every difference."""
+    """Return what `folder` holds, if anything; raise `UserError` listing every binding difference from `spec`."""
     if not folder.exists(MANIFEST):
         return None
     stored, _ = read_manifest(folder)

@@ -1,9 +1,9 @@
-"""The noise-image pairs `D = {z, y}` of the regression loss (DMD, Section 3.3), made by a deterministic sampler.
+"""Stores of noise-image pairs, the regression loss's `D = {z, y}` (DMD, Section 3.3), made by a teacher.
 
-A store is a folder: `manifest.json` says what it holds (`PairSpec`), each shard is one safetensors file with the images
-`y f[n,*D]` of a fixed range of pairs. Noise and conditions are functions of a pair's number and are not stored, but for
-the table of prompts, `prompts.jsonl`, which all pairs share: pair `i` has prompt `i`. Each shard carries the SHA-256 of
-the noise that the teacher saw, which proves that what is regenerated is the same.
+A deterministic sampler makes them. A store is a folder: `manifest.json` says what it holds (`PairSpec`), and each shard
+is one safetensors file with the images `y f[n,*D]` of a fixed range of pairs. Noise and conditions are functions of a
+pair's number and are not stored, except the table of prompts, `prompts.jsonl`, which all pairs share: pair `i` has
+prompt `i`. Each shard records the SHA-256 of the noise that the teacher saw, to prove that it is regenerated exactly.
 """
 
 import json
@@ -50,11 +50,11 @@ REBUILD = f"Delete it and {AGAIN}: it rebuilds just this shard"
 
 @dataclass(frozen=True)
 class PairSpec:
-    """What a store holds. A store's pairs are a function of these fields; two of them do not bind: `teacher`, a name
-    for people, and `count`, because a store can grow.
+    """What a store holds. Its pairs are a function of these fields, except two that do not bind: `teacher`, a name for
+    people, and `count`, because a store can grow.
 
     Args:
-        teacher: the teacher's name, as the user gave it.
+        teacher: the teacher's name, as given by the user.
         fingerprint: the teacher's `fingerprint`.
         sampler: one of `solvers.NAMES`.
         steps: the sampler's steps.
@@ -63,12 +63,12 @@ class PairSpec:
         count: number of pairs.
         shard_size: pairs per shard; the last shard may have fewer.
         shape: of one image, (C, H, W).
-        classes: pair `i` has label `i % classes`; 0 for a teacher without.
+        classes: pair `i` has label `i % classes`; 0 for a teacher without classes.
         dtype: of the stored images, "float32" or "float16".
         precision: of the teacher's network, "fp32", or "bf16" or "fp16" for autocast around it.
         scheduler: the settings of the model's diffusers scheduler, which `pndm` follows.
         prompts: `prompts_digest` of the prompts; empty for a teacher without.
-        guidances: the range (low, high) that the pairs' own guidance scales are from, where `guidance` is `None`.
+        guidances: the range (low, high) of the pairs' own guidance scales, if `guidance` is `None`.
     """
 
     teacher: str
@@ -96,10 +96,10 @@ class PairSpec:
                 raise UserError(f"pairs: {name} is {getattr(self, name)}; expected at least 1")
 
     def binding(self) -> dict[str, Any]:
-        """The fields that decide what pair `i` is and where it lies, as plain JSON data."""
+        """Return the fields that decide what pair `i` is and where it is stored, as plain JSON data."""
         guidance = None if self.guidance is None else float(self.guidance)
         entries = {**asdict(self), "guidance": guidance, "shape": list(self.shape)}
-        later = {"precision": "fp32", "scheduler": {}, "prompts": "", "guidances": None}  # unsaid in older stores
+        later = {"precision": "fp32", "scheduler": {}, "prompts": "", "guidances": None}  # absent in older stores
         entries |= {"guidances": self.guidances and list(self.guidances)}
         return {k: v for k, v in entries.items() if k not in ("teacher", "count") and later.get(k, ...) != v}
 
@@ -111,23 +111,23 @@ class PairSpec:
         return -(-self.count // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The pairs in shard number `shard`."""
+        """Return the numbers of the pairs in shard `shard`."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
     def noise(self, indices: Sequence[int]) -> Tensor:
-        """f32[len(indices),*shape]"""
+        """Return the noise of pairs `indices`, f32[len(indices),*shape]."""
         return rng.noise(self.seed, indices, self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its images."""
+        """Return the bytes of all its images."""
         return self.count * math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """`z f32[B,*D]` standard normal, `y f32[B,*D]` the teacher's images of it, `index` the pairs' numbers, of which
-    their conditions are a function (`conditions`).
+    """`z f32[B,*D]` standard normal, `y f32[B,*D]` the teacher's images of it, `index` the pairs' numbers, which
+    determine their conditions (`conditions`).
     """
 
     z: Tensor
@@ -136,9 +136,9 @@ class Pairs:
 
 
 def fingerprint(teacher: Denoiser) -> str:
-    """SHA-256 over all that decides what `teacher` computes: weights (name, type, shape, bytes), schedule, prediction.
+    """Return the SHA-256 of all that decides what `teacher` computes: weights, schedule, prediction.
 
-    The device and the memory layout of the weights do not enter.
+    Weights count by name, type, shape and bytes, but not by their device or memory layout.
     """
     weights = {k: [str(v.dtype), list(v.shape), digest(v)] for k, v in teacher.state_dict().items()}
     config = {"schedule": schedule_config(teacher.schedule), "prediction": asdict(teacher.prediction)}
@@ -156,17 +156,17 @@ class PairStore:
 
     @staticmethod
     def open(folder: str | Path | Folder, fingerprint: str | None = None, count: int | None = None) -> "PairStore":
-        """The store in `folder`, a path or a URL.
+        """Open the store in `folder`, a path or a URL.
 
         Args:
-            fingerprint: of the teacher that must have made it; any teacher unless told.
-            count: how many of its pairs, from the first; all unless told. A run that says how many sees the same
+            fingerprint: of the teacher that must have made it (default: any).
+            count: how many of its pairs to use, from the first (default: all). With a fixed count, a run sees the same
                 pairs in the same order after the store has grown.
 
         Raises:
-            UserError: there is no store, it is incomplete, another teacher's or smaller than `count`, a shard is
-                damaged or foreign, or the noise of the first shard does not come out the same. Shards at a URL are
-                looked at when they are needed.
+            UserError: there is no store, it is incomplete, made by another teacher or smaller than `count`, a shard is
+                damaged or foreign, or the noise of the first shard cannot be reproduced. Shards at a URL are checked
+                when they are needed.
         """
         folder = Folder(folder)
         spec, versions = read_manifest(folder)
@@ -201,25 +201,25 @@ class PairStore:
         return self.spec.count
 
     def batch(self, indices: Sequence[int]) -> Pairs:
-        """The pairs numbered `indices`; `IndexError` where one is not in 0..len - 1."""
+        """Return the pairs numbered `indices`; `IndexError` if one is not in 0..len - 1."""
         return Pairs(z=self.spec.noise(indices), y=self._images(indices), index=indices)
 
     def draw(self, seed: int, position: int, count: int) -> Pairs:
-        """Pairs `position .. position + count` of an endless shuffle; every pass has each pair once.
+        """Return pairs `position .. position + count` of an endless shuffle; every pass has each pair once.
 
-        It is a function of position alone, whatever the number of processes. Of more than `WINDOW` shards, as many are
-        in use at a time; at a URL, the next ones are fetched meanwhile.
+        A function of position alone, whatever the number of processes. About `WINDOW` shards are in use at a time; at
+        a URL, the next ones are fetched in the background.
         """
         if self.folder.path is None:
             self._fetch(self._order(seed, position, WINDOW * self.spec.shard_size))
         return self.batch(self._order(seed, position, count).tolist())
 
     def images(self, start: int, stop: int) -> Tensor:
-        """The teacher's images of pairs `start .. stop - 1`, f32[stop - start,*D]."""
+        """Return the teacher's images of pairs `start .. stop - 1`, f32[stop - start,*D]."""
         return self._images(range(start, stop))
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Check every byte against the digests, and the noise by making all of it again.
+        """Check every byte against the digests, and the noise by generating all of it again.
 
         `progress` is called with the number of pairs checked. Raises `UserError` that names each bad shard and what
         is wrong with it.
@@ -235,9 +235,9 @@ class PairStore:
             self.prompts()
 
     def prompts(self) -> list[str]:
-        """The table of prompts; pair `i` has prompt `i`, or what is left of it after a whole number of turns.
+        """Return the table of prompts; pair `i` has prompt `i`, starting over at the end of the table.
 
-        Raises `UserError` where it is missing or not as it was written.
+        Raises `UserError` if it is missing or has changed since it was written.
         """
         try:
             prompts = [json.loads(line) for line in self.folder.read(PROMPTS).decode().splitlines()]
@@ -252,7 +252,7 @@ class PairStore:
         return rng.shuffled(seed, len(self), position, count, WINDOW, self.spec.shard_size)
 
     def _fetch(self, order: np.ndarray) -> None:
-        """Have the shards of pairs `order` on the local disk soon, by threads that no exit waits for."""
+        """Start to fetch the shards of pairs `order` to the local disk, in threads that do not delay an exit."""
         needed = set(np.unique(order // self.spec.shard_size).tolist())
         names = deque(shard_name(shard) for shard in sorted(needed - self._fetched))
         for _ in range(min(4, len(names))):
@@ -260,7 +260,7 @@ class PairStore:
         self._fetched = needed
 
     def _shard(self, number: int) -> np.ndarray:
-        """The images of a shard, compared with their digest once; those of the shards used last stay mapped."""
+        """Return a shard's images, verified once; the most recently used shards stay mapped."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -283,15 +283,15 @@ class PairStore:
 
 
 def _fetch_all(folder: Folder, names: deque[str]) -> None:
-    """Have the files `names` on the local disk, together with other threads that take from them."""
-    with suppress(IndexError):  # none is left
+    """Fetch the files `names` to the local disk, shared with other threads that take from the same queue."""
+    with suppress(IndexError):  # the queue is empty
         while True:
-            with suppress(UserError, OSError):  # whoever needs it is told
+            with suppress(UserError, OSError):  # whoever needs the file will see the error
                 folder.opened(names.popleft(), Path.stat)
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """SHA-256 of a list of prompts, in order."""
+    """Return the SHA-256 of a list of prompts, in order."""
     h = sha256()
     for prompt in prompts:
         h.update(json.dumps(prompt).encode() + b"\n")
@@ -299,14 +299,14 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 
 
 def shard_meta(spec: PairSpec, shard: int, y: Tensor, *noise: Tensor) -> dict[str, Any]:
-    """What a shard says of itself: which store it is of, its first pair, and the digests of the noise and of `y`."""
+    """Return a shard's metadata: its store, its first pair, and the digests of the noise and of `y`."""
     return dict(zip(META, (spec.digest(), spec.rows(shard)[0], digest(*noise), digest(y)), strict=True))
 
 
 def is_there(folder: Folder, spec: PairSpec, shard: int, sizes: Mapping[str, int]) -> bool:
-    """Whether a shard is there, with all its pairs. `sizes`: of the files in `folder`.
+    """Return whether a shard exists with all its pairs. `sizes`: of the files in `folder`.
 
-    Raises `UserError` where a file on a disk is damaged in form or another store's. Those at a URL go by their size.
+    Raises `UserError` if a file on a disk is malformed or from another store. At a URL, only its size is checked.
     """
     if shard_name(shard) not in sizes:
         return False
@@ -317,9 +317,9 @@ def is_there(folder: Folder, spec: PairSpec, shard: int, sizes: Mapping[str, int
 
 
 def read_shard(folder: Folder, spec: PairSpec, shard: int) -> tuple[Tensor, dict[str, Any]]:
-    """A shard's memory-mapped `y`, which may have fewer pairs than it will have, and its `shard_meta`.
+    """Return a shard's memory-mapped `y`, which may have fewer pairs than it will have, and its `shard_meta`.
 
-    Raises `UserError` where it is missing, damaged in form or another store's.
+    Raises `UserError` if it is missing, malformed or from another store.
     """
     where = folder.at(shard_name(shard))
     try:
@@ -337,13 +337,13 @@ def read_shard(folder: Folder, spec: PairSpec, shard: int) -> tuple[Tensor, dict
 
 
 def _content(file: Path) -> tuple[Tensor, dict[str, Any], list[str]]:
-    with safe_open(file, framework="pt") as opened:  # raises unless the file is as long as its header says
+    with safe_open(file, framework="pt") as opened:  # raises if the file is shorter or longer than its header says
         header = json.loads((opened.metadata() or {})["distmatch"])
         return opened.get_tensor("y"), header, list(opened.keys())
 
 
 def _check(folder: Folder, spec: PairSpec, shard: int) -> None:
-    """Read all of a shard; raises `UserError` that says what is wrong with it."""
+    """Read all of a shard; raise `UserError` that says what is wrong with it."""
     where, (y, meta) = folder.at(shard_name(shard)), read_shard(folder, spec, shard)
     if len(y) < len(spec.rows(shard)):
         raise UserError(f"{where} is not complete; {AGAIN}")
@@ -359,7 +359,7 @@ def _same_images(where: str, y: Tensor, meta: Mapping[str, Any]) -> None:
 
 
 def _each_shard(spec: PairSpec, f: Callable[[int], T]) -> list[T]:
-    """`f` of every shard's number; what it raises for several shards becomes one `UserError`."""
+    """Call `f` with every shard's number; what it raises for several shards becomes one `UserError`."""
     results, problems = [], []
     for shard in range(spec.shards):
         try:
@@ -372,7 +372,7 @@ def _each_shard(spec: PairSpec, f: Callable[[int], T]) -> list[T]:
 
 
 def read_manifest(folder: Folder) -> tuple[PairSpec, dict[str, str]]:
-    """The specification in `manifest.json`, and the versions that wrote it. Raises `UserError` for any other file."""
+    """Return the specification in `manifest.json`, and the versions that wrote it. Raises `UserError` if invalid."""
     try:
         content = folder.read(MANIFEST)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Tables in Parquet's format, read a part at a time."""
+"""Reads Parquet tables in parts."""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -9,15 +9,15 @@ from distmatch.system.extras import need
 
 
 def rows(file: BinaryIO, where: str) -> Iterator[dict[str, Any]]:
-    """Every row of the table in `file`; see `opened` and `records`."""
+    """Yield every row of the table in `file`; see `opened` and `records`."""
     table = opened(file, where)
     return records(table, table.schema_arrow.names, where)
 
 
 def opened(file: BinaryIO, where: str) -> Any:
-    """The `pyarrow.parquet.ParquetFile` in `file`, which is called `where` in messages.
+    """Return the `pyarrow.parquet.ParquetFile` in `file`; messages call it `where`.
 
-    Raises `UserError` where it is none, or pyarrow is missing.
+    Raises `UserError` if it is not one, or pyarrow is missing.
     """
     need("pyarrow", by=f"{where}, a Parquet file,")
     from pyarrow import ArrowException
@@ -30,9 +30,9 @@ def opened(file: BinaryIO, where: str) -> Any:
 
 
 def records(table: Any, columns: list[str], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of `table` with these columns.
+    """Yield the rows of `table` with these columns.
 
-    Raises `UserError` where it is damaged.
+    Raises `UserError` if it is damaged.
     """
     need("pyarrow", by=f"{where}, a Parquet file,")
     from pyarrow import ArrowException

@@ -1,4 +1,4 @@
-"""Prompts of text-to-image models: lists of them in files of several kinds, and random captions of MS-COCO."""
+"""Reads lists of prompts from several kinds of file, and draws random captions of MS-COCO."""
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -11,11 +11,11 @@ from distmatch.system.plain import json_of
 from distmatch.system.screen import printable
 
 KEYS = ("prompt", "caption", "text")
-"""What the prompt of a record is called unless told: the first of these that the first record has."""
+"""The default key of a record's prompt: the first of these that the first record has."""
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:
-    """The prompts in `path` in their order, without white space around them; empty and missing ones are left out.
+    """Return the prompts in `path` in order, stripped of surrounding white space; empty or missing ones are left out.
 
     Args:
         path: one of
@@ -23,10 +23,10 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
             .jsonl: one JSON object per line;
             .parquet: a table with a column of strings;
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
-        column: the key of a JSON object or the name of a table's column; `prompt`, `caption` or `text` unless told.
+        column: the key of a JSON object or the name of a table's column (default: `prompt`, `caption` or `text`).
 
-    Raises `UserError` that names the file and the line where it is missing, damaged, without prompts, holds something
-    other than text, or more than `limits.PROMPT` and `limits.PROMPTS`.
+    Raises `UserError` that names the file and the line if it is missing, damaged, without prompts, holds something
+    other than text, or exceeds `limits.PROMPT` or `limits.PROMPTS`.
     """
     if path.suffix not in READERS:
         raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}")
@@ -47,9 +47,9 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
 
 
 def coco_prompts(path: Path, n: int, seed: int) -> list[str]:
-    """`n` random captions of the MS-COCO captions file `path`, a function of `seed` (DMD, Appendix D).
+    """Return `n` random captions of the MS-COCO captions file `path`, a function of `seed` (DMD, Appendix D).
 
-    Drawn one by one without repetition until all are used, then all over again.
+    Drawn without repetition until all are used, then all over again.
     """
     if not path.is_file():
         raise UserError(
@@ -73,7 +73,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _rest(file: BinaryIO, length: int) -> int:
-    """The length of the line whose first `length` bytes were read, without keeping it."""
+    """Return the length of the line whose first `length` bytes were read, without storing the rest."""
     while not (part := file.readline(2**20)).endswith(b"\n") and part:
         length += len(part)
     return length + len(part)
@@ -109,7 +109,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
         kind = kinds[names.index(column)]
         if types.is_nested(kind):
             raise UserError(f"{path}, column {column!r}: expected text, found {kind!s:.80}")
-        # Read as a dictionary, a value that a million rows share is unpacked once.
+        # With `read_dictionary`, a value that a million rows share is unpacked only once.
         with ParquetFile(path, read_dictionary=[column]) as table:
             where, row = f"{path}, column {column!r}", 0
             groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]

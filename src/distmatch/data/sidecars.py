@@ -1,4 +1,4 @@
-"""Labels that stand beside the pictures: `dataset.json`, `metadata.*`, WebDataset's `.cls`."""
+"""Reads labels from files beside the pictures: `dataset.json`, `metadata.*`, WebDataset's `.cls`."""
 
 import csv
 import io
@@ -16,22 +16,22 @@ from distmatch.system.plain import json_of
 from distmatch.system.screen import printable
 
 COLUMNS = ("label", "labels", "class", "class_name", "category")
-"""What the label of a row is called: the first of these that is there."""
+"""Names for the label of a row; the first that is there is used."""
 IMAGES = ("image", "img", "picture", "png", "jpg")
-"""What the column of images in a table is called."""
+"""Names for the column of images in a table."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the classes of some pictures.
+    """What is known about the classes of some pictures.
 
     Args:
-        labels: of each picture, or `None`.
+        labels: one per picture, or `None`.
         origin: where they come from, in words.
-        used: the files that say so.
-        final: whether folders say nothing more.
-        notes: what else there is to say of them.
+        used: the files they were read from.
+        final: whether to ignore folders as a source of classes.
+        notes: what else there is to say about them.
     """
 
     labels: list[int] | list[str] | None
@@ -42,9 +42,9 @@ class Labels:
 
 
 def read_labels(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
-    """The labels of `pictures` that stand in files among `names`; `None` where there are no such files.
+    """Return the labels of `pictures` from files among `names`; `None` if there are no such files.
 
-    Raises `UserError` where such a file is damaged, has no label for one of the pictures, or two that differ.
+    Raises `UserError` if such a file is damaged, or a picture has no label in it, or two different ones.
     """
     for find in (_dataset_json, _metadata, _cls):
         if found := find(files, names, pictures):
@@ -59,7 +59,7 @@ def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels
         where = f"{files.path}: {printable(name)}"
         data: Any = json_of(content, where, object)
         if not isinstance(data, dict) or "labels" not in data:
-            continue  # of another tool
+            continue  # from another tool
         used.add(name)
         if data["labels"] is None:
             continue
@@ -72,7 +72,7 @@ def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels
             known.add(_beside(name, file), label, where)
     if not used:
         return None
-    if not said:  # its folders are running thousands, never classes
+    if not said:  # its folders only number the images and are never classes
         return Labels(None, "no classes: dataset.json has none", used)
     labels = known.of(pictures, f"{files.path}: dataset.json")
     return Labels(labels, "from dataset.json", used, notes=known.lost(names))
@@ -86,7 +86,7 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
         where = f"{files.path}: {printable(name)}"
         rows = list(_rows(name, content, where))
         if not any(isinstance(row, dict) and "file_name" in row for row in rows):
-            continue  # of another tool
+            continue  # from another tool
         for row in rows:
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise UserError(f"{where}: {printable(row)} has no file_name")
@@ -122,13 +122,13 @@ def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
 
 
 def _json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
-    """A word on labels in a JSON beside each picture, which are not read."""
+    """Return a note if there are labels in a JSON file beside each picture, which we do not read."""
     first = f"{_key(pictures[0])}.json" if pictures else ""
     for name, content in files.read([first] if first in names else []):
         try:
             said: Any = json_of(content, name, object)
         except UserError:
-            continue  # of another tool
+            continue  # from another tool
         if isinstance(said, dict) and (column := next((c for c in COLUMNS if c in said), None)):
             seen = f"{column} in {printable(name)} and its like is not read; write .cls files"
             return Labels(None, seen, final=False)
@@ -136,7 +136,7 @@ def _json(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
 
 
 def _key(name: str) -> str:
-    """What the files of one sample share: the path up to the first dot of its last part."""
+    """Return what the files of one sample share: the path up to the first dot of its last part."""
     folder, separator, base = name.rpartition("/")
     return folder + separator + base.partition(".")[0]
 
@@ -160,18 +160,18 @@ def _rows(name: str, content: bytes, where: str) -> Iterator[Any]:
 
 
 def _beside(file: str, name: Any) -> str:
-    """The path of what `file` calls `name`."""
+    """Return the path of the file that `file` calls `name`."""
     return str(PurePosixPath(file).parent / PurePosixPath(str(name).replace("\\", "/")))
 
 
 class _Known:
-    """Labels by picture, as files say them."""
+    """Collects labels by picture, as found in files."""
 
     def __init__(self) -> None:
         self.labels: dict[str, Any] = {}
 
     def add(self, picture: str, label: Any, where: str) -> None:
-        """Note a label. Raises `UserError` where `picture` has another one already."""
+        """Store a label. Raises `UserError` if `picture` already has a different one."""
         before = self.labels.setdefault(picture, label)
         if str(before).strip() != str(label).strip():
             raise UserError(
@@ -182,15 +182,15 @@ class _Known:
         return labels_of(map(self.labels.get, pictures), where, pictures)
 
     def lost(self, names: list[str]) -> tuple[str, ...]:
-        """What to say of labels whose pictures are not among `names`."""
+        """Return a note if there are labels whose pictures are not among `names`."""
         lost = sorted(self.labels.keys() - set(names))
         return (f"{len(lost):,} labels are of pictures that are not there, e.g. {printable(lost[0])}",) if lost else ()
 
 
 def labels_of(values: Iterable[Any], where: str, names: Sequence[str] = ()) -> list[int] | list[str]:
-    """Labels as whole numbers if all of them are, written as text or not, else as names.
+    """Return labels as whole numbers if all of them are, even if written as text; otherwise as names.
 
-    Raises `UserError` where an image, called by its name or else its number, has none, and for anything that is no
+    Raises `UserError` if an image, referred to by name or else by number, has none, and for anything that is not a
     label, such as a list of several.
     """
     values = list(values)

@@ -1,4 +1,4 @@
-"""Data sets that are not files of pictures: CIFAR's pickled batches, MNIST's idx files, Parquet."""
+"""Data sets in array or table files: CIFAR's pickled batches, MNIST's idx files, Parquet."""
 
 import json
 import math
@@ -32,10 +32,10 @@ class Table:
 
     Args:
         pixels: u8[N,C,H,W].
-        labels: of each, or `None`.
-        names: of the classes, by number, if they have some.
+        labels: one per image, or `None`.
+        names: of the classes, by number, if known.
         origin: in words, what it was read from.
-        used: its files, those of other splits included.
+        used: its files, including those of other splits.
         left_out: those of other splits, by split.
         notes: what was done to the pictures.
     """
@@ -50,10 +50,10 @@ class Table:
 
 
 def read_table(files: Files, names: list[str], split: str) -> Table | None:
-    """The data set in the visible files `names`, if it is of one of these kinds.
+    """Return the data set in the visible files `names`, if it is of one of these kinds.
 
-    Raises `UserError` where it is damaged or has no such split, and where there are files of several kinds, or pictures
-    beside them: which of them is the data set is not for us to guess.
+    Raises `UserError` if it is damaged or has no such split, and if there are files of several kinds, or pictures
+    beside them: we do not guess which of them is the data set.
     """
     pictures = [n for n in names if splitext(n)[1].lower() in SUFFIXES]
     tables = {
@@ -70,7 +70,7 @@ def read_table(files: Files, names: list[str], split: str) -> Table | None:
 
 
 def _cifar_batches(names: list[str]) -> dict[str, str]:
-    """The batches among `names`, and the split of each."""
+    """Return the batches among `names`, with the split of each."""
     known, batches = set(names), {}
     for name in names:
         folder, separator, base = name.rpartition("/")
@@ -80,7 +80,7 @@ def _cifar_batches(names: list[str]) -> dict[str, str]:
 
 
 def _cifar(files: Files, names: list[str], split: str) -> Table:
-    """CIFAR-10 and CIFAR-100, "python version": pickles, read as data. Rows are planes: red, green, blue."""
+    """Read CIFAR-10 or CIFAR-100, "python version": pickles, read as data. Rows are planes: red, green, blue."""
     batches, metas = _cifar_batches(names), [n for n in names if basename(n) in ("meta", "batches.meta")]
     chosen, left_out = _of_split(files, batches, split)
     pixels, labels, key = [], [], ""
@@ -120,7 +120,7 @@ def _bases(names: list[str]) -> str:
 
 
 def _idx(files: Files, names: list[str], split: str) -> Table:
-    """MNIST's files, and those of the sets made after it."""
+    """Read the files of MNIST and of data sets in its format, such as EMNIST."""
     found = {n: match for n in names if (match := IDX.fullmatch(n))}
     if len(sets := {match[1] for match in found.values()}) > 1:
         every = printable(", ".join(sorted(sets)))
@@ -150,7 +150,7 @@ def _idx(files: Files, names: list[str], split: str) -> Table:
 
 
 def _idx_array(where: str, content: bytes, dimensions: int) -> np.ndarray:
-    """An array of bytes in Y. LeCun's idx format, perhaps compressed."""
+    """Return an array of bytes from Y. LeCun's idx format, compressed or not."""
     head = 4 + 4 * dimensions
     if content.startswith(b"\x1f\x8b"):
         try:
@@ -176,7 +176,7 @@ def _idx_shape(where: str, content: bytes, dimensions: int) -> tuple[int, ...]:
 
 
 def _parquet(files: Files, names: list[str], split: str) -> Table:
-    """Tables with a column of encoded images, as Hugging Face keeps data sets: `data/train-00000-of-00001.parquet`."""
+    """Read tables with a column of encoded images, as on Hugging Face: `data/train-00000-of-00001.parquet`."""
     tables = {n: _table_parts(n) for n in names if n.endswith(".parquet")}
     kinds = {n: next(filter(None, map(kind, reversed(parts))), "") for n, parts in tables.items()}
     if not any(kinds.values()):
@@ -216,7 +216,7 @@ def _parquet(files: Files, names: list[str], split: str) -> Table:
 
 
 def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
-    """The column of images, that of labels if there is one, and what its numbers are called."""
+    """Return the column of images, that of labels if there is one, and the names of the classes."""
     types = {field.name: str(field.type) for field in schema}
     encoded = [n for n, t in types.items() if "binary" in t]
     image = next((n for n in IMAGES if n in encoded), encoded[0] if len(encoded) == 1 else None)
@@ -229,24 +229,24 @@ def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         said = {n: tuple(f["names"]) for n, f in features.items() if f.get("_type") == "ClassLabel"}
     except (KeyError, TypeError, AttributeError, ValueError):
-        said = {}  # not of Hugging Face
+        said = {}  # not written by Hugging Face
     label = next((n for n in (*COLUMNS, *said) if n in types), None)
     return image, [label] if label else [], tuple(map(str, said.get(label, ())))  # pyright: ignore[reportArgumentType]
 
 
 def _table_parts(name: str) -> list[str]:
-    """What a table's path says of its set and split, without its number.
+    """Return what a table's path says about its data set and split, without its number.
 
-    `data/train-00000-of-00001.parquet` gives data, train; `default/test/0000.parquet` default, test and nothing.
+    `data/train-00000-of-00001.parquet` gives data, train; `default/test/0000.parquet` gives default, test and "".
     """
     *folders, base = name.removesuffix(".parquet").split("/")
     return [*folders, re.sub(r"[\d_]+", " ", re.split(r"[-.]", base)[0]).strip()]
 
 
 def _of_split(files: Files, kinds: dict[str, str], split: str) -> tuple[list[str], Counter[str]]:
-    """Those of the files in `kinds` that belong to `split`, and how many belong to each other one.
+    """Return the files in `kinds` that belong to `split`, and how many belong to each other split.
 
-    `test` is met by `val` where there is no `test`.
+    If there is no `test`, `val` is used for it.
     """
     wanted = kind(split)
     if wanted == "test" and "test" not in kinds.values():
