@@ -1,4 +1,4 @@
-"""`distmatch compare`: a text-to-image student next to its teacher, fast solvers and LCM-LoRA (DMD, Tables 3, 4)."""
+"""`distmatch compare`: compares a text-to-image student with its teacher, fast solvers and LCM-LoRA."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

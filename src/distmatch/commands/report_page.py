@@ -1,4 +1,4 @@
-"""Makes the report: one or several runs as one HTML page with figures, pictures, curves and recipes side by side."""
+"""Makes the report: one HTML page on one or several runs, with figures, pictures, curves and recipes."""
 
 import base64
 import io
@@ -132,7 +132,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def report(runs: list[Path], out: Path) -> Path:
-    """Write the report on `runs` to `out` and return `out`; each run is labelled with its folder's name.
+    """Write the report on `runs` to `out` and return `out`; runs are labelled with the names of their folders.
 
     Only `recipe.yaml` (or a teacher's `settings.json`) must be in a folder. If `log.jsonl`, `eval.json`,
     `teacher-student.png` or `previews/step-*.png` are missing, the page says so or omits the section. No model is

@@ -55,7 +55,7 @@ def methods(
 
     Args:
         pipe, merged: made by `load_teacher` and `load_lora`.
-        dtype: what the student's network computes in, by autocast.
+        dtype: precision in which the student's network computes, by autocast.
     """
     columns = []
     if student is not None:

@@ -153,7 +153,7 @@ def reference(
         if progress is not None:
             progress(len(rows))
     chosen = torch.from_numpy(rng.shuffled(0, len(images), 0, min(keep, len(images))))
-    features = torch.cat(parts)[chosen].half().float()
+    features = torch.cat(parts)[chosen].half().float()  # as the file stores them, so that cached ones are equal
     made = Reference(moments.mean, moments.cov, features, len(images), source, pixels, network)
     if file is not None:
         with suppress(OSError):  # failing to write the cache is not an error
@@ -189,7 +189,7 @@ def load_statistics(file: Path) -> Reference | None:
 
 
 def load_real(path: Path) -> Images:
-    """Return images from a folder or an archive (see `data.load_images`), or an array u8[N,H,W,C] in an .npy or .npz.
+    """Return images from a folder or an archive (see `images.load_images`), or an array u8[N,H,W,C] in an .npy or .npz.
 
     In an .npz the array is called `arr_0`, as in ADM's files (Dhariwal and Nichol 2021), or is the only one.
 

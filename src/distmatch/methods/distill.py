@@ -90,6 +90,7 @@ class Distiller:
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
+        # "generator" and "critic" are earlier names, kept so that older checkpoints load.
         parts: dict[str, Stateful] = {"student": self.student, "ema": self.ema, "generator": self.optimizer}
         if self.fake is not None and self.fake_optimizer is not None:
             parts |= {"fake": unwrapped(self.fake), "critic": self.fake_optimizer}

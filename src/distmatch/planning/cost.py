@@ -45,7 +45,7 @@ class Traffic:
 class Cost:
     """The cost of one step: FLOPs of all processes, by network; peak bytes of one process, by part; traffic.
 
-    `checkpoint` is the bytes of one checkpoint, over all processes.
+    `checkpoint` is the size of one checkpoint in bytes, over all processes.
     """
 
     parameters: int

@@ -361,6 +361,7 @@ CHECKS: Sequence[Check] = (
 def checks(flight: Flight) -> Iterator[tuple[str, str]]:
     """Yield the name and the finding of each check. If one process has a problem, all of them raise."""
     for check in CHECKS:
+        # `reference` waits for other processes itself, which `agreed` does not allow.
         found = check(flight) if check is reference else parallel.agreed(lambda check=check: check(flight))
         if found:
             yield check.__name__, found

@@ -42,7 +42,7 @@ class Rehearsal:
     """What one process did in a step, and the networks of that step, without data.
 
     Args:
-        networks: student, fake score, teacher and average, under these names, as far as the recipe has them.
+        networks: student, fake score, teacher and average, under these names, if the recipe has them.
         losses: frozen networks of the regression loss.
         flops: of one part of the step, by network.
         gradients, activations: bytes at the time of peak memory; activations are everything that is neither a gradient

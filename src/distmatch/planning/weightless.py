@@ -16,7 +16,7 @@ from distmatch.system.extras import need
 
 
 def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
-    """Return the distance of Eq. 9, computed by networks without weights, and these networks; see `build`."""
+    """Return the distance of Eq. 9, computed by networks without weights, and these networks; see `objectives`."""
     r = recipe.regress
     loss: Any = _Lpips(r.size) if r.loss == "lpips" else REGRESSIONS[r.loss]
     networks: list[nn.Module] = [loss.vgg] if r.loss == "lpips" else []

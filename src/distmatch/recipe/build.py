@@ -1,4 +1,4 @@
-"""From a recipe to objects: pairs, networks, optimizers, the distiller."""
+"""Builds what a recipe trains with: pairs, networks, optimizers, the distiller."""
 
 import copy
 from collections.abc import Callable

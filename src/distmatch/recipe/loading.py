@@ -44,6 +44,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
             stage["change"] = {k: v for k, v in change.items() if k not in keys}
         tree["stages"] = stages
     source = f"recipe {name}" if name in recipes() else str(path)
+    # A mistake that is in the file as well is not blamed on an override.
     found, own = _errors(tree), {error["loc"] for error in _errors(file)}
     if found:
         raise UserError("\n".join(explain(e, Recipe, source, () if e["loc"] in own else overrides) for e in found))

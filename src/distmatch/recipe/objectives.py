@@ -1,4 +1,4 @@
-"""From a recipe to its objective: the streams, the paper's terms, and terms that users bring."""
+"""Builds a recipe's objective: the streams, the paper's terms, and your own terms."""
 
 from collections.abc import Callable
 from functools import cache

@@ -1,4 +1,4 @@
-"""What a recipe distils: its teacher, on its device, with the conditions and prompts of its samples."""
+"""What a recipe distils: the teacher on its device, with the conditions and prompts of its samples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

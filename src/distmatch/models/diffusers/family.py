@@ -53,7 +53,7 @@ class DiffusersFamily(Family):
     def student_lora(self, student: Denoiser, info: Info) -> tuple[dict[str, Any], Any]:
         """Return the student's adapters, as the pipeline's `save_lora_weights` takes them, and its scheduler.
 
-        Raises `UserError` for a student without adapters, or with trained weights besides them.
+        Raises `UserError` for a student without adapters, or with other trained weights.
         """
         raise NotImplementedError
 

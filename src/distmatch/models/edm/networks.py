@@ -1,4 +1,4 @@
-"""The U-Nets of Karras et al. 2022 (EDM, arXiv 2206.00364), with the parameter names of the published checkpoints.
+"""The U-Nets of EDM (Karras et al. 2022, arXiv 2206.00364), named like the published checkpoints.
 
 `SongUNet` is DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456): CIFAR-10, FFHQ, AFHQv2. `DhariwalUNet` is ADM
 (Dhariwal and Nichol 2021, arXiv 2105.05233): ImageNet-64. Written from the papers. The constructors take the arguments
