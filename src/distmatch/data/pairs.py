@@ -108,7 +108,7 @@ class PairSpec:
 
     @property
     def shards(self) -> int:
-        return -(-self.count // self.shard_size)
+        return -(-self.count // self.shard_size)  # rounded up
 
     def rows(self, shard: int) -> range:
         """Return the numbers of the pairs in shard `shard`."""

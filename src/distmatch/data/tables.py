@@ -154,7 +154,7 @@ def _idx_array(where: str, content: bytes, dimensions: int) -> np.ndarray:
     head = 4 + 4 * dimensions
     if content.startswith(b"\x1f\x8b"):
         try:
-            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: with a gzip header
             start = unpacked.decompress(content, head)
             size = math.prod(_idx_shape(where, start, dimensions))
             check(size, 16 * FILE, where)

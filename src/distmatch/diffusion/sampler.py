@@ -98,7 +98,7 @@ def heun(
             `churn_noise` (S_noise). The first step of VP and Flow adds none: they have no time beyond `t_max`.
     """
     grid = schedule.grid(steps)
-    gamma = min(churn / steps, 2**0.5 - 1)
+    gamma = min(churn / steps, 2**0.5 - 1)  # the cap of Algorithm 2
     x = schedule.prior_std * z
     for i in range(steps):
         t = _at(grid[i], z)

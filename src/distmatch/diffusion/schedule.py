@@ -134,7 +134,7 @@ class VP(Schedule):
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         table = log_alphas(self, t.device, t.dtype)
-        low = t.floor().clamp(0, self.steps - 2)
+        low = t.floor().clamp(0, self.steps - 2)  # so that low + 1 is in the table, also at t_max
         index = low.long()
         return torch.lerp(table[index], table[index + 1], t - low)
 

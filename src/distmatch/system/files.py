@@ -93,7 +93,7 @@ def sweep(folder: Path, age: float, spare: Callable[[str], bool] = lambda _: Fal
     if not left:
         return
     with suppress(OSError), tempfile.NamedTemporaryFile(prefix=_prefix("now"), dir=folder) as made:
-        now = os.stat(made.name).st_mtime
+        now = os.stat(made.name).st_mtime  # a network disk's clock may differ from ours
         for path, writer in left:
             with suppress(FileNotFoundError):
                 if is_dead(writer) or (not spare(writer) and now - path.stat().st_mtime > age):

@@ -48,7 +48,7 @@ def owns_out(command: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
-    """Make `folder`, which belongs to this job inside the with block. All processes of the job must take part.
+    """Own `folder` inside the with block, creating it if needed. All processes of the job must take part.
 
     Raises `UserError` naming the owner if another job has it, or if it is not writable.
     """

@@ -1,4 +1,4 @@
-"""Several processes working on one job: their ranks, broadcasts, and work shared with results in order.
+"""Several processes working on one job: their ranks, broadcasts, and shared work with results in order.
 
 The processes are started by `torchrun`, or anything that sets its variables RANK, WORLD_SIZE, MASTER_ADDR and
 MASTER_PORT. Without these, and outside of `process_group`, there is one process, which does all of the work itself.
@@ -83,9 +83,7 @@ def barrier() -> None:
 
 @cache
 def background_group() -> dist.ProcessGroup:
-    """Return a second group of all processes, on the host, for a thread to use while the first is busy.
-
-    All processes must call this."""
+    """Return a second group of all processes, on the host, for use by threads. All processes must call it."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
@@ -176,7 +174,7 @@ def shared(task: Callable[[Job], Result], jobs: Sequence[Job], level: bool = Fal
             need all processes to take part.
     """
     for turn in range(0, len(jobs), world()):
-        index = turn + rank()
+        index = turn + rank()  # in each turn, every process takes the job at its own rank
         mine: list[Result] = []
         if index < len(jobs):
             mine = [task(jobs[index])]

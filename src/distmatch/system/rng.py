@@ -15,7 +15,7 @@ from torch import Tensor
 def key(*parts: int | str) -> int:
     """Return a 63-bit seed for any sequence of numbers and names."""
     text = "/".join(str(part) for part in parts).encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1  # 63 bits: not negative as an int64
 
 
 def stream(device: torch.device | str, *parts: int | str) -> torch.Generator:

@@ -173,7 +173,7 @@ class Folder:
 
 @contextmanager
 def _reached(place: str) -> Iterator[None]:
-    """Turn what a store's own package raises into a `UserError`, except that a file does or does not exist."""
+    """Turn errors of a store's own package into `UserError`, except those that say whether a file exists."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, IsADirectoryError, UserError):

@@ -25,7 +25,7 @@ class EMA(Generic[Network]):
         self.decay = decay
         self.updates = 0
         self.network = average if average is not None else frozen_copy(network)
-        self._average = [p.data for p in self.network.parameters()]
+        self._average = [p.data for p in self.network.parameters()]  # collected once: `update` runs in every step
         self._trained = [p.detach() for p in network.parameters()]
 
     @torch.no_grad()

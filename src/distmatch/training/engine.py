@@ -133,7 +133,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Record what the blocks `numbers` of `network` (see `blocks`) last returned, by number: for a GAN's head.
+    """Yield what the blocks `numbers` of `network` (see `blocks`) last returned, by number: for a GAN's head.
 
     Works for any network, with or without `spread`, and needs no argument in its `forward`. Tensors keep their graph.
     """

@@ -141,7 +141,7 @@ def train(
         better = score is not None and parallel.broadcast(checkpoints.improves(score))
         if keep or better:
             save(done, score if better else None)
-        task.clock.read()
+        task.clock.read()  # restarts the clock
 
     def due(done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == plan.steps)
@@ -149,7 +149,7 @@ def train(
     try:
         if start == 0 and plan.preview_every:
             preview(0)
-        task.clock.read()
+        task.clock.read()  # starts the clock
         with Interrupt() as interrupt, progress(title, plan.steps, start, unit="step") as advance:
             for index in range(start, plan.steps):
                 pending.append(task.step(index))
