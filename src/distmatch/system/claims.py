@@ -1,6 +1,6 @@
 """Shares work between processes that come and go, without a coordinator: files in a folder, each made once.
 
-A claim on `name` is the file `name.claim-0`, which only one process can create. The owner rewrites it every `expiry / 4`
+A claim on `name` is the file `name.claim-0`, created by only one process. The owner rewrites it every `expiry / 4`
 seconds until the work is done. If it stops changing for `expiry` seconds by the observer's clock, or if its owner ran
 on this host and has ended, the owner is considered dead: `name.claim-1` may then be created, again by one process only.
 Clocks of different machines are never compared, and a live claim is never deleted.
