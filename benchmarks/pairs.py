@@ -62,7 +62,7 @@ def main() -> None:
 
     def store() -> None:
         folder = Path(tempfile.mkdtemp())
-        build(folder, spec, teacher, batch=batch, device=device)
+        build(folder, spec, teacher, batch=batch)
         shutil.rmtree(folder)
 
     for _ in range(3):

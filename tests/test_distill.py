@@ -57,8 +57,7 @@ def test_the_matching_gradient_is_the_kl_gradient(schedule, noise):
         real,
         fake,
         weighting=lambda x, x0_real, alpha, sigma: (alpha / sigma) ** 2,  # w_t = 1 on the scores of Eq. 7
-        min_step=int(1000 * noise),
-        max_step=int(1000 * noise) + 1,
+        steps=(int(1000 * noise), int(1000 * noise) + 1),
     )
     start, levels = drawn(match, Classes(0), n)
     parameters = torch.tensor([m, s], dtype=torch.float64, requires_grad=True)

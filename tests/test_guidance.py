@@ -11,7 +11,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
 from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.diffusion.sampler import heun
 from distmatch.diffusion.schedule import EDM
-from distmatch.methods.distill import Distiller
+from distmatch.methods.distill import Distiller, Networks
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress
 from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
@@ -22,6 +22,7 @@ from distmatch.models.mlp import MLP
 from distmatch.pipeline import TeacherPipeline
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import subject
+from distmatch.training.ema import EMA
 from distmatch.training.optim import Optimizer
 
 SCHEDULE = EDM(sigma_min=0.02, sigma_max=40.0)
@@ -71,22 +72,20 @@ def test_the_students_distribution_follows_the_guided_one(tmp_path):
     build(tmp_path, spec, teacher, conditions, batch=4000)
     steps = 1000
     d = Distiller(
-        student,
-        fake,
+        Networks(student, fake, average=EMA(student, 0.99)),
         Objective(
             {
                 "noise": NoiseStream((2,), conditions, batch=192),
                 "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=192),
             },
             [
-                Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], max_step=800, guidance=None),
+                Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], steps=(20, 800), guidance=None),
                 Regress(REGRESSIONS["mse"], weight=1.0),
             ],
         ),
         Optimizer(student.parameters(), lr=2e-3, steps=steps, decay=0.5),
         Optimizer(fake.parameters(), lr=2e-3, steps=steps, decay=0.5),
         info=Info((2,), ("one",), times=(40.0,), guidance=(1.0, 6.0)),
-        ema=0.99,
     )  # fmt: skip
     for index in range(steps):
         d.step(index)

@@ -507,5 +507,5 @@ def test_verify_regenerates_the_noise_of_every_shard(store):
 
 
 def test_the_specification_must_be_the_teachers(teacher, tmp_path):
-    with pytest.raises(AssertionError, match="of another teacher"):
+    with pytest.raises(ValueError, match="of another teacher"):
         build(tmp_path, replace(spec(teacher), fingerprint="0" * 64), teacher)

@@ -9,7 +9,7 @@ import torch
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.diffusion.iddpm import IDDPM
-from distmatch.diffusion.sampler import SAMPLERS, Steps, euler, heun
+from distmatch.diffusion.sampler import SAMPLERS, Churn, Steps, euler, heun
 from distmatch.diffusion.schedule import EDM, VP, Flow
 from distmatch.diffusion.solvers import evaluations
 from distmatch.models.mixture import mixture
@@ -95,7 +95,7 @@ def test_a_sample_is_the_same_in_every_batch():
 def test_samples_follow_the_exact_distribution(schedule, churn):
     """Kolmogorov-Smirnov against the mixture's own distribution function, with and without churn."""
     model, n = modes(schedule), 4000
-    x = heun(model, schedule, noise(n), None, 60, churn=churn, generator=torch.Generator().manual_seed(1))[:, 0]
+    x = heun(model, schedule, noise(n), None, 60, Churn(churn), torch.Generator().manual_seed(1))[:, 0]
     x = x.sort().values
     cdf = sum(w * 0.5 * (1 + torch.erf((x - m) / s / 2**0.5)) for w, m, s in ((0.35, -1.0, 0.4), (0.65, 1.5, 0.3)))
     empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
@@ -140,7 +140,7 @@ def test_churn_adds_what_the_forward_process_adds():
         times.append(t[0].item())
         return model(x, t, cond)
 
-    heun(recorded, schedule, z, None, 4, churn=1.0, churn_range=(0.01, 50.0), generator=torch.Generator())
+    heun(recorded, schedule, z, None, 4, Churn(1.0, 0.01, 50.0), torch.Generator())
     grid = schedule.grid(4).tolist()
     expected = [grid[0], grid[1], grid[1] * 1.25, grid[2], grid[2] * 1.25, grid[3], grid[3]]
     assert times == pytest.approx(expected)
@@ -170,7 +170,7 @@ def test_heun_is_algorithm_2(churn):
     schedule = EDM()
     model, z, bounds = modes(schedule), noise(20), (0.05, float("inf"))
     ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
-    x = heun(model, schedule, z, None, 9, churn, bounds, 1.01, ours)
+    x = heun(model, schedule, z, None, 9, Churn(churn, *bounds, 1.01), ours)
     assert torch.allclose(x, algorithm_2(model, z, schedule.grid(9).tolist(), churn, bounds, 1.01, theirs), rtol=1e-9)
     assert torch.equal(ours.get_state(), theirs.get_state())
 
@@ -199,7 +199,7 @@ def test_an_iddpm_network_is_sampled_at_its_own_levels(churn):
 
     def error(schedule):
         generator = torch.Generator().manual_seed(2)
-        x = heun(denoiser, schedule, z, None, n, churn, (0.0, 50.0), 1.0, generator)
+        x = heun(denoiser, schedule, z, None, n, Churn(churn, 0.0, 50.0), generator)
         return ((x - expected).square().mean() / expected.square().mean()).sqrt().item()
 
     assert error(denoiser.schedule) < 1e-6
@@ -214,7 +214,7 @@ def test_churn_leaves_the_first_step_of_a_schedule_that_ends(schedule):
         times.append(t[0].item())
         return model(x, t, cond)
 
-    heun(recorded, schedule, noise(2), None, 4, churn=1.0, generator=torch.Generator())
+    heun(recorded, schedule, noise(2), None, 4, Churn(1.0), torch.Generator())
     grid = schedule.grid(4).tolist()
     assert times[0] == grid[0]
     assert times[2] == pytest.approx(min(1.25 * grid[1], schedule.t_max))
@@ -228,7 +228,7 @@ def test_churn_noise_scales_what_is_added():
         seen.append((x, t[0].item()))
         return torch.zeros_like(x)
 
-    heun(to_zero, schedule, torch.zeros(20_000, 1), None, 4, 1.0, churn_noise=1.5, generator=torch.Generator())
+    heun(to_zero, schedule, torch.zeros(20_000, 1), None, 4, Churn(1.0, noise=1.5), torch.Generator())
     x, t_hat = seen[0]
     assert t_hat == 100
     expected = 1.5 * (100**2 - 80**2) ** 0.5

@@ -11,7 +11,7 @@ from test_parallel import together
 
 from distmatch import DistilledPipeline
 from distmatch.commands.distillation import distil
-from distmatch.diffusion.conditions import WHOLE
+from distmatch.diffusion.conditions import WHOLE, Classes
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import EDM, VP, Flow
@@ -194,5 +194,5 @@ def test_images_of_several_steps_are_the_same_in_every_batch(tmp_path):
     whole = pipe(7, seed=3).pixels
     assert torch.equal(pipe(7, seed=3, batch=2).pixels, whole)
     assert not torch.equal(pipe(7, seed=4).pixels, whole)
-    sheets = [side_by_side(pipe, pipe, build.Classes(3), columns, 6 // columns) for columns in (2, 3)]
+    sheets = [side_by_side(pipe, pipe, Classes(3), columns, 6 // columns) for columns in (2, 3)]
     assert {row.tobytes() for row in sheets[0].reshape(-1, 3)} == {row.tobytes() for row in sheets[1].reshape(-1, 3)}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -41,7 +42,6 @@ def build(
     *,
     prompts: Sequence[str] = (),
     batch: int = 256,
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
     expiry: float = EXPIRY,
 ) -> int:
@@ -53,7 +53,7 @@ def build(
     larger `count`; if its last shard was not full, a full version replaces it.
 
     Args:
-        teacher: on `device`; put into evaluation mode.
+        teacher: put into evaluation mode; pairs are sampled on its device.
         conditions: of the pairs, by number (default: the classes in turn).
         prompts: of the teacher's pairs, for the table beside them.
         batch: images per evaluation; each shard is split at fixed places. Changes nothing but rounding.
@@ -81,8 +81,9 @@ def build(
 
     def make(name: str) -> None:
         nonlocal sampled
-        assert sampled or fingerprint(teacher) == spec.fingerprint, "the specification is of another teacher"
-        _make(store, stored, shards[name], teacher.eval(), conditions, batch, device, advance)
+        if sampled == 0 and fingerprint(teacher) != spec.fingerprint:  # reads every weight, so only once
+            raise ValueError("the specification is of another teacher")
+        _make(store, stored, shards[name], teacher.eval(), conditions, batch, advance)
         sampled += len(stored.rows(shards[name]))
 
     make_together(store, list(shards), present, make, found, expiry)
@@ -96,20 +97,20 @@ def _make(
     teacher: Denoiser,
     conditions: Conditions,
     batch: int,
-    device: torch.device | str,
     advance: Progress,
 ) -> None:
     """Sample one shard and write it. The caller holds its claim."""
     rows = spec.rows(shard)
     model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
     low = PRECISIONS[spec.precision]
+    device = next(chain(teacher.parameters(), teacher.buffers()), torch.empty(0)).device
     y = torch.empty(len(rows), *spec.shape, dtype=DTYPES[spec.dtype])
     seen = []
     for start in range(0, len(rows), batch):
         cut = rows[start : start + batch]
         z, cond = spec.noise(cut), conditions.at(cut)
         cond = None if cond is None else cond.to(device)
-        with torch.no_grad(), torch.autocast(torch.device(device).type, low, enabled=low != torch.float32):
+        with torch.no_grad(), torch.autocast(device.type, low, enabled=low != torch.float32):
             part = sample(model, teacher.schedule, z.to(device), cond, spec.steps).to(y)
         if not part.isfinite().all():
             raise UserError(

@@ -78,34 +78,43 @@ def euler(
     return x
 
 
+@dataclass(frozen=True)
+class Churn:
+    """How much noise Heun's sampler adds again before a step (Karras et al. 2022, Algorithm 2)."""
+
+    amount: float  # S_churn
+    low: float = 0.0  # S_tmin: no noise below this time
+    high: float = float("inf")  # S_tmax: nor above this one
+    noise: float = 1.0  # S_noise, its standard deviation
+
+
 def heun(
     model: Model,
     schedule: Schedule,
     z: Tensor,
     cond: Cond | None,
     steps: int,
-    churn: float = 0.0,
-    churn_range: tuple[float, float] = (0.0, float("inf")),
-    churn_noise: float = 1.0,
+    churn: Churn | None = None,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Second order, `2 * steps - 1` evaluations (Karras et al. 2022, Algorithm 2; 1 with `churn = 0`).
+    """Second order, `2 * steps - 1` evaluations (Karras et al. 2022, Algorithm 2; 1 without churn).
 
     Args:
-        z: f[B,*D], standard normal; with `churn` 0, the same `z` gives the same image.
-        churn: S_churn; at times within `churn_range` (S_tmin, S_tmax), noise from `generator` is added again, scaled by
-            `churn_noise` (S_noise). The first step of VP and Flow adds none: they have no time beyond `t_max`.
+        z: f[B,*D], standard normal; without `churn`, the same `z` gives the same image.
+        churn: noise from `generator` that is added again. The first step of VP and Flow adds none: they have no time
+            beyond `t_max`.
     """
     grid = schedule.grid(steps)
-    gamma = min(churn / steps, 2**0.5 - 1)  # the cap of Algorithm 2
+    churn = churn or Churn(0.0)
+    gamma = min(churn.amount / steps, 2**0.5 - 1)  # the cap of Algorithm 2
     x = schedule.prior_std * z
     for i in range(steps):
         t = _at(grid[i], z)
-        if gamma > 0 and churn_range[0] <= grid[i] <= churn_range[1]:
+        if gamma > 0 and churn.low <= grid[i] <= churn.high:
             noisier = schedule.nearest(grid[i : i + 1] * (1 + gamma))[0]
             if noisier > grid[i]:
-                x, t = _renoise(schedule, x, t, _at(noisier, z), churn_noise, generator)
+                x, t = _renoise(schedule, x, t, _at(noisier, z), churn.noise, generator)
         x0 = model(x, t, cond)
         if i + 1 < steps:
             t_next = _at(grid[i + 1], z)

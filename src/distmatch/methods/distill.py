@@ -30,55 +30,60 @@ class Part:
     drawn: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a distillation. `student` and `fake` are trained copies of the teacher."""
+
+    student: Denoiser
+    fake: nn.Module | None = None  # if a term trains it
+    teacher: Denoiser | None = None  # its passes count as network time
+    forward: nn.Module | None = None  # what to call instead of the student, if it is distributed over processes
+    average: EMA[Denoiser] | None = None  # default: of the student, with decay 0.999
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a step is done."""
+
+    steps: Steps | None = None  # the student's times; default: only the schedule's t_max
+    fake_updates: int = 1  # of the fake score per update of the student; the first uses the same images (Algorithm 1)
+    seed: int = 0
+    accumulate: int = 1  # parts that each batch is split into; gradients are summed over them
+    precision: str = "fp32"  # or "bf16", autocast around the networks; weights and preconditioning stay fp32
+    process: Share = WHOLE  # (rank, world): a process makes its share of a batch, with gradients of the whole
+    conditions: Conditions | None = None  # of the previews; default: classes in turn
+    decode: Callable[[Tensor], Tensor] | None = None  # latents to images, for the previews
+
+
 class Distiller:
     """The task of `distmatch train`: one step of Algorithm 1, for any objective.
 
-    Args:
-        student, fake: trained copies of the teacher; `fake` and its optimizer are `None` if no term trains it.
-        teacher: its passes are counted as network time by the clock.
-        forward: what to call instead of the student if it is distributed over processes.
-        process: `(rank, world)`; each process makes its share of every batch, with gradients of the whole batch.
-        conditions, decode: for the previews; default: classes in turn, and no decoding.
-        steps: the student's times; default: only the schedule's `t_max`.
-        fake_updates: updates of the fake score per update of the student; the first uses the student's images of the
-            same step (Algorithm 1), the others fresh ones.
-        accumulate: number of parts that each batch is split into; gradients are summed over them.
-        precision: "fp32", or "bf16" for autocast around the networks; weights and preconditioning stay fp32.
+    `fake_optimizer` is `None` if no term trains the fake score.
     """
 
     def __init__(
         self,
-        student: Denoiser,
-        fake: nn.Module | None,
+        networks: Networks,
         objective: Objective,
         optimizer: Optimizer,
         fake_optimizer: Optimizer | None,
         *,
         info: Info,
-        teacher: Denoiser | None = None,
-        forward: nn.Module | None = None,
-        process: Share = WHOLE,
-        conditions: Conditions | None = None,
-        decode: Callable[[Tensor], Tensor] | None = None,
-        steps: Steps | None = None,
-        ema: float | EMA[Denoiser] = 0.999,
-        seed: int = 0,
-        fake_updates: int = 1,
-        accumulate: int = 1,
-        precision: str = "fp32",
+        settings: Settings = Settings(),
     ):
-        self.student, self.fake, self.objective = student, fake, objective
-        self.forward = student if forward is None else forward
-        self.optimizer, self.fake_optimizer = optimizer, fake_optimizer
-        self.info, self.seed = info, seed
-        self.steps = Steps((student.schedule.t_max,)) if steps is None else steps
-        self.conditions, self.decode = conditions or Classes(len(info.classes)), decode
-        self.fake_updates, self.precision = fake_updates, precision
-        rank, world = process
-        self.shares = [(rank * accumulate + cut, world * accumulate) for cut in range(accumulate)]
-        self.ema = ema if isinstance(ema, EMA) else EMA(student, ema)
+        student = networks.student
+        self.student, self.fake, self.objective = student, networks.fake, objective
+        self.forward = student if networks.forward is None else networks.forward
+        self.optimizer, self.fake_optimizer, self.info = optimizer, fake_optimizer, info
+        self.seed, self.precision, self.fake_updates = settings.seed, settings.precision, settings.fake_updates
+        self.steps = settings.steps or Steps((student.schedule.t_max,))
+        self.conditions, self.decode = settings.conditions or Classes(len(info.classes)), settings.decode
+        (rank, world), cuts = settings.process, settings.accumulate
+        self.shares = [(rank * cuts + cut, world * cuts) for cut in range(cuts)]
+        self.ema = networks.average or EMA(student, 0.999)
         self.device = next(student.parameters()).device
-        self.clock = Clock([network for network in (student, fake, teacher) if network is not None], self.device)
+        timed = (student, networks.fake, networks.teacher)
+        self.clock = Clock([network for network in timed if network is not None], self.device)
 
     @property
     def terms(self) -> Sequence[Term]:

@@ -201,7 +201,7 @@ class Match:
         weighting: the factor on `mu_fake - mu_real`, one of `losses.WEIGHTINGS`.
         reads: the streams whose images are matched; with "pairs" it is `concat(x, x_ref)` (Algorithm 1, for LAION).
         bins: T; the noise levels are the schedule's grid in rising order.
-        min_step, max_step: the student's levels are drawn from bins `min_step .. max_step - 1` (0.02 T, 0.98 T); the
+        steps: (low, high): the student's levels are drawn from bins `low .. high - 1` (0.02 T to 0.98 T); the
             fake score's from all bins.
     """
 
@@ -216,13 +216,12 @@ class Match:
         weight: float = 1.0,
         reads: tuple[str, ...] = ("noise",),
         bins: int = 1000,
-        min_step: int = 20,
-        max_step: int = 980,
+        steps: tuple[int, int] = (20, 980),
         guidance: float | None = 1.0,
     ):
         self.real, self.fake, self.weight_at = guided(teacher, guidance), fake, teacher.weight
         self.teacher, self.schedule, self.weighting = teacher, teacher.schedule, weighting
-        self.weight, self.reads, self.min_step, self.max_step = weight, reads, min_step, max_step
+        self.weight, self.reads, (self.min_step, self.max_step) = weight, reads, steps
         self.levels = self.schedule.grid(bins).flip(0).float()
         self.trained: Mapping[str, Trained] = {}
 

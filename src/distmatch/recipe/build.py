@@ -14,7 +14,7 @@ from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import Schedule
-from distmatch.methods.distill import Distiller
+from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import with_guidance
 from distmatch.models.info import Info
@@ -70,7 +70,6 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
             subject.conditions,
             prompts=subject.prompts,
             batch=recipe.pairs.batch,
-            device=subject.device,
             progress=advance,
         )
     return PairStore.open(folder, spec.fingerprint, spec.count)
@@ -116,23 +115,21 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
     return Distiller(
-        trained,
-        score,
+        Networks(trained, score, subject.denoiser, forward, EMA(trained, recipe.student.ema, average)),
         objective(recipe, subject, score, pairs),
         optimizer(recipe.student.optimizer, trained, recipe.steps),
         None if fake is None else optimizer(recipe.fake.optimizer, fake, recipe.steps * recipe.fake.steps),
         info=student_info(recipe, subject),
-        teacher=subject.denoiser,
-        forward=forward,
-        process=(parallel.rank(), parallel.world()),
-        conditions=subject.conditions,
-        decode=components(info, dev).decode if info.latent else None,
-        steps=student_steps(recipe, subject.denoiser.schedule),
-        ema=EMA(trained, recipe.student.ema, average),
-        seed=recipe.seed,
-        fake_updates=recipe.fake.steps,
-        accumulate=recipe.accumulate,
-        precision=recipe.precision,
+        settings=Settings(
+            steps=student_steps(recipe, subject.denoiser.schedule),
+            fake_updates=recipe.fake.steps,
+            seed=recipe.seed,
+            accumulate=recipe.accumulate,
+            precision=recipe.precision,
+            process=(parallel.rank(), parallel.world()),
+            conditions=subject.conditions,
+            decode=components(info, dev).decode if info.latent else None,
+        ),
     )
 
 

@@ -130,8 +130,7 @@ def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) 
         weight=m.weight,
         reads=("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
         bins=m.bins,
-        min_step=m.min_step,
-        max_step=m.max_step,
+        steps=(m.min_step, m.max_step),
         guidance=m.guidance if recipe.student.guidance is None else None,
     )
 
