@@ -38,18 +38,33 @@ CURVES = {
         "Denoising loss",
         "A teacher's, weighted so that all noise levels count equally. Falls fast, then slowly.",
     ),
-    "match/student": ("Matching loss", "A surrogate: half the mean squared weighted gradient. It need not fall."),
+    "match/student": ("Matching loss", "Half the mean squared gradient, not a distance: it need not fall."),
     "regress/student": (
         "Regression loss",
         "Distance to the teacher's image of the same noise. Falls fast, then slowly.",
     ),
-    "match/fake": ("Fake-score loss", "Levels off. A lasting rise hints that it lags the student: more fake.steps."),
-    "gradient_norm": ("Student's gradient norm", "Before clipping. Unrest is usual, growth by decades is not."),
-    "fake_gradient_norm": ("Fake score's gradient norm", "Before clipping. Unrest is usual, growth by decades is not."),
-    "fid": ("FID", "Of the averaged student; few images, so it reads high. Falls, then levels off."),
-    "frechet": ("Frechet distance", "Of the averaged student; few images, so it reads high. Falls, then levels off."),
-    "accuracy": ("Class accuracy", "Share of images that the classifier takes for the class asked for. Should rise."),
-    "images_per_second": ("Images per second", "Of all terms, in training. Level, unless the machine has other work."),
+    "match/fake": (
+        "Fake-score loss",
+        "Levels off. A lasting rise means that the fake score lags behind the student: raise fake.steps.",
+    ),
+    "gradient_norm": (
+        "Student's gradient norm",
+        "Before clipping. Restless is normal; growth by powers of ten is not.",
+    ),
+    "fake_gradient_norm": (
+        "Fake score's gradient norm",
+        "Before clipping. Restless is normal; growth by powers of ten is not.",
+    ),
+    "fid": ("FID", "Of the averaged student. It reads high, because the images are few. Falls, then levels off."),
+    "frechet": (
+        "Frechet distance",
+        "Of the averaged student. It reads high, because the images are few. Falls, then levels off.",
+    ),
+    "accuracy": ("Class accuracy", "Share of images that the classifier assigns to the requested class. Should rise."),
+    "images_per_second": (
+        "Images per second",
+        "In training, over all streams. Level, unless the machine does other work.",
+    ),
     "outside": ("Share of time outside the networks", "Drawing, losses, optimizers. Small and level."),
 }
 
