@@ -229,7 +229,11 @@ class Pairs(_Strict):
     seed: int = entry(0, "Seed of the pairs' noise.", "ours", pairs=True)
     dtype: Literal["float32", "float16"] = entry("float32", "Data type in which images are stored.", "ours", pairs=True)
     precision: Literal["fp32", "bf16", "fp16"] = entry(
-        "fp32", "Arithmetic of the teacher during sampling; bf16 and fp16 by autocast.", "ours", pairs=True
+        "fp32",
+        "Arithmetic of the teacher during sampling; bf16 and fp16 by autocast.",
+        "ours",
+        pairs=True,
+        small="fp32",  # a trial runs on CPUs, many of which have no fast bf16: there it takes up to 40 times as long
     )
     shard: Positive = entry(1024, "Pairs per file.", "ours", pairs=True, small=4)
     batch: Positive = entry(256, "Pairs sampled at once; affects only memory and speed.", "ours", small=2)
@@ -373,7 +377,10 @@ class Recipe(_Strict):
         1, "Number of parts a batch is computed in, one by one, to save memory.", "ours", free=True, small=1
     )
     precision: Literal["fp32", "bf16"] = entry(
-        "fp32", "Arithmetic of the networks; bf16 by autocast. Weights and averages stay fp32.", "Appendix B.2: mixed"
+        "fp32",
+        "Arithmetic of the networks; bf16 by autocast. Weights and averages stay fp32.",
+        "Appendix B.2: mixed",
+        small="fp32",
     )
     parallel: Literal["ddp", "fsdp"] = entry(
         "ddp", "How several processes hold the networks: ddp, each a copy; fsdp, each a part.", "ours", free=True
