@@ -167,7 +167,7 @@ def test_several_runs_differ_where_their_recipes_do(tmp_path):
 def test_the_same_recipe_twice_and_the_same_folder_name_twice(tmp_path):
     a, b = run_folder(tmp_path / "x" / "run"), run_folder(tmp_path / "y" / "run")
     page = page_of(tmp_path, a, b)
-    assert "the recipes are the same" in section(page, "Where the recipes differ")
+    assert "The recipes are identical" in section(page, "Where the recipes differ")
     assert [row[0] for row in table(section(page, "Ablation"))] == ["run", str(a), str(b)]
 
 
