@@ -196,3 +196,11 @@ def test_images_of_several_steps_are_the_same_in_every_batch(tmp_path):
     assert not torch.equal(pipe(7, seed=4).pixels, whole)
     sheets = [side_by_side(pipe, pipe, Classes(3), columns, 6 // columns) for columns in (2, 3)]
     assert {row.tobytes() for row in sheets[0].reshape(-1, 3)} == {row.tobytes() for row in sheets[1].reshape(-1, 3)}
+
+
+def test_the_file_of_a_term_runs_once(tmp_path):
+    """Or its side effects are repeated, and `isinstance` of its own class fails between two questions."""
+    file, ran = tmp_path / "mine.py", tmp_path / "ran.txt"
+    file.write_text(f"open({str(ran)!r}, 'a').write('x')\n{OWN.read_text()}")
+    distil(recipe(tmp_path, JUDGE[0].replace(str(OWN), str(file)), JUDGE[1], steps=1), tmp_path / "run", tmp_path)
+    assert ran.read_text() == "x"

@@ -14,7 +14,7 @@ from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term, TermContext
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.library import family_of
-from distmatch.recipe.entries import Optimiser, OwnTerm, Recipe
+from distmatch.recipe.entries import Optimiser, Recipe
 from distmatch.recipe.subjects import Subject
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
@@ -50,26 +50,31 @@ def objective(
     terms = [kept.get(name) or TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms]
     streams = [STREAMS[name](recipe, subject, pairs) for name in dict.fromkeys(n for t in terms for n in t.reads)]
     made = Objective({stream.name: stream for stream in streams}, terms)
-    for trained in made.trained.values():
-        replicate(trained.network)
+    if before is None:  # later the processes' copies stay equal by themselves
+        for trained in made.trained.values():
+            replicate(trained.network)
     return made
 
 
 def trains_fake(recipe: Recipe) -> bool:
     """Return whether a term of the recipe trains the fake score."""
-    own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
-    return "match" in recipe.terms or any(hasattr(kind, "fake_loss") for kind in own)
+    return "match" in recipe.terms or any(hasattr(kind, "fake_loss") for kind in _own_classes(recipe))
 
 
 def reads_pairs(recipe: Recipe) -> bool:
     """Return whether a term of the recipe reads the teacher's pairs."""
-    own = (own_class(recipe.own_terms[name]) for name in recipe.terms if name not in TERMS)
-    return "regress" in recipe.terms or any("pairs" in getattr(kind, "reads", ()) for kind in own)
+    return "regress" in recipe.terms or any("pairs" in getattr(kind, "reads", ()) for kind in _own_classes(recipe))
 
 
-def own_class(entry: OwnTerm) -> type:
+def _own_classes(recipe: Recipe) -> list[type]:
+    """Return the classes of your own terms that the recipe uses."""
+    return [own_class(recipe.own_terms[name].source) for name in recipe.terms if name not in TERMS]
+
+
+@cache  # a file must run only once: each run of it makes another class
+def own_class(source: str) -> type:
     """Import the class of your own term. Raises `UserError` if that fails."""
-    place, _, name = entry.source.partition(":")
+    place, _, name = source.partition(":")
     try:
         if place.endswith(".py"):
             spec = spec_from_file_location(Path(place).stem, expand(place))
@@ -82,7 +87,7 @@ def own_class(entry: OwnTerm) -> type:
         return getattr(module, name)
     except (ImportError, OSError, SyntaxError, AttributeError) as error:
         raise UserError(
-            f"own_terms: source {entry.source!r} cannot be imported ({type(error).__name__}: {error}); expected "
+            f"own_terms: source {source!r} cannot be imported ({type(error).__name__}: {error}); expected "
             "MODULE:CLASS or FILE.py:CLASS"
         ) from error
 
@@ -102,7 +107,7 @@ def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str
     )
     arguments = entry.model_extra or {}
     try:
-        return own_class(entry)(context, **arguments)
+        return own_class(entry.source)(context, **arguments)
     except TypeError as error:
         raise UserError(f"own_terms.{name}: {entry.source} does not take {arguments}: {error}") from error
 
