@@ -1,6 +1,7 @@
 """Making images: seeds, labels, the package's own models, the folder format."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import tiny
 import torch
 from PIL import Image
 
+import distmatch.pipeline
 from distmatch import EDM, Denoiser, DistilledPipeline, Prediction, TeacherPipeline
 from distmatch.commands import sample as sampling
 from distmatch.data.imaging import grid, to_uint8
 from distmatch.diffusion.conditions import Classes
 from distmatch.diffusion.denoiser import Cond
+from distmatch.models.family import Components
 from distmatch.models.folder import Info, load_model, save_model
 from distmatch.models.library import find_model
 from distmatch.pipeline import side_by_side
@@ -190,3 +193,68 @@ def test_side_by_side_without_classes():
     fast = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), times=(80.0,)))
     rows = [p.pixels(range(4), None, seed=2)[[i]] for i in range(4) for p in (slow, fast)]
     assert np.array_equal(side_by_side(slow, fast, Classes(0), columns=1), grid(torch.cat(rows), columns=1))
+
+
+class Decode(torch.nn.Module):
+    """Doubles the side, for one image at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.ConvTranspose2d(1, 1, 2, stride=2)
+
+    def forward(self, x):
+        assert len(x) == 1
+        return self.layer(x)
+
+
+def test_a_compiled_student_makes_the_same_images(monkeypatch):
+    """Traced only, as inductor takes the suite too long: it gave the same to 2e-7 and needed 14 seconds."""
+    tried = []
+    monkeypatch.setattr(distmatch.pipeline, "try_compiler", tried.append)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    parts, info = Components(decode=Decode()), Info((1, 8, 8), ("a", "b", "c"), times=(80.0, 5.0))
+    plain = DistilledPipeline(tiny.teacher(), info)
+    fast = DistilledPipeline(tiny.teacher(), info, parts, compile=True)
+    assert tried == [torch.device("cpu")]
+    z, cond = rng.noise(5, range(3), (1, 8, 8)), plain.condition(3)
+    with torch.inference_mode():
+        expected = parts.decode.layer(plain.sample(z, cond))
+    torch.testing.assert_close(fast.sample(z, cond), expected, rtol=1e-4, atol=1e-5)
+    assert fast.denoiser.state_dict().keys() == plain.denoiser.state_dict().keys()
+
+
+def test_what_a_compiled_network_returned_outlives_the_next_call(monkeypatch):
+    """CUDA graphs, imitated: every call writes its answer to the same memory."""
+    memory = torch.empty(2, 1, 8, 8)
+    monkeypatch.setattr(distmatch.pipeline, "try_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda network, **how: lambda *inputs: memory.copy_(network(*inputs)))
+    info = Info((1, 8, 8), ("a", "b", "c"), times=(80.0,))
+    fast = DistilledPipeline(Denoiser(tiny.teacher().net, EDM(), Prediction("x0")), info, compile=True)
+    plain = DistilledPipeline(fast.denoiser, info)
+    z = rng.noise(5, range(2), (1, 8, 8))
+    first = fast.sample(z, fast.condition(2))
+    fast.sample(-z, fast.condition(2))
+    assert torch.equal(first, plain.sample(z, plain.condition(2)))
+
+
+def test_without_a_compiler_compile_is_refused_at_once(student, monkeypatch):
+    def fails(device):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(distmatch.pipeline, "try_compiler", fails)
+    with pytest.raises(
+        UserError, match=r"needs a C\+\+ compiler.*No working C\+\+ compiler found\. Install.*leave compile"
+    ):
+        DistilledPipeline.from_pretrained(student, compile=True)
+
+
+def test_bf16_keeps_the_matrices_in_bf16_and_the_images_close(student):
+    plain, low = (DistilledPipeline.from_pretrained(student, precision=p) for p in ("fp32", "bf16"))
+    kinds = {(p.ndim > 1, p.dtype) for p in low.denoiser.parameters()}
+    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
+    z = rng.noise(5, range(4), (1, 8, 8))
+    ours, theirs = low.sample(z, low.condition(4)), plain.sample(z, plain.condition(4))
+    assert ours.dtype == torch.float32
+    error = (ours - theirs).norm() / theirs.norm()
+    assert 0 < error < 0.02  # bf16 has eight bits

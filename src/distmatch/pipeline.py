@@ -1,8 +1,9 @@
 """Makes images with a finished model: a one-step or few-step student, or a teacher with its sampler."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +22,12 @@ from distmatch.models.library import components, family_of, find_model
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.finite import check_images
+from distmatch.training.engine import autocast, try_compiler
 
 NoiseOf = Callable[[int], Tensor]
 """Noise f[B,*D] for a batch's rows at a step after the first; steps count from 1."""
+
+Precision = Literal["fp32", "bf16"]
 
 Labels = int | str | Sequence[int] | Tensor | None
 
@@ -213,18 +217,42 @@ class Pipeline:
 
 
 class DistilledPipeline(Pipeline):
-    """A one-step or few-step generator: one network evaluation per image for each of its times."""
+    """A one-step or few-step generator: one network evaluation per image for each of its times.
 
-    def __init__(self, denoiser: Denoiser, info: Info, parts: Components | None = None):
+    Args:
+        compile: compile network and decoder with torch.compile; on a GPU they then replay CUDA graphs. The first batch
+            of each size waits for the compiler, for up to minutes.
+        precision: bf16 lets network and decoder compute in bf16, by autocast.
+
+    Raises `UserError` for a teacher, and for `compile` if no compiler works here.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        info: Info,
+        parts: Components | None = None,
+        *,
+        compile: bool = False,
+        precision: Precision = "fp32",
+    ):
         if not info.times:
             raise UserError("this model is a teacher, not a student; use TeacherPipeline")
-        steps = Steps(info.times)
+        steps, forward = Steps(info.times), denoiser
+        if compile:
+            forward, parts = _compiled(denoiser, parts or Components())
+        self.precision = precision
 
         def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
             noise = [noise_of(step).to(z) for step in range(1, len(steps))]
-            return steps.sample(denoiser, denoiser.schedule, z, cond, noise)
+            with autocast(z.device, precision):
+                return steps.sample(forward, denoiser.schedule, z, cond, noise)
 
         super().__init__(denoiser, info, make, nfe=len(steps), parts=parts)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        with autocast(x.device, self.precision):
+            return self.parts.decode(x).to(x.dtype)
 
     @classmethod
     def from_pretrained(
@@ -234,13 +262,51 @@ class DistilledPipeline(Pipeline):
         *,
         net: nn.Module | None = None,
         schedule: Schedule | None = None,
+        compile: bool = False,
+        precision: Precision = "fp32",
     ) -> "DistilledPipeline":
         """Load a model folder, a run's folder, or a student of the package ("mnist").
 
         A custom network, into which the weights are loaded, and a custom schedule are passed as `net` and `schedule`.
+        `compile`, `precision`: see the class; with bf16 the network's matrices are also kept in bf16.
         """
         denoiser, info = find_model(str(path), "student", net, schedule)
-        return cls(denoiser.to(device), info, components(info, device))
+        denoiser.to(device)
+        if precision == "bf16":  # or autocast would convert them at every call; vectors and buffers keep their digits
+            for weights in denoiser.parameters():
+                if weights.ndim > 1:
+                    weights.data = weights.data.bfloat16()
+        return cls(denoiser, info, components(info, device), compile=compile, precision=precision)
+
+
+class _Compiled(nn.Module):
+    """`network`, compiled when it is first called; on a GPU, calls replay one CUDA graph per shape of the inputs."""
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        super().__init__()
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self.run = torch.compile(network, mode=mode, dynamic=False)
+
+    def forward(self, *inputs: Tensor | Cond | None) -> Tensor:
+        return self.run(*inputs).clone()  # a graph returns the same memory each time, and the next call overwrites it
+
+
+def _compiled(denoiser: Denoiser, parts: Components) -> tuple[Denoiser, Components]:
+    """Return the same functions, compiled. Raises `UserError` if nothing can be compiled here."""
+    device = next(denoiser.parameters()).device
+    try:
+        try_compiler(device)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            "compile needs a C++ compiler, and on a GPU also Triton. A first function cannot be compiled: "
+            f"{type(error).__name__}: {reason}. Install a compiler such as g++, or leave compile out"
+        ) from error
+    network = Denoiser(_Compiled(denoiser.net, device), denoiser.schedule, denoiser.prediction)
+    if not isinstance(parts.decode, nn.Module):
+        return network, parts
+    decode = _Compiled(parts.decode, device)  # for one image: a decoder takes them one by one anyway
+    return network, replace(parts, decode=lambda x: torch.cat([decode(one) for one in x.split(1)]))
 
 
 class TeacherPipeline(Pipeline):

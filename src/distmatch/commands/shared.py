@@ -1,7 +1,7 @@
 """Helpers shared by several commands: find a student or teacher, read images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distmatch.system.errors import UserError
 
@@ -29,12 +29,15 @@ def find_teacher(model: str, steps: int | None, guidance: float | None, device: 
     return TeacherPipeline.from_pretrained(model, subjects.device(device), steps=steps, guidance=scale)
 
 
-def find_student(model: str, guidance: float | None, device: str) -> "Pipeline":
-    """Return the student called `model`. Raises `UserError` for a `guidance` if the student's is fixed."""
+def find_student(model: str, guidance: float | None, device: str, **how: Any) -> "Pipeline":
+    """Return the student called `model`; `how`: `compile` and `precision` of `DistilledPipeline`.
+
+    Raises `UserError` for a `guidance` if the student's is fixed.
+    """
     from distmatch.pipeline import DistilledPipeline
     from distmatch.recipe import subjects
 
-    student = DistilledPipeline.from_pretrained(model, subjects.device(device))
+    student = DistilledPipeline.from_pretrained(model, subjects.device(device), **how)
     if guidance not in (None, 1.0) and student.info.guidance is None:
         raise UserError(
             f"guidance {guidance} is for a teacher: add --teacher. This student's guidance is fixed by training"
