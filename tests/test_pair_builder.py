@@ -4,7 +4,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import signal
 import time
 
 import bucket

@@ -12,8 +12,8 @@ from distmatch.system.errors import Stopped
 
 STAGES = [
     {"until": 4, "change": {"pairs.count": 10, "regress.weight": 0.5}},
-    {"until": 7, "change": {"match.max_step": 500, "match.batch": 2, "pairs.count": 20}},
-    {"until": 12, "change": {"regress.batch": 2, "regress.loss": "huber"}},
+    {"until": 7, "change": {"match.max_step": 500, "match.batch": 2, "pairs.count": 20, "student.optimizer.lr": 2e-4}},
+    {"until": 12, "change": {"regress.batch": 2, "regress.loss": "huber", "critic.lr": 3e-4}},
 ]
 
 
@@ -22,11 +22,12 @@ def recipe(folder, **changes):
 
 
 def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
-    seen = []
+    seen, rates = [], []
 
     def spy(recipe, subject, distiller, spaces, out, steps, title, watch):
         match, regress = distiller.terms
         noise, pairs = distiller.objective.streams.values()
+        rates.append((distiller.optimizer.rate(5), distiller.fake_optimizer.rate(5)))
         seen.append((steps, title, regress.weight, match.max_step, noise.batch, pairs.batch, len(pairs.store)))
         return train(recipe, subject, distiller, spaces, out, steps, title, watch)
 
@@ -38,6 +39,9 @@ def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
         (7, "tiny, stage 2 of 3", 1.0, 500, 2, 4, 20),
         (12, "tiny, stage 3 of 3", 1.0, 980, 4, 2, 24),
     ]
+    first, second, third = rates
+    assert second == (2e-4, first[1])
+    assert third == (first[0], 3e-4)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [s for s in steps if s in (4, 7, 12)] == [4, 7, 12]
 
@@ -85,8 +89,8 @@ def test_impossible_stages_are_named(tmp_path):
         ([{"until": 3}], r"stages end at \[3\]; expected rising iterations, the last of them `steps`, 12"),
         ([{"until": 5}, {"until": 5}, {"until": 12}], r"stages end at \[5, 5, 12\]"),
         (
-            [{"until": 12, "change": {"student.optimizer.lr": 1}}],
-            "stage 1 changes 'student.optimizer.lr'; a stage can change match",
+            [{"until": 12, "change": {"student.ema": 0.5}}],
+            "stage 1 changes 'student.ema'; a stage can change entries of match",
         ),
         ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'batch'"),
         ([{"until": 12, "change": {"match.batch": "a"}}], "stage 1: match.batch = 'a'"),

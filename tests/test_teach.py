@@ -21,7 +21,7 @@ from distmatch.system import rng
 from distmatch.training import log
 from distmatch.training.optim import Optimizer
 
-SMALL = ("--widths", 8, 16, "--batch", 8, "--steps", 60, "--save-every", 5, "--preview-every", 0)
+SMALL = ("--widths", 8, 16, "--batch", 8, "--precision", "fp32", "--steps", 60, "--save-every", 5, "--preview-every", 0)
 
 
 def test_the_step_is_edms_objective(tmp_path):

@@ -14,13 +14,24 @@ from distmatch.system.errors import UserError
 from distmatch.system.files import write_atomic, write_json
 from distmatch.system.plain import read_json, read_yaml
 
+REMEDY = "Delete it to go on, if you know that its settings were these"
 
-def same_recipe(recipe: Recipe, out: Path) -> None:
-    """Raise `UserError` if the run in `out` began with a different recipe."""
+
+def begun(out: Path) -> Recipe | None:
+    """Return the recipe with which the run in `out` began, if it has saved anything."""
     file = out / "recipe.yaml"
-    if _has_begun(file):
-        before = flat(parse_recipe(read_yaml(file), str(file)).model_dump(mode="json"))
-        now = flat(recipe.model_dump(mode="json"))
+    return parse_recipe(read_yaml(file), str(file)) if _has_begun(file) else None
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """Return the settings in `file` with which the run there began; empty if it has saved nothing."""
+    return read_json(file, dict[str, Any], REMEDY) if _has_begun(file) else {}
+
+
+def same_recipe(recipe: Recipe, began: Recipe | None, out: Path) -> None:
+    """Raise `UserError` if the run in `out` `began` with a different recipe."""
+    if began is not None:
+        before, now = flat(began.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
         free = free_entries()
         _same({k: v for k, v in now.items() if k not in free}, before, out)
 
@@ -43,8 +54,7 @@ def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = (
     Args:
         new: settings that earlier versions did not record.
     """
-    remedy = "Delete it to go on, if you know that its settings were these"
-    before = read_json(file, dict[str, Any], remedy) if file.exists() else {}
+    before = read_json(file, dict[str, Any], REMEDY) if file.exists() else {}
     if _has_begun(file):
         _same({k: v for k, v in settings.items() if k in before or k not in new}, before, file.parent)
     else:

@@ -34,6 +34,7 @@ def mnist(out: Path, runs: Path) -> None:
 
     import torch
 
+    from distmatch.commands import binding
     from distmatch.commands.distillation import distil
     from distmatch.commands.report_page import report
     from distmatch.data import imaging
@@ -49,16 +50,17 @@ def mnist(out: Path, runs: Path) -> None:
     from distmatch.system.terminal import command
 
     began = time.perf_counter()
-    recipe = load_recipe("mnist")
     console.print(
         "Distilling the embedded MNIST teacher into a one-step generator: about ten minutes on two cores. "
         "Ctrl-C keeps what is done; the same command goes on."
     )
-    distil(recipe, out, runs)
+    distil(load_recipe("mnist"), out, runs)
 
+    recipe = binding.begun(out)
+    assert recipe is not None
     subject = subjects.subject(recipe)
     teacher, info = subject.denoiser, subject.info
-    pairs = build.pair_store(recipe, subject, runs)
+    pairs, workers = build.pair_store(recipe, subject, runs), build.workers(recipe)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
     fast = DistilledPipeline.from_pretrained(out, slow.device)
     spaces = find_spaces("mnist", device=fast.device)
@@ -67,9 +69,15 @@ def mnist(out: Path, runs: Path) -> None:
     with progress("evaluation", 2 * n, unit="image") as advance:
         # The pairs are the teacher's images, so there is no need to sample it again.
         taught = score(
-            lambda a, b: imaging.to_uint8(pairs.images(a, b)), labels, n, spaces, classes=info.classes, progress=advance
+            lambda a, b: imaging.to_uint8(pairs.images(a, b)),
+            labels,
+            n,
+            spaces,
+            classes=info.classes,
+            progress=advance,
+            workers=workers,
         )
-        learnt = evaluate(fast, spaces, n=n, seed=1, progress=advance)
+        learnt = evaluate(fast, spaces, n=n, seed=1, progress=advance, workers=workers)
     ratios = {f"ratio/{space.name}": learnt[space.distance] / taught[space.distance] for space, _ in spaces}
     rows = [
         {

@@ -18,6 +18,7 @@ from distmatch.pipeline import DistilledPipeline, TeacherPipeline, side_by_side
 from distmatch.planning.preflight import Flight, checks, cleared
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.settle import settled
 from distmatch.system import parallel
 from distmatch.system.files import write_atomic
 from distmatch.system.ownership import owns_out
@@ -38,7 +39,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         runs: the folder where pair stores are shared.
         teacher: your own denoiser, with its image shape and classes; `recipe.teacher` then only names it.
     """
-    parallel.on_first(lambda: binding.same_recipe(recipe, out))
+    recipe = _settled(recipe, out)
     flight = Flight(recipe, out, runs, teacher)
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
@@ -59,7 +60,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
                 distiller.student, distiller.steps.times[0], recipe.student.optimizer.clip, recipe.fake.optimizer.clip
             )
         else:
-            distiller.objective = build.objective(stage, subject, distiller.fake, pairs, distiller.objective)
+            build.enter(distiller, stage, subject, pairs)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
         _train(recipe, subject, distiller, spaces, out, end, title, watch)
     assert distiller is not None
@@ -72,10 +73,20 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
 @parallel.process_group()
 def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """Run `distmatch train --check`: only the checks that `distil` makes first, one line per result."""
-    parallel.on_first(lambda: binding.same_recipe(recipe, out))
+    recipe = _settled(recipe, out)
     for name, found in checks(Flight(recipe, out, runs, teacher)):
         _say(f"✓ {name:<10} {found}")
     _say("Nothing stands in the way of this run")
+
+
+def _settled(recipe: Recipe, out: Path) -> Recipe:
+    """Return `recipe` without `auto`. Raise `UserError` if the run in `out` began with a different one."""
+    began = parallel.on_first(lambda: binding.begun(out))
+    found = settled(recipe, began)
+    parallel.on_first(lambda: binding.same_recipe(found.recipe, began, out))
+    if found.said:
+        _say(f"On this machine: {found.said}")
+    return found.recipe
 
 
 def _train(
@@ -98,7 +109,16 @@ def _train(
             )
             n, seed = recipe.evaluate.images, recipe.seed + 1
             batch = 4 if subject.info.latent else 256
-            return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
+            return measure(
+                student,
+                spaces,
+                n=n,
+                seed=seed,
+                conditions=subject.conditions,
+                batch=batch,
+                full=False,
+                workers=distiller.workers,
+            )
 
         figures = frechet
 

@@ -5,9 +5,9 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_pipeline
+from distmatch.commands.shared import find_pipeline, find_workers
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Images, Name, Out, Scale
+from distmatch.system.options import Count, Images, Name, Out, Scale, WorkerCount
 
 
 @Parameter(name="*")
@@ -49,6 +49,9 @@ class Options:
     out: Out = None
     """A file to which the figures are also written, as JSON."""
 
+    workers: WorkerCount = "auto"
+    """Threads that work on batches at the same time, on a CPU; auto: as many as are fastest here."""
+
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -89,8 +92,11 @@ def _measure(model: str, options: Options) -> None:
     features = options.features or ("pixels" if options.reference else default_features(model, pipe.info))
     spaces = find_spaces(features, options.reference, options.resize, pipe.device, pipe.info.shape)
     known = known_rows(features, pipe.info, spaces, options.n)
+    workers = find_workers(options.workers, pipe.device)
     with progress(f"eval {model}", options.n, unit="image") as advance:
-        figures = evaluate(pipe, spaces, n=options.n, seed=options.seed, batch=options.batch, progress=advance)
+        figures = evaluate(
+            pipe, spaces, n=options.n, seed=options.seed, batch=options.batch, progress=advance, workers=workers
+        )
     if parallel.rank() > 0:
         return
     measured = {"name": named(model, pipe.nfe), "nfe": pipe.nfe, "images": options.n, "seed": options.seed}

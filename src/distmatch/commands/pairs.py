@@ -26,12 +26,17 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     """
     from distmatch.commands.distillation import pair_store
     from distmatch.recipe.loading import load_recipe
+    from distmatch.recipe.settle import settled
     from distmatch.recipe.subjects import subject
     from distmatch.system import parallel
+    from distmatch.system.screen import console
 
-    resolved = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
+    asked = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
     with parallel.process_group():
-        pair_store(resolved, subject(resolved), runs)
+        found = settled(asked)
+        if found.said and parallel.rank() == 0:
+            console.print(f"On this machine: {found.said}")
+        pair_store(found.recipe, subject(found.recipe), runs)
 
 
 @app.command

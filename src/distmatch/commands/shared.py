@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 from distmatch.system.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from distmatch.data.images import Images
     from distmatch.pipeline import Pipeline
+    from distmatch.system.machine import Choice
+    from distmatch.system.workers import Workers
 
 
 def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
@@ -43,6 +47,39 @@ def find_student(model: str, guidance: float | None, device: str, **how: Any) ->
             f"guidance {guidance} is for a teacher: add --teacher. This student's guidance is fixed by training"
         )
     return student
+
+
+def find_precision(asked: str, before: str | None, device: "torch.device") -> str:
+    """Return the precision `asked` for; `auto`: that of the run `before`, or the one that is faster on `device`."""
+    from distmatch.system import machine
+
+    if asked != "auto":
+        return asked
+    return before or str(_told(machine.faster_precision(device)))
+
+
+def find_workers(asked: "int | str", device: "torch.device") -> "Workers":
+    """Return the workers `asked` for; `auto`: as many as are fastest here, tried in a second and said in one line."""
+    import torch
+
+    from distmatch.system import machine, parallel
+    from distmatch.system.workers import Workers
+
+    possible = device.type == "cpu" and parallel.world() == 1
+    if asked != "auto":
+        if int(asked) > 1 and not possible:
+            raise UserError(f"--workers {asked}: they share the cores of a CPU within one process; use 1 or auto here")
+        return Workers(int(asked))
+    return Workers(_told(machine.faster_workers(torch.get_num_threads())) if possible else 1)
+
+
+def _told(choice: "Choice") -> Any:
+    """Say why the machine's choice was made; return it."""
+    from distmatch.system.screen import console
+
+    if choice.said:
+        console.print(f"On this machine: {choice.said}")
+    return choice.value
 
 
 def read_images(place: str | Path, split: str, out: Path) -> "Images":

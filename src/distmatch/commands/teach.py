@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import read_images
+from distmatch.commands.shared import find_precision, find_workers, read_images
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Name, Out, Range, Rate, Share, Whole
+from distmatch.system.options import Count, Name, Out, Range, Rate, Share, Whole, WorkerCount
 
 if TYPE_CHECKING:
     from distmatch.data.images import Images
@@ -51,8 +51,11 @@ class Options:
     ema: Share = 0.999
     """Decay of the moving average of the weights; the average is the model that is saved."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast around the network; worthwhile on a GPU, or on a CPU with bf16 arithmetic."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """bf16: autocast around the network; auto: bf16 where it is faster than fp32, tried when the run begins."""
+
+    workers: WorkerCount = "auto"
+    """Threads that share each batch, on a CPU; auto: as many as are fastest here."""
 
     seed: int = 0
     """Seed of the initial weights, the image order and all noise."""
@@ -106,7 +109,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
 
     import torch
 
-    from distmatch.commands.binding import same_settings
+    from distmatch.commands.binding import recorded, same_settings
     from distmatch.data.images import Images
     from distmatch.diffusion.denoiser import Denoiser, Prediction
     from distmatch.diffusion.schedule import EDM
@@ -135,14 +138,16 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     torch.manual_seed(options.seed)  # for the initial weights
     network = {"widths": list(options.widths), "blocks": options.blocks, "patch": options.patch}
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
-    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(subjects.device(options.device)).train()
+    device = subjects.device(options.device)
+    denoiser = Denoiser(net, EDM(), Prediction("edm")).to(device).train()
+    precision = find_precision(options.precision, recorded(out / "settings.json").get("precision"), device)
     how = teach.Settings(
         batch=options.batch,
         seed=options.seed,
         ema=options.ema,
         label_dropout=options.label_dropout,
         flip=options.flip,
-        precision=options.precision,
+        precision=precision,
     )
     settings = {"images": name, "split": options.split, "count": len(real), "steps": options.steps, "lr": options.lr}
     settings |= {**vars(how), "objective": "EDM"}
@@ -153,7 +158,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
         denoiser.parameters(), lr=options.lr, weight_decay=0.0, warmup=200, steps=options.steps, decay=0.3, clip=1.0
     )
     info = Info(shape, real.classes, card={"teach": settings, "pixels": content["pixels"]})
-    task = teach.Teaching(denoiser, real, optimizer, info, how)
+    task = teach.Teaching(denoiser, real, optimizer, info, how, find_workers(options.workers, device))
     plan = Plan(options.steps, log_every=50, save_every=options.save_every, preview_every=options.preview_every)
     watch = Clipping(Clipped("gradient_norm", optimizer.clip, "Lower --lr"))
     train(task, out, plan, watch=watch, config=settings, title="teach")

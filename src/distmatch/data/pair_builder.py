@@ -1,7 +1,7 @@
 """Builds a store of noise-image pairs, with any number of processes and machines that come and go."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from distmatch.data.pairs import (
     DTYPES,
@@ -26,12 +27,13 @@ from distmatch.data.pairs import (
     shard_name,
 )
 from distmatch.diffusion.conditions import Classes, Conditions
-from distmatch.diffusion.denoiser import Denoiser, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser, guided
 from distmatch.diffusion.solvers import solver
 from distmatch.system.claims import EXPIRY, Claims, make_together
 from distmatch.system.errors import UserError
 from distmatch.system.plain import json_digest
 from distmatch.system.storage import Folder
+from distmatch.system.workers import ALONE, Workers
 
 
 def build(
@@ -44,6 +46,7 @@ def build(
     batch: int = 256,
     progress: Progress | None = None,
     expiry: float = EXPIRY,
+    workers: Workers = ALONE,
 ) -> int:
     """Make the missing ones of the first `spec.count` pairs in `folder`; return how many pairs this call sampled.
 
@@ -58,6 +61,7 @@ def build(
         prompts: of the teacher's pairs, for the table beside them.
         batch: images per evaluation; each shard is split at fixed places. Changes nothing but rounding.
         progress: called with the number of pairs that became ready, first with those already there.
+        workers: threads that sample several batches at once, on a CPU.
         expiry: seconds after which a shard's unchanged claim is taken over, because its process has died.
 
     Raises:
@@ -83,7 +87,7 @@ def build(
         nonlocal sampled
         if sampled == 0 and fingerprint(teacher) != spec.fingerprint:  # reads every weight, so only once
             raise ValueError("the specification is of another teacher")
-        _make(store, stored, shards[name], teacher.eval(), conditions, batch, advance)
+        _make(store, stored, shards[name], teacher.eval(), conditions, batch, advance, workers)
         sampled += len(stored.rows(shards[name]))
 
     make_together(store, list(shards), present, make, found, expiry)
@@ -98,29 +102,38 @@ def _make(
     conditions: Conditions,
     batch: int,
     advance: Progress,
+    workers: Workers,
 ) -> None:
     """Sample one shard and write it. The caller holds its claim."""
     rows = spec.rows(shard)
     model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
     low = PRECISIONS[spec.precision]
     device = next(chain(teacher.parameters(), teacher.buffers()), torch.empty(0)).device
-    y = torch.empty(len(rows), *spec.shape, dtype=DTYPES[spec.dtype])
-    seen = []
-    for start in range(0, len(rows), batch):
-        cut = rows[start : start + batch]
-        z, cond = spec.noise(cut), conditions.at(cut)
+    cuts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    noise: list[Tensor] = []
+
+    def inputs() -> Iterator[tuple[Tensor, Cond | None]]:
+        for cut in cuts:
+            noise.append(spec.noise(cut))
+            yield noise[-1], conditions.at(cut)
+
+    def images(given: tuple[Tensor, Cond | None]) -> Tensor:
+        z, cond = given
         cond = None if cond is None else cond.to(device)
         with torch.no_grad(), torch.autocast(device.type, low, enabled=low != torch.float32):
-            part = sample(model, teacher.schedule, z.to(device), cond, spec.steps).to(y)
+            return sample(model, teacher.schedule, z.to(device), cond, spec.steps).to("cpu", DTYPES[spec.dtype])
+
+    made = []
+    for cut, part in zip(cuts, workers.map(images, inputs()), strict=True):
         if not part.isfinite().all():
             raise UserError(
                 f"pairs {cut[0]}..{cut[-1]}: the teacher made an image that is not finite in {spec.dtype}. "
                 "Check the teacher and its guidance, or choose float32"
             )
-        y[start : start + batch] = part
-        seen.append(z)
+        made.append(part)
         advance(len(cut))
-    meta = shard_meta(spec, shard, y, *seen)
+    y = torch.cat(made)
+    meta = shard_meta(spec, shard, y, *noise)
     folder.write(shard_name(shard), lambda p: save_file({"y": y}, p, metadata={"distmatch": json.dumps(meta)}))
 
 

@@ -15,10 +15,12 @@ from distmatch.diffusion.sampler import Steps
 from distmatch.methods.terms import Objective, Samples, Start, Stream, Term
 from distmatch.models.folder import Info, save_model
 from distmatch.system import rng
+from distmatch.system.workers import ALONE, Workers
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
-from distmatch.training.engine import autocast, average_gradients, summed, unwrapped
+from distmatch.training.engine import autocast, average_gradients, unwrapped
+from distmatch.training.gradients import add_gradients
 from distmatch.training.optim import Optimizer
 
 
@@ -48,7 +50,8 @@ class Settings:
     steps: Steps | None = None  # the student's times; default: only the schedule's t_max
     fake_updates: int = 1  # of the fake score per update of the student; the first uses the same images (Algorithm 1)
     seed: int = 0
-    accumulate: int = 1  # parts that each batch is split into; gradients are summed over them
+    accumulate: int = 1  # parts that each worker's share of a batch is split into; gradients are summed over them
+    workers: Workers = ALONE  # threads that share a batch, on a CPU and in a single process
     precision: str = "fp32"  # or "bf16", autocast around the networks; weights and preconditioning stay fp32
     process: Share = WHOLE  # (rank, world): a process makes its share of a batch, with gradients of the whole
     conditions: Conditions | None = None  # of the previews; default: classes in turn
@@ -78,16 +81,23 @@ class Distiller:
         self.seed, self.precision, self.fake_updates = settings.seed, settings.precision, settings.fake_updates
         self.steps = settings.steps or Steps((student.schedule.t_max,))
         self.conditions, self.decode = settings.conditions or Classes(len(info.classes)), settings.decode
-        (rank, world), cuts = settings.process, settings.accumulate
+        self.workers = settings.workers
+        (rank, world), cuts = settings.process, settings.accumulate * settings.workers.count
         self.shares = [(rank * cuts + cut, world * cuts) for cut in range(cuts)]
         self.ema = networks.average or EMA(student, 0.999)
         self.device = next(student.parameters()).device
         timed = (student, networks.fake, networks.teacher)
-        self.clock = Clock([network for network in timed if network is not None], self.device)
+        self.clock = Clock([network for network in timed if network is not None], self.device, self.workers.count)
 
     @property
     def terms(self) -> Sequence[Term]:
         return self.objective.terms
+
+    @property
+    def fake_optimizers(self) -> list[Optimizer]:
+        """The optimizers of the fake score and of the terms' own networks."""
+        own = [trained.optimizer for trained in self.objective.trained.values()]
+        return own if self.fake_optimizer is None else [self.fake_optimizer, *own]
 
     @property
     def images_per_step(self) -> int:
@@ -145,23 +155,23 @@ class Distiller:
 
         Returns the images of each part by stream, without graph, and the unweighted losses.
         """
-        made: list[dict[str, Samples]] = []
-        losses = {f"{term.name}/student": torch.zeros((), device=self.device) for term in self.terms}
-        for part in parts:
-            total = torch.zeros((), device=self.device)
-            with autocast(self.device, self.precision), summed(self.forward, last=part is parts[-1]):
+
+        def loss(part: Part) -> tuple[Tensor, tuple[dict[str, Samples], dict[str, Tensor]]]:
+            with autocast(self.device, self.precision):
                 samples = self.generate_all(part.starts)
-                for term in self.terms:
-                    loss = term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
-                    losses[f"{term.name}/student"] += loss.detach()
-                    total = total + term.weight * loss
-                self.clock.backward(total)
-            made.append({name: one.detach() for name, one in samples.items()})
+                losses = {
+                    term.name: term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
+                    for term in self.terms
+                }
+            total = torch.stack([term.weight * losses[term.name] for term in self.terms]).sum()
+            return total, ({name: one.detach() for name, one in samples.items()}, _detached(losses, "student"))
+
+        results = add_gradients(parts, loss, self.forward, self.optimizer.parameters, self.clock, self.workers)
+        made, losses = [images for images, _ in results], _summed([losses for _, losses in results])
         norm = self.optimizer.step(index)
         self.ema.update()
-        for own in (self.fake_optimizer, *(trained.optimizer for trained in self.objective.trained.values())):
-            if own is not None:
-                own.clear()  # gradients that the student's loss sent through the fake score, as in a GAN
+        for own in self.fake_optimizers:
+            own.clear()  # gradients that the student's loss sent through the fake score, as in a GAN
         return made, {**losses, "gradient_norm": norm}
 
     def update_fake(
@@ -170,16 +180,19 @@ class Distiller:
         """Lines 15-19 of Algorithm 1: update the fake score and the terms' own networks once, part by part."""
         assert self.fake is not None
         assert self.fake_optimizer is not None
-        terms = self.objective.fake_terms
-        losses = {f"{term.name}/fake": torch.zeros((), device=self.device) for term in terms}
-        for part, made in zip(parts, images, strict=True):
-            total = torch.zeros((), device=self.device)
-            with autocast(self.device, self.precision), summed(self.fake, last=part is parts[-1]):
-                for term in terms:
-                    loss = term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
-                    losses[f"{term.name}/fake"] += loss.detach()
-                    total = total + loss
-                self.clock.backward(total)
+
+        def loss(one: tuple[Part, Mapping[str, Samples]]) -> tuple[Tensor, dict[str, Tensor]]:
+            part, made = one
+            with autocast(self.device, self.precision):
+                losses = {
+                    term.name: term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
+                    for term in self.objective.fake_terms
+                }
+            return torch.stack(list(losses.values())).sum(), _detached(losses, "fake")
+
+        parameters = [parameter for own in self.fake_optimizers for parameter in own.parameters]
+        given = list(zip(parts, images, strict=True))
+        losses = _summed(add_gradients(given, loss, self.fake, parameters, self.clock, self.workers))
         average_gradients(self.fake)
         for trained in self.objective.trained.values():
             average_gradients(trained.network)
@@ -226,3 +239,13 @@ def _read(term: Term, samples: Mapping[str, Samples]) -> Samples:
     if len(read) == 1:
         return read[0]
     return Samples(torch.cat([one.x for one in read]), Cond.cat(*(one.cond for one in read)))
+
+
+def _detached(losses: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
+    """Return the terms' losses of one part as `TERM/NETWORK`, without graph."""
+    return {f"{term}/{network}": loss.detach() for term, loss in losses.items()}
+
+
+def _summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the losses of the whole batch, which are the sums of its parts'."""
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}

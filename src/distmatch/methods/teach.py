@@ -14,10 +14,12 @@ from distmatch.diffusion.losses import denoising_loss
 from distmatch.diffusion.sampler import heun
 from distmatch.models.folder import Info, save_model
 from distmatch.system import rng
+from distmatch.system.workers import ALONE, Workers
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
 from distmatch.training.engine import autocast
+from distmatch.training.gradients import add_gradients
 from distmatch.training.optim import Optimizer
 
 P_MEAN, P_STD = -1.2, 1.2
@@ -55,16 +57,26 @@ class Teaching:
 
     Args:
         denoiser: on its device, in training mode; its schedule is EDM's.
+        workers: they share each batch, on a CPU. Changes nothing but rounding.
     """
 
-    def __init__(self, denoiser: Denoiser, images: Images, optimizer: Optimizer, info: Info, settings: Settings):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: Images,
+        optimizer: Optimizer,
+        info: Info,
+        settings: Settings,
+        workers: Workers = ALONE,
+    ):
         self.denoiser, self.images, self.optimizer, self.info = denoiser, images, optimizer, info
         self.settings = settings
         self.ema = EMA(denoiser, settings.ema)
         self.device = next(denoiser.parameters()).device
         self.pixels = images.pixels.to(self.device)
         self.labels = None if images.labels is None else images.labels.to(self.device)
-        self.clock = Clock([denoiser], self.device)
+        self.workers = workers
+        self.clock = Clock([denoiser], self.device, workers.count)
         self.images_per_step = settings.batch
 
     @property
@@ -85,13 +97,21 @@ class Teaching:
             cond = Cond(label=self.labels[rows].masked_fill(drop, len(self.images.classes)))
         sigma = (P_MEAN + P_STD * torch.randn(batch, generator=generator, device=self.device)).exp()
         eps = torch.randn(x.shape, generator=generator, device=self.device)
-        with autocast(self.device, self.settings.precision):
-            x0 = self.denoiser(self.denoiser.schedule.add_noise(x, eps, sigma), sigma, cond)
-        loss = denoising_loss(x0, x, self.denoiser.weight(sigma))
-        self.clock.backward(loss)
+        noisy = self.denoiser.schedule.add_noise(x, eps, sigma)
+
+        def loss(part: slice) -> tuple[Tensor, Tensor]:
+            with autocast(self.device, how.precision):
+                x0 = self.denoiser(noisy[part], sigma[part], None if cond is None else cond[part])
+            share = len(x0) / batch
+            mean = share * denoising_loss(x0, x[part], self.denoiser.weight(sigma[part]))
+            return mean, mean.detach()
+
+        size = -(-batch // self.workers.count)
+        parts = [slice(start, start + size) for start in range(0, batch, size)]
+        losses = add_gradients(parts, loss, self.denoiser, self.optimizer.parameters, self.clock, self.workers)
         norm = self.optimizer.step(index)
         self.ema.update()
-        return {"loss": loss.detach(), "gradient_norm": norm}
+        return {"loss": torch.stack(losses).sum(), "gradient_norm": norm}
 
     @torch.no_grad()
     def preview(self) -> Tensor:

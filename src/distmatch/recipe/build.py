@@ -26,6 +26,7 @@ from distmatch.recipe.subjects import Subject
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
+from distmatch.system.workers import Workers
 from distmatch.training.ema import EMA, frozen_copy
 from distmatch.training.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
 
@@ -71,18 +72,25 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
             prompts=subject.prompts,
             batch=recipe.pairs.batch,
             progress=advance,
+            workers=workers(recipe),
         )
     return PairStore.open(folder, spec.fingerprint, spec.count)
 
 
+def workers(recipe: Recipe) -> Workers:
+    """Return the workers that share a batch: one for `auto`, which `settle` replaces first."""
+    return Workers(1 if recipe.workers == "auto" else recipe.workers)
+
+
 def check_batches(recipe: Recipe) -> None:
     """Raise `UserError` if the processes cannot share a batch equally."""
-    world = parallel.world()
+    world, cuts = parallel.world(), 1 if recipe.workers == "auto" else recipe.workers
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
-        if name in recipe.terms and batch % (recipe.accumulate * world):
+        if name in recipe.terms and batch % (recipe.accumulate * world * cuts):
             raise UserError(
                 f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate}"
                 + (f" times {world} processes" if world > 1 else "")
+                + (f" times {cuts} workers" if cuts > 1 else "")
                 + "; choose one that is"
             )
 
@@ -125,12 +133,21 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
             fake_updates=recipe.fake.steps,
             seed=recipe.seed,
             accumulate=recipe.accumulate,
+            workers=workers(recipe),
             precision=recipe.precision,
             process=(parallel.rank(), parallel.world()),
             conditions=subject.conditions,
             decode=components(info, dev).decode if info.latent else None,
         ),
     )
+
+
+def enter(distiller: Distiller, stage: Recipe, subject: Subject, pairs: PairStore | None) -> None:
+    """Go on with the objective and the learning rates of the next stage; networks and moments stay."""
+    distiller.objective = objective(stage, subject, distiller.fake, pairs, distiller.objective)
+    distiller.optimizer.lr = stage.student.optimizer.lr
+    for own in distiller.fake_optimizers:
+        own.lr = stage.fake.optimizer.lr
 
 
 def start(recipe: Recipe, subject: Subject) -> Denoiser:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distmatch.recipe.entry import entry, facts_of, flat, set_entry
+from distmatch.recipe.entry import entry, flat, marked, set_entry, walk
 from distmatch.recipe.mistakes import explain
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
@@ -29,7 +29,7 @@ class Optimiser(_Strict):
     """AdamW for one network; see `optim.Optimizer`."""
 
     lr: Annotated[float, Field(gt=0)] = entry(
-        5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION"
+        5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION", stage=True
     )
     betas: tuple[Decay, Decay] = entry(
         (0.9, 0.999), "Decay per step of AdamW's averages of the gradient and of its square.", "Appendix B"
@@ -228,9 +228,9 @@ class Pairs(_Strict):
     )
     seed: int = entry(0, "Seed of the pairs' noise.", "ours", pairs=True)
     dtype: Literal["float32", "float16"] = entry("float32", "Data type in which images are stored.", "ours", pairs=True)
-    precision: Literal["fp32", "bf16", "fp16"] = entry(
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = entry(
         "fp32",
-        "Arithmetic of the teacher during sampling; bf16 and fp16 by autocast.",
+        "Arithmetic of the teacher during sampling; bf16 and fp16 by autocast. auto: as for the recipe's precision.",
         "ours",
         pairs=True,
         small="fp32",  # a trial runs on CPUs, many of which have no fast bf16: there it takes up to 40 times as long
@@ -371,16 +371,28 @@ class Recipe(_Strict):
     pairs: Pairs = entry(Pairs(), "Noise-image pairs made by the teacher (Section 3.3).", stage=True)
     fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
     stages: list[Stage] = entry(
-        [], "Parts of the run with different terms and pairs; empty: the run has only one.", "Table 5", unnamed=True
+        [],
+        "Parts of the run with different weights, pairs and learning rates; empty: the run has only one.",
+        "Table 5",
+        unnamed=True,
     )
     accumulate: Positive = entry(
         1, "Number of parts a batch is computed in, one by one, to save memory.", "ours", free=True, small=1
     )
-    precision: Literal["fp32", "bf16"] = entry(
+    precision: Literal["fp32", "bf16", "auto"] = entry(
         "fp32",
-        "Arithmetic of the networks; bf16 by autocast. Weights and averages stay fp32.",
+        "Arithmetic of the networks; bf16 by autocast. Weights and averages stay fp32. auto: whichever is faster on "
+        "this machine, tried when the run begins.",
         "Appendix B.2: mixed",
         small="fp32",
+    )
+    workers: Positive | Literal["auto"] = entry(
+        "auto",
+        "Threads that share each batch on a CPU, each with its part of the cores and gradients of its own. auto: as "
+        "many as is fastest here, tried when the run begins. On GPUs and in several processes: 1.",
+        "ours",
+        free=True,
+        small=1,
     )
     parallel: Literal["ddp", "fsdp"] = entry(
         "ddp", "How several processes hold the networks: ddp, each a copy; fsdp, each a part.", "ours", free=True
@@ -435,11 +447,14 @@ class Recipe(_Strict):
     def stage(self, number: int) -> "Recipe":
         """Return the recipe in stage `number`, from 0. Each stage changes the recipe, not the stage before."""
         tree = self.model_dump(exclude={"stages"})
-        changeable = [name for name, field in Recipe.model_fields.items() if "stage" in facts_of(field)]
+        fixed = {name for name, _, _ in walk(Recipe)} - marked(Recipe, "stage").keys()
         for key, value in self.stages[number].change.items():
-            if key.split(".")[0] not in changeable:
-                raise UserError(f"stage {number + 1} changes {key!r}; a stage can change {', '.join(changeable)}")
-            set_entry(tree, key, value)
+            if present_name(key) in fixed:
+                raise UserError(
+                    f"stage {number + 1} changes {key!r}; a stage can change entries of match, regress and pairs, "
+                    "student.optimizer.lr and fake.optimizer.lr"
+                )
+            set_entry(tree, present_name(key), value)
         return parse_recipe(tree, f"stage {number + 1}")
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter, Token
 
@@ -22,7 +22,7 @@ class Range:
 
     def __call__(self, _: Any, value: Any) -> None:
         numbers = value if isinstance(value, tuple | list) else (value,)
-        for number in (number for number in numbers if number is not None):
+        for number in (number for number in numbers if number not in (None, "auto")):
             above = number > self.low if "(" in self.open else number >= self.low
             below = number < self.high if ")" in self.open else number <= self.high
             if not (above and below and math.isfinite(number)):
@@ -38,6 +38,9 @@ Whole = Annotated[int, Parameter(validator=Range(0))]
 Rate = Annotated[float, Parameter(validator=Range(0, open="("))]
 Share = Annotated[float, Parameter(validator=Range(0, 1, open=")"))]
 Scale = Annotated[float, Parameter(validator=Range(0))]
+WorkerCount = Annotated[int | Literal["auto"], Parameter(validator=Range(1))]
+"""Threads that share the work on a CPU; `auto`: see `shared.find_workers`."""
+
 Images = Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))]
 """A number of images, `-n`."""
 

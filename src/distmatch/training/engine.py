@@ -10,6 +10,7 @@ Everything but `ddp` works in place, and the names of the weights stay the same.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -138,9 +139,14 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
     Works for any network, with or without `spread`, and needs no argument in its `forward`. Tensors keep their graph.
     """
     found: dict[int, Tensor] = {}
+    thread = get_ident()  # several workers may run the network at once, each with its own part of the batch
 
     def keep(number: int) -> Callable[..., None]:
-        return lambda _module, _inputs, output: found.__setitem__(number, output)
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if get_ident() == thread:
+                found[number] = output
+
+        return hook
 
     members = blocks(unwrapped(network))
     handles = [members[number].register_forward_hook(keep(number)) for number in numbers]
@@ -169,7 +175,8 @@ def average_gradients(network: nn.Module) -> None:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which networks compute in `precision`, "fp32" or "bf16", whatever their weights' type."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # The cache of cast weights is one for all threads, and a worker that is done would empty it for the others.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=device.type != "cpu")
 
 
 @contextmanager
