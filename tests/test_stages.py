@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 
 from distmatch.commands import distillation
 from distmatch.models.folder import load_model
@@ -82,6 +83,33 @@ def test_batches_of_later_stages_are_checked_before_anything_runs(tmp_path):
             load_recipe(str(tiny.recipe_file(tmp_path, stages=stages, accumulate=2))), tmp_path / "run", tmp_path
         )
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_fake_score_can_wait_for_a_later_stage(tmp_path):
+    """Regression alone, then matching too: the fake score is the teacher until then, and a run goes on bit for bit."""
+    stages = [{"until": 4, "change": {"terms": ["regress"]}}, {"until": 8}]
+    file = str(tiny.recipe_file(tmp_path, stages=stages, steps=8))
+    alone = load_recipe(file, ["stages=[]", "steps=4", "terms=regress", "student.optimizer.decay=0"])
+    both = load_recipe(file, ["student.optimizer.decay=0"])
+    distillation.distil(alone, tmp_path / "alone", tmp_path)
+    distillation.distil(both, tmp_path / "both", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "both" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "match/student" in line] == [6, 8]
+    teacher = load_file(tmp_path / "teacher" / "model.safetensors")
+    saved = {step: _shard(tmp_path / "both", step) for step in (4, 8)}
+    assert all(saved[4][f"fake/net.{name}"].equal(value) for name, value in teacher.items())
+    assert not all(saved[8][f"fake/net.{name}"].equal(value) for name, value in teacher.items())
+    student = {name: value for name, value in _shard(tmp_path / "alone", 4).items() if name.startswith("student/")}
+    assert student
+    assert all(saved[4][name].equal(value) for name, value in student.items())
+
+
+def _shard(run, step):
+    """All tensors of a checkpoint."""
+    found = {}
+    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def test_impossible_stages_are_named(tmp_path):

@@ -55,7 +55,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
             continue  # a resumed run continues in the stage where it stopped
         pairs = pair_store(stage, subject, runs) if objectives.reads_pairs(stage) else None
         if distiller is None:
-            distiller = build.distiller(stage, subject, pairs)
+            distiller = build.distiller(stage, subject, pairs, any(map(objectives.trains_fake, stages)))
             watch = distillation(
                 distiller.student, distiller.steps.times[0], recipe.student.optimizer.clip, recipe.fake.optimizer.clip
             )

@@ -116,7 +116,7 @@ class Distiller:
     def step(self, index: int) -> dict[str, Tensor]:
         parts = [self.draw(index, share) for share in self.shares]
         images, losses = self.update_student(index, parts)
-        if self.fake is None:
+        if not self.objective.fake_terms:
             return losses
         for turn in range(self.fake_updates):
             if turn > 0:

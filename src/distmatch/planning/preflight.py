@@ -55,7 +55,7 @@ class Flight:
 
     def __init__(self, recipe: Recipe, out: Path, runs: Path, own: tuple[Denoiser, Info] | None = None):
         self.recipe, self.out, self.runs, self.own = recipe, out, runs, own
-        self.stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+        self.stages = recipe.parts
         self.device = subjects.device(recipe.device)
 
     @cached_property

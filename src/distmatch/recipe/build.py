@@ -21,7 +21,7 @@ from distmatch.models.info import Info
 from distmatch.models.library import components, find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
-from distmatch.recipe.objectives import TERMS, objective, optimizer, trains_fake
+from distmatch.recipe.objectives import objective, optimizer, trains_fake
 from distmatch.recipe.subjects import Subject
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
@@ -95,8 +95,10 @@ def check_batches(recipe: Recipe) -> None:
             )
 
 
-def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Distiller:
+def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_score: bool | None = None) -> Distiller:
     """Return the recipe's distillation. Student and fake score start as copies of one network, see `start`.
+
+    `fake_score`: whether there is one; default: if a term trains it. A later stage may be the first to do so.
 
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
@@ -104,7 +106,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     dev, info = subject.device, subject.info
     first = start(recipe, subject)
     trained = student(recipe, first)
-    fake = _trained_copy(first) if trains_fake(recipe) else None
+    fake = _trained_copy(first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
     average = frozen_copy(trained)
     if recipe.gradient_checkpointing:
         for network in filter(None, (trained, fake)):
@@ -117,7 +119,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Dist
     score = fake
     # DDP needs one forward pass per backward pass. If own terms also use the fake score, the distiller averages its
     # gradients instead.
-    if fake is not None and (recipe.parallel == "fsdp" or set(recipe.terms) <= TERMS.keys()):
+    if fake is not None and (recipe.parallel == "fsdp" or not recipe.own_terms):
         score = spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):

@@ -282,7 +282,7 @@ class Stage(_Strict):
     until: Positive = entry(
         ..., "Last step of the stage. Must rise from stage to stage; the last one equals steps.", "Table 5"
     )
-    change: dict[str, float | int | str | bool] = entry(
+    change: dict[str, float | int | str | bool | list[str]] = entry(
         {},
         "Entries that differ from the recipe in this stage, by dotted name. Changes of earlier stages do not carry "
         "over.",
@@ -356,6 +356,7 @@ class Recipe(_Strict):
         "Terms of the objective, each at most once: match, regress, or names in own_terms. On the command line, "
         "terms=match,regress also works.",
         "Section 3.3; Table 2 omits one",
+        stage=True,
     )
     own_terms: dict[str, OwnTerm] = entry(
         {},
@@ -372,7 +373,7 @@ class Recipe(_Strict):
     fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
     stages: list[Stage] = entry(
         [],
-        "Parts of the run with different weights, pairs and learning rates; empty: the run has only one.",
+        "Parts of the run with different terms, pairs and learning rates; empty: the run has only one.",
         "Table 5",
         unnamed=True,
     )
@@ -451,11 +452,22 @@ class Recipe(_Strict):
         for key, value in self.stages[number].change.items():
             if present_name(key) in fixed:
                 raise UserError(
-                    f"stage {number + 1} changes {key!r}; a stage can change entries of match, regress and pairs, "
-                    "student.optimizer.lr and fake.optimizer.lr"
+                    f"stage {number + 1} changes {key!r}; a stage can change terms, entries of match, regress and "
+                    "pairs, student.optimizer.lr and fake.optimizer.lr"
                 )
             set_entry(tree, present_name(key), value)
-        return parse_recipe(tree, f"stage {number + 1}")
+        found = parse_recipe(tree, f"stage {number + 1}")
+        own = [[term for term in one.terms if term in self.own_terms] for one in (self, found)]
+        if own[0] != own[1]:
+            raise UserError(
+                f"stage {number + 1} has the own terms {own[1]}, the recipe {own[0]}; no stage changes these"
+            )
+        return found
+
+    @property
+    def parts(self) -> "list[Recipe]":
+        """The recipe in each of its stages; the recipe itself if it has none."""
+        return [self.stage(number) for number in range(len(self.stages))] or [self]
 
 
 EARLIER = {"generator": "student.optimizer", "critic.steps": "fake.steps", "critic": "fake.optimizer"}

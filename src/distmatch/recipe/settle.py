@@ -66,10 +66,9 @@ def _settled(recipe: Recipe, began: Recipe | None) -> Settled:
 
 def _shared(recipe: Recipe) -> int:
     """Return how many parts the batches of all stages can be split into."""
-    stages = [recipe.stage(number) for number in range(len(recipe.stages))] or [recipe]
     sizes = [
         batch
-        for stage in stages
+        for stage in recipe.parts
         for term, batch in (("match", stage.match.batch), ("regress", stage.regress.batch))
         if term in stage.terms
     ]

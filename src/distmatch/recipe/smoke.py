@@ -48,7 +48,7 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
 def _short(recipe: Recipe) -> list[dict[str, Any]]:
     """Cut the stages to one step each, with small batches and few pairs; these grow where the recipe's do."""
     small = marked(Recipe, "small")
-    counts = [recipe.stage(number).pairs.count for number in range(len(recipe.stages))]
+    counts = [stage.pairs.count for stage in recipe.parts]
     short = []
     for number, (stage, count) in enumerate(zip(recipe.stages, counts, strict=True), 1):
         change = {name: small.get(name, value) for name, value in stage.change.items()}

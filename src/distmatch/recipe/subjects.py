@@ -54,7 +54,7 @@ class Subject:
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
-    for stage in [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]:
+    for stage in recipe.parts:
         for scale in _scales(stage):
             info.check_guidance(scale)
     dev = device(recipe.device)
