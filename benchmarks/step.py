@@ -32,7 +32,7 @@ from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.smoke import make_networks, random_edm
-from distmatch.training.engine import autocast
+from distmatch.system.precision import autocast
 
 
 def main(recipe: str = "mnist", /, *overrides: str, rounds: int = 15) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from distmatch import Recipe, distil
-from distmatch.methods.terms import Samples, Start, TermContext
+from distmatch.methods.own_terms import TermContext
+from distmatch.methods.terms import Samples, Start
 
 
 class TotalVariation:
@@ -20,7 +21,7 @@ class TotalVariation:
 
     A term says which streams' images it sees: "noise" (fresh noise), "pairs" (the noise of the teacher's pairs). A term
     that also has `fake_loss(drawn, samples)` and `trained` takes part in the fake score's update and may train networks
-    of its own there; see `distmatch.terms.FakeTerm`.
+    of its own there; see `distmatch.methods.terms.FakeTerm`.
     """
 
     reads = ("noise",)
@@ -44,7 +45,7 @@ if __name__ == "__main__":
         "terms": ["match", "smooth"],
         "own_terms": {"smooth": {"source": f"{__file__}:TotalVariation", "weight": 0.05}},
         "match": {"batch": 8},
-        "generator": {"lr": 1e-3},
-        "critic": {"lr": 1e-3},
+        "student": {"optimizer": {"lr": 1e-3}},
+        "fake": {"optimizer": {"lr": 1e-3}},
     }
     distil(Recipe.model_validate(recipe), Path("runs/smooth"))

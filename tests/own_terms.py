@@ -47,3 +47,10 @@ class Reader:
 
     def __init__(self, context):
         self.name, self.weight = context.name, 1.0
+
+
+class Odd(Judge):
+    """Cannot be made."""
+
+    def __init__(self, context):
+        raise ValueError("by the test")

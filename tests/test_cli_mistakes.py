@@ -47,7 +47,7 @@ WRONG = {
     "sample mnist 5": "Unexpected '5': options have names",
     "eval mnist n=5": "Unexpected 'n=5'",
     # The command line is to blame, not the packaged file.
-    "train mnist terms=mtach": "terms=mtach on the command line: terms has 'mtach'; expected match, regress, or",
+    "train mnist terms=mtach": "terms=mtach on the command line: unknown term 'mtach' in terms; expected match",
     "train mnist match.wieghting=eq8": "match.wieghting=eq8 on the command line: unknown key 'match.wieghting'; did",
     "train mnist mtach.weighting=eq8": "mtach.weighting=eq8 on the command line: unknown key 'mtach'; did you mean",
     "train mnist steps=": "steps= on the command line: steps = None: input should be a valid integer",
@@ -69,7 +69,7 @@ WRONG = {
     "sample cifar10-cond": "cifar10-cond is a recipe",
     "train runs/mnist": "runs/mnist is neither a recipe of the package nor a file called .yaml",
     "train mnist.yaml": "recipe file mnist.yaml does not exist",
-    "sample nobody": "neither a model folder nor a run; the package has mnist",
+    "sample nobody": "neither a model folder nor a run; the package ships mnist",
     # What is not there.
     "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",
     "sample mnist --device meta": "device 'meta' is not available here; use auto or cpu",

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from distmatch.diffusion.denoiser import PREDICTIONS, Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.fixed import fixed
 from distmatch.diffusion.schedule import EDM, VP, Flow
+from distmatch.models.attention import attention
 from distmatch.models.mixture import mixture
 
 SCHEDULES = [EDM(), VP(), Flow()]
@@ -149,3 +151,37 @@ def test_conditions_slice_join_and_move_together():
     assert cond.null().label is None
     assert cond.null().text is None
     assert cond.null().extra is cond.extra
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_a_fixed_time_is_the_same_to_the_last_bit(name):
+    class Net(nn.Module):
+        def forward(self, x, noise, cond):
+            return (x + noise[:, None, None, None]).tanh()
+
+    denoiser, x = Denoiser(Net(), EDM(), Prediction(name)), torch.randn(3, 1, 4, 4)
+    denoiser.net.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    for t in (80.0, 0.7):
+        look = fixed(denoiser, t, torch.device("cpu"))
+        assert torch.equal(look(x, None), denoiser(x, torch.full((3,), t)))
+
+
+def test_a_denoiser_with_a_forward_of_its_own_keeps_it_at_a_fixed_time():
+    model, x = mixture(EDM(), [[-1.0], [2.0]], [0.3, 0.5]), torch.randn(3, 1)
+    assert torch.equal(fixed(model, 5.0, torch.device("cpu"))(x, None), model(x, torch.full((3,), 5.0)))
+
+
+@pytest.mark.parametrize("positions", [16, 300])
+def test_attention_in_bf16_is_that_of_fp32_with_its_gradients(positions):
+    """Written out for short sequences, fused for long ones: both within the rounding of bf16."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 3, positions, 8, generator=generator).requires_grad_() for _ in range(3)]
+    low = [x.detach().bfloat16().requires_grad_() for x in exact]
+    y, rounded = attention(*exact), attention(*low)
+    weights = (exact[0] @ exact[1].transpose(-1, -2) / 8**0.5).softmax(-1)
+    assert torch.allclose(y, weights @ exact[2], atol=1e-5)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - y).norm() < 0.02 * y.norm()
+    wanted = torch.autograd.grad(y.square().sum(), exact)
+    for gradient, expected in zip(torch.autograd.grad(rounded.float().square().sum(), low), wanted, strict=True):
+        assert (gradient - expected).norm() < 0.03 * expected.norm()

@@ -89,7 +89,7 @@ def test_models_survive_the_folder(tmp_path):
 def test_foreign_and_damaged_folders_are_named(tmp_path, student):
     with pytest.raises(ValueError, match="is a student; a teacher is needed here"):
         TeacherPipeline.from_pretrained(student)
-    with pytest.raises(ValueError, match="neither a model folder nor a run; the package has mnist"):
+    with pytest.raises(ValueError, match="neither a model folder nor a run; the package ships mnist"):
         DistilledPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="mixture 'x' is unknown"):
         find_model("mixture:x", "teacher")
@@ -125,7 +125,7 @@ def test_sample_command_writes_the_pipelines_images(tmp_path, student):
     assert (tmp_path / "out" / "grid.png").exists()
     wrong = tiny.command("sample", "mnits")
     assert wrong.returncode == 2
-    assert "the package has mnist" in wrong.stderr
+    assert "the package ships mnist" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 

@@ -114,11 +114,11 @@ def _shard(run, step):
 
 def test_impossible_stages_are_named(tmp_path):
     for stages, message in (
-        ([{"until": 3}], r"stages end at \[3\]; expected rising iterations, the last of them `steps`, 12"),
+        ([{"until": 3}], r"stages end at \[3\]; expected rising step numbers, ending at steps \(12\)"),
         ([{"until": 5}, {"until": 5}, {"until": 12}], r"stages end at \[5, 5, 12\]"),
         (
             [{"until": 12, "change": {"student.ema": 0.5}}],
-            "stage 1 changes 'student.ema'; a stage can change entries of match",
+            "stage 1 changes 'student.ema'; a stage can change terms, entries of match",
         ),
         ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'batch'"),
         ([{"until": 12, "change": {"match.batch": "a"}}], "stage 1: match.batch = 'a'"),

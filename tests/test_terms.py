@@ -122,8 +122,11 @@ def test_two_processes_train_its_head_as_one_does(tmp_path):
         ([f"own_terms={{a: {{source: '{OWN}:Nobody'}}}}", "terms=[match, a]"], r"Nobody' cannot be imported"),
         ([f"own_terms={{a: {{source: '{OWN}:Judge', colour: 3}}}}", "terms=[match, a]"], r"own_terms.a: .*'colour'"),
         ([f"own_terms={{a: {{source: '{OWN}:Reader'}}}}", "terms=[match, a]"], r"a reads 'rollouts'; expected noise"),
-        (["terms=[match, b]"], r"terms has 'b'; expected match, regress"),
+        (["terms=[match, b]"], r"unknown term 'b' in terms; expected match, regress"),
         (["own_terms={a: {weight: 1}}"], r"'own_terms.a.source' is missing"),
+        ([f"own_terms={{match: {{source: '{OWN}:Judge'}}}}", "terms=match"], r"own_terms.match has the name of a term"),
+        ([f"own_terms={{a: {{source: '{OWN}:Judge'}}}}", "terms=match"], r"own_terms.a is not in terms"),
+        ([f"own_terms={{a: {{source: '{OWN}:Odd'}}}}", "terms=[match, a]"], r"raised ValueError: by the test, in .*ow"),
     ],
 )  # fmt: skip
 def test_one_that_cannot_be_is_named_before_anything_is_made(tmp_path, changes, said):

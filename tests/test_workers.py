@@ -20,7 +20,7 @@ from distmatch.recipe.loading import load_recipe
 from distmatch.system import machine
 from distmatch.system.errors import Stopped, UserError
 from distmatch.system.plain import read_yaml
-from distmatch.system.workers import Workers
+from distmatch.system.workers import Workers, current, using
 from distmatch.training.clock import Clock
 from distmatch.training.engine import features
 from distmatch.training.gradients import add_gradients
@@ -108,7 +108,7 @@ def test_gradients_have_their_weights_layout_and_none_is_shared():
     x = torch.randn(4, 4, 8, 8)
 
     def loss(part):
-        return network(part).square().mean() / 2 + (a + b).sum() / 2, None
+        return network(part).square().mean() / 2 + (a + b).sum() / 2, {}, None
 
     parameters = [*network.parameters(), a, b]
     add_gradients(x.chunk(2), loss, network, parameters, Clock([], torch.device("cpu"), 2), Workers(2))
@@ -155,17 +155,21 @@ def test_pairs_are_the_same_file_for_file(tmp_path):
     teacher = tiny.teacher()
     settings = spec(teacher, count=40, shard_size=20)
     for count in (1, 2):
-        build(tmp_path / f"{count}", settings, teacher, batch=5, workers=Workers(count))
+        with using(Workers(count)):
+            build(tmp_path / f"{count}", settings, teacher, batch=5)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
 def test_figures_are_the_same_to_the_last_bit():
     pixels = torch.randint(0, 256, (300, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     spaces, labels = find_spaces("mnist"), torch.arange(300) % 10
-    one, two = (
-        score(lambda a, b: pixels[a:b], labels, 300, spaces, classes=DIGITS, batch=50, full=False, workers=workers)
-        for workers in (Workers(1), Workers(2))
-    )
+    found = []
+    for workers in (Workers(1), Workers(2)):
+        with using(workers):
+            assert current() is workers
+            found.append(score(lambda a, b: pixels[a:b], labels, 300, spaces, classes=DIGITS, batch=50, full=False))
+        assert current().count == 1
+    one, two = found
     assert one == two
     assert len(one) == 4
 

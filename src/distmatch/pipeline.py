@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from distmatch.data import imaging
 from distmatch.diffusion.conditions import Conditions, with_guidance
 from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.fixed import Fixed, fixed
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import Schedule
 from distmatch.diffusion.solvers import evaluations, solver
@@ -22,7 +24,8 @@ from distmatch.models.library import components, family_of, find_model
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.finite import check_images
-from distmatch.training.engine import autocast, try_compiler
+from distmatch.system.precision import autocast
+from distmatch.training.engine import try_compiler
 
 NoiseOf = Callable[[int], Tensor]
 """Noise f[B,*D] for a batch's rows at a step after the first; steps count from 1."""
@@ -243,10 +246,14 @@ class DistilledPipeline(Pipeline):
             forward, parts = _compiled(denoiser, parts or Components())
         self.precision = precision
 
+        @cache
+        def at_times(device: torch.device) -> list[Fixed]:
+            return [fixed(forward, t, device) for t in steps.times]
+
         def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
             noise = [noise_of(step).to(z) for step in range(1, len(steps))]
             with autocast(z.device, precision):
-                return steps.sample(forward, denoiser.schedule, z, cond, noise)
+                return steps.sample(at_times(z.device), denoiser.schedule, z, cond, noise)
 
         super().__init__(denoiser, info, make, nfe=len(steps), parts=parts)
 

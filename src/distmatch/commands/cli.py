@@ -104,7 +104,7 @@ def main() -> None:
         traceback.print_exc()
         _fail(
             f"the {type(error).__name__} above is a bug in distmatch or in a package that it uses, not a mistake of "
-            f"yours. Please report it with all these lines and the command: {_command()}",
+            f"yours. Please report it, including everything above and this command: {_command()}",
             1,
         )
 

@@ -12,7 +12,7 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
     Parameters
     ----------
     which
-        mnist: the embedded teacher, pairs, distillation, evaluation, report; about ten minutes on two cores.
+        mnist: the teacher in the package, pairs, distillation, evaluation, report; about ten minutes on two cores.
         toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
     out
         Folder for the results; default: runs/demo-WHICH.
@@ -29,7 +29,7 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
 
 
 def mnist(out: Path, runs: Path) -> None:
-    """Distil the embedded teacher with the recipe `mnist`, measure teacher and student, write `out/report.html`."""
+    """Distil the package's teacher by the recipe `mnist-demo`, measure teacher and student, write `out/report.html`."""
     import time
 
     import torch
@@ -48,25 +48,26 @@ def mnist(out: Path, runs: Path) -> None:
     from distmatch.system.progress import progress
     from distmatch.system.screen import console
     from distmatch.system.terminal import command
+    from distmatch.system.workers import using
 
     began = time.perf_counter()
     console.print(
-        "Distilling the embedded MNIST teacher into a one-step generator: about ten minutes on two cores. "
+        "Distilling the MNIST teacher in the package into a one-step generator: about ten minutes on two cores. "
         "Ctrl-C keeps what is done; the same command goes on."
     )
-    distil(load_recipe("mnist"), out, runs)
+    distil(load_recipe("mnist-demo"), out, runs)
 
     recipe = binding.begun(out)
     assert recipe is not None
     subject = subjects.subject(recipe)
     teacher, info = subject.denoiser, subject.info
-    pairs, workers = build.pair_store(recipe, subject, runs), build.workers(recipe)
+    pairs = build.pair_store(recipe, subject, runs)
     slow = TeacherPipeline(teacher, info, sampler=recipe.pairs.sampler, steps=recipe.pairs.steps)
     fast = DistilledPipeline.from_pretrained(out, slow.device)
     spaces = find_spaces("mnist", device=fast.device)
     n = len(pairs)
     labels = torch.arange(n) % len(info.classes)
-    with progress("evaluation", 2 * n, unit="image") as advance:
+    with using(build.workers(recipe)), progress("evaluation", 2 * n, unit="image") as advance:
         # The pairs are the teacher's images, so there is no need to sample it again.
         taught = score(
             lambda a, b: imaging.to_uint8(pairs.images(a, b)),
@@ -75,9 +76,8 @@ def mnist(out: Path, runs: Path) -> None:
             spaces,
             classes=info.classes,
             progress=advance,
-            workers=workers,
         )
-        learnt = evaluate(fast, spaces, n=n, seed=1, progress=advance, workers=workers)
+        learnt = evaluate(fast, spaces, n=n, seed=1, progress=advance)
     ratios = {f"ratio/{space.name}": learnt[space.distance] / taught[space.distance] for space, _ in spaces}
     rows = [
         {

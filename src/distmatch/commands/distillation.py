@@ -25,8 +25,9 @@ from distmatch.system.ownership import owns_out
 from distmatch.system.screen import console, size
 from distmatch.system.storage import Folder
 from distmatch.system.terminal import command
+from distmatch.system.workers import using
 from distmatch.training.checkpoint import Checkpoints
-from distmatch.training.clipping import Clipping, distillation
+from distmatch.training.clip_share import Clipping, distillation
 from distmatch.training.train import Plan, train
 
 
@@ -40,6 +41,11 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         teacher: your own denoiser, with its image shape and classes; `recipe.teacher` then only names it.
     """
     recipe = _settled(recipe, out)
+    with using(build.workers(recipe)):
+        _distil(recipe, out, runs, teacher)
+
+
+def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info] | None) -> None:
     flight = Flight(recipe, out, runs, teacher)
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
@@ -109,16 +115,7 @@ def _train(
             )
             n, seed = recipe.evaluate.images, recipe.seed + 1
             batch = 4 if subject.info.latent else 256
-            return measure(
-                student,
-                spaces,
-                n=n,
-                seed=seed,
-                conditions=subject.conditions,
-                batch=batch,
-                full=False,
-                workers=distiller.workers,
-            )
+            return measure(student, spaces, n=n, seed=seed, conditions=subject.conditions, batch=batch, full=False)
 
         figures = frechet
 

@@ -83,6 +83,7 @@ def _measure(model: str, options: Options) -> None:
     from distmatch.system.files import check_writable, write_json
     from distmatch.system.progress import progress
     from distmatch.system.screen import console
+    from distmatch.system.workers import using
 
     if options.out is not None and parallel.rank() == 0:
         check_writable(options.out)
@@ -93,10 +94,8 @@ def _measure(model: str, options: Options) -> None:
     spaces = find_spaces(features, options.reference, options.resize, pipe.device, pipe.info.shape)
     known = known_rows(features, pipe.info, spaces, options.n)
     workers = find_workers(options.workers, pipe.device)
-    with progress(f"eval {model}", options.n, unit="image") as advance:
-        figures = evaluate(
-            pipe, spaces, n=options.n, seed=options.seed, batch=options.batch, progress=advance, workers=workers
-        )
+    with using(workers), progress(f"eval {model}", options.n, unit="image") as advance:
+        figures = evaluate(pipe, spaces, n=options.n, seed=options.seed, batch=options.batch, progress=advance)
     if parallel.rank() > 0:
         return
     measured = {"name": named(model, pipe.nfe), "nfe": pipe.nfe, "images": options.n, "seed": options.seed}

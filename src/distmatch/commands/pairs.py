@@ -25,18 +25,21 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
         The folder that holds runs and pair stores.
     """
     from distmatch.commands.distillation import pair_store
+    from distmatch.recipe.build import workers
     from distmatch.recipe.loading import load_recipe
     from distmatch.recipe.settle import settled
     from distmatch.recipe.subjects import subject
     from distmatch.system import parallel
     from distmatch.system.screen import console
+    from distmatch.system.workers import using
 
     asked = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
     with parallel.process_group():
         found = settled(asked)
         if found.said and parallel.rank() == 0:
             console.print(f"On this machine: {found.said}")
-        pair_store(found.recipe, subject(found.recipe), runs)
+        with using(workers(found.recipe)):
+            pair_store(found.recipe, subject(found.recipe), runs)
 
 
 @app.command

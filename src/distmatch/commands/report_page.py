@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from distmatch.evaluation.measure import columns
-from distmatch.recipe.entries import renamed
+from distmatch.recipe.earlier import renamed
 from distmatch.recipe.entry import flat
 from distmatch.system.errors import UserError
 from distmatch.system.files import check_writable, write_atomic

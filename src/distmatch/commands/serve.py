@@ -43,7 +43,7 @@ class Options:
 
 
 def serve(model: Name, /, options: Options = Options()) -> None:
-    """Open a local web page that draws as you type, and asks which picture is the teacher's.
+    """Open a local web page that draws as you drag or type, and asks which picture is the teacher's.
 
     Parameters
     ----------

@@ -121,7 +121,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     from distmatch.system.screen import console
     from distmatch.system.storage import name_of
     from distmatch.system.terminal import command
-    from distmatch.training.clipping import Clipped, Clipping
+    from distmatch.training.clip_share import Clipped, Clipping
     from distmatch.training.optim import Optimizer
     from distmatch.training.train import Plan, train
 

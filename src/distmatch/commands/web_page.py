@@ -1,4 +1,4 @@
-"""Serves the page of `distmatch serve`, which draws as you type and plays the paper's Figure 1: which is which?
+"""Serves the page of `distmatch serve`, which draws as you drag or type and plays the paper's Figure 1: which is which?
 
 One thread runs the models. A visitor has at most one place in its queue, whatever they send, and when their turn comes
 their newest request is drawn: frames are dropped rather than queued, and visitors are served in turn. All rounds of the

@@ -18,7 +18,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Convert floats in [-1, 1] to u8 in 0..255, rounded and clamped."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (images.float() * 127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def picture(samples: Tensor, extent: float = 6.0) -> Tensor:

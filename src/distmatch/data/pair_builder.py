@@ -15,7 +15,6 @@ from distmatch.data.pairs import (
     DTYPES,
     FORMAT,
     MANIFEST,
-    PRECISIONS,
     PROMPTS,
     VERSIONS,
     PairSpec,
@@ -32,8 +31,9 @@ from distmatch.diffusion.solvers import solver
 from distmatch.system.claims import EXPIRY, Claims, make_together
 from distmatch.system.errors import UserError
 from distmatch.system.plain import json_digest
+from distmatch.system.precision import autocast
 from distmatch.system.storage import Folder
-from distmatch.system.workers import ALONE, Workers
+from distmatch.system.workers import current
 
 
 def build(
@@ -46,7 +46,6 @@ def build(
     batch: int = 256,
     progress: Progress | None = None,
     expiry: float = EXPIRY,
-    workers: Workers = ALONE,
 ) -> int:
     """Make the missing ones of the first `spec.count` pairs in `folder`; return how many pairs this call sampled.
 
@@ -61,7 +60,6 @@ def build(
         prompts: of the teacher's pairs, for the table beside them.
         batch: images per evaluation; each shard is split at fixed places. Changes nothing but rounding.
         progress: called with the number of pairs that became ready, first with those already there.
-        workers: threads that sample several batches at once, on a CPU.
         expiry: seconds after which a shard's unchanged claim is taken over, because its process has died.
 
     Raises:
@@ -87,7 +85,7 @@ def build(
         nonlocal sampled
         if sampled == 0 and fingerprint(teacher) != spec.fingerprint:  # reads every weight, so only once
             raise ValueError("the specification is of another teacher")
-        _make(store, stored, shards[name], teacher.eval(), conditions, batch, advance, workers)
+        _make(store, stored, shards[name], teacher.eval(), conditions, batch, advance)
         sampled += len(stored.rows(shards[name]))
 
     make_together(store, list(shards), present, make, found, expiry)
@@ -102,12 +100,10 @@ def _make(
     conditions: Conditions,
     batch: int,
     advance: Progress,
-    workers: Workers,
 ) -> None:
     """Sample one shard and write it. The caller holds its claim."""
     rows = spec.rows(shard)
     model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
-    low = PRECISIONS[spec.precision]
     device = next(chain(teacher.parameters(), teacher.buffers()), torch.empty(0)).device
     cuts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     noise: list[Tensor] = []
@@ -120,11 +116,11 @@ def _make(
     def images(given: tuple[Tensor, Cond | None]) -> Tensor:
         z, cond = given
         cond = None if cond is None else cond.to(device)
-        with torch.no_grad(), torch.autocast(device.type, low, enabled=low != torch.float32):
+        with torch.no_grad(), autocast(device, spec.precision):
             return sample(model, teacher.schedule, z.to(device), cond, spec.steps).to("cpu", DTYPES[spec.dtype])
 
     made = []
-    for cut, part in zip(cuts, workers.map(images, inputs()), strict=True):
+    for cut, part in zip(cuts, current().map(images, inputs()), strict=True):
         if not part.isfinite().all():
             raise UserError(
                 f"pairs {cut[0]}..{cut[-1]}: the teacher made an image that is not finite in {spec.dtype}. "

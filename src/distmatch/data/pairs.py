@@ -30,11 +30,11 @@ from distmatch.system import rng
 from distmatch.system.digests import digest
 from distmatch.system.errors import UserError
 from distmatch.system.plain import json_digest
+from distmatch.system.precision import PRECISIONS
 from distmatch.system.storage import Folder, limit
 
 FORMAT = "distmatch-pairs-1"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int], None]
 T = TypeVar("T")
 PROMPTS = "prompts.jsonl"

@@ -104,18 +104,32 @@ class Prediction:
 
     def inputs(self, x: Tensor, t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the network sees: `(input f[B,*D], noise f[B])`."""
+        divisor = self.divisor(sigma)
+        return x if divisor is None else x / expand(divisor, x), self.noise(t, sigma)
+
+    def divisor(self, sigma: Tensor) -> Tensor | None:
+        """Return what the network's input is divided by, f[B], if it is scaled."""
         match self.name:
             case "edm":
-                return x / expand((sigma**2 + self.sigma_data**2).sqrt(), x), sigma.log() / 4
-            case "vp":  # 999 times the time in a linear schedule beta(t) = 0.1 + 19.9 t
-                time = ((0.1**2 + 2 * 19.9 * (sigma**2).log1p()).sqrt() - 0.1) / 19.9
-                return x / expand((sigma**2 + 1).sqrt(), x), 999 * time
-            case "ve":
-                return x, (sigma / 2).log()
-            case "iddpm":  # the step, out of 1000, with the nearest sigma
-                return x / expand((sigma**2 + 1).sqrt(), x), iddpm_step(sigma).to(sigma.dtype)
+                return (sigma**2 + self.sigma_data**2).sqrt()
+            case "vp" | "iddpm":
+                return (sigma**2 + 1).sqrt()
             case _:
-                return x, t
+                return None
+
+    def noise(self, t: Tensor, sigma: Tensor) -> Tensor:
+        """Return the network's encoding of the noise level, f[B]."""
+        match self.name:
+            case "edm":
+                return sigma.log() / 4
+            case "vp":  # 999 times the time in a linear schedule beta(t) = 0.1 + 19.9 t
+                return 999 * (((0.1**2 + 2 * 19.9 * (sigma**2).log1p()).sqrt() - 0.1) / 19.9)
+            case "ve":
+                return (sigma / 2).log()
+            case "iddpm":  # the step, out of 1000, with the nearest sigma
+                return iddpm_step(sigma).to(sigma.dtype)
+            case _:
+                return t
 
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the clean image for a native output, in `x`'s precision. Ignores iDDPM's extra variance channels."""

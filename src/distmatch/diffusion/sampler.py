@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.fixed import Fixed
 from distmatch.diffusion.schedule import Schedule, expand
 from distmatch.system.errors import UserError
 
 Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
 """`(x f[B,*D], t f[B], cond) -> x0 f[B,*D]`: a `Denoiser`, or one with guidance."""
+
+AtTimes = Sequence[Fixed]
+"""A model at each of a student's times, which saves work in every call."""
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each step with `(step, x, x0)`."""
@@ -42,14 +46,25 @@ class Steps:
         return len(self.times)
 
     def sample(
-        self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()
+        self,
+        model: Model | AtTimes,
+        schedule: Schedule,
+        z: Tensor,
+        cond: Cond | None,
+        noise: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the student's images f[B,*D] from `z f[B,*D]`; `noise` has one f[B,*D] per step after the first."""
         last = len(self) - 1
         return self.step(model, self.start(model, schedule, z, cond, noise, last), cond, last)
 
     def start(
-        self, model: Model, schedule: Schedule, z: Tensor, cond: Cond | None, noise: Sequence[Tensor], k: int
+        self,
+        model: Model | AtTimes,
+        schedule: Schedule,
+        z: Tensor,
+        cond: Cond | None,
+        noise: Sequence[Tensor],
+        k: int,
     ) -> Tensor:
         """Return the student's input at step `k` (from 0), made by its own first `k` steps (DMD2's simulation)."""
         x = schedule.prior_std * z
@@ -58,8 +73,10 @@ class Steps:
             x = schedule.add_noise(x0, noise[step], x.new_full((len(x),), self.times[step + 1]))
         return x
 
-    def step(self, model: Model, x: Tensor, cond: Cond | None, k: int) -> Tensor:
+    def step(self, model: Model | AtTimes, x: Tensor, cond: Cond | None, k: int) -> Tensor:
         """Return the image `x0 f[B,*D]` of step `k`."""
+        if isinstance(model, Sequence):
+            return model[k](x, cond)
         return model(x, x.new_full((len(x),), self.times[k]), cond)
 
 

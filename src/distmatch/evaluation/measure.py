@@ -26,7 +26,6 @@ from distmatch.pipeline import Pipeline
 from distmatch.system import parallel
 from distmatch.system.errors import UserError
 from distmatch.system.screen import console
-from distmatch.system.workers import ALONE, Workers
 
 COLUMNS = {
     "name": ("model", "{}"),
@@ -107,7 +106,6 @@ def score(
     batch: int = 256,
     progress: Callable[[int], None] | None = None,
     full: bool = True,
-    workers: Workers = ALONE,
 ) -> dict[str, float]:
     """Return the figures of `n` images in each of `spaces`.
 
@@ -121,7 +119,6 @@ def score(
             the requested class; if no space does, there is no accuracy.
         full: add kernel distance, precision and recall to the Frechet distance; they use as many images as the
             reference kept features of, and are omitted if it kept none.
-        workers: threads that work on several batches at once, on a CPU.
 
     Raises `UserError` if a reference has another number of features, or for too few images (see `fewest`).
     """
@@ -149,7 +146,7 @@ def score(
 
     jobs = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
     tallies, right = [_Tally(real.features if full else real.features[:0]) for _, real in spaces], []
-    for seen, agreed in parallel.shared(look, jobs, level=True, workers=workers):
+    for seen, agreed in parallel.shared(look, jobs, level=True):
         for tally, features in zip(tallies, seen, strict=True):
             tally.update(features)
         if agreed is not None:
@@ -197,7 +194,6 @@ def evaluate(
     batch: int = 256,
     progress: Callable[[int], None] | None = None,
     full: bool = True,
-    workers: Workers = ALONE,
 ) -> dict[str, float]:
     """Return the `score` of images `0 .. n - 1` of `seed`, with `conditions` by number; default: classes in turn."""
     classes = pipeline.info.classes
@@ -207,7 +203,7 @@ def evaluate(
     def make(start: int, stop: int) -> Tensor:
         return pipeline.pixels(range(start, stop), conditions.at(range(start, stop)), seed)
 
-    return score(make, labels, n, spaces, classes=classes, batch=batch, progress=progress, full=full, workers=workers)
+    return score(make, labels, n, spaces, classes=classes, batch=batch, progress=progress, full=full)
 
 
 def speed(pipeline: Pipeline, batch: int = 256) -> dict[str, float]:

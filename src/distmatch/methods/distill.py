@@ -15,11 +15,12 @@ from distmatch.diffusion.sampler import Steps
 from distmatch.methods.terms import Objective, Samples, Start, Stream, Term
 from distmatch.models.folder import Info, save_model
 from distmatch.system import rng
+from distmatch.system.precision import autocast
 from distmatch.system.workers import ALONE, Workers
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
-from distmatch.training.engine import autocast, average_gradients, unwrapped
+from distmatch.training.engine import average_gradients, unwrapped
 from distmatch.training.gradients import add_gradients
 from distmatch.training.optim import Optimizer
 
@@ -59,10 +60,7 @@ class Settings:
 
 
 class Distiller:
-    """The task of `distmatch train`: one step of Algorithm 1, for any objective.
-
-    `fake_optimizer` is `None` if no term trains the fake score.
-    """
+    """The task of `distmatch train`: one step of Algorithm 1. `fake_optimizer`: `None` without a fake score."""
 
     def __init__(
         self,
@@ -80,14 +78,13 @@ class Distiller:
         self.optimizer, self.fake_optimizer, self.info = optimizer, fake_optimizer, info
         self.seed, self.precision, self.fake_updates = settings.seed, settings.precision, settings.fake_updates
         self.steps = settings.steps or Steps((student.schedule.t_max,))
-        self.conditions, self.decode = settings.conditions or Classes(len(info.classes)), settings.decode
-        self.workers = settings.workers
+        self.conditions = settings.conditions or Classes(len(info.classes))
+        self.workers, self.decode = settings.workers, settings.decode
         (rank, world), cuts = settings.process, settings.accumulate * settings.workers.count
         self.shares = [(rank * cuts + cut, world * cuts) for cut in range(cuts)]
         self.ema = networks.average or EMA(student, 0.999)
         self.device = next(student.parameters()).device
-        timed = (student, networks.fake, networks.teacher)
-        self.clock = Clock([network for network in timed if network is not None], self.device, self.workers.count)
+        self.clock = Clock(filter(None, (student, networks.fake, networks.teacher)), self.device, self.workers.count)
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -96,8 +93,7 @@ class Distiller:
     @property
     def fake_optimizers(self) -> list[Optimizer]:
         """The optimizers of the fake score and of the terms' own networks."""
-        own = [trained.optimizer for trained in self.objective.trained.values()]
-        return own if self.fake_optimizer is None else [self.fake_optimizer, *own]
+        return [*filter(None, [self.fake_optimizer]), *(one.optimizer for one in self.objective.trained.values())]
 
     @property
     def images_per_step(self) -> int:
@@ -156,18 +152,17 @@ class Distiller:
         Returns the images of each part by stream, without graph, and the unweighted losses.
         """
 
-        def loss(part: Part) -> tuple[Tensor, tuple[dict[str, Samples], dict[str, Tensor]]]:
+        def loss(part: Part) -> tuple[Tensor, dict[str, Tensor], dict[str, Samples]]:
             with autocast(self.device, self.precision):
                 samples = self.generate_all(part.starts)
                 losses = {
-                    term.name: term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
+                    f"{term.name}/student": term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
                     for term in self.terms
                 }
-            total = torch.stack([term.weight * losses[term.name] for term in self.terms]).sum()
-            return total, ({name: one.detach() for name, one in samples.items()}, _detached(losses, "student"))
+            total = torch.stack([t.weight * loss for t, loss in zip(self.terms, losses.values(), strict=True)]).sum()
+            return total, losses, {name: one.detach() for name, one in samples.items()}
 
-        results = add_gradients(parts, loss, self.forward, self.optimizer.parameters, self.clock, self.workers)
-        made, losses = [images for images, _ in results], _summed([losses for _, losses in results])
+        made, losses = add_gradients(parts, loss, self.forward, self.optimizer.parameters, self.clock, self.workers)
         norm = self.optimizer.step(index)
         self.ema.update()
         for own in self.fake_optimizers:
@@ -181,18 +176,18 @@ class Distiller:
         assert self.fake is not None
         assert self.fake_optimizer is not None
 
-        def loss(one: tuple[Part, Mapping[str, Samples]]) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(one: tuple[Part, Mapping[str, Samples]]) -> tuple[Tensor, dict[str, Tensor], None]:
             part, made = one
             with autocast(self.device, self.precision):
                 losses = {
-                    term.name: term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
+                    f"{term.name}/fake": term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
                     for term in self.objective.fake_terms
                 }
-            return torch.stack(list(losses.values())).sum(), _detached(losses, "fake")
+            return torch.stack(list(losses.values())).sum(), losses, None
 
-        parameters = [parameter for own in self.fake_optimizers for parameter in own.parameters]
         given = list(zip(parts, images, strict=True))
-        losses = _summed(add_gradients(given, loss, self.fake, parameters, self.clock, self.workers))
+        parameters = [parameter for own in self.fake_optimizers for parameter in own.parameters]
+        _, losses = add_gradients(given, loss, self.fake, parameters, self.clock, self.workers)
         average_gradients(self.fake)
         for trained in self.objective.trained.values():
             average_gradients(trained.network)
@@ -239,13 +234,3 @@ def _read(term: Term, samples: Mapping[str, Samples]) -> Samples:
     if len(read) == 1:
         return read[0]
     return Samples(torch.cat([one.x for one in read]), Cond.cat(*(one.cond for one in read)))
-
-
-def _detached(losses: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
-    """Return the terms' losses of one part as `TERM/NETWORK`, without graph."""
-    return {f"{term}/{network}": loss.detach() for term, loss in losses.items()}
-
-
-def _summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the losses of the whole batch, which are the sums of its parts'."""
-    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}

@@ -14,11 +14,11 @@ from distmatch.diffusion.losses import denoising_loss
 from distmatch.diffusion.sampler import heun
 from distmatch.models.folder import Info, save_model
 from distmatch.system import rng
+from distmatch.system.precision import autocast
 from distmatch.system.workers import ALONE, Workers
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
-from distmatch.training.engine import autocast
 from distmatch.training.gradients import add_gradients
 from distmatch.training.optim import Optimizer
 
@@ -99,19 +99,19 @@ class Teaching:
         eps = torch.randn(x.shape, generator=generator, device=self.device)
         noisy = self.denoiser.schedule.add_noise(x, eps, sigma)
 
-        def loss(part: slice) -> tuple[Tensor, Tensor]:
+        def loss(part: slice) -> tuple[Tensor, dict[str, Tensor], None]:
             with autocast(self.device, how.precision):
                 x0 = self.denoiser(noisy[part], sigma[part], None if cond is None else cond[part])
             share = len(x0) / batch
             mean = share * denoising_loss(x0, x[part], self.denoiser.weight(sigma[part]))
-            return mean, mean.detach()
+            return mean, {"loss": mean}, None
 
         size = -(-batch // self.workers.count)
         parts = [slice(start, start + size) for start in range(0, batch, size)]
-        losses = add_gradients(parts, loss, self.denoiser, self.optimizer.parameters, self.clock, self.workers)
+        _, losses = add_gradients(parts, loss, self.denoiser, self.optimizer.parameters, self.clock, self.workers)
         norm = self.optimizer.step(index)
         self.ema.update()
-        return {"loss": torch.stack(losses).sum(), "gradient_norm": norm}
+        return {**losses, "gradient_norm": norm}
 
     @torch.no_grad()
     def preview(self) -> Tensor:

@@ -144,28 +144,6 @@ class FakeTerm(Term, Protocol):
 
 
 @dataclass(frozen=True)
-class TermContext:
-    """What your own term can be built from: `CLASS(context, **arguments)`, with the arguments in the recipe.
-
-    Args:
-        name: the term's name in the recipe.
-        teacher: the real score, frozen.
-        fake: the fake score, if a term of the recipe trains one.
-        shape: shape of one image (or latent).
-        optimizer: makes the optimizer of a network, with the settings of the fake score's.
-        seed: the recipe's seed, for the weights of new networks.
-    """
-
-    name: str
-    teacher: Denoiser
-    fake: nn.Module | None
-    shape: tuple[int, ...]
-    device: torch.device
-    optimizer: Callable[[nn.Module], Optimizer]
-    seed: int
-
-
-@dataclass(frozen=True)
 class Objective:
     """The terms of a distillation, and the streams they read, by name."""
 

@@ -50,6 +50,6 @@ class Info:
         for made, remedy in (("teach", "teach it with --label-dropout 0.1, or "), ("imported", "")):
             if made in self.card and not self.card[made].get("label_dropout"):
                 raise UserError(
-                    f"{said}: this teacher was trained with label dropout 0, so that what it makes of no label is left "
-                    f"from its random start; {remedy}use guidance 1"
+                    f"{said}: this teacher was trained with label dropout 0, so its output without a label was never "
+                    f"trained; {remedy}use guidance 1"
                 )

@@ -102,4 +102,4 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
     if (RECIPES / f"{name}.yaml").exists():
         raise UserError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
     known = ", ".join(sorted(p.parent.parent.name for p in ASSETS.glob(f"*/{kind}/config.json")))
-    raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package has {known or 'none'}")
+    raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package ships {known or 'none'}")

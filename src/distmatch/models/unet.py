@@ -1,4 +1,4 @@
-"""A small U-Net for small images: the network of `distmatch teach` and of the embedded teacher.
+"""A small U-Net for small images: the network of `distmatch teach` and of the teacher in the package.
 
 Residual blocks with adaptive group normalisation and one attention layer at the lowest resolution, after Dhariwal and
 Nichol (2021) and Karras et al. (2022). A space-to-depth stem trades resolution for channels, which is faster on a CPU.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch.diffusion.denoiser import Cond
+from distmatch.models.attention import attention
 from distmatch.models.guidance import GuidanceInput
 
 
@@ -60,7 +61,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
-        y = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
+        y = attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
         return x + self.proj(y.transpose(-1, -2).reshape(b, c, h, w))
 
 

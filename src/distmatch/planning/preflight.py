@@ -37,9 +37,10 @@ from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.files import scratch
 from distmatch.system.plain import read_json
+from distmatch.system.precision import autocast
 from distmatch.system.screen import size
 from distmatch.system.storage import Folder, filesystem, is_url
-from distmatch.training.engine import autocast, try_compiler
+from distmatch.training.engine import try_compiler
 from distmatch.training.log import TRACKERS
 
 FP32 = 4
@@ -317,7 +318,7 @@ def pairs(flight: Flight) -> str | None:
         if parallel.rank() == 0 and (stored is None or stored.count < spec.count or there < spec.shards):
             _writable(store)
         few = spec.count < recipe.regress.batch
-        small = ", fewer than regress.batch, so that batches hold some twice" if few else ""
+        small = ", fewer than regress.batch, so some pairs appear twice in a batch" if few else ""
         found.append(f"{spec.count:,} in {place}, {there} of {spec.shards} shards there{small}")
     return "; ".join(found)
 

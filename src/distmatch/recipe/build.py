@@ -72,7 +72,6 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
             prompts=subject.prompts,
             batch=recipe.pairs.batch,
             progress=advance,
-            workers=workers(recipe),
         )
     return PairStore.open(folder, spec.fingerprint, spec.count)
 
@@ -214,9 +213,7 @@ def student_steps(recipe: Recipe, schedule: Schedule) -> Steps:
     times = (schedule.t_max,) if recipe.student.times is None else recipe.student.times
     if not all(schedule.t_min < t <= schedule.t_max for t in times):
         said = ", ".join(f"{t:g}" for t in times)
-        raise UserError(
-            f"student.times is {said}; the teacher's times go from {schedule.t_min:g} to {schedule.t_max:g}"
-        )
+        raise UserError(f"student.times is {said}; expected times above {schedule.t_min:g}, up to {schedule.t_max:g}")
     return Steps(times)
 
 

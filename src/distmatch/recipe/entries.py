@@ -1,12 +1,12 @@
 """All entries of a recipe: type, range, default, description and source of each, with facts for the program."""
 
-from copy import deepcopy
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distmatch.recipe.entry import entry, flat, marked, set_entry, walk
+from distmatch.recipe.earlier import present_name, renamed
+from distmatch.recipe.entry import entry, marked, set_entry, walk
 from distmatch.recipe.mistakes import explain
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class Optimiser(_Strict):
-    """AdamW for one network; see `optim.Optimizer`."""
+    """AdamW for one network; see `training.optim.Optimizer`."""
 
     lr: Annotated[float, Field(gt=0)] = entry(
         5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION", stage=True
@@ -62,7 +62,7 @@ class Network(_Strict):
 
 
 class Student(_Strict):
-    """The one-step generator."""
+    """The student: a generator of one step, or of a few."""
 
     times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
         None,
@@ -94,14 +94,6 @@ class Student(_Strict):
     )
     optimizer: Optimiser = entry(Optimiser(), "AdamW for the student (Appendix B).")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _t_is_one_time(cls, entries: Any) -> Any:
-        if not isinstance(entries, dict) or "t" not in entries:
-            return entries
-        times = {} if entries["t"] is None else {"times": [entries["t"]]}
-        return {key: value for key, value in entries.items() if key != "t"} | times
-
     @model_validator(mode="after")
     def _times_fall(self) -> Self:
         if self.times is not None and any(later >= time for time, later in pairwise(self.times)):
@@ -116,7 +108,7 @@ class Student(_Strict):
 
 
 class MatchTerm(_Strict):
-    """Distribution matching; see `terms.Match`."""
+    """Distribution matching; see `methods.terms.Match`."""
 
     weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Appendix B: 1")
     batch: Positive = entry(
@@ -158,7 +150,7 @@ class MatchTerm(_Strict):
 
 
 class RegressTerm(_Strict):
-    """Regression to the teacher's samples; see `terms.Regress`, `perceptual.Lpips`, `diffusers.autoencoder`."""
+    """Regression to the teacher's samples; see `methods.terms.Regress`, `models.perceptual.Lpips`."""
 
     weight: Factor = entry(
         0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"
@@ -195,7 +187,7 @@ class RegressTerm(_Strict):
 
 
 class Pairs(_Strict):
-    """The noise-image pairs; see `pairs.PairSpec`."""
+    """The noise-image pairs; see `data.pairs.PairSpec`."""
 
     path: Place | None = entry(
         None,
@@ -240,7 +232,7 @@ class Pairs(_Strict):
 
 
 class Prompts(_Strict):
-    """Prompts for a text-to-image teacher; see `prompts.read_prompts`."""
+    """Prompts for a text-to-image teacher; see `data.prompts.read_prompts`."""
 
     path: Place | None = entry(
         None,
@@ -267,7 +259,7 @@ class Prompts(_Strict):
 
 
 class OwnTerm(BaseModel):
-    """Your own term; see `terms.TermContext`. All entries except `source` are arguments of its class."""
+    """Your own term; see `methods.own_terms.TermContext`. All entries except `source` are arguments of its class."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -308,7 +300,7 @@ class Checkpointing(_Strict):
 
 
 class Evaluation(_Strict):
-    """Frechet distances of the averaged student during training; see `subjects.recipe_spaces`."""
+    """Frechet distances of the averaged student during training; see `recipe.subjects.recipe_spaces`."""
 
     every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
     images: Positive = entry(2000, "Images per evaluation; with few images, distances are too high.", "ours")
@@ -364,7 +356,7 @@ class Recipe(_Strict):
         "ours",
     )
     prompts: Prompts = entry(Prompts(), "Prompts for a text-to-image teacher.")
-    student: Student = entry(Student(), "The one-step generator.")
+    student: Student = entry(Student(), "The student: a generator of one step, or of a few.")
     match: MatchTerm = entry(MatchTerm(), "Distribution matching (Section 3.2, Algorithms 2 and 3).", stage=True)
     regress: RegressTerm = entry(
         RegressTerm(), "Regression to the teacher's images from the same noise (Section 3.3, Eq. 9).", stage=True
@@ -418,16 +410,26 @@ class Recipe(_Strict):
         known = ("match", "regress", *self.own_terms)
         if unknown := [term for term in self.terms if term not in known]:
             raise UserError(
-                f"terms has {unknown[0]!r}; expected {', '.join(known)}, or a term of your own, named in own_terms"
+                f"unknown term {unknown[0]!r} in terms; expected {', '.join(known)}, or a name in own_terms"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _own_terms_are_used(self) -> Self:
+        for name in self.own_terms:
+            if name in ("match", "regress"):
+                raise UserError(f"own_terms.{name} has the name of a term of the package; choose another")
+            if name not in self.terms:
+                raise UserError(
+                    f"own_terms.{name} is not in terms, {', '.join(self.terms)}; add it there, or remove it"
+                )
         return self
 
     @model_validator(mode="after")
     def _pairs_are_of_one_step(self) -> Self:
         if self.student.times is not None and len(self.student.times) > 1 and "regress" in self.terms:
             raise UserError(
-                "the regression compares images of one step with the teacher's; train a student of several "
-                "student.times with terms=match"
+                "the regression works only for one-step students; with several student.times, use terms=match"
             )
         return self
 
@@ -440,7 +442,7 @@ class Recipe(_Strict):
     def _stages_in_order(self) -> Self:
         ends = [stage.until for stage in self.stages]
         if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
-            raise UserError(f"stages end at {ends}; expected rising iterations, the last of them `steps`, {self.steps}")
+            raise UserError(f"stages end at {ends}; expected rising step numbers, ending at steps ({self.steps})")
         for number in range(len(self.stages)):
             self.stage(number)  # raises if its changes are not entries
         return self
@@ -468,32 +470,6 @@ class Recipe(_Strict):
     def parts(self) -> "list[Recipe]":
         """The recipe in each of its stages; the recipe itself if it has none."""
         return [self.stage(number) for number in range(len(self.stages))] or [self]
-
-
-EARLIER = {"generator": "student.optimizer", "critic.steps": "fake.steps", "critic": "fake.optimizer"}
-"""Names of entries and groups in earlier versions; recipes with them are still accepted."""
-
-
-def present_name(dotted: str) -> str:
-    """Return the present name of an entry, given that or an earlier one."""
-    for earlier, now in EARLIER.items():
-        if f"{dotted}.".startswith(f"{earlier}."):
-            return now + dotted.removeprefix(earlier)
-    return dotted
-
-
-def renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the nested entries `tree` under their present names. Raises `UserError` if one is given by both names."""
-    earlier = {group: tree[group] for group in ("generator", "critic") if group in tree}
-    if not earlier:
-        return tree
-    found = deepcopy({name: value for name, value in tree.items() if name not in earlier})
-    given = flat(found)
-    for name, value in flat(earlier).items():
-        if present_name(name) in given:
-            raise UserError(f"{name} is the earlier name of {present_name(name)}, which is given as well; leave it out")
-        set_entry(found, present_name(name), value)
-    return found
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:

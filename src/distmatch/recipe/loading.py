@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from distmatch.recipe.entries import Recipe, present_name, renamed
+from distmatch.recipe.earlier import present_name, present_text, renamed
+from distmatch.recipe.entries import Recipe
 from distmatch.recipe.entry import flat, marked, set_entry, walk
 from distmatch.recipe.mistakes import explain, nearest
 from distmatch.system.errors import UserError
@@ -86,7 +87,10 @@ def _errors(tree: dict[str, Any]) -> list[Any]:
     try:
         Recipe.model_validate(tree)
     except ValidationError as error:
-        return error.errors()
+        found = error.errors()
+        # A list whose items are wrong is also said to be too short: without them.
+        whole = {e["loc"][: len(e["loc"]) - 1] for e in found}
+        return [e for e in found if not (e["type"] == "too_short" and e["loc"] in whole)]
     return []
 
 
@@ -136,7 +140,7 @@ def meant(name: str) -> list[str]:
 def _trimmed(override: str) -> str:
     """Strip an override of spaces that were inside quotes, and use its entry's present name."""
     key, equals, value = override.partition("=")
-    return f"{present_name(key.strip())}{equals}{value.strip()}"
+    return f"{present_name(key.strip())}{equals}{present_text(key.strip(), value.strip())}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

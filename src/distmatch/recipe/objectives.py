@@ -1,9 +1,11 @@
 """Builds a recipe's objective: the streams, the paper's terms, and your own terms."""
 
+import traceback
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from distmatch.data.pairs import PairStore
 from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
-from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term, TermContext
+from distmatch.methods.own_terms import TermContext
+from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.library import family_of
 from distmatch.recipe.entries import Optimiser, Recipe
@@ -47,7 +50,9 @@ def objective(
     Own terms of the stage `before` continue with the networks they train: no stage changes them.
     """
     kept = {term.name: term for term in before.terms if term.name not in TERMS} if before else {}
-    terms = [kept.get(name) or TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms]
+    terms = [
+        kept[name] if name in kept else TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms
+    ]
     streams = [STREAMS[name](recipe, subject, pairs) for name in dict.fromkeys(n for t in terms for n in t.reads)]
     made = Objective({stream.name: stream for stream in streams}, terms)
     if before is None:  # later the processes' copies stay equal by themselves
@@ -73,7 +78,7 @@ def _own_classes(recipe: Recipe) -> list[type]:
 
 @cache  # a file must run only once: each run of it makes another class
 def own_class(source: str) -> type:
-    """Import the class of your own term. Raises `UserError` if that fails."""
+    """Import the class of your own term. Raises `UserError` if that fails, whatever the file raises."""
     place, _, name = source.partition(":")
     try:
         if place.endswith(".py"):
@@ -85,11 +90,17 @@ def own_class(source: str) -> type:
         else:
             module = import_module(place)
         return getattr(module, name)
-    except (ImportError, OSError, SyntaxError, AttributeError) as error:
+    except Exception as error:
         raise UserError(
-            f"own_terms: source {source!r} cannot be imported ({type(error).__name__}: {error}); expected "
-            "MODULE:CLASS or FILE.py:CLASS"
+            f"own_terms: source {source!r} cannot be imported ({_raised(error)}); expected MODULE:CLASS or "
+            "FILE.py:CLASS"
         ) from error
+
+
+def _raised(error: Exception) -> str:
+    """Return what was raised, and the last line of code on the way there: it is the user's."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}, in {last.filename}, line {last.lineno}"
 
 
 def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
@@ -105,11 +116,15 @@ def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str
         optimizer=lambda network: optimizer(recipe.fake.optimizer, network, steps),
         seed=recipe.seed,
     )
-    arguments = entry.model_extra or {}
+    kind, arguments = own_class(entry.source), entry.model_extra or {}
     try:
-        return own_class(entry.source)(context, **arguments)
+        signature(kind).bind(context, **arguments)
     except TypeError as error:
         raise UserError(f"own_terms.{name}: {entry.source} does not take {arguments}: {error}") from error
+    try:
+        return kind(context, **arguments)
+    except Exception as error:
+        raise UserError(f"own_terms.{name}: {entry.source} raised {_raised(error)}") from error
 
 
 def _noise(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:

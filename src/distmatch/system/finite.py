@@ -21,9 +21,10 @@ def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
 
 def check_images(images: Tensor) -> None:
     """Raise `UserError` if one of `images f[B,*D]`, which are about to become 8 bits, is not finite."""
+    if images.isfinite().all():
+        return
     bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"{len(bad)} of {len(images)} images of a batch, first number {bad[0]}, are not finite (NaN or infinite), "
-            "though all weights are: the network or its decoder overflows. Compute in fp32, or with less guidance"
-        )
+    raise UserError(
+        f"{len(bad)} of {len(images)} images of a batch, first number {bad[0]}, are not finite (NaN or infinite), "
+        "though all weights are: the network or its decoder overflows. Compute in fp32, or with less guidance"
+    )

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from distmatch.system import workers
 from distmatch.system.errors import Agreed, Lost, UserError
 from distmatch.system.heartbeat import watched
-from distmatch.system.workers import ALONE, Workers
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -164,21 +164,19 @@ def same_folder(folder: Path) -> None:
         )
 
 
-def shared(
-    task: Callable[[Job], Result], jobs: Sequence[Job], level: bool = False, workers: Workers = ALONE
-) -> Iterator[Result]:
+def shared(task: Callable[[Job], Result], jobs: Sequence[Job], level: bool = False) -> Iterator[Result]:
     """Yield `task(job)` for all `jobs` in order, each computed by one process. All must iterate; the first gets them.
 
+    A single process shares them with its `workers`, if it uses any.
     Results and their order do not depend on the number of processes: sums over them are the same to the last bit.
     Results are pickled for transport, so tensors should be on the CPU.
 
     Args:
         level: have every process do equally many jobs, repeating the last one if none is left for it: sharded networks
             need all processes to take part.
-        workers: of this process, if it is the only one.
     """
     if world() == 1:
-        yield from workers.map(task, jobs)
+        yield from workers.current().map(task, jobs)
         return
     for turn in range(0, len(jobs), world()):
         index = turn + rank()  # in each turn, every process takes the job at its own rank

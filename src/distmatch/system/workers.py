@@ -7,6 +7,8 @@ instead, one part per worker. Threads suffice: PyTorch releases Python's lock wh
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -46,3 +48,20 @@ class Workers:
 
 ALONE = Workers()
 """One worker: the calling thread, on all cores."""
+
+_current = ContextVar("workers", default=ALONE)
+
+
+@contextmanager
+def using(workers: Workers) -> Iterator[None]:
+    """Let `workers` share what is called in the with block: pairs, and the images of an evaluation."""
+    before = _current.set(workers)
+    try:
+        yield
+    finally:
+        _current.reset(before)
+
+
+def current() -> Workers:
+    """Return the workers to share work with; in a worker itself, this is `ALONE`."""
+    return _current.get()

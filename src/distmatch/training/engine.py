@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from distmatch.system.errors import UserError
+
 RECOMPILATIONS = 256
 """How often `torch.compile` may recompile one function: all blocks share one, in every width, batch and grad mode."""
 
@@ -136,8 +138,12 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Yield what the blocks `numbers` of `network` (see `blocks`) last returned, by number: for a GAN's head.
 
-    Works for any network, with or without `spread`, and needs no argument in its `forward`. Tensors keep their graph.
+    Works for any network and needs no argument in its `forward`. Tensors keep their graph.
+
+    Raises `UserError` for a network sharded by `fsdp`: gradients through features do not survive its own hooks.
     """
+    if _is_sharded(unwrapped(network)):
+        raise UserError("features of a network's blocks are not available with parallel=fsdp; use parallel=ddp")
     found: dict[int, Tensor] = {}
     thread = get_ident()  # several workers may run the network at once, each with its own part of the batch
 
@@ -171,12 +177,6 @@ def average_gradients(network: nn.Module) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which networks compute in `precision`, "fp32" or "bf16", whatever their weights' type."""
-    # The cache of cast weights is one for all threads, and a worker that is done would empty it for the others.
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=device.type != "cpu")
 
 
 @contextmanager

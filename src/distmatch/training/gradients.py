@@ -1,6 +1,6 @@
 """Sums the gradients of a batch's parts: part after part, or each in a worker of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,41 +11,44 @@ from distmatch.training.clock import Clock
 from distmatch.training.engine import summed
 
 Part = TypeVar("Part")
-Result = TypeVar("Result")
+Made = TypeVar("Made")
 
 
 def add_gradients(
     parts: Sequence[Part],
-    loss: Callable[[Part], tuple[Tensor, Result]],
+    loss: Callable[[Part], tuple[Tensor, Mapping[str, Tensor], Made]],
     network: nn.Module,
     parameters: Sequence[nn.Parameter],
     clock: Clock,
     workers: Workers = ALONE,
-) -> list[Result]:
-    """Add the gradients of all parts' losses to `parameters`, in the order of the parts; return the parts' results.
+) -> tuple[list[Made], dict[str, Tensor]]:
+    """Add the gradients of all parts' losses to `parameters`, in the order of the parts.
 
     Args:
-        loss: returns a part's loss f[] and a result, e.g. its images.
+        loss: returns for a part the loss f[] to differentiate, the losses to log by name, and what it made.
         network: what the loss calls, possibly distributed over processes; its gradients are summed over these once.
         workers: more than one only without such processes.
+
+    Returns what was made for each part, and the sums of the losses over the parts.
     """
+    made: list[Made] = []
+    logged: list[Mapping[str, Tensor]] = []
     if workers.count == 1:
-        results = []
         for number, part in enumerate(parts, 1):
             with summed(network, last=number == len(parts)):
-                total, result = loss(part)
+                total, losses, result = loss(part)
                 with clock.counted():
                     total.backward()
-            results.append(result)
-        return results
+            made.append(result)
+            logged.append(losses)
+        return made, _sums(logged)
 
-    def work(part: Part) -> tuple[tuple[Tensor | None, ...], Result]:
-        total, result = loss(part)
+    def work(part: Part) -> tuple[tuple[Tensor | None, ...], Mapping[str, Tensor], Made]:
+        total, losses, result = loss(part)
         with clock.counted():
-            return torch.autograd.grad(total, parameters, allow_unused=True), result
+            return torch.autograd.grad(total, parameters, allow_unused=True), losses, result
 
-    results = []
-    for gradients, result in workers.map(work, parts):
+    for gradients, losses, result in workers.map(work, parts):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -53,5 +56,10 @@ def add_gradients(
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
             else:
                 parameter.grad.add_(gradient)
-        results.append(result)
-    return results
+        made.append(result)
+        logged.append(losses)
+    return made, _sums(logged)
+
+
+def _sums(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name].detach() for part in parts]).sum(0) for name in parts[0]}

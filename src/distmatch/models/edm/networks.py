@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch.diffusion.denoiser import Cond
+from distmatch.models.attention import attention
 from distmatch.system.errors import UserError
 
 HALF = math.sqrt(0.5)
@@ -144,7 +145,7 @@ class Block(nn.Module):
         # The published layout of the 3c channels: head, then channel, then query/key/value.
         qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, h * w)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         return self.proj(y.transpose(-1, -2).reshape(b, c, h, w))
 
 

@@ -12,7 +12,7 @@ from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM, VP
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.terminal import Notice
-from distmatch.training.clipping import WINDOW, Clipped, Clipping, distillation
+from distmatch.training.clip_share import WINDOW, Clipped, Clipping, distillation
 
 
 def rows(*norms: float) -> dict[str, torch.Tensor]:
