@@ -39,7 +39,8 @@ class Flowing(DefaultFormatter):
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         for entry in panel.entries:
             if isinstance(entry.description, InlineText):
-                flowing = " ".join(str(entry.description.primary_renderable).split())
+                text = entry.description.primary_renderable
+                flowing = " ".join(str(getattr(text, "markup", text)).split())
                 entry.description.primary_renderable = Text(flowing)
         super().__call__(console, options, panel)
 
@@ -58,8 +59,8 @@ Own model:   distmatch teach IMAGES    a small teacher from a folder of images
     suppress_keyboard_interrupt=False,  # it would exit silently; see `main`
 )
 for command in (demo, recipes, train, plan, teach, classifier, checkpoints, sample, compare, serve, report):
-    app.command(command)
-app.command(evaluate, name="eval")
+    app.command(command, help_format="markdown")
+app.command(evaluate, name="eval", help_format="markdown")
 for group in (pairs, import_edm, export):
     app.command(group.app)
 
