@@ -7,14 +7,14 @@ what it must hold.
 
 Where the recipe's teacher is a published checkpoint, a network of the same full size with random weights takes its
 place; so does a random VGG for LPIPS. The bare passes are those of Algorithm 1 at the recipe's batch sizes: student
-forward and backward on both streams, real and fake score forward, fake score forward and backward, LPIPS forward and
-backward where the recipe has it; nothing else. Both are timed in turn and the medians compared.
+forward and backward on both streams, real (twice if guided) and fake score forward, fake score forward and backward,
+LPIPS forward and backward where the recipe has it; nothing else. Both are timed in turn and the medians compared.
 """
 
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,17 +36,26 @@ from distmatch.system.precision import autocast
 
 
 def main(recipe: str = "mnist", /, *overrides: str, rounds: int = 15) -> None:
-    small = ["pairs.count=16", "pairs.steps=1", "pairs.shard=16", "pairs.batch=8"]  # their content does not matter here
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        resolved = load_recipe(recipe, [*small, *overrides])
-        if resolved.teacher.startswith("edm:"):
-            save_model(folder / "teacher", *random_edm(Path(resolved.teacher).stem, small=False))
-            overrides = (f"teacher={folder / 'teacher'}", *overrides)
-        if resolved.regress.loss == "lpips":
-            overrides = (f"regress.weights={folder / 'weights'}", *overrides)
-        make_networks(resolved, folder, teacher=False)
-        measure(load_recipe(recipe, [*small, *overrides]), folder, rounds)
+        measure(ready(recipe, overrides, folder), folder, rounds)
+
+
+def ready(name: str, overrides: Sequence[str], folder: Path, small: bool = False) -> Recipe:
+    """The recipe with few pairs, and random networks in `folder` in place of those that it would fetch.
+
+    Args:
+        small: EDM's networks in their smoke-test size.
+    """
+    few = ["pairs.count=16", "pairs.steps=1", "pairs.shard=16", "pairs.batch=8"]  # their content does not matter here
+    resolved = load_recipe(name, [*few, *overrides])
+    if resolved.teacher.startswith("edm:"):
+        save_model(folder / "teacher", *random_edm(Path(resolved.teacher).stem, small))
+        overrides = (f"teacher={folder / 'teacher'}", *overrides)
+    if resolved.regress.loss == "lpips":
+        overrides = (f"regress.weights={folder / 'weights'}", *overrides)
+    make_networks(resolved, folder, teacher=False)
+    return load_recipe(name, [*few, *overrides])
 
 
 def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
@@ -121,7 +130,7 @@ def inputs(n: int, info: Info, device: torch.device) -> tuple[Tensor, Tensor, Co
     return torch.randn(n, *info.shape, device=device), torch.zeros(n, device=device), cond
 
 
-def timed(work: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+def timed(work: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, taken in turn so that a slow moment of the machine hits all."""
     warm = 3 if rounds > 5 else 1
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -145,6 +154,8 @@ def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) ->
     device = distiller.device
     fake: Any = distiller.fake
     both = distiller.images_per_step
+    matched = both if recipe.match.pairs else recipe.match.batch
+    real = 1 if recipe.match.guidance == 1 else 2
     perceptual = lpips_terms(distiller, recipe)
 
     def backward(network: Denoiser, n: int) -> None:
@@ -159,9 +170,10 @@ def bare(distiller: Distiller, teacher: Denoiser, info: Info, recipe: Recipe) ->
                 term.loss(x.requires_grad_(), y).backward()
             if fake is not None:
                 with torch.no_grad():
-                    teacher.net(*inputs(recipe.match.batch, info, device))
-                    fake.net(*inputs(recipe.match.batch, info, device))
-                backward(fake, recipe.match.batch)
+                    for _ in range(real):
+                        teacher.net(*inputs(matched, info, device))
+                    fake.net(*inputs(matched, info, device))
+                backward(fake, matched)
         # Gradients pile up as in accumulation; clearing them is not a network pass.
 
     return run

@@ -1,0 +1,232 @@
+"""The command that measures on a GPU, at tiny sizes on the CPU: what it records, what it skips, what a cut costs."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
+import gpu_smoke
+import gpu_steps
+import step
+from gpu_job import NEEDS_GPU, Job, Results
+
+from distmatch.diffusion.denoiser import Cond
+from distmatch.planning.cost import cost
+from distmatch.system.errors import UserError
+
+QUICK = ("matrix", "agreement", "processes", "step-cifar10", "cifar10")
+"""Parts without diffusers, which takes longer to import than all of these take to run."""
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """The command in this process, with its results so far."""
+
+    def run(*only, **options):
+        options = {"out": tmp_path / "out", "work": tmp_path / "work", "tiny": True, "only": only, **options}
+        status = gpu.main(**options)
+        return status, Results(options["out"] / "results.json").read()["parts"]
+
+    return run
+
+
+def part(run, most=60.0):
+    return gpu.Part(run, 0.0, most)
+
+
+def test_the_tiny_command_measures_and_a_second_call_skips_it_all(measure, capsys):
+    status, parts = measure(*QUICK)
+    assert status == 0, parts
+    assert {name: found["status"] for name, found in parts.items()} == dict.fromkeys(QUICK, "done")
+    eager = parts["step-cifar10"]["rows"]["eager"]["figures"]
+    seconds = eager["ms per step"] / 1000
+    assert eager["TFLOP/s"] == pytest.approx(eager["counted TFLOP"] / seconds)
+    assert eager["images per second"] == pytest.approx(4 / seconds)
+    assert parts["agreement"]["rows"]["mnist, fp32 against fp32 on the CPU"]["figures"]["of the tolerance"] <= 1
+    for name, row in (
+        ("matrix", "tf32"),
+        ("step-cifar10", "compiled"),
+        ("processes", "torchrun cifar10-cond parallel=fsdp"),
+    ):
+        assert parts[name]["rows"][row]["figures"] == {"": NEEDS_GPU}  # never passed in silence
+    shown = capsys.readouterr().out
+    assert "step / bare passes" in shown
+    assert measure(*QUICK) == (0, parts)  # times and all
+    assert "at most" not in capsys.readouterr().out.split("part")[0]  # nothing was begun
+
+
+def test_the_share_is_arithmetic_over_time_over_the_measured_rate(tmp_path, monkeypatch):
+    """Counted by the planner for the very recipe; a second per step at 2 TFLOP/s is the double of 1 TFLOP."""
+    results = Results(tmp_path / "results.json")
+    results.row("matrix", "tf32", {"figures": {"TFLOP/s": 2.0}})
+    job = Job("step-cifar10", results, tmp_path, tmp_path, torch.device("cpu"), True, time.time() + 60, os.getpid())
+    steps = gpu_steps.Steps(job, "cifar10-cond", ["regress.loss=mse"], (2, 2))
+    monkeypatch.setattr(gpu_steps, "timed", lambda *_: {"step": [0.5, 0.5], "bare": [0.4, 0.4]})
+    figures = steps.figures()
+    counted = cost(steps.recipe, steps.subject.denoiser, steps.subject.info).step_flops
+    assert figures["share of the matrix rate"] == pytest.approx(counted / 0.5 / 2e12)
+    assert figures["step / bare passes"] == pytest.approx(1.25)
+
+
+def test_the_bare_passes_are_those_of_the_recipe(tmp_path, monkeypatch):
+    """Guidance makes the teacher's pass two; `match.pairs` makes the scores see both streams."""
+    recipe = step.ready("mnist", ["match.batch=2", "regress.batch=3", "match.guidance=2", "match.pairs=true"], tmp_path)
+    seen = []
+
+    class Net(torch.nn.Linear):
+        def forward(self, x, t, cond):
+            seen.append((self.out_features, len(x), torch.is_grad_enabled()))
+            return super().forward(x)
+
+    class Of:
+        device, precision, images_per_step, terms = torch.device("cpu"), "fp32", 5, ()
+
+        def __init__(self):
+            self.student, self.fake = Named(1), Named(2)
+
+    class Named:
+        def __init__(self, number):
+            self.net = Net(8, number)
+
+    class Shape:
+        shape, classes = (8,), ()
+
+    step.bare(Of(), Named(3), Shape(), recipe)()
+    assert seen == [(1, 5, True), (3, 5, False), (3, 5, False), (2, 5, False), (2, 5, True)]
+
+
+def test_a_failure_is_recorded_turns_the_status_and_is_tried_again(measure, monkeypatch, tmp_path):
+    flag = tmp_path / "mended"
+
+    def fails():
+        if not flag.exists():
+            raise ZeroDivisionError("injected")
+        return {"s": 2.0}
+
+    def rows(job):
+        job.measure("good", lambda: {"s": 1.0}, {"s": ("at most", 0.5)})
+        job.measure("bad", fails)
+        job.measure("after", lambda: {"s": 3.0})
+
+    def dies(job):
+        job.measure("first", lambda: {"s": 1.0})
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr(gpu, "PARTS", {"rows": part(rows), "dies": part(dies), "last": part(lambda job: None)})
+    status, parts = measure()
+    assert status == 1
+    assert {name: found["status"] for name, found in parts.items()} == {
+        "rows": "failed",
+        "dies": "failed",
+        "last": "done",
+    }
+    assert "ZeroDivisionError: injected" in parts["rows"]["rows"]["bad"]["error"]
+    assert parts["rows"]["rows"]["after"]["figures"] == {"s": 3.0}
+    assert parts["dies"]["rows"]["first"]["figures"] == {"s": 1.0}
+    assert "last words\nexit status -11" in parts["dies"]["error"]
+    flag.touch()
+    status, parts = measure("rows")
+    assert status == 1  # `dies` still stands
+    assert parts["rows"]["status"] == "done"
+    assert parts["rows"]["rows"]["bad"]["figures"] == {"s": 2.0}
+
+
+def test_a_missed_target_is_shown_and_no_failure(measure, monkeypatch, tmp_path):
+    def slow(job):
+        job.measure("row", lambda: {"ms": 25.0}, {"ms": ("at most", 10.0)})
+        job.measure(
+            "fine", lambda: {"share": 0.5, "GB": 1.05}, {"share": ("at least", 0.4), "GB": ("within 10 % of", 1.0)}
+        )
+
+    monkeypatch.setattr(gpu, "PARTS", {"slow": part(slow)})
+    assert measure()[0] == 0
+    columns = [list(column.cells) for column in gpu.table(Results(tmp_path / "out" / "results.json").read()).columns]
+    assert columns[3:] == [
+        ["25", "0.5", "1.05"],
+        ["at most 10", "at least 0.4", "within 10 % of 1"],
+        ["[red]2.500[/]", "[green]1.250[/]", "[green]1.050[/]"],
+    ]
+
+
+def test_a_part_that_takes_too_long_is_cut_and_goes_on(measure, monkeypatch, tmp_path):
+    def slow(job):
+        job.measure("first", lambda: {"number": float(os.getpid())})
+        job.measure("second", lambda: {"s": 1.0} if (tmp_path / "fast").exists() else time.sleep(60))
+
+    monkeypatch.setattr(gpu, "PARTS", {"slow": part(slow, most=0.5), "next": part(lambda job: None)})
+    status, parts = measure()
+    assert (status, parts["slow"]["status"], parts["next"]["status"]) == (0, "cut", "done")
+    first = parts["slow"]["rows"]["first"]
+    (tmp_path / "fast").touch()
+    _, parts = measure()
+    assert parts["slow"]["status"] == "done"
+    assert parts["slow"]["rows"]["first"] == first  # not measured again
+
+
+def test_a_killed_command_loses_only_what_it_was_measuring(measure, monkeypatch, tmp_path):
+    """SIGKILL to the command alone: its part notices at its next figure, writes no more, and a new call goes on."""
+    gate = tmp_path / "gate"
+
+    def waits(job):
+        job.measure("first", lambda: {"number": float(os.getpid())})
+        while not gate.exists():
+            time.sleep(0.01)
+        job.measure("second", lambda: {"s": 1.0})
+        job.measure("third", lambda: {"number": float(os.getpid())})
+
+    monkeypatch.setattr(gpu, "PARTS", {"waits": part(waits)})
+    command = gpu.fork.Process(target=partial(measure))
+    command.start()
+    results = Results(tmp_path / "out" / "results.json")
+    while "first" not in results.part("waits")["rows"]:
+        time.sleep(0.01)
+    first = results.part("waits")["rows"]["first"]
+    os.kill(command.pid, signal.SIGKILL)
+    command.join()
+    gate.touch()
+    orphan = int(first["figures"]["number"])
+    while Path(f"/proc/{orphan}").exists() and " Z " not in Path(f"/proc/{orphan}/stat").read_text():
+        time.sleep(0.01)
+    assert "third" not in results.part("waits")["rows"]
+    status, parts = measure()
+    assert (status, parts["waits"]["status"]) == (0, "done")
+    assert parts["waits"]["rows"]["first"] == first
+    assert parts["waits"]["rows"]["third"]["figures"]["number"] != orphan
+
+
+def test_results_of_another_size_or_without_a_gpu_are_refused(measure, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PARTS", {"none": part(lambda job: None)})
+    measure()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"'cuda' is not available here; `--tiny`"):
+            measure(tiny=False)
+    with pytest.raises(UserError, match="another machine or size"):
+        measure(tiny=False, device="cpu")
+    with pytest.raises(UserError, match="--only nothing is unknown; expected some of none"):
+        measure("nothing")
+
+
+def test_the_devices_are_compared_by_the_worst_loss():
+    there = [{"regress/student": 1.0, "match/student": 0.0}, {"regress/student": 2.0, "match/student": 1.0}]
+    here = [{"regress/student": 1.0 + 5e-5, "match/student": 0.0}, {"regress/student": 2.0, "match/student": 1.1}]
+    allowed = gpu_smoke.FLOOR + 0.01 * 1.1
+    assert gpu_smoke.of_the_tolerance(here, there, "fp32") == pytest.approx(0.1 / allowed)
+    assert gpu_smoke.of_the_tolerance(here[:1], there[:1], "fp32") == pytest.approx(5e-5 / (1e-6 + 1e-4 * (1 + 5e-5)))
+    assert gpu_smoke.of_the_tolerance(here, there, "bf16") == pytest.approx(5e-5 / (1e-6 + 0.05 * (1 + 5e-5)))
+
+
+def test_everything_that_was_drawn_moves():
+    cond = Cond(label=torch.zeros(2), extra={"guidance": torch.ones(2)})
+    found = gpu_smoke.moved({"a": [cond, (torch.ones(1), "name")]}, torch.device("meta"))
+    moved, (tensor, name) = found["a"]
+    assert (moved.label.device.type, moved.extra["guidance"].device.type, tensor.device.type) == ("meta",) * 3
+    assert (moved.text, name) == (None, "name")
