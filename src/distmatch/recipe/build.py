@@ -110,7 +110,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     if recipe.gradient_checkpointing:
         for network in filter(None, (trained, fake)):
             checkpoint_gradients(network)
-    if recipe.parallel == "fsdp" and parallel.world() > 1:
+    if recipe.parallel == "fsdp" and parallel.grouped():
         shard(average)
         shard(subject.denoiser, recipe.precision)  # in the fake score's precision: their difference must start at zero
     inputs = example(subject, dev)

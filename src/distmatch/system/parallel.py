@@ -76,6 +76,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def grouped() -> bool:
+    """Return whether there is a group of processes, if only of this one."""
+    return dist.is_initialized()
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     if world() > 1:

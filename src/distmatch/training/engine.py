@@ -110,7 +110,10 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds to import
 
-    mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
+    first = next(network.parameters(), None)
+    if first is None:  # an exact teacher
+        return network
+    mesh = init_device_mesh(first.device.type, (dist.get_world_size(),))
     low = torch.bfloat16 if precision == "bf16" else None
     # Autocast casts inputs where it should; times and preconditioning must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
