@@ -104,6 +104,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     check_machine(results, {"tiny": tiny, "device": device})
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a log may be wide
     for name, part in PARTS.items():
         left = ends - time.time()
         if (only and name not in only) or results.part(name)["status"] == "done":
@@ -180,6 +182,7 @@ def work(part: Part, job: Job, log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     try:
         part.run(job)
     except Exception:

@@ -34,13 +34,17 @@ def cifar10(job: Job) -> None:
         job.results.row(job.name, "all", {"targets": {}, "figures": {"": "left out: give --cifar FILE"}})
         return
     run = Run(job, job.cifar)
-    job.measure("feature spaces", run.train_spaces)
-    job.measure("speed of the teacher's steps", run.probe)
-    job.measure("teacher", run.train_teacher)
-    job.measure("teacher's figures", run.teachers_figures)
-    job.measure("student", run.train_student)
-    job.measure("student's figures", run.students_figures)
-    job.measure("student / teacher", run.ratios)
+    for row, work in {
+        "feature spaces": run.train_spaces,
+        "speed of the teacher's steps": run.probe,
+        "teacher": run.train_teacher,
+        "teacher's figures": run.teachers_figures,
+        "student": run.train_student,
+        "student's figures": run.students_figures,
+        "student / teacher": run.ratios,
+    }.items():
+        if not job.measure(row, work):
+            return
 
 
 class Run:

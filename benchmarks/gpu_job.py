@@ -82,8 +82,8 @@ class Job:
         targets: Mapping[str, Target] | None = None,
         *,
         gpu: bool = False,
-    ) -> None:
-        """Run `work` and record its figures as `row`, or its traceback; the part goes on with the next row.
+    ) -> bool:
+        """Run `work` and record its figures as `row`, or its traceback; return whether there are figures.
 
         A row that succeeded in an earlier call is kept.
 
@@ -93,7 +93,7 @@ class Job:
         """
         kept = self.results.part(self.name)["rows"].get(row, {})
         if "figures" in kept:
-            return
+            return True
         print(f"== {row}", flush=True)
         content: dict[str, Any] = {"targets": {k: list(v) for k, v in (targets or {}).items()}}
         began = time.perf_counter()
@@ -106,6 +106,7 @@ class Job:
         self.results.row(self.name, row, content)
         if self.parent not in (os.getpid(), os.getppid()):  # it was killed, and a new call may be running
             os._exit(1)
+        return "figures" in content
 
     def figure(self, part: str, row: str, name: str) -> float | None:
         """Return a figure of another part, if it was measured."""

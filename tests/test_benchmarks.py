@@ -14,12 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu
 import gpu_smoke
-import gpu_steps
 import step
-from gpu_job import NEEDS_GPU, Job, Results
+from gpu_job import NEEDS_GPU, Results
 
 from distmatch.diffusion.denoiser import Cond
-from distmatch.planning.cost import cost
 from distmatch.system.errors import UserError
 
 QUICK = ("matrix", "agreement", "processes", "step-cifar10", "cifar10")
@@ -50,6 +48,8 @@ def test_the_tiny_command_measures_and_a_second_call_skips_it_all(measure, capsy
     seconds = eager["ms per step"] / 1000
     assert eager["TFLOP/s"] == pytest.approx(eager["counted TFLOP"] / seconds)
     assert eager["images per second"] == pytest.approx(4 / seconds)
+    rate = parts["matrix"]["rows"]["fp32"]["figures"]["TFLOP/s"]
+    assert eager["share of the matrix rate"] == pytest.approx(eager["counted TFLOP"] / seconds / rate)
     assert parts["agreement"]["rows"]["mnist, fp32 against fp32 on the CPU"]["figures"]["of the tolerance"] <= 1
     for name, row in (
         ("matrix", "tf32"),
@@ -61,19 +61,6 @@ def test_the_tiny_command_measures_and_a_second_call_skips_it_all(measure, capsy
     assert "step / bare passes" in shown
     assert measure(*QUICK) == (0, parts)  # times and all
     assert "at most" not in capsys.readouterr().out.split("part")[0]  # nothing was begun
-
-
-def test_the_share_is_arithmetic_over_time_over_the_measured_rate(tmp_path, monkeypatch):
-    """Counted by the planner for the very recipe; a second per step at 2 TFLOP/s is the double of 1 TFLOP."""
-    results = Results(tmp_path / "results.json")
-    results.row("matrix", "tf32", {"figures": {"TFLOP/s": 2.0}})
-    job = Job("step-cifar10", results, tmp_path, tmp_path, torch.device("cpu"), True, time.time() + 60, os.getpid())
-    steps = gpu_steps.Steps(job, "cifar10-cond", ["regress.loss=mse"], (2, 2))
-    monkeypatch.setattr(gpu_steps, "timed", lambda *_: {"step": [0.5, 0.5], "bare": [0.4, 0.4]})
-    figures = steps.figures()
-    counted = cost(steps.recipe, steps.subject.denoiser, steps.subject.info).step_flops
-    assert figures["share of the matrix rate"] == pytest.approx(counted / 0.5 / 2e12)
-    assert figures["step / bare passes"] == pytest.approx(1.25)
 
 
 def test_the_bare_passes_are_those_of_the_recipe(tmp_path, monkeypatch):
