@@ -51,7 +51,7 @@ class Run:
     def __init__(self, job: Job, file: Path):
         self.job, self.file, self.folder = job, file, job.work / "cifar10"
         tiny = job.tiny
-        self.images = 64 if tiny else 5_000  # to measure
+        self.images = 128 if tiny else 5_000  # to measure
         self.network: dict[str, Any] = {"widths": (8, 16) if tiny else (128, 256, 256), "batch": 4 if tiny else 128}
 
     def train_spaces(self) -> Figures:
