@@ -136,7 +136,7 @@ class Run:
         """Of the Frechet distances in each space, at the student's checkpoints and at its end."""
         figures = self.job.results.part(self.job.name)["rows"]
         teacher, student = (figures[f"{name}'s figures"]["figures"] for name in ("teacher", "student"))
-        distances = [space.distance for space, _ in self.spaces]
+        distances = [space.distance for space, _ in self.spaces if teacher[space.distance] > 0]
         found = {
             f"{name}, step {line['step']}": line[name] / teacher[name]
             for line in log(self.folder / "student")
