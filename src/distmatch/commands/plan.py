@@ -12,9 +12,10 @@ def plan(
     /,
     *overrides: str,
     gpus: Count = 1,
-    gpu: Literal["a100", "h100", "h200", "l40s", "rtx4090"] = "a100",
+    gpu: Literal["a10", "a100", "b200", "h100", "h200", "l40s", "mi300x", "rtx4090", "rtx5090", "t4"] = "a100",
     utilisation: Annotated[float, Parameter(validator=Range(0, 1, open="("))] = 0.4,
     network: Rate = 50.0,
+    price: Rate | None = None,
 ) -> None:
     """Estimate what a recipe costs: arithmetic, memory, traffic, disk and time, and whether it fits.
 
@@ -29,13 +30,18 @@ def plan(
     gpus
         Number of GPUs that share the batches.
     gpu
-        Kind of GPU; its memory and arithmetic are taken from the maker's data sheet.
+        Kind of GPU; its memory and arithmetic are taken from the maker's data sheet, without sparsity. The T4 has no
+        bf16, which then runs as slowly as fp32.
     utilisation
         Share of that arithmetic that is reached in practice; 0.4 is common for these networks.
     network
         GB/s per GPU and direction between machines of eight GPUs; 50 is one 400 Gb/s card per GPU.
+    price
+        Dollars per GPU-hour, to see what pairs and training cost. No prices are built in.
     """
-    from distmatch.planning.plan import show
+    from distmatch.planning.gpus import GPUS
+    from distmatch.planning.plan import Cluster, show
     from distmatch.recipe.loading import load_recipe
 
-    show(load_recipe(recipe, overrides), gpus, gpu, utilisation, network)
+    cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
+    show(load_recipe(recipe, overrides), gpu, cluster, price)

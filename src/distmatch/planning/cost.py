@@ -12,7 +12,8 @@ from torch import nn
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
-from distmatch.planning.rehearsal import LOSSES, rehearse
+from distmatch.planning.ledger import LOSSES
+from distmatch.planning.rehearsal import rehearse
 from distmatch.recipe.entries import Recipe
 from distmatch.system.errors import UserError
 from distmatch.training.engine import blocks

@@ -14,11 +14,11 @@ from distmatch.diffusion.solvers import evaluations
 from distmatch.models.info import Info
 from distmatch.models.library import outline
 from distmatch.planning.cost import Cost, cost
+from distmatch.planning.gpus import Gpu
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
-from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
-from distmatch.system.screen import console
+from distmatch.system.screen import BYTES, FLOPS, console, duration, size, unit
 from distmatch.training.engine import blocks
 
 MACHINE = 8
@@ -26,31 +26,6 @@ MACHINE = 8
 
 SPARE = 0.1
 """Share of a GPU's memory reserved for fragmentation, libraries and the driver."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in bytes, dense FLOP/s in bf16 and TF32, `link` to the machine's other GPUs in bytes/s per direction."""
-
-    memory: float
-    bf16: float
-    tf32: float
-    link: float
-
-    def rate(self, precision: str) -> float:
-        return self.tf32 if precision == "fp32" else self.bf16
-
-
-GPUS = {
-    "a100": Gpu(80e9, 312e12, 156e12, 300e9),
-    "h100": Gpu(80e9, 989e12, 494e12, 450e9),
-    "h200": Gpu(141e9, 989e12, 494e12, 450e9),
-    "l40s": Gpu(48e9, 362e12, 183e12, 32e9),
-    "rtx4090": Gpu(24e9, 165e12, 83e12, 32e9),
-}
-"""From the makers' data sheets. Links: NVLink, 600 GB/s (A100) and 900 GB/s (H100, H200) for both directions together;
-the others have PCIe 4.0 x16, 64 GB/s for both directions together.
-"""
 
 
 @dataclass(frozen=True)
@@ -103,14 +78,14 @@ def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
     return Pace(arithmetic, made.traffic.sent / cluster.bandwidth)
 
 
-def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float) -> None:
-    """Print the tables of `distmatch plan` and whether the recipe fits. `network` is in GB/s."""
-    if gpus < 1 or not 0 < utilisation <= 1 or network <= 0:
-        raise UserError(
-            f"--gpus {gpus} --utilisation {utilisation} --network {network}: expected at least one GPU, a share of its "
-            "arithmetic in 0..1, e.g. 0.4, and more than 0 GB/s"
-        )
-    cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
+def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None) -> None:
+    """Print the tables of `distmatch plan` and whether the recipe fits.
+
+    Args:
+        gpu: the name of the cluster's GPUs.
+        price: dollars per GPU-hour, to print what the pairs and the training cost.
+    """
+    gpus = cluster.gpus
     denoiser, info = outline(recipe.teacher)
     stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
@@ -135,10 +110,11 @@ def show(recipe: Recipe, gpus: int, gpu: str, utilisation: float, network: float
     console.print(_memory(made, other, recipe.gradient_checkpointing, f"one {gpu}, {cluster.gpu.memory / 1e9:.0f} GB"))
     speed = pace(made, recipe, cluster)
     _tell_pace(made, speed, cluster)
-    _tell_training(recipe, [costs[_kind(stage)] for stage in stages], ends, cluster)
+    training = _tell_training(recipe, [costs[_kind(stage)] for stage in stages], ends, cluster)
     _tell_disk(recipe, made)
-    if "regress" in recipe.terms:
-        _tell_pairs(stages, denoiser, info, cluster)
+    pairs = _tell_pairs(stages, denoiser, info, cluster) if "regress" in recipe.terms else 0.0
+    if price is not None:
+        _tell_price(price, gpus, pairs, training)
     console.print(verdict(heaviest, made, denoiser, info, cluster))
 
 
@@ -159,69 +135,85 @@ def _changed(recipe: Recipe, checkpointing: bool, parallel: str | None = None, a
 
 
 def _work(made: Cost) -> Table:
-    table = Table("network", "TFLOP per step", box=None)
-    for name, value in made.flops.items():
-        table.add_row(name, f"{value / 1e12:,.2f}")
-    table.add_row("together", f"{made.step_flops / 1e12:,.2f}")
+    name, value = unit(made.step_flops, FLOPS)
+    table = Table("network", f"{name} per step", box=None)
+    for network, flops in made.flops.items():
+        table.add_row(network, f"{flops / value:,.2f}")
+    table.add_row("together", f"{made.step_flops / value:,.2f}")
     return table
 
 
 def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> Table:
     """Return a table of memory by part, with and without gradient checkpointing; the recipe's own setting is marked."""
     kept, recomputed = (other, made) if checkpointing else (made, other)
-    columns = {"activations kept, GB": kept, "recomputed, GB": recomputed}
-    shown = {name: one for name, one in columns.items() if one is not None}
-    table = Table(title, *(f"{name} (recipe)" if one is made else name for name, one in shown.items()), box=None)
+    name, value = unit(made.peak, BYTES)
+    columns = {f"activations kept, {name}": kept, f"recomputed, {name}": recomputed}
+    shown = {column: one for column, one in columns.items() if one is not None}
+    heads = (f"{column} (recipe)" if one is made else column for column, one in shown.items())
+    table = Table(title, *heads, box=None)
     for part in made.memory:
         if any(one.memory[part] for one in shown.values()):
-            table.add_row(part, *(f"{one.memory[part] / 1e9:,.2f}" for one in shown.values()))
-    table.add_row("together", *(f"{one.peak / 1e9:,.2f}" for one in shown.values()))
+            table.add_row(part, *(f"{one.memory[part] / value:,.2f}" for one in shown.values()))
+    table.add_row("together", *(f"{one.peak / value:,.2f}" for one in shown.values()))
     return table
 
 
 def _tell_pace(made: Cost, speed: Pace, cluster: Cluster) -> None:
-    console.print(f"step: {speed.arithmetic:,.3f} s of arithmetic at {cluster.utilisation:.0%} of the maker's figure")
+    console.print(f"step: {duration(speed.arithmetic)} of arithmetic at {cluster.utilisation:.0%} of the maker's figure")
     if cluster.gpus == 1:
         return
     sums = {"gathered": made.traffic.gathered, "scattered": made.traffic.scattered, "reduced": made.traffic.reduced}
-    parts = ", ".join(f"{value / 1e9:,.2f} GB {name}" for name, value in sums.items() if value)
+    parts = ", ".join(f"{size(value)} {name}" for name, value in sums.items() if value)
     console.print(
-        f"traffic: {made.traffic.sent / 1e9:,.2f} GB per GPU, step and direction ({parts}), "
-        f"{speed.traffic:,.3f} s at {cluster.bandwidth / 1e9:,.0f} GB/s"
+        f"traffic: {size(made.traffic.sent)} per GPU, step and direction ({parts}), "
+        f"{duration(speed.traffic)} at {cluster.bandwidth / 1e9:,.0f} GB/s"
     )
     low, high = (speed.arithmetic / seconds for seconds in (speed.in_turn, speed.at_once))
     console.print(f"efficiency: {low:.1%} if nothing of it happens during arithmetic, {high:.1%} if all does")
 
 
-def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: Cluster) -> None:
+def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: Cluster) -> tuple[float, float]:
+    """Print the time of training; return seconds, at least and at most."""
     paces = [pace(made, recipe, cluster) for made in costs]
     steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    fast, slow = (
-        sum(n * seconds for n, seconds in zip(steps, each, strict=True)) / 3600
-        for each in ([p.at_once for p in paces], [p.in_turn for p in paces])
-    )
-    hours, all_of_them = (
-        f"{fast * n:,.1f}" if cluster.gpus == 1 else f"{fast * n:,.1f} to {slow * n:,.1f}" for n in (1, cluster.gpus)
-    )
-    console.print(f"training: {hours} hours, {all_of_them} GPU-hours")
+    fast = sum(n * each.at_once for n, each in zip(steps, paces, strict=True))
+    slow = sum(n * each.in_turn for n, each in zip(steps, paces, strict=True))
+    both = duration(fast, slow), duration(fast * cluster.gpus, slow * cluster.gpus, of="GPU-")
+    console.print(f"training: {', '.join(both)}")
+    return fast, slow
 
 
 def _tell_disk(recipe: Recipe, made: Cost) -> None:
     kept = recipe.checkpoint.keep + (recipe.evaluate.every > 0)
     console.print(
-        f"checkpoints: {made.checkpoint / 1e9:,.1f} GB each, {(kept + 1) * made.checkpoint / 1e9:,.1f} GB at most "
+        f"checkpoints: {size(made.checkpoint)} each, {size((kept + 1) * made.checkpoint)} at most "
         f"({kept} kept, one being written)"
     )
 
 
-def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> None:
+def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> float:
+    """Print disk and time of the pairs; return seconds."""
     p = stages[0].pairs
     guidance = p.guidance if stages[0].student.guidance is None else None
     count = max(stage.pairs.count for stage in stages)
-    size = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
+    nbytes = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
     flops = count * evaluations(p.sampler, p.steps, guidance) * sampling_flops(denoiser, info)
-    hours = cluster.arithmetic(flops, p.precision) / 3600
-    console.print(f"pairs: {size / 1e9:,.1f} GB, {hours:,.1f} hours, {hours * cluster.gpus:,.0f} GPU-hours")
+    seconds = cluster.arithmetic(flops, p.precision)
+    console.print(f"pairs: {size(nbytes)}, {duration(seconds)}, {duration(seconds * cluster.gpus, of='GPU-')}")
+    return seconds
+
+
+def _tell_price(price: float, gpus: int, pairs: float, training: tuple[float, float]) -> None:
+    """Print what the seconds cost at `price` per GPU and hour."""
+    made, low, high = (seconds / 3600 * gpus * price for seconds in (pairs, *training))
+    console.print(
+        f"price: {_dollars(made)} for the pairs and {_dollars(low, high)} for training, {_dollars(made + low, made + high)} "
+        f"in all, at {_dollars(price)} per GPU-hour"
+    )
+
+
+def _dollars(*amounts: float) -> str:
+    return " to ".join(dict.fromkeys(f"${amount:,.{0 if amount >= 100 else 2}f}" for amount in amounts))
 
 
 def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster: Cluster) -> str:
@@ -248,7 +240,7 @@ def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster:
                     entries.append("gradient_checkpointing=true")
                 if parallel != recipe.parallel:
                     entries.append(f"parallel={parallel}")
-                return f"it does not fit; {' '.join(entries)} does, with {found.peak / 1e9:,.1f} GB"
+                return f"it does not fit; {' '.join(entries)} does, with {size(found.peak)}"
     return "it does not fit, whatever accumulate, gradient_checkpointing and parallel are; take more or larger GPUs"
 
 

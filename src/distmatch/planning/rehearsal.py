@@ -7,21 +7,15 @@ product.
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from distmatch.diffusion.conditions import WHOLE, Share, with_guidance
 from distmatch.diffusion.denoiser import Cond, Denoiser
@@ -29,13 +23,10 @@ from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Start
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
+from distmatch.planning.ledger import Ledger, replace_data
 from distmatch.planning.weightless import regression
 from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
-
-LOSSES = "decoder and LPIPS"
-"""Name for everything computed outside the three networks."""
-
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -68,7 +59,7 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
     ledger = Ledger()
     ready(denoiser)
     twin = copy.deepcopy(denoiser)
-    with _without_numbers(), ledger:
+    with _in_place(), ledger:
         stage = _Stage(recipe, twin, info, parts, sharded)
         trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake}
         networks = {name: n for name, n in {**trained, "teacher": stage.teacher}.items() if n is not None}
@@ -90,79 +81,9 @@ def sampling_flops(denoiser: Denoiser, info: Info) -> float:
     """Return the FLOPs of one evaluation of one sample."""
     ready(denoiser)
     twin, ledger = copy.deepcopy(denoiser), Ledger()
-    with _without_numbers(), ledger, torch.no_grad():
+    with _in_place(), ledger, torch.no_grad():
         _emptied(twin)(torch.empty(1, *info.shape), torch.empty(1), example(twin, info, 1))
     return ledger.flops.total()
-
-
-class Ledger(TorchDispatchMode):
-    """Follows the operations inside its with block: bytes of live tensors, and FLOPs by network.
-
-    `peak` is the most bytes alive at once, `gradients_then` the gradients among them, and `peak_without_gradients` the
-    most bytes alive at once not counting gradients.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.gradients = self.peak = self.gradients_then = self.peak_without_gradients = 0
-        self.flops: Counter[str] = Counter()
-        self.network = LOSSES
-        self._known: WeakSet[torch.UntypedStorage] = WeakSet()
-        self._have: set[nn.Parameter] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flops[self.network] += formula(*args, **(kwargs or {}), out_val=out)
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        finalize(storage, self._gone, storage.nbytes()).atexit = False
-        self.alive += storage.nbytes()
-        self.peak_without_gradients = max(self.peak_without_gradients, self.alive - self.gradients)
-        if self.alive > self.peak:
-            self.peak, self.gradients_then = self.alive, self.gradients
-
-    def _gone(self, size: int) -> None:
-        self.alive -= size
-
-    def start(self, networks: dict[str, nn.Module]) -> int:
-        """Start counting, attributing FLOPs to the `networks` by name. Returns the bytes alive."""
-        for name, network in networks.items():
-            self._name(name, network)
-        self.peak = self.peak_without_gradients = self.alive
-        return self.alive
-
-    def updated(self) -> None:
-        """Note that the optimizer has cleared the gradients."""
-        self.gradients = 0
-        self._have.clear()
-
-    def _name(self, name: str, network: nn.Module) -> None:
-        def computes(*_: Any) -> None:
-            self.network = name
-
-        def done(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.network = LOSSES
-            if output.requires_grad:  # the backward pass enters the network here, after the losses
-                output.register_hook(computes)
-
-        def accumulated(parameter: nn.Parameter) -> None:
-            if parameter not in self._have:
-                self._have.add(parameter)
-                self.gradients += parameter.numel() * parameter.element_size()
-
-        network.register_forward_pre_hook(computes)
-        network.register_forward_hook(done)
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(accumulated)
 
 
 @contextmanager
@@ -194,31 +115,15 @@ def _gpu_autocast() -> AbstractContextManager:
 
 
 def ready(denoiser: Denoiser) -> None:
-    """Build tables that are cached for good: built inside `_without_numbers` they would have no data."""
+    """Build tables that are cached for good: built inside a `Ledger` they would have no data."""
     ones = torch.ones(1)
     denoiser.schedule.add_noise(ones, ones, ones)
     denoiser.prediction.inputs(ones, ones, ones)
 
 
-class _NoNumbers(FakeTensorMode):
-    """A fake tensor mode that deep copies of its tensors share."""
-
-    def __deepcopy__(self, memo: Any) -> "_NoNumbers":
-        return self
-
-
-@contextmanager
-def _without_numbers() -> Iterator[None]:
-    """Inside the with block, new tensors are fake: they have a device (the CPU) and a shape, but no data.
-
-    The meta device would not do: attention has no fused kernel there, and there is no autocast. Modules stay where they
-    are: PyTorch cannot move modules of fake tensors, and none has to be moved.
-    """
-    with warnings.catch_warnings(), _NoNumbers(allow_non_fake_inputs=True):
-        warnings.filterwarnings("ignore", "Accessing the data pointer")  # raised by deep copies
-        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-        with _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self):
-            yield
+def _in_place() -> AbstractContextManager:
+    """Modules stay where they are: PyTorch cannot move modules of tensors without data, and none has to be moved."""
+    return _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self)
 
 
 class _Stage:
@@ -260,7 +165,7 @@ class _Stage:
         if sharded and recipe.precision == "bf16":  # FSDP2 gathers them in this precision, and autocast makes no copies
             for network in filter(None, (self.distiller.student, self.distiller.fake)):
                 for parameter in network.parameters():
-                    parameter.data = parameter.data.bfloat16()
+                    replace_data(parameter, parameter.data.bfloat16())
 
     def run(self, ledger: Ledger) -> Counter[str]:
         """Run one step; return the FLOPs of one part of it, by network."""

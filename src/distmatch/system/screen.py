@@ -1,5 +1,6 @@
 """Safe terminal output: nothing that comes from a file or a command line can control the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -18,9 +19,39 @@ def printable(name: object, most: int = 120) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
+BYTES = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+FLOPS = {"MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
+SECONDS = {"µs": 1e-6, "ms": 1e-3, "s": 1, "minutes": 60, "hours": 3600}
+
+
+def unit(amount: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """Return name and value of the largest of the rising `units` that is not more than `amount`, or of the first."""
+    fitting = [name for name, value in units.items() if value <= amount]
+    name = fitting[-1] if fitting else next(iter(units))
+    return name, units[name]
+
+
 def size(nbytes: float) -> str:
     """Return a number of bytes for people, e.g. "1.2 GB"."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
+    name, value = unit(nbytes, BYTES)
+    return f"{nbytes:,.0f} bytes" if name == "bytes" else f"{nbytes / value:,.1f} {name}"
+
+
+def duration(shortest: float, longest: float | None = None, of: str = "") -> str:
+    """Return seconds, or a range of them, for people, with three digits: "42.0 ms", "19.0 to 19.3 hours".
+
+    Args:
+        of: what is counted by the hour, e.g. "GPU-" for "1,368 GPU-hours".
+    """
+    name, value = unit(shortest, SECONDS)
+    shown = [_digits(seconds / value) for seconds in (shortest, longest) if seconds is not None]
+    return f"{' to '.join(dict.fromkeys(shown))} {of}{name}"
+
+
+def _digits(amount: float) -> str:
+    """Return a number with three digits, or all of its whole ones."""
+    decimals = next((n for n, most in ((2, 9.995), (1, 99.95)) if amount < most), 0)
+    return f"{amount:,.{decimals}f}"
 
 
 class Screen(Console):
