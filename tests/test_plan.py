@@ -4,13 +4,16 @@ What is planned is planned in a process of its own (`planner`): once a process h
 tensors without numbers, PyTorch's autograd does not work in those that it forks, of which other tests make use.
 """
 
+import inspect
 import json
+import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
 from multiprocessing import get_context
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -24,19 +27,25 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch.commands.cli import app
+from distmatch.commands.plan import plan
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
+from distmatch.models.diffusers.autoencoder import tiny_decoder
+from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
-from distmatch.models.library import outline
+from distmatch.models.library import family_of, outline
 from distmatch.models.perceptual import write_random_weights
-from distmatch.planning.cost import Cost, Traffic, cost
-from distmatch.planning.plan import GPUS, Cluster, Gpu, pace, verdict
+from distmatch.planning.cost import Cost, Traffic, cost, numel
+from distmatch.planning.gpus import GPUS, Gpu
+from distmatch.planning.plan import Cluster, bill, pace, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
+from distmatch.system.screen import duration
+from distmatch.system.screen import size as shown
 
 EDM_NETWORK = {
     "img_resolution": 16,
@@ -252,6 +261,70 @@ def test_the_nearest_setting_that_fits_is_told(folder, planner):
     assert "parallel=fsdp" in planner(told, file, 0.8, ("terms=regress", "regress.batch=2"), 2)[0]
 
 
+def published(source: str) -> tuple[list[int], str]:
+    """Weights in millions of a model's network, of its other parts and of TAESD's decoder; the source of its parts."""
+    denoiser, info = outline(f"diffusers:{source}")
+    tiny = tiny_decoder(without_weights("madebyollin/taesd"), weights=False)
+    counts = numel(denoiser), family_of(info).component_weights(info.source), numel(tiny)
+    return [round(count / 1e4) for count in counts], info.source
+
+
+def test_published_settings_need_no_network(monkeypatch):
+    """Weights as published: a U-Net of 859.5 M; CLIP's text encoder, 123.1 M, and the decoder, 49.5 M; 1.2 M."""
+
+    def ask(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", ask)
+    for source in ("runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        counts, found = published(source)
+        assert counts == [85952, 17255, 122]
+        assert found.endswith("sd15")
+    assert published("stabilityai/stable-diffusion-xl-base-1.0")[0][0] == 256746
+
+
+def test_a_folder_and_a_cached_model_win_over_published_settings(tmp_path, monkeypatch):
+    source, folder = "runwayml/stable-diffusion-v1-5", tmp_path / "runwayml" / "stable-diffusion-v1-5"
+    packaged = Path(without_weights(source))
+    assert (packaged / "unet" / "config.json").exists()
+    have = set()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: "path" if file in have else None)
+    have |= {str(file.relative_to(packaged)) for file in packaged.rglob("*.json")}
+    assert without_weights(source) == source
+    have.remove("vae/config.json")
+    assert without_weights(source) == str(packaged)
+    monkeypatch.chdir(tmp_path)
+    folder.mkdir(parents=True)
+    assert without_weights(source) == source
+
+
+def test_gpus_are_those_of_the_command():
+    gpus = inspect.signature(plan).parameters["gpu"].annotation
+    assert sorted(GPUS) == sorted(get_args(gpus))
+    t4, a100 = GPUS["t4"], GPUS["a100"]
+    assert [t4.rate(precision) for precision in ("fp32", "bf16", "fp16")] == [8.1e12, 8.1e12, 65e12]  # no bf16
+    assert [a100.rate(precision) for precision in ("fp32", "bf16", "fp16")] == [156e12, 312e12, 312e12]
+    for gpu in GPUS.values():  # 2:4 sparsity would be four times fp32, at least
+        assert gpu.bf16 / gpu.fp32 == pytest.approx(2, rel=0.05) or gpu in (t4, GPUS["mi300x"])
+
+
+def test_amounts_have_units_that_fit():
+    assert [shown(n) for n in (0, 999, 1e3, 1.26e6, 24.06e9, 3.93e14)] == [
+        *("0 bytes", "999 bytes", "1.0 kB", "1.3 MB", "24.1 GB", "393.0 TB")
+    ]
+    assert [duration(s) for s in (2e-5, 0.0452, 3.42, 59.96, 90, 4572, 3600 * 1368.4)] == [
+        *("20.0 µs", "45.2 ms", "3.42 s", "60.0 s", "1.50 minutes", "1.27 hours", "1,368 hours")
+    ]
+    assert duration(90, 5400) == "1.50 to 90.0 minutes"
+    assert duration(3600.0, 3600.1, of="GPU-") == "1.00 GPU-hours"
+
+
+def test_a_price_is_that_of_all_gpus():
+    told = bill(2.5, 4, 1800, (3600, 7200))
+    assert "$5.00 for the pairs and $10.00 to $20.00 for training, $15.00 to $25.00 in all" in told
+    assert bill(2, 72, 0, (68400, 68400)).startswith("price: $2,736 for training, at $2.00")
+
+
 def said(*arguments: str) -> str:
     with redirect_stdout(StringIO()) as out:
         app(arguments, result_action="return_value")
@@ -259,9 +332,11 @@ def said(*arguments: str) -> str:
 
 
 def test_the_command_says_what_it_takes(folder, planner):
-    text = planner(said, "plan", str(folder / "tiny.yaml"), "--gpus", "8", "--gpu", "h100")
-    for part in ("8 x h100, ddp", "recomputed, GB", "traffic: ", "efficiency: ", "checkpoints: ", "pairs: ", "it fits"):
+    text = planner(said, "plan", str(folder / "tiny.yaml"), "--gpus", "8", "--gpu", "h100", "--price", "2.5")
+    for part in ("8 x h100, ddp", "recomputed, MB", "traffic: ", "efficiency: ", "checkpoints: ", "pairs: ", "it fits"):
         assert part in text
+    assert "at $2.50 per GPU-hour" in text
+    assert not re.search(r"\b0(\.0+)? (hours|minutes|s|GPU-hours|GB|MB)\b", text)
     with pytest.raises(ValueError, match=r"match\.batch 24 is not a multiple of accumulate 1 times 7 GPUs"):
         said("plan", str(folder / "tiny.yaml"), "--gpus", "7")
     for option, value in (("--gpus", "0"), ("--utilisation", "0"), ("--utilisation", "40"), ("--network", "0")):

@@ -14,6 +14,7 @@ from torch import nn
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.schedule import Schedule
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.edm.checkpoints import Published
 from distmatch.models.family import Components, Family
 from distmatch.models.folder import load_model
@@ -56,9 +57,10 @@ def outline(teacher: str) -> tuple[Denoiser, Info]:
     """Return the teacher called `teacher` on the meta device, for plans.
 
     Published checkpoints are known by name, models in diffusers' format by their settings; their weights are not read.
-    Raises `UserError` if a model is unknown.
+    The settings of the recipes' models are in the package. Raises `UserError` if a model is unknown.
     """
-    family, source = _by_scheme(teacher)
+    scheme, _, source = teacher.partition(":")
+    family, source = _by_scheme(f"diffusers:{without_weights(source)}" if scheme == "diffusers" else teacher)
     if family:
         return family.outline(source)
     denoiser, info = find_model(teacher, "teacher")

@@ -38,8 +38,8 @@ GPUS = {
 """Rates are without sparsity, which doubles most data sheets' figures; those of GeForce cards accumulate in fp32.
 
 Sources: the data sheets "NVIDIA A10", "A100", "H100", "H200", "L40S", "T4" and "AMD Instinct MI300X"; "Blackwell
-Architecture Technical Brief" (HGX B200) and "DGX B200" (1,440 GB in eight GPUs); the white papers "Ada GPU Architecture"
-and "RTX Blackwell GPU Architecture", appendix A.
+Architecture Technical Brief" (HGX B200) and "DGX B200" (1,440 GB in eight GPUs); the white papers "Ada GPU
+Architecture" and "RTX Blackwell GPU Architecture", appendix A.
 
 fp32 is TF32 on NVIDIA's cards since Ampere. The T4 has neither TF32 nor bf16: both run at its plain fp32 rate, and only
 fp16 uses its tensor cores. The MI300X has TF32 (654 TFLOP/s), which PyTorch leaves off; its fp32 is that of the matrix

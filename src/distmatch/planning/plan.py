@@ -114,7 +114,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
     _tell_disk(recipe, made)
     pairs = _tell_pairs(stages, denoiser, info, cluster) if "regress" in recipe.terms else 0.0
     if price is not None:
-        _tell_price(price, gpus, pairs, training)
+        console.print(bill(price, gpus, pairs, training))
     console.print(verdict(heaviest, made, denoiser, info, cluster))
 
 
@@ -159,7 +159,9 @@ def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> 
 
 
 def _tell_pace(made: Cost, speed: Pace, cluster: Cluster) -> None:
-    console.print(f"step: {duration(speed.arithmetic)} of arithmetic at {cluster.utilisation:.0%} of the maker's figure")
+    console.print(
+        f"step: {duration(speed.arithmetic)} of arithmetic at {cluster.utilisation:.0%} of the maker's figure"
+    )
     if cluster.gpus == 1:
         return
     sums = {"gathered": made.traffic.gathered, "scattered": made.traffic.scattered, "reduced": made.traffic.reduced}
@@ -203,13 +205,13 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
     return seconds
 
 
-def _tell_price(price: float, gpus: int, pairs: float, training: tuple[float, float]) -> None:
-    """Print what the seconds cost at `price` per GPU and hour."""
+def bill(price: float, gpus: int, pairs: float, training: tuple[float, float]) -> str:
+    """Say what seconds of `pairs` and `training` (at least and at most) cost at `price` dollars per GPU-hour."""
     made, low, high = (seconds / 3600 * gpus * price for seconds in (pairs, *training))
-    console.print(
-        f"price: {_dollars(made)} for the pairs and {_dollars(low, high)} for training, {_dollars(made + low, made + high)} "
-        f"in all, at {_dollars(price)} per GPU-hour"
-    )
+    told = f"{_dollars(low, high)} for training"
+    if pairs:
+        told = f"{_dollars(made)} for the pairs and {told}, {_dollars(made + low, made + high)} in all"
+    return f"price: {told}, at ${price:,.2f} per GPU-hour"
 
 
 def _dollars(*amounts: float) -> str:

@@ -28,6 +28,7 @@ from distmatch.planning.weightless import regression
 from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
 
+
 @dataclass(frozen=True)
 class Rehearsal:
     """What one process did in a step, and the networks of that step, without data.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.losses import REGRESSIONS
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
+from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
 from distmatch.models.perceptual import CHANNELS, LAYERS, Lpips
@@ -23,7 +24,7 @@ def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], T
     if r.decoder == "none":
         return loss, networks
     if r.decoder == "tiny":
-        decoder = tiny_decoder(r.tiny, recipe.gradient_checkpointing, weights=False)
+        decoder = tiny_decoder(without_weights(r.tiny), recipe.gradient_checkpointing, weights=False)
     else:
         decoder = family_of(info).decoder(info.source, recipe.gradient_checkpointing, weights=False)
     return Decoded(loss, decoder), [*networks, decoder]

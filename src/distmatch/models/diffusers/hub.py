@@ -21,6 +21,14 @@ from distmatch.system.plain import read_json
 
 T = TypeVar("T")
 
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "madebyollin/taesd": "taesd",
+}
+"""Models whose settings are in the package, without weights, for plans: their folders in `published/`, by id."""
+
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that a pipeline can do without."""
 
@@ -66,6 +74,21 @@ def config(source: str, file: str, folder: str | None = None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{source}: {folder or ''}/{file} holds no settings; expected a JSON object")
     return dict(found)
+
+
+def without_weights(source: str) -> str:
+    """Return where the settings of a model can be read for a plan: a folder of the package if the model is neither a
+    folder nor in the cache, and its settings are `PUBLISHED`; otherwise `source` itself.
+    """
+    if source not in PUBLISHED or Path(source).is_dir():
+        return source
+    need("diffusers", by=source)
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(__file__).parent / "published" / PUBLISHED[source]
+    files = [str(file.relative_to(folder).as_posix()) for file in folder.rglob("*.json")]
+    cached = all(isinstance(try_to_load_from_cache(source, file), str) for file in files)
+    return source if cached else str(folder)
 
 
 def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float32) -> Any:

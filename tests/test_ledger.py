@@ -1,0 +1,135 @@
+"""Tensors without data against PyTorch's own fake tensors: the same bytes and the same FLOPs, operation by operation.
+
+In a process of their own, see `test_plan`.
+"""
+
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
+from weakref import WeakSet, finalize
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from distmatch.diffusion.denoiser import Denoiser, Prediction
+from distmatch.diffusion.schedule import EDM
+from distmatch.models.edm.networks import SongUNet
+from distmatch.planning import ledger
+from distmatch.planning.ledger import Ledger
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with ProcessPoolExecutor(1, get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        yield lambda task, *arguments: pool.submit(task, *arguments).result()
+
+
+class Followed(TorchDispatchMode):
+    """Bytes alive and FLOPs, by the storages of PyTorch's fake tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.flops, self.known = 0, Counter(), WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops["all"] += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.alive += storage.nbytes()
+                finalize(storage, self.gone, storage.nbytes()).atexit = False
+        return out
+
+    def gone(self, nbytes):
+        self.alive -= nbytes
+
+
+class Mixed(nn.Module):
+    """Convolutions in both layouts, attention, normalisations, views, and a part that is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16)
+        self.down, self.out = nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Conv2d(32, 3, 1)
+        self.qkv, self.layer = nn.Linear(16, 48), nn.LayerNorm(16)
+        self.enter.weight = nn.Parameter(self.enter.weight.detach().contiguous(memory_format=torch.channels_last))
+
+    def attend(self, x):
+        q, k, v = self.qkv(self.layer(x.flatten(2).mT)).unflatten(2, (6, 8)).transpose(1, 2).chunk(3, 1)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mT.unflatten(2, x.shape[2:])
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.enter(x)))
+        low = checkpoint(self.attend, self.down(x), use_reentrant=False)
+        return self.out(torch.cat((x, F.interpolate(low, scale_factor=2)), 1))
+
+
+def passed(account, low: bool) -> list[int]:
+    """The bytes alive after each part of two steps, and the FLOPs."""
+    net, found = Mixed(), []
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = net(torch.randn(4, 3, 8, 8)).square().mean()
+        found.append(account.alive)
+        loss.backward()
+        found.append(account.alive)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        del loss
+        found.append(account.alive)
+    return [*found, account.flops.total()]
+
+
+def both(low: bool) -> tuple[list[int], list[int]]:
+    with FakeTensorMode(), Followed() as theirs:
+        expected = passed(theirs, low)
+    with Ledger() as ours:
+        return passed(ours, low), expected
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_bytes_and_flops_are_those_of_fake_tensors(alone, low):
+    found, expected = alone(both, low)
+    assert found == expected
+    assert len(set(expected)) > 3 and expected[-1] > 1e5
+
+
+def asked_twice() -> tuple[int, list[str]]:
+    """How many answers of the meta device there are in a step of an EDM network, and which of fake tensors differ."""
+    ask, count, differ = ledger._by_meta, 0, []
+
+    def check(func, args, kwargs):
+        nonlocal count
+        count += 1
+        answer, other = ask(func, args, kwargs), ledger._by_fakes(func, args, kwargs)
+        if answer != other:
+            differ.append(f"{func}: {answer} is {other}")
+        return answer
+
+    ledger._by_meta = check
+    ledger._answers.clear()
+    for low in (torch.autocast("cpu", torch.bfloat16), nullcontext()):
+        with Ledger(), low:
+            net = SongUNet(16, 3, 3, model_channels=16, num_blocks=1, channel_mult=[1, 2], attn_resolutions=[8])
+            denoiser = Denoiser(net, EDM(), Prediction("edm"))
+            denoiser(torch.randn(2, 3, 16, 16), torch.ones(2), None).mean().backward()
+            passed(Ledger(), False)
+    return count, differ
+
+
+def test_the_meta_device_answers_like_fake_tensors(alone):
+    count, differ = alone(asked_twice)
+    assert not differ
+    assert count > 100
