@@ -39,13 +39,14 @@ from distmatch.models.library import family_of, outline
 from distmatch.models.perceptual import write_random_weights
 from distmatch.planning.cost import Cost, Traffic, cost, numel
 from distmatch.planning.gpus import GPUS, Gpu
-from distmatch.planning.plan import Cluster, bill, pace, verdict
+from distmatch.planning.plan import Cluster, bill, pace, settled, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
 from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
+from distmatch.training.engine import autocast
 
 EDM_NETWORK = {
     "img_resolution": 16,
@@ -228,6 +229,11 @@ def test_normalisations_are_in_fp32_as_on_gpus():
         with _gpu_autocast():
             assert torch.nn.GroupNorm(2, 4)(x.bfloat16()).dtype == torch.float32
             assert torch.nn.LayerNorm(3)(x.bfloat16()).dtype == torch.float32
+            with autocast(torch.device("cpu"), "bf16"):
+                assert torch.is_autocast_cache_enabled()  # weights are cast once
+            assert torch.is_autocast_cache_enabled()
+        with autocast(torch.device("cpu"), "bf16"):
+            assert not torch.is_autocast_cache_enabled()
     with _gpu_autocast():
         assert F.group_norm(x.bfloat16(), 2).dtype == torch.bfloat16  # there is no autocast
     assert F.group_norm is own
@@ -308,6 +314,15 @@ def test_gpus_are_those_of_the_command():
         assert gpu.bf16 / gpu.fp32 == pytest.approx(2, rel=0.05) or gpu in (t4, GPUS["mi300x"])
 
 
+def test_auto_is_the_precision_in_which_a_gpu_is_faster():
+    recipe = load_recipe("cifar10-cond", ["precision=auto", "pairs.precision=auto"])
+    for gpu, faster in (("a100", "bf16"), ("t4", "fp32")):
+        found = settled(recipe, GPUS[gpu])
+        assert (found.precision, found.pairs.precision) == (faster, faster)
+    asked = load_recipe("cifar10-cond", ["precision=bf16", "pairs.precision=fp16"])
+    assert settled(asked, GPUS["t4"]) == asked
+
+
 def test_amounts_have_units_that_fit():
     assert [shown(n) for n in (0, 999, 1e3, 1.26e6, 24.06e9, 3.93e14)] == [
         *("0 bytes", "999 bytes", "1.0 kB", "1.3 MB", "24.1 GB", "393.0 TB")
@@ -336,7 +351,7 @@ def test_the_command_says_what_it_takes(folder, planner):
     for part in ("8 x h100, ddp", "recomputed, MB", "traffic: ", "efficiency: ", "checkpoints: ", "pairs: ", "it fits"):
         assert part in text
     assert "at $2.50 per GPU-hour" in text
-    assert not re.search(r"\b0(\.0+)? (hours|minutes|s|GPU-hours|GB|MB)\b", text)
+    assert not re.search(r"(?<![\d.,])0(\.0+)? [A-Za-z]", text)  # "0.0 hours"
     with pytest.raises(ValueError, match=r"match\.batch 24 is not a multiple of accumulate 1 times 7 GPUs"):
         said("plan", str(folder / "tiny.yaml"), "--gpus", "7")
     for option, value in (("--gpus", "0"), ("--utilisation", "0"), ("--utilisation", "40"), ("--network", "0")):

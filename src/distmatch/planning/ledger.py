@@ -68,7 +68,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an operation does with arguments of certain shapes: its FLOPs and outputs; `series`: the type of their list."""
+    """What an operation does with arguments of certain shapes: FLOPs, and outputs, in a list of type `series`."""
 
     flops: int
     outputs: list[Any]

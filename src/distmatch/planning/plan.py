@@ -86,8 +86,9 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
         price: dollars per GPU-hour, to print what the pairs and the training cost.
     """
     gpus = cluster.gpus
+    recipe = settled(recipe, cluster.gpu)
     denoiser, info = outline(recipe.teacher)
-    stages = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
+    stages = recipe.parts
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     kinds = list(dict.fromkeys(map(_kind, stages)))
     both = bool(blocks(denoiser)) and recipe.student.network is None
@@ -103,7 +104,9 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
         if both:
             other = cost(_changed(heaviest, checkpointing=not recipe.gradient_checkpointing), denoiser, info, gpus)
             advance(1)
-    console.print(f"{recipe.name}: {made.parameters / 1e6:,.1f} M parameters, {gpus} x {gpu}, {recipe.parallel}")
+    name, value = unit(made.parameters, {"": 1, "k": 1e3, "M": 1e6})
+    parameters = f"{made.parameters / value:,.1f} {name} parameters"
+    console.print(f"{recipe.name}: {parameters}, {gpus} x {gpu}, {recipe.parallel}")
     if recipe.stages:
         console.print(f"a step and its memory are those of stage {stages.index(heaviest) + 1}, which takes the most")
     console.print(_work(made))
@@ -112,16 +115,27 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
     _tell_pace(made, speed, cluster)
     training = _tell_training(recipe, [costs[_kind(stage)] for stage in stages], ends, cluster)
     _tell_disk(recipe, made)
-    pairs = _tell_pairs(stages, denoiser, info, cluster) if "regress" in recipe.terms else 0.0
+    paired = [stage for stage in stages if "regress" in stage.terms]
+    pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
         console.print(bill(price, gpus, pairs, training))
     console.print(verdict(heaviest, made, denoiser, info, cluster))
 
 
+def settled(recipe: Recipe, gpu: Gpu) -> Recipe:
+    """Replace each `auto` precision by the one in which `gpu` is faster."""
+    faster = "bf16" if gpu.bf16 > gpu.fp32 else "fp32"
+    pairs = recipe.pairs
+    if pairs.precision == "auto":
+        pairs = pairs.model_copy(update={"precision": faster})
+    precision = faster if recipe.precision == "auto" else recipe.precision
+    return recipe.model_copy(update={"precision": precision, "pairs": pairs})
+
+
 def _kind(recipe: Recipe) -> str:
     """Return a key that is equal for stages of equal cost."""
     m, r = recipe.match, recipe.regress
-    return str((m.batch, m.guidance == 1, m.pairs, r.batch, r.loss, r.size, r.decoder, r.tiny))
+    return str((recipe.terms, m.batch, m.guidance == 1, m.pairs, r.batch, r.loss, r.size, r.decoder, r.tiny))
 
 
 def _changed(recipe: Recipe, checkpointing: bool, parallel: str | None = None, accumulate: int | None = None) -> Recipe:
@@ -215,7 +229,8 @@ def bill(price: float, gpus: int, pairs: float, training: tuple[float, float]) -
 
 
 def _dollars(*amounts: float) -> str:
-    return " to ".join(dict.fromkeys(f"${amount:,.{0 if amount >= 100 else 2}f}" for amount in amounts))
+    shown = (f"${amount:,.{0 if amount >= 100 else 2}f}" if amount >= 0.01 else "under $0.01" for amount in amounts)
+    return " to ".join(dict.fromkeys(shown))
 
 
 def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster: Cluster) -> str:

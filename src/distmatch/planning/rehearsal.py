@@ -9,8 +9,9 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,8 +101,9 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _gpu_autocast() -> AbstractContextManager:
-    """Autocast to bf16 as on GPUs, where normalisations compute and return fp32; on CPUs they don't.
+@contextmanager
+def _gpu_autocast() -> Iterator[None]:
+    """Autocast to bf16 as on GPUs, where normalisations compute and return fp32, and weights are cast once per update.
 
     See "CUDA Ops that can autocast to float32" in PyTorch's documentation of `torch.amp`.
     """
@@ -112,7 +114,11 @@ def _gpu_autocast() -> AbstractContextManager:
 
         return run
 
-    return _replaced(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm))
+    cached = partial(torch.set_autocast_cache_enabled, True)
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm)))
+        stack.enter_context(_replaced(torch, set_autocast_cache_enabled=lambda enabled: cached()))
+        yield
 
 
 def ready(denoiser: Denoiser) -> None:
@@ -143,6 +149,7 @@ class _Stage:
             update={
                 "device": "cpu",
                 "compile": False,
+                "workers": 1,  # threads would leave the ledger
                 "accumulate": self.turns,
                 "match": recipe.match.model_copy(update={"batch": self.turns * self.match}),
                 "regress": recipe.regress.model_copy(
