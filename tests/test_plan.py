@@ -44,9 +44,9 @@ from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
+from distmatch.system.precision import autocast
 from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
-from distmatch.training.engine import autocast
 
 EDM_NETWORK = {
     "img_resolution": 16,
