@@ -47,10 +47,18 @@ def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
     assert [s for s in steps if s in (4, 7, 12)] == [4, 7, 12]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("stages")
+    distillation.distil(recipe(folder), folder / "whole", folder)
+    return folder
+
+
 @pytest.mark.parametrize("stop", [2, 4, 5, 7, 11])
-def test_a_run_stopped_anywhere_ends_as_the_undisturbed(tmp_path, monkeypatch, stop):
+def test_a_run_stopped_anywhere_ends_as_the_undisturbed(whole, monkeypatch, stop):
     """Within a stage, and between two: the same weights to the last bit."""
-    distillation.distil(recipe(tmp_path), tmp_path / "whole", tmp_path)
+    out = whole / f"stopped-{stop}"
     stopping = {"left": stop}
     step = distillation.Distiller.step
 
@@ -62,10 +70,10 @@ def test_a_run_stopped_anywhere_ends_as_the_undisturbed(tmp_path, monkeypatch, s
 
     monkeypatch.setattr(distillation.Distiller, "step", stops)
     with pytest.raises(Stopped):
-        distillation.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
-    distillation.distil(recipe(tmp_path), tmp_path / "parts", tmp_path)
-    whole, parts = (load_model(tmp_path / name / "model")[0].state_dict() for name in ("whole", "parts"))
-    assert all(parts[name].equal(value) for name, value in whole.items())
+        distillation.distil(recipe(whole), out, whole)
+    distillation.distil(recipe(whole), out, whole)
+    expected, found = (load_model(run / "model")[0].state_dict() for run in (whole / "whole", out))
+    assert all(found[name].equal(value) for name, value in expected.items())
 
 
 def test_an_override_holds_in_every_stage(tmp_path):

@@ -3,12 +3,14 @@
 import json
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 
+from distmatch.commands.teach import Options, train_teacher
 from distmatch.data.images import load_images
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.losses import denoising_loss
@@ -18,10 +20,11 @@ from distmatch.methods.teach import Settings, Teaching
 from distmatch.models.folder import Info, load_model
 from distmatch.models.unet import UNet
 from distmatch.system import rng
+from distmatch.system.errors import UserError
 from distmatch.training import log
 from distmatch.training.optim import Optimizer
 
-SMALL = ("--widths", 8, 16, "--batch", 8, "--precision", "fp32", "--steps", 60, "--save-every", 5, "--preview-every", 0)
+SMALL = ("--widths", 8, 16, "--batch", 8, "--precision", "fp32", "--steps", 24, "--save-every", 4, "--preview-every", 0)
 
 
 def test_the_step_is_edms_objective(tmp_path):
@@ -65,13 +68,13 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
     process.wait()
     assert not (broken / "model").exists()
     assert tiny.command("teach", images, "-o", broken, *SMALL).returncode == 0
-    for part in ("model/model.safetensors", "checkpoints/step-00000060/shard-00001-model-00001-of-00001.safetensors"):
+    for part in ("model/model.safetensors", "checkpoints/step-00000024/shard-00001-model-00001-of-00001.safetensors"):
         a, b = load_file(straight / part), load_file(broken / part)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), part
     steps = [[line["step"] for line in log.read(run / "log.jsonl")] for run in (straight, broken)]
     assert sorted(set(steps[1])) == steps[1]
-    assert steps[0][-1] == steps[1][-1] == 60
+    assert steps[0][-1] == steps[1][-1] == 24
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -100,15 +103,14 @@ def test_mistakes_are_told_without_a_traceback(tmp_path):
 
 def test_the_model_folder_says_how_it_was_made(tmp_path):
     images = tiny.image_folder(tmp_path / "images")
-    done = tiny.command("teach", images, "-o", tmp_path / "run", "--widths", 8, 16, "--steps", 2, "--batch", 4)
-    assert done.returncode == 0, done.stderr
+    options = Options(widths=(8, 16), steps=2, batch=4, precision="fp32")
+    train_teacher(images, tmp_path / "run", options)
     denoiser, info = load_model(tmp_path / "run" / "model")
     assert info.classes == ("dark", "light")
     assert info.times == ()
     assert info.card["teach"]["steps"] == 2
     assert info.card["pixels"] == image_fingerprint(load_images(images).pixels)  # which `eval` knows it by
-    other = tiny.command("teach", images, "-o", tmp_path / "run", "--widths", 8, 16, "--steps", 3, "--batch", 4)
-    assert other.returncode == 2
-    assert "run is a run with other settings:\n  steps: 2 there, 3 here" in other.stderr
+    with pytest.raises(UserError, match="run is a run with other settings:\n  steps: 2 there, 3 here"):
+        train_teacher(images, tmp_path / "run", replace(options, steps=3))
     assert denoiser(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
     json.loads((tmp_path / "run" / "model" / "config.json").read_text())
