@@ -33,7 +33,10 @@ def recipe(folder, *changes, **entries):
 
 
 def distiller(folder, *changes):
-    found = recipe(folder, *changes)
+    return built(recipe(folder, *changes), folder)
+
+
+def built(found, folder):
     subject = subjects.subject(found)
     pairs = build.pair_store(found, subject, folder) if objectives.reads_pairs(found) else None
     return build.distiller(found, subject, pairs)
@@ -96,19 +99,20 @@ def test_its_head_is_saved_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
 
 
-def _two(folder, out):
+def _two(found, folder, out):
     torch.set_num_threads(1)
     with parallel.process_group():
-        d = distiller(folder, *JUDGE)
+        d = built(found, folder)
         losses = [{k: parallel.mean(v.clone()).item() for k, v in d.step(i).items()} for i in range(2)]
         if parallel.rank() == 0:
             torch.save((losses, d.terms[2].head.state_dict()), out)
 
 
 def test_two_processes_train_its_head_as_one_does(tmp_path):
-    d = distiller(tmp_path, *JUDGE)  # makes the pairs
+    found = recipe(tmp_path, *JUDGE)
+    d = built(found, tmp_path)  # makes the pairs
     alone = [{k: v.item() for k, v in d.step(i).items()} for i in range(2)]
-    together(2, _two, tmp_path, tmp_path / "two.pt")
+    together(2, _two, found, tmp_path, tmp_path / "two.pt")
     losses, head = torch.load(tmp_path / "two.pt")
     for one, two in zip(alone, losses, strict=True):
         assert two == pytest.approx(one, rel=1e-3)

@@ -82,7 +82,7 @@ def without_weights(source: str) -> str:
     """
     if source not in PUBLISHED or Path(source).is_dir():
         return source
-    need("diffusers", by=source)
+    need("huggingface_hub", by=source)
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(__file__).parent / "published" / PUBLISHED[source]
