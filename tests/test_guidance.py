@@ -153,7 +153,7 @@ TAUGHT, IMPORTED = {"teach": {"label_dropout": 0.0}}, {"imported": {"file": "x.p
         ),
         (
             Info((1, 8, 8), ("a", "b", "c"), card={"imported": {"file": "x.pkl"}}),
-            "label dropout 0, .* start; use guidance",
+            "label dropout 0, .* never trained; use guidance",
         ),
         (Info((1, 8, 8)), "neither classes nor prompts to be guided by"),
     ],
