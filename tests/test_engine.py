@@ -148,7 +148,7 @@ def kill_one(process, out) -> None:
     waited = time.monotonic()
     while not list((out / "checkpoints").glob("step-*/state.json")):
         assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() - waited < 120
+        assert time.monotonic() - waited < 300
         time.sleep(0.02)
     os.kill(workers(process)[-1], signal.SIGKILL)
 
@@ -163,7 +163,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_restart_finishes_it(
         process = launch(alone, out, longer, f"--max-restarts={restarts}")
         kill_one(process, out)
         began = time.monotonic()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         if restarts:
             assert process.returncode == 0, errors
             assert torch.equal(weights(out), weights(alone / "straight"))
