@@ -30,6 +30,7 @@ from distmatch.commands.cli import app
 from distmatch.commands.plan import plan
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
+from distmatch.models.attention import attention
 from distmatch.models.diffusers.autoencoder import tiny_decoder
 from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -221,7 +222,7 @@ def test_a_ring_sends_what_the_closed_form_says():
     assert (found.in_turn, found.at_once) == pytest.approx((3.75, 2.0))
 
 
-def test_normalisations_are_in_fp32_as_on_gpus():
+def test_normalisations_weights_and_attention_are_as_on_gpus():
     """And as they were afterwards."""
     x, own = torch.randn(2, 4, 3), F.group_norm
     with torch.autocast("cpu", torch.bfloat16):
@@ -232,6 +233,9 @@ def test_normalisations_are_in_fp32_as_on_gpus():
             with autocast(torch.device("cpu"), "bf16"):
                 assert torch.is_autocast_cache_enabled()  # weights are cast once
             assert torch.is_autocast_cache_enabled()
+            q, k, v = torch.randn(3, 2, 8, 16).bfloat16()
+            assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+        assert not torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
         with autocast(torch.device("cpu"), "bf16"):
             assert not torch.is_autocast_cache_enabled()
     with _gpu_autocast():

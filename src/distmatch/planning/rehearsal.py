@@ -11,17 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmatch.diffusion.conditions import WHOLE, Share, with_guidance
+from distmatch.diffusion.conditions import WHOLE, Share
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Start
+from distmatch.models import attention
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
 from distmatch.planning.ledger import Ledger, replace_data
@@ -84,7 +84,8 @@ def sampling_flops(denoiser: Denoiser, info: Info) -> float:
     ready(denoiser)
     twin, ledger = copy.deepcopy(denoiser), Ledger()
     with _in_place(), ledger, torch.no_grad():
-        _emptied(twin)(torch.empty(1, *info.shape), torch.empty(1), example(twin, info, 1))
+        cond = family_of(info).example_cond(twin.net, info, 1)
+        _emptied(twin)(torch.empty(1, *info.shape), torch.empty(1), cond)
     return ledger.flops.total()
 
 
@@ -103,7 +104,8 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @contextmanager
 def _gpu_autocast() -> Iterator[None]:
-    """Autocast to bf16 as on GPUs, where normalisations compute and return fp32, and weights are cast once per update.
+    """Autocast to bf16 as on GPUs, where normalisations compute and return fp32, weights are cast once per update, and
+    attention is always fused.
 
     See "CUDA Ops that can autocast to float32" in PyTorch's documentation of `torch.amp`.
     """
@@ -114,10 +116,11 @@ def _gpu_autocast() -> Iterator[None]:
 
         return run
 
-    cached = partial(torch.set_autocast_cache_enabled, True)
+    cache = torch.set_autocast_cache_enabled
     with ExitStack() as stack:
         stack.enter_context(_replaced(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm)))
-        stack.enter_context(_replaced(torch, set_autocast_cache_enabled=lambda enabled: cached()))
+        stack.enter_context(_replaced(attention, SHORT=0))
+        stack.enter_context(_replaced(torch, set_autocast_cache_enabled=lambda enabled: cache(True)))
         yield
 
 
@@ -199,13 +202,7 @@ class _Stage:
         return Counter({name: (ledger.flops[name] + more * again[name]) / self.turns for name in names})
 
     def example(self, n: int) -> Cond | None:
-        return example(self.teacher, self.info, n, self.recipe.student.guidance is not None)
-
-
-def example(denoiser: Denoiser, info: Info, n: int, guided: bool = False) -> Cond | None:
-    """Return a condition of `n` samples; `guided`: with a guidance scale."""
-    cond = family_of(info).example_cond(denoiser.net, info, n)
-    return with_guidance(cond, torch.empty(n)) if guided else cond
+        return build.example_cond(self.recipe, self.teacher, self.info, n)
 
 
 @dataclass
