@@ -1,6 +1,7 @@
 """Training on prompts by a recipe: adapters alone, recomputed activations, cached text, what is refused."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from distmatch.models.library import find_model
 from distmatch.planning.preflight import Flight, checks
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.smoke import make_networks
 from distmatch.system.files import write_json
 from distmatch.system.plain import read_json
 from distmatch.system.terminal import Notice
@@ -47,6 +49,29 @@ def distiller(folder, *overrides):
     recipe = load_recipe(str(folder / "text.yaml"), overrides)
     subject = subjects.subject(recipe)
     return build.distiller(recipe, subject, build.pair_store(recipe, subject, folder)), subject
+
+
+def test_an_example_is_shaped_like_a_prompt_and_encodes_none(folder):
+    recipe = load_recipe(str(folder / "text.yaml"), ["student.guidance=[1, 4]"])
+    subject = subjects.subject(recipe)
+    real: Any = subject.conditions.at([0])
+    cond: Any
+    x, t, cond = build.example(recipe, replace(subject, conditions=cast("Any", None)))
+    assert (x.shape, t.shape) == ((1, 4, 8, 8), (1,))
+    assert cond.text.shape == real.text.shape
+    assert {name: extra.shape for name, extra in cond.extra.items()} == {"guidance": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kind"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "StableDiffusionPipeline"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_a_smoke_run_has_a_teacher_of_the_recipes_family(tmp_path, teacher, kind):
+    make_networks(load_recipe("sd15-laion-6.25", [f"teacher=diffusers:{teacher}", "terms=match"]), tmp_path)
+    assert read_json(tmp_path / "stable" / "model_index.json", dict[str, Any])["_class_name"] == kind
 
 
 def test_adapters_alone_are_trained(folder):

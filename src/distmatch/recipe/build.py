@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
+from distmatch.diffusion import conditions
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import Schedule
@@ -18,7 +19,7 @@ from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import with_guidance
 from distmatch.models.info import Info
-from distmatch.models.library import components, find_model
+from distmatch.models.library import components, family_of, find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
 from distmatch.recipe.objectives import objective, optimizer, trains_fake
@@ -113,7 +114,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     if recipe.parallel == "fsdp" and parallel.grouped():
         shard(average)
         shard(subject.denoiser, recipe.precision)  # in the fake score's precision: their difference must start at zero
-    inputs = example(subject, dev)
+    inputs = example(recipe, subject)
     forward = spread(trained, recipe.parallel, recipe.precision, inputs)
     score = fake
     # DDP needs one forward pass per backward pass. If own terms also use the fake score, the distiller averages its
@@ -238,10 +239,16 @@ def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
     return Denoiser(net, denoiser.schedule, denoiser.prediction)
 
 
-def example(subject: Subject, dev: torch.device) -> tuple[Tensor, Tensor, Cond | None]:
-    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`."""
-    cond = subject.conditions.at([0])
+def example(recipe: Recipe, subject: Subject) -> tuple[Tensor, Tensor, Cond | None]:
+    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`; only its shapes matter."""
+    dev, cond = subject.device, example_cond(recipe, subject.denoiser, subject.info, 1)
     return torch.zeros(1, *subject.info.shape, device=dev), torch.ones(1, device=dev), cond and cond.to(dev)
+
+
+def example_cond(recipe: Recipe, denoiser: Denoiser, info: Info, n: int) -> Cond | None:
+    """Return a condition of `n` samples for the recipe's student; only its shapes matter."""
+    cond = family_of(info).example_cond(denoiser.net, info, n)
+    return cond if recipe.student.guidance is None else conditions.with_guidance(cond, torch.ones(n))
 
 
 def _trained_copy(denoiser: Denoiser) -> Denoiser:

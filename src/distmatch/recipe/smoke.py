@@ -11,7 +11,9 @@ import torch
 
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
-from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
+from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.hub import without_weights
+from distmatch.models.diffusers.tiny import write_tiny_vae
 from distmatch.models.edm.checkpoints import PUBLISHED
 from distmatch.models.folder import Info, save_model
 from distmatch.recipe.entries import Recipe
@@ -64,7 +66,7 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
         if teacher and recipe.teacher.startswith("edm:"):
             save_model(folder / "teacher", *random_edm(Path(recipe.teacher).stem))
         if teacher and recipe.teacher.startswith("diffusers:"):
-            write_tiny_sd(folder / "stable")
+            family_in(without_weights(recipe.teacher.removeprefix("diffusers:"))).write_tiny(folder / "stable")
             write_tiny_vae(folder / "tiny")
             write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
         if recipe.regress.loss == "lpips" and "regress" in recipe.terms:

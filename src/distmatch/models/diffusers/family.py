@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,10 @@ class DiffusersFamily(Family):
 
         Raises `UserError` for settings that change the mathematics in ways that are not supported here.
         """
+        raise NotImplementedError
+
+    def write_tiny(self, folder: Path) -> Path:
+        """Write a tiny random model of this family to `folder`, for `--scale cpu-smoke`; return `folder`."""
         raise NotImplementedError
 
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:

@@ -19,6 +19,7 @@ from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import Settings, config, index, network
 from distmatch.models.diffusers.lora import adapters, add_adapters, merge_adapters
 from distmatch.models.diffusers.schedulers import PREDICTIONS, one_step_scheduler, prediction_of, schedule_of
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
@@ -177,6 +178,9 @@ class StableDiffusion(DiffusersFamily):
             net = StableUNet(unet, (TOKENS, unet["cross_attention_dim"]), pooled)
         return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
 
+    def write_tiny(self, folder: Path) -> Path:
+        return write_tiny_sd(folder)
+
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
         return Cond(text=_states(pipe, prompts, negative)[negative])
 
@@ -223,6 +227,9 @@ class StableDiffusionXL(StableDiffusion):
     untouched: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     scheduler: ClassVar[Mapping[str, Any]] = {}
     means = True
+
+    def write_tiny(self, folder: Path) -> Path:
+        return write_tiny_sd(folder, kind="sdxl")
 
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
         """Return `text`, `extra["pooled"] f[B,P]` and `extra["size"] f[B,6]`, for images not scaled or cropped."""
