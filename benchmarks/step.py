@@ -130,18 +130,23 @@ def inputs(n: int, info: Info, device: torch.device) -> tuple[Tensor, Tensor, Co
     return torch.randn(n, *info.shape, device=device), torch.zeros(n, device=device), cond
 
 
-def timed(work: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+def timed(
+    work: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each piece of work, taken in turn so that a slow moment of the machine hits all."""
     warm = 3 if rounds > 5 else 1
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + warm):
         for name, run in work.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= warm:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 
