@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,10 +21,6 @@ from distmatch.system.digests import Damaged, known_digest, load_file
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_json
 from distmatch.system.plain import read_json
-
-if TYPE_CHECKING:
-    from distmatch.training.shards import Saver  # takes seconds to import
-
 
 DAMAGE = (Damaged, SafetensorError, OSError, KeyError, TypeError, AttributeError)
 """What reading a damaged checkpoint raises."""
@@ -55,7 +51,6 @@ class Checkpoints:
         self.folder = folder
         self.parts = parts
         self.keep = keep
-        self._saver: Saver | None = None
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
@@ -93,7 +88,7 @@ class Checkpoints:
     def save(self, step: int, meta: Mapping[str, Any] | None = None, best: float | None = None) -> None:
         """Copy the parts as they are after `step` steps, then write the copies and delete old ones in the background.
 
-        Each process copies and writes its share of what all of them hold. The copies' memory is kept for the next save.
+        Each process copies and writes its share of what all of them hold.
 
         Args:
             best: this checkpoint's score, if it is the best one so far; it is then kept until a better one comes.
@@ -101,11 +96,9 @@ class Checkpoints:
         self.wait()
         tensors, tree = self._state()
         header = {"step": step, "meta": dict(meta or {}), "tree": tree, "shapes": _shapes(tensors)}
-        if self._saver is None:
-            from distmatch.training.shards import Saver
+        from distmatch.training import shards  # takes seconds to import
 
-            self._saver = Saver()
-        saving = self._saver.save(tensors, self._unfinished(step), lambda: self._finish(step, header, best))
+        saving = shards.save(tensors, self._unfinished(step), lambda: self._finish(step, header, best))
         self._saving = step, saving
 
     def wait(self) -> None:
@@ -131,12 +124,8 @@ class Checkpoints:
         ) from error
 
     def close(self) -> None:
-        """Wait for the checkpoint being written, then free the copies; nothing can be saved afterwards."""
-        try:
-            self.wait()
-        finally:
-            if self._saver is not None:
-                self._saver.close()
+        """Wait for the checkpoint being written."""
+        self.wait()
 
     def _unfinished(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}"

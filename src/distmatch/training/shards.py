@@ -28,28 +28,21 @@ from distmatch.system.digests import save_file
 from distmatch.system.files import remove, write_atomic
 
 
-class Saver:
-    """Copies tensors to host memory, which is kept for the next time, and writes the copies in a thread."""
-
-    def __init__(self):
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # copy immediately, to ordinary memory
-
-    def save(self, tensors: Mapping[str, Tensor], folder: Path, finish: Callable[[], None]) -> Future:
-        """Copy `tensors`; in the background, all processes write theirs to `folder`, then the first calls `finish()`.
-
-        Each process copies and writes its share of what all of them hold.
-        """
-        alone = parallel.world() == 1
-        mine = dict(tensors) if alone else _share(tensors)
-        group = None if alone else parallel.background_group()
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by the thread, in a single process
-        writer = Writer(folder, finish)
-        saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=self._stager, no_dist=alone)
-        return cast(Future, saving)
-
-    def close(self) -> None:
-        """Free the copies."""
-        self._stager.close()
+def save(tensors: Mapping[str, Tensor], folder: Path, finish: Callable[[], None]) -> Future:
+    """Copy `tensors` to host memory; in the background, all processes write theirs to `folder`, then the first calls
+    `finish()`. Each process copies and writes its share of what all of them hold.
+    """
+    alone = parallel.world() == 1
+    mine = dict(tensors) if alone else _share(tensors)
+    group = None if alone else parallel.background_group()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by the thread, in a single process
+    writer = Writer(folder, finish)
+    stager = DefaultStager(StagingOptions(False, False, False, False))  # copy immediately, to ordinary memory
+    try:
+        saving = async_save(mine, storage_writer=writer, process_group=group, async_stager=stager, no_dist=alone)
+    finally:
+        stager.close()  # one for each save: up to PyTorch 2.11 it closes itself after the first
+    return cast(Future, saving)
 
 
 def read(tensors: dict[str, Tensor], folder: Path) -> None:
