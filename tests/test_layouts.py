@@ -109,8 +109,8 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
         "train", {0: "dog", 1: "cat"}, "2 classes from label in metadata.csv below train: cat, dog",
     ),
     "metadata without labels": (
-        {**CATS, "metadata.jsonl": lines(*({"file_name": n, "text": "a pet"} for n in CATS))}, "train", CATS_HERE,
-        "from the first folder (metadata.jsonl has file_name, text and no label)",
+        {**CATS, "metadata.jsonl": lines(*({"file_name": n, "note": "a pet"} for n in CATS))}, "train", CATS_HERE,
+        "from the first folder (metadata.jsonl has file_name, note and no label)",
     ),
     "metadata.csv of another tool": ({**CATS, "metadata.csv": b"id,age\n0,9\n"}, "train", CATS_HERE, "1 .csv"),
     ".cls": (

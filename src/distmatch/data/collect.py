@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distmatch.data.captions import captions_of, several
 from distmatch.data.decode import Decoder
+from distmatch.data.prompts import KEYS
 from distmatch.data.sidecars import COLUMNS, IMAGES
 from distmatch.system.errors import UserError
 
@@ -53,8 +55,8 @@ def plain(label: Any) -> Any:
 
 def collected(
     data: Any, classes: tuple[str, ...], value_range: tuple[float, float] | None
-) -> tuple[Tensor, list[Any] | None, tuple[str, ...], list[str]]:
-    """Return pixels, labels, classes and notes of a data set that is read image by image; see `Images.of`."""
+) -> tuple[Tensor, list[Any] | None, tuple[str, ...], tuple[tuple[str, ...], ...] | None, list[str]]:
+    """Return pixels, labels, classes, captions and notes of a data set read image by image; see `Images.of`."""
     if isinstance(data, Mapping):
         raise UserError(f"the data set has the splits {', '.join(map(str, data))}; give one of them")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
@@ -62,12 +64,14 @@ def collected(
             f"{type(data).__name__} is no data set of known length; expected a tensor, a Dataset, or a list of images"
         )
     image, known = _columns(data)
-    label, decoder = None, None
-    tensors, labels = [], []
+    label, text, decoder = None, None, None
+    tensors, labels, texts = [], [], []
     for row, item in enumerate(data[i] for i in range(len(data))):
         if isinstance(item, Mapping) and image in item:
             label = label or next((name for name in known if name in item), None)
+            text = text or next((name for name in KEYS if name in item), None)
             picture, said = item[image], item.get(label)
+            texts.append(several(item.get(text)))
         else:
             picture, said = _pair(item)
         labels.append(plain(said))
@@ -90,7 +94,8 @@ def collected(
     pixels, notes = (torch.stack(tensors), []) if decoder is None else decoder.finish()
     given = None if labels[0] is None else labels
     named = known.get(label) or () if image else getattr(data, "classes", None) or ()
-    return torch.as_tensor(pixels), given, classes or tuple(named), notes
+    captions = captions_of(texts, f"{text} of the data set") if text else None
+    return torch.as_tensor(pixels), given, classes or tuple(named), captions, notes
 
 
 def _columns(data: Any) -> tuple[str, dict[str | None, Sequence[str] | None]]:

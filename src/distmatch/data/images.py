@@ -1,4 +1,4 @@
-"""Data sets of images, from folders, archives, tables or Python, as one uint8 tensor with labels."""
+"""Data sets of images, from folders, archives, tables or Python, as one uint8 tensor with labels and captions."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from distmatch.data.archives import Files, OneFile, open_files
+from distmatch.data.captions import Captions, captions_of, several
 from distmatch.data.collect import as_pixels, collected, plain
 from distmatch.data.decode import SUFFIXES, Decoder, dark
 from distmatch.data.layouts import arrange, visible
@@ -31,28 +32,39 @@ class Account:
         left_out: files that do not belong to it, by reason.
         notes: what was done to the pixels.
         bits: how many bits of each pixel are used, of which the upper 8 were kept.
+        captions: how many there are, and where they come from, in words.
     """
 
     labels: str = ""
     left_out: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
     bits: int = 8
+    captions: str = ""
 
     def __str__(self) -> str:
         total = sum(number for _, number in self.left_out)
         left_out = ", ".join(f"{number:,} {printable(what, 40)}" for what, number in self.left_out[:8])
-        parts = [self.labels, f"{total:,} files left out: {left_out}" if total else "", *self.notes]
+        parts = [self.labels, self.captions, f"{total:,} files left out: {left_out}" if total else "", *self.notes]
         return "; ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels u8[N,C,H,W]`; `labels i64[N]` and their `classes`, or `None` and `()`; and how they were read."""
+    """Pictures, and what is known about them.
+
+    Args:
+        pixels: u8[N,C,H,W].
+        labels: i64[N], numbers of `classes`, or `None`.
+        classes: their names, or `()`.
+        account: how they were read.
+        captions: for each image, one or more, of which one is drawn each time that it is shown; or `None`.
+    """
 
     pixels: Tensor
     labels: Tensor | None
     classes: tuple[str, ...]
     account: Account = Account()
+    captions: tuple[tuple[str, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,6 +82,7 @@ class Images:
         labels: Any = None,
         *,
         classes: Sequence[str] = (),
+        captions: Sequence[str | Sequence[str]] | None = None,
         value_range: tuple[float, float] | None = None,
     ) -> "Images":
         """Return your own data as images.
@@ -78,31 +91,37 @@ class Images:
             data: one of
                 a tensor or array [N,C,H,W] or [N,H,W], C of 1 or 3: uint8 in 0..255, or floats in `value_range`;
                 a `torch.utils.data.Dataset` or list of images, or of `(image, label)`;
-                one split of a Hugging Face data set with a column `image` and perhaps `label`.
+                one split of a Hugging Face data set with a column `image` and perhaps `label` and `text`.
                 An image is a Pillow image, or a tensor or array [C,H,W] or [H,W].
             labels: for a tensor's images, numbers or names.
             classes: names of the classes by number (default: those of the data set, else the numbers).
+            captions: for each image a caption, or a list of several.
             value_range: black and white for floats, e.g. `(-1, 1)` or `(0, 1)`.
 
-        Raises `UserError` for anything else, for values outside the range, and if the numbers of labels and images
-        differ.
+        Raises `UserError` for anything else, for values outside the range, and if the numbers of images and of
+        labels or captions differ.
         """
         if isinstance(data, Images):
             return data
         notes: list[str] = []
+        own = None
         if not isinstance(data, Tensor | np.ndarray):
             if labels is not None:
                 raise UserError("labels are given beside a data set; give them in it, as (image, label)")
-            data, labels, classes, notes = collected(data, tuple(classes), value_range)
+            data, labels, classes, own, notes = collected(data, tuple(classes), value_range)
         pixels = as_pixels(torch.as_tensor(data), value_range)
         notes = list(dict.fromkeys([*notes, *dark(pixels.numpy())]))
+        if captions is not None:
+            own = _given(captions, len(pixels), own)
+        said = Captions(own, "given in Python")
         if labels is None:
-            return cls(pixels, None, (), Account("no classes: no labels were given", (), tuple(notes)))
+            account = Account("no classes: no labels were given", (), tuple(notes), captions=str(said))
+            return cls(pixels, None, (), account, own)
         given = list(map(plain, plain(labels)))
         if len(given) != len(pixels):
             raise UserError(f"{len(pixels):,} images and {len(given):,} labels; expected as many of both")
         numbers, names = _numbered(labels_of(given, "labels"), tuple(map(str, classes)))
-        return cls(pixels, numbers, names, _account(names, "given in Python", Counter(), notes))
+        return cls(pixels, numbers, names, _account(names, "given in Python", Counter(), notes, said), own)
 
 
 def load_images(
@@ -112,7 +131,7 @@ def load_images(
     without: Path | None = None,
     fit: Callable[[Image.Image], Image.Image] | None = None,
 ) -> Images:
-    """Read the images of one split in `place`, with their labels.
+    """Read the images of one split in `place`, with their labels and captions.
 
     Args:
         place: a folder or an archive (.tar, .tar.gz, .tar.xz, .zip) of pictures, of CIFAR's batches, of MNIST's files
@@ -135,7 +154,8 @@ def load_images(
         numbers, classes = (None, ()) if table.labels is None else _numbered(table.labels, table.names)
         return Images(
             torch.from_numpy(np.ascontiguousarray(table.pixels)), numbers, classes,
-            _account(classes, table.origin, left_out, table.notes),
+            _account(classes, table.origin, left_out, table.notes, table.captions),
+            table.captions and table.captions.captions,
         )  # fmt: skip
     if not any(name.lower().endswith(tuple(SUFFIXES)) for name in names):
         raise UserError(_nothing(files, names, left_out))
@@ -146,15 +166,28 @@ def load_images(
         decoder.add(rows[name], name, content)
     pixels, notes = decoder.finish()
     numbers, classes = (None, ()) if layout.labels is None else _numbered(layout.labels, ())
-    account = replace(_account(classes, layout.origin, layout.left_out, [*layout.notes, *notes]), bits=decoder.bits)
-    return Images(torch.from_numpy(pixels), numbers, classes, account)
+    account = _account(classes, layout.origin, layout.left_out, [*layout.notes, *notes], layout.captions)
+    captions = layout.captions and layout.captions.captions
+    return Images(torch.from_numpy(pixels), numbers, classes, replace(account, bits=decoder.bits), captions)
 
 
-def _account(classes: Sequence[str], origin: str, left_out: Counter[str], notes: Sequence[str]) -> Account:
+def _given(captions: Sequence[Any], count: int, own: object) -> tuple[tuple[str, ...], ...] | None:
+    """Return the captions that are given for `count` images in Python, which may not have their `own`."""
+    if own is not None:
+        raise UserError("captions are given beside a data set that has captions; give them in one place")
+    if isinstance(captions, str) or len(captions) != count:
+        found = "one text" if isinstance(captions, str) else f"{len(captions):,} captions"
+        raise UserError(f"{count:,} images and {found}; expected as many of both")
+    return captions_of(map(several, captions), "captions")
+
+
+def _account(
+    classes: Sequence[str], origin: str, left_out: Counter[str], notes: Sequence[str], captions: Captions | None
+) -> Account:
     if classes:
         names = ", ".join(printable(name, 30) for name in classes[:6]) + (", ..." if len(classes) > 6 else "")
         origin = f"{len(classes):,} {'classes' if len(classes) > 1 else 'class'} {origin}: {names}"
-    return Account(origin, tuple(left_out.most_common()), tuple(notes))
+    return Account(origin, tuple(left_out.most_common()), tuple(notes), captions=str(captions or ""))
 
 
 def _numbered(labels: list[int] | list[str], names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:

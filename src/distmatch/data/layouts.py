@@ -14,16 +14,19 @@
 3. WebDataset's `.cls` beside each picture: `000000.png`, `000000.cls`,
 4. the first folder below the split in which the paths differ; deeper folders are ignored.
 
+**Captions** come from `metadata.*` or `.txt` files (`data.captions`). Folders of a captioned set are not classes.
+
 Whole-number classes are ordered by value, names alphabetically. Ambiguous layouts are refused.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from posixpath import basename, splitext
 
 from distmatch.data.archives import Files
+from distmatch.data.captions import Captions, read_captions
 from distmatch.data.decode import SUFFIXES
 from distmatch.data.sidecars import Labels, read_labels
 from distmatch.system.errors import UserError
@@ -52,7 +55,8 @@ class Layout:
         labels: a number or a name for each; `None` if there are none.
         origin: in words, where classes and split come from.
         left_out: files that do not belong to it, by reason.
-        notes: what else there is to say about the labels.
+        notes: what else there is to say about the labels and captions.
+        captions: those of the pictures, if there are files of captions.
     """
 
     names: list[str]
@@ -60,6 +64,7 @@ class Layout:
     origin: str
     left_out: Counter[str]
     notes: tuple[str, ...] = ()
+    captions: Captions | None = None
 
 
 def kind(folder: str) -> str | None:
@@ -85,7 +90,7 @@ def visible(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
 
 
 def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) -> Layout:
-    """Return the pictures among the visible `names` that belong to `split`, and their labels.
+    """Return the pictures among the visible `names` that belong to `split`, and their labels and captions.
 
     Args:
         split: `train`, `test`, `val`, the name of a folder, or `all`, which treats no folder as a split.
@@ -97,17 +102,21 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
     part = choose(place, pictures, split)
     if not part.settled:
         _check_deeper(place, part.names)
-        _check_lists(place, names)
+        _check_lists(place, names, {splitext(picture)[0] for picture in pictures})
     left_out = left_out + part.left_out
     found = read_labels(files, names, part.names)
-    used = found.used if found else set()
+    captions = read_captions(files, names, part.names)
+    used = (found.used if found else set()) | (captions.used if captions else set())
+    notes = (*(found.notes if found else ()), *(captions.notes if captions else ()))
     for name in set(names) - set(pictures) - used:
         left_out[splitext(name)[1].lower() or "without suffix"] += 1
-    if found is None or not found.final:
-        folders = _folders(place, part)
-        seen = "" if found is None else f" ({found.origin})"
-        return Layout(part.names, folders.labels, f"{folders.origin}{part.where}{seen}", left_out)
-    return Layout(part.names, found.labels, f"{found.origin}{part.where}", left_out, found.notes)
+    if found is not None and found.final:
+        return Layout(part.names, found.labels, f"{found.origin}{part.where}", left_out, notes, captions)
+    if captions is not None and captions.captions is not None:
+        return Layout(part.names, None, f"no classes: captions and no labels{part.where}", left_out, notes, captions)
+    folders = _folders(place, part)
+    seen = "" if found is None else f" ({found.origin})"
+    return Layout(part.names, folders.labels, f"{folders.origin}{part.where}{seen}", left_out, notes, captions)
 
 
 @dataclass(frozen=True)
@@ -222,10 +231,15 @@ def _check_deeper(place: str, names: Iterable[str]) -> None:
             )
 
 
-def _check_lists(place: str, names: Iterable[str]) -> None:
-    """Refuse files such as `meta/test.txt` or `train_test_split.txt`, which assign pictures of one folder to splits."""
+def _check_lists(place: str, names: Iterable[str], stems: Set[str]) -> None:
+    """Refuse files such as `meta/test.txt` or `train_test_split.txt`, which assign pictures of one folder to splits.
+
+    `train.txt` beside `train.png` is its caption: `stems` are the names of pictures without their suffix.
+    """
     for name in names:
         stem, suffix = splitext(basename(name))
+        if splitext(name)[0] in stems:
+            continue
         if suffix.lower() in LISTS and (kind(stem) or {"train", "test"} <= set(re.findall("[a-z]+", stem.lower()))):
             raise UserError(
                 f"{place}: {printable(name)} says which pictures are of a split, and such lists are not read. Put the "

@@ -69,7 +69,7 @@ def _dataset_json(files: Files, names: list[str], pictures: list[str]) -> Labels
         except (TypeError, ValueError) as error:
             raise UserError(f'{where}: labels are not {{"labels": [["name.png", 0], ...]}}') from error
         for file, label in rows:
-            known.add(_beside(name, file), label, where)
+            known.add(beside(name, file), label, where)
     if not used:
         return None
     if not said:  # its folders only number the images and are never classes
@@ -82,18 +82,12 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
     known, used = _Known(), set[str]()
     columns: set[str] = set()
     column = None
-    for name, content in files.read([n for n in names if basename(n) in METADATA]):
-        where = f"{files.path}: {printable(name)}"
-        rows = list(_rows(name, content, where))
-        if not any(isinstance(row, dict) and "file_name" in row for row in rows):
-            continue  # from another tool
+    for name, where, rows in metadata(files, names):
         for row in rows:
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise UserError(f"{where}: {printable(row)} has no file_name")
             columns |= row.keys()
             column = column or next((c for c in COLUMNS if c in row), None)
             if column in row:
-                known.add(_beside(name, row["file_name"]), row[column], where)
+                known.add(beside(name, row["file_name"]), row[column], where)
         used.add(name)
     if not used:
         return None
@@ -103,6 +97,22 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Labels | N
         return Labels(None, f"{files_used} has {seen} and no label", used, final=False)
     labels = known.of(pictures, f"{files.path}: {files_used}")
     return Labels(labels, f"from {column} in {files_used}", used, notes=known.lost(names))
+
+
+def metadata(files: Files, names: list[str]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Yield each file of metadata among `names`: its name, how messages call it, and its rows, all with `file_name`.
+
+    Raises `UserError` if one is damaged, or some of its rows have no `file_name`.
+    """
+    for name, content in files.read([n for n in names if basename(n) in METADATA]):
+        where = f"{files.path}: {printable(name)}"
+        rows = list(_rows(name, content, where))
+        if not any(isinstance(row, dict) and "file_name" in row for row in rows):
+            continue  # from another tool
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise UserError(f"{where}: {printable(row)} has no file_name")
+        yield name, where, rows
 
 
 def _cls(files: Files, names: list[str], pictures: list[str]) -> Labels | None:
@@ -159,7 +169,7 @@ def _rows(name: str, content: bytes, where: str) -> Iterator[Any]:
         yield from parquet.rows(io.BytesIO(content), where)
 
 
-def _beside(file: str, name: Any) -> str:
+def beside(file: str, name: Any) -> str:
     """Return the path of the file that `file` calls `name`."""
     return str(PurePosixPath(file).parent / PurePosixPath(str(name).replace("\\", "/")))
 

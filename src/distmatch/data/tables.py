@@ -15,12 +15,14 @@ import numpy as np
 
 from distmatch.data import parquet
 from distmatch.data.archives import Files, printable
+from distmatch.data.captions import Captions, captions_of, several
 from distmatch.data.decode import SUFFIXES, Decoder
 from distmatch.data.layouts import kind
+from distmatch.data.prompts import KEYS
 from distmatch.data.sidecars import COLUMNS, IMAGES, METADATA, labels_of
 from distmatch.system import unpickle
 from distmatch.system.errors import UserError
-from distmatch.system.limits import FILE, check
+from distmatch.system.limits import FILE, PROMPTS, check
 
 IDX = re.compile(r"(?:.*/)?([^/]*?)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 CIFAR = re.compile(r"data_batch_\d+|test_batch")
@@ -38,6 +40,7 @@ class Table:
         used: its files, including those of other splits.
         left_out: those of other splits, by split.
         notes: what was done to the pictures.
+        captions: those of the pictures, if there are any.
     """
 
     pixels: np.ndarray
@@ -47,6 +50,7 @@ class Table:
     used: set[str]
     left_out: Counter[str]
     notes: list[str] = field(default_factory=list)
+    captions: Captions | None = None
 
 
 def read_table(files: Files, names: list[str], split: str) -> Table | None:
@@ -192,27 +196,37 @@ def _parquet(files: Files, names: list[str], split: str) -> Table:
     place = str(files.path)
     with ExitStack() as stack:
         opened = {n: parquet.opened(stack.enter_context(files.opened(n)), f"{place}: {printable(n)}") for n in chosen}
-        image, label, known = _columns(place, opened[chosen[0]].schema_arrow)
-        decoder, row, labels = Decoder(place, sum(t.metadata.num_rows for t in opened.values())), 0, []
+        schema = opened[chosen[0]].schema_arrow
+        image, label, known = _columns(place, schema)
+        text = _texts(schema)
+        decoder, row = Decoder(place, sum(t.metadata.num_rows for t in opened.values())), 0
+        labels, texts, size = [], [], 0
         for name, table in opened.items():
             where = f"{place}: {printable(name)}"
-            if not {image, *label} <= set(table.schema_arrow.names):
+            if not {image, *label, *text} <= set(table.schema_arrow.names):
                 raise UserError(f"{where} has other columns than {printable(chosen[0])}; give one data set at a time")
-            for record in parquet.records(table, [image, *label], where):
+            for record in parquet.records(table, [image, *label, *text], where):
                 content = record[image].get("bytes") if isinstance(record[image], dict) else record[image]
                 if not isinstance(content, bytes):
                     raise UserError(f"{where}, row {row}: {image} has no bytes; embed the images in the table")
                 check(len(content), FILE, f"{where}, row {row}")
                 decoder.add(row, f"{name}, row {row}", content)
                 labels += [record[column] for column in label]
+                texts += [several(record[column]) for column in text]
+                size += sum(len(caption or "") for caption in texts[-1]) if text else 0
+                check(size, PROMPTS, f"{where}: captions")
                 row += 1
     if row != decoder.count:
         raise UserError(f"{place}: {row:,} rows where {decoder.count:,} were announced; get the tables again")
     pixels, notes = decoder.finish()
-    if not label:
-        return Table(pixels, None, (), "no classes: the tables have no column of labels", set(tables), left_out, notes)
-    origin = f"from {label[0]} in {len(chosen)} Parquet {'files' if len(chosen) > 1 else 'file'}"
-    return Table(pixels, labels_of(labels, f"{place}: {label[0]}"), known, origin, set(tables), left_out, notes)
+    there = f"in {len(chosen)} Parquet {'files' if len(chosen) > 1 else 'file'}"
+    captions = None
+    if text:
+        captions = Captions(captions_of(texts, f"{place}: {text[0]}"), f"from {text[0]} {there}")
+    given, origin = None, "no classes: the tables have no column of labels"
+    if label:
+        given, origin = labels_of(labels, f"{place}: {label[0]}"), f"from {label[0]} {there}"
+    return Table(pixels, given, known, origin, set(tables), left_out, notes, captions)
 
 
 def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
@@ -232,6 +246,13 @@ def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:
         said = {}  # not written by Hugging Face
     label = next((n for n in (*COLUMNS, *said) if n in types), None)
     return image, [label] if label else [], tuple(map(str, said.get(label, ())))  # pyright: ignore[reportArgumentType]
+
+
+def _texts(schema: Any) -> list[str]:
+    """Return the column of captions, if there is one: of strings, or of lists of strings."""
+    types = {field.name: str(field.type) for field in schema}
+    text = re.compile(r"((large_)?list<\w+: )?(large_)?string>?|dictionary<values=(large_)?string,.*")
+    return [name for name in KEYS if text.fullmatch(types.get(name, ""))][:1]
 
 
 def _table_parts(name: str) -> list[str]:
