@@ -26,6 +26,7 @@ from distmatch.commands.report import report
 from distmatch.commands.sample import sample
 from distmatch.commands.serve import serve
 from distmatch.commands.teach import teach
+from distmatch.commands.teach_text import teach_text
 from distmatch.commands.train import train
 from distmatch.system.errors import Agreed, Diverged, Lost, Stopped, UserError
 
@@ -52,13 +53,14 @@ app = App(
 First look:  distmatch demo            the main job on MNIST, minutes on a CPU
              distmatch sample mnist    images from the student in the package
 Own model:   distmatch teach IMAGES    a small teacher from a folder of images
+             distmatch teach-text IMAGES    a small Stable Diffusion from images with captions
              distmatch train RECIPE    distil a teacher
 """,
     help_format="plaintext",
     help_formatter=Flowing(),
     suppress_keyboard_interrupt=False,  # it would exit silently; see `main`
 )
-for command in (demo, recipes, train, plan, teach, classifier, checkpoints, sample, compare, serve, report):
+for command in (demo, recipes, train, plan, teach, teach_text, classifier, checkpoints, sample, compare, serve, report):
     app.command(command, help_format="markdown")
 app.command(evaluate, name="eval", help_format="markdown")
 for group in (pairs, import_edm, export):

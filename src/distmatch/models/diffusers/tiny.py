@@ -4,11 +4,11 @@ The parts have the classes and names of the real ones, with a million parameters
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from distmatch.system.extras import need
+from distmatch.models.diffusers.small import SCHEDULER, clip_tokenizer, libraries
 
 MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
 """The merges that the tokenizer knows in addition to single bytes."""
@@ -25,13 +25,11 @@ def write_tiny_sd(
         kind: the parts of Stable Diffusion 1.5 or of SDXL.
         prediction: `epsilon` or `v_prediction`.
     """
-    diffusers, transformers = _libraries()
-    vocab = _vocabulary()
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=MERGES, model_max_length=77)
-    assert len(tokenizer) == len(vocab), f"the tokenizer has {len(tokenizer)} of {len(vocab)} entries"
-    end = vocab["<|endoftext|>"]
+    diffusers, transformers = libraries()
+    tokenizer = clip_tokenizer(MERGES, 77)
+    end = tokenizer.eos_token_id
     text = transformers.CLIPTextConfig(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -41,15 +39,7 @@ def write_tiny_sd(
         eos_token_id=end,
         pad_token_id=end,
     )
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction,
-    )
+    scheduler = diffusers.PNDMScheduler(**SCHEDULER, prediction_type=prediction)
     size = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
     blocks = {
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -106,7 +96,7 @@ def write_tiny_sd(
 
 def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
     """Write a tiny autoencoder (diffusers' `AutoencoderTiny`) for the same latents to `folder`; return `folder`."""
-    diffusers, _ = _libraries()
+    diffusers, _ = libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = diffusers.AutoencoderTiny(
@@ -118,24 +108,3 @@ def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
         )
     vae.save_pretrained(folder)
     return folder
-
-
-def _libraries() -> tuple[Any, Any]:
-    """Import diffusers and transformers."""
-    need("diffusers", "transformers", by="a text-to-image model")
-    import diffusers
-    import transformers
-
-    return diffusers, transformers
-
-
-def _vocabulary() -> dict[str, int]:
-    """Return CLIP's vocabulary: each byte as a character, each again as the end of a word, the merges, start and end.
-
-    Printable bytes stand for themselves; the others are mapped to the characters from 256 on, as in GPT-2.
-    """
-    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [256 + i for i in range(256 - len(printing))]
-    letters = [chr(c) for c in (*printing, *others)]
-    pieces = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in MERGES)]
-    return {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
