@@ -1,9 +1,10 @@
-"""One thread per process, decided before torch is imported: spinning OpenMP threads cost more than they save."""
+"""What is decided before torch is imported: one thread per process, and that Python keeps what it compiles."""
 
 import os
 import signal
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # spinning OpenMP threads cost more than they save
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every new process would compile torch for seconds
 
 import torch
 

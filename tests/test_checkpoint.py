@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+from forked import command
 from test_parallel import together
 
 from distmatch.system import parallel
@@ -145,15 +146,15 @@ def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
     with pytest.raises(ValueError, match=r"step-00000003 is damaged \(shard-\S+ is missing\)"):
         checkpoints.verify(3)
 
-    listed = tiny.command("checkpoints", tmp_path, "--verify")
+    listed = command("checkpoints", tmp_path, "--verify")
     assert listed.returncode == 2
     assert "2 of 5 checkpoints cannot be used" in listed.stderr
     assert listed.stdout.count("complete and finite") == 3
-    pruned = tiny.command("checkpoints", tmp_path, "--keep", 1)
+    pruned = command("checkpoints", tmp_path, "--keep", 1)
     assert pruned.returncode == 0
     assert "best, 0.500" in pruned.stdout
     assert checkpoints.steps() == [2, 5]
-    assert tiny.command("checkpoints", tmp_path / "none").returncode == 2
+    assert command("checkpoints", tmp_path / "none").returncode == 2
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
+from forked import command
 
 from distmatch.commands.cli import app
 from distmatch.commands.train import train
@@ -47,7 +48,7 @@ def test_mistakes_end_with_a_message_and_code_2(tmp_path):
         (["train", "mnist", "teacher=nobody", "--runs", tmp_path], "teacher 'nobody' is neither a model folder nor"),
         (["pairs", "verify", tmp_path], "is not a store of pairs"),
     ):
-        done = tiny.command(*arguments)
+        done = command(*arguments)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
@@ -57,20 +58,20 @@ def test_pairs_train_report_in_a_row(tmp_path):
     """The stores meet: pairs built ahead are found by training; a flipped byte is found by verify."""
     recipe = tiny.recipe_file(tmp_path, steps=2)
     runs = tmp_path / "runs"
-    built = tiny.command("pairs", "build", recipe, "--runs", runs)
+    built = command("pairs", "build", recipe, "--runs", runs)
     assert built.returncode == 0, built.stderr
     (store,) = (runs / "pairs").iterdir()
     stamps = {file: file.stat().st_mtime_ns for file in store.iterdir()}
-    trained = tiny.command("train", recipe, "--runs", runs)
+    trained = command("train", recipe, "--runs", runs)
     assert trained.returncode == 0, trained.stderr
     assert {file: file.stat().st_mtime_ns for file in store.iterdir()} == stamps
     assert json.loads((runs / "tiny" / "model" / "config.json").read_text())["times"] == [80.0]
-    assert tiny.command("report", runs / "tiny").stdout.strip() == str(runs / "tiny" / "report.html")
+    assert command("report", runs / "tiny").stdout.strip() == str(runs / "tiny" / "report.html")
     shard = next(store.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
-    broken = tiny.command("pairs", "verify", store)
+    broken = command("pairs", "verify", store)
     assert broken.returncode == 2
     assert shard.name in broken.stderr
     assert "is damaged" in broken.stderr

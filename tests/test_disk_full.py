@@ -314,14 +314,13 @@ def test_a_file_where_a_folder_is_wanted_is_one_message(arguments, said, tmp_pat
 
 def test_an_output_that_no_one_reads_or_that_is_full_ends_the_command():
     """As with `| head`, and with `> FILE` on a full disk; the second is an error, although all was printed."""
-    unread = tiny.start("recipes", stdin=subprocess.DEVNULL)
+    recipes = [sys.executable, "-m", "distmatch", "recipes"]
+    unread = subprocess.Popen(recipes, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     unread.stdout.close()
     assert unread.stderr.read() == ""
     assert unread.wait(60) == 141
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "distmatch", "recipes"], stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(recipes, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode != 0
     assert "distmatch: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from forked import command, start
 from torch import nn
 
 from distmatch.diffusion.conditions import WHOLE, Classes
@@ -263,24 +264,19 @@ GOLDEN = {
 
 def test_log_and_checkpoint_of_a_killed_run_equal_the_undisturbed(tmp_path):
     """`distmatch train`, killed with SIGKILL after its first checkpoint and run again: bit for bit the same."""
-    import signal
-    import time
-
     from safetensors.torch import load_file
 
     recipe = tiny.recipe_file(tmp_path, steps=28)
     arguments = ["train", recipe, "--runs", tmp_path / "runs"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    done = tiny.command(*arguments, "-o", straight)
+    done = command(*arguments, "-o", straight)
     assert done.returncode == 0, done.stderr
-    process = tiny.start(*arguments, "-o", broken)
-    while not list((broken / "checkpoints").glob("step-*")):
-        time.sleep(0.005)
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    started = start(*arguments, "-o", broken)
+    started.wait(lambda: list((broken / "checkpoints").glob("step-*")))
+    started.kill()
+    started.end()
     assert not (broken / "model").exists()
-    assert tiny.command(*arguments, "-o", broken).returncode == 0
+    assert command(*arguments, "-o", broken).returncode == 0
     for part in ("model/model.safetensors", "checkpoints/step-00000028/shard-00001-model-00001-of-00001.safetensors"):
         a, b = load_file(straight / part), load_file(broken / part)
         assert a.keys() == b.keys()

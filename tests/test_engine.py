@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from forked import Forked
 from test_parallel import together
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distmatch.commands import distillation
+from distmatch.commands import cli, distillation
 from distmatch.models.diffusers.stable import StableUNet
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import SongUNet
@@ -121,36 +121,27 @@ def test_blocks_are_the_networks_own(tmp_path):
     assert set(blocks(net)) == {*net.unet.down_blocks, *net.unet.up_blocks, *middle.resnets, *middle.attentions}
 
 
-def launch(folder, out, changes, *options):
-    """`torchrun ... -m distmatch train` of two processes, without waiting."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    command += [
-        "--monitor-interval=0.2",
-        "-m",
-        "distmatch",
-        "train",
-        str(folder / "tiny.yaml"),
-        f"pairs.path={folder / 'pairs'}",
-        *changes,
-    ]
-    command += ["-o", str(out)]
-    return subprocess.Popen(command, env=tiny.environment(), stderr=subprocess.PIPE, text=True)
+def launch(folder, out, changes, restarts: int) -> Forked:
+    """`distmatch train` in two processes, forked by what `torchrun` is made of, without waiting."""
+
+    def work() -> None:
+        try:
+            cli.main()
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    def run() -> None:
+        about = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": out.name, "start_method": "fork"}
+        elastic_launch(LaunchConfig(1, 1, 2, max_restarts=restarts, monitor_interval=0.2, **about), work)()
+
+    arguments = ("distmatch", "train", folder / "tiny.yaml", f"pairs.path={folder / 'pairs'}", *changes, "-o", out)
+    return Forked(run, *arguments, alone=True)
 
 
-def workers(process) -> list[int]:
-    """The processes that a torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children]
-
-
-def kill_one(process, out) -> None:
-    """SIGKILL the second worker once a checkpoint is there."""
-    waited = time.monotonic()
-    while not list((out / "checkpoints").glob("step-*/state.json")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() - waited < 300
-        time.sleep(0.02)
-    os.kill(workers(process)[-1], signal.SIGKILL)
+def workers(pid: int) -> list[int]:
+    """The processes that a launcher has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
@@ -160,15 +151,16 @@ def test_a_killed_process_ends_the_job_with_a_message_and_a_restart_finishes_it(
     train(alone, alone / "straight", *longer, world=2)
     for restarts in (0, 1):
         out = alone / f"killed{restarts}"
-        process = launch(alone, out, longer, f"--max-restarts={restarts}")
-        kill_one(process, out)
+        job = launch(alone, out, longer, restarts)
+        job.wait(lambda out=out: list((out / "checkpoints").glob("step-*/state.json")))
+        os.kill(workers(job.pid)[-1], signal.SIGKILL)
         began = time.monotonic()
-        _, errors = process.communicate(timeout=300)
+        status, errors = job.end(), job.stderr
         if restarts:
-            assert process.returncode == 0, errors
+            assert status == 0, errors
             assert torch.equal(weights(out), weights(alone / "straight"))
         else:
-            assert process.returncode != 0
+            assert status != 0
             assert time.monotonic() - began < 60
             assert "lost another process of this job" in errors or "SIGKILL" in errors
             assert not (out / "model").exists()

@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 import tiny
 import torch
+from forked import command
 
 from distmatch.commands import eval
 from distmatch.data.images import load_images
@@ -146,11 +147,11 @@ def test_references_that_are_missing_or_do_not_fit_are_refused(student, tmp_path
 def test_commands_from_classifier_to_figures(tmp_path):
     images = tiny.image_folder(tmp_path / "images", per_class=20)
     widths = ("--widths", 4, 6, 16)
-    made = tiny.command("classifier", images, "-o", tmp_path / "c", "--steps", 30, "--batch", 8, *widths)
+    made = command("classifier", images, "-o", tmp_path / "c", "--steps", 30, "--batch", 8, *widths)
     assert made.returncode == 0, made.stderr
     save_model(tmp_path / "student", tiny.teacher(classes=2), Info((1, 8, 8), ("dark", "light"), times=(80.0,)))
     arguments = ("eval", tmp_path / "student", "-n", 40, "--features", tmp_path / "c", "-o", tmp_path / "figures.json")
-    done = tiny.command(*arguments, "--seed", 3)
+    done = command(*arguments, "--seed", 3)
     assert done.returncode == 0, done.stderr
     row, test, chance = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert (test["name"], test["images"], chance["images"]) == ("real test images", 40, 40)
@@ -161,6 +162,6 @@ def test_commands_from_classifier_to_figures(tmp_path):
     assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
     assert row["nfe"] == 1
     assert row["ms_per_image"] > 0
-    missing = tiny.command("eval", tmp_path / "student", "--features", tmp_path / "nowhere")
+    missing = command("eval", tmp_path / "student", "--features", tmp_path / "nowhere")
     assert missing.returncode == 2
     assert "neither a folder made by `distmatch classifier` nor one of the package" in missing.stderr

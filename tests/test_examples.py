@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from forked import script
 from PIL import Image
 
 from distmatch import EDM, VP, Cond, Denoiser, DistilledPipeline, Flow, Info, Prediction, Recipe, distil
@@ -22,15 +21,8 @@ from distmatch.recipe.loading import load_recipe
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: object, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=tiny.environment(),
-        timeout=120,
-    )
+def run(file: Path, cwd: Path) -> str:
+    done = script(file, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

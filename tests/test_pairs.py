@@ -1,19 +1,17 @@
 """Noise-image pairs: exact, shared between processes, safe against interruption, and clear about damage."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from forked import fork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -236,37 +234,12 @@ def test_a_store_grows(teacher, store, tmp_path):
     assert torch.equal(again.y, drawn.y)
 
 
-# A process that waits for a line on its input and then builds, telling how many pairs it sampled and saw finished.
-SCRIPT = """
-import json, sys, time
-from pathlib import Path
-import tiny
-from distmatch.data.pair_builder import build
-from distmatch.data.pairs import PairSpec
-folder, fields, ready = Path(sys.argv[1]), json.loads(sys.argv[2]), []
-spec = PairSpec(**{**fields, "shape": tuple(fields["shape"])})
-teacher = tiny.teacher()
-teacher.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-print("ready", flush=True)
-sys.stdin.readline()
-print(build(folder, spec, teacher, batch=4, progress=ready.append), sum(ready))
-"""
-
-
-def start_build(folder: Path, settings: PairSpec) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(asdict(settings))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == "ready\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return process
+def slow_build(folder: Path, settings: PairSpec) -> tuple[int, int]:
+    """Return how many pairs this process sampled, and how many it saw finished."""
+    torch.set_num_threads(1)
+    teacher, ready = tiny.teacher(), []
+    teacher.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    return build(folder, settings, teacher, batch=4, progress=ready.append), sum(ready)
 
 
 @pytest.fixture
@@ -281,26 +254,26 @@ def undisturbed(teacher, settings, tmp_path) -> dict[str, bytes]:
     return contents(tmp_path / "undisturbed")
 
 
-def test_two_processes_share_one_store(teacher, settings, undisturbed, tmp_path):
-    ready = []
-    teacher.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-    process = start_build(tmp_path / "store", settings)
-    here = build(tmp_path / "store", settings, teacher, batch=4, progress=ready.append)
-    there, ready_there = map(int, process.communicate(timeout=60)[0].split())
+def test_two_processes_share_one_store(settings, undisturbed, tmp_path):
+    with ProcessPoolExecutor(1, fork) as pool:
+        other = pool.submit(slow_build, tmp_path / "store", settings)
+        here, ready = slow_build(tmp_path / "store", settings)
+        there, ready_there = other.result(60)
     assert here + there == 64, "each shard is built exactly once"
     assert min(here, there) > 0, "both took part"
-    assert sum(ready) == ready_there == 64, "each saw all of it finished"
+    assert ready == ready_there == 64, "each saw all of it finished"
     assert contents(tmp_path / "store") == undisturbed
 
 
 def test_a_killed_build_continues(teacher, settings, undisturbed, tmp_path):
     store = tmp_path / "store"
-    process = start_build(store, settings)
+    process = fork.Process(target=slow_build, args=(store, settings))
+    process.start()
     while not (store / "shard-00002.safetensors").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
     writer = f"{identity().partition('-')[0]}-{process.pid}-0"  # had it been writing this one
     (store / f".shard-00009.safetensors.{writer}-k1ll3d00").write_bytes(b"half")
     finished = identities(store)

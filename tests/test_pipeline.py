@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forked import command
 from PIL import Image
 
 import distmatch.pipeline
@@ -117,13 +118,13 @@ def test_the_shipped_models_make_digits_of_the_asked_class():
 
 
 def test_sample_command_writes_the_pipelines_images(tmp_path, student):
-    done = tiny.command("sample", student, "-n", 5, "--seed", 2, "--label", "c", "-o", tmp_path / "out")
+    done = command("sample", student, "-n", 5, "--seed", 2, "--label", "c", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     pixels = DistilledPipeline.from_pretrained(student)(5, labels="c", seed=2).pixels
     for i in range(5):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:06d}.png")), pixels[i, 0].numpy())
     assert (tmp_path / "out" / "grid.png").exists()
-    wrong = tiny.command("sample", "mnits")
+    wrong = command("sample", "mnits")
     assert wrong.returncode == 2
     assert "the package ships mnist" in wrong.stderr
     assert "Traceback" not in wrong.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import web
-from tiny import command
+from forked import command
 from torch import nn
 
 from distmatch.diffusion.denoiser import Cond

@@ -8,8 +8,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ import tiny
 import torch
 import uvicorn
 import websockets
+from forked import start
 from PIL import Image
 from websockets.sync.client import connect
 
@@ -459,22 +458,17 @@ def test_a_port_out_of_range_is_named():
 def test_the_command_finds_a_free_port_and_ends_with_ctrl_c():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "distmatch", "serve", "mnist", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            address = re.search(r"http://(127\.0\.0\.1:\d+)", process.stdout.readline())[1]
-            assert not address.endswith(f":{port}")
-            # No waiting here: what is printed can be opened.
-            assert httpx.get(f"http://{address}/model", timeout=30).json()["classes"] == list("0123456789")
-            with connect(f"ws://{address}/draw") as visitor:
-                ask(visitor, label=7)
-                process.send_signal(signal.SIGINT)
-                _, errors = process.communicate(timeout=20)
-        finally:
-            process.kill()
-            process.communicate()
-    assert process.returncode in (0, 130)
-    assert "Traceback" not in errors
+        serving = start("serve", "mnist", "--port", port)
+        serving.wait(lambda: "\n" in serving.stdout)
+        address = re.search(r"http://(127\.0\.0\.1:\d+)", serving.stdout)[1]
+        assert not address.endswith(f":{port}")
+        # No waiting here: what is printed can be opened.
+        assert httpx.get(f"http://{address}/model", timeout=30).json()["classes"] == list("0123456789")
+        with connect(f"ws://{address}/draw") as visitor:
+            ask(visitor, label=7)
+            serving.kill(signal.SIGINT)
+            assert serving.end() in (0, 130)
+    assert "Traceback" not in serving.stderr
 
 
 # The page

@@ -2,12 +2,12 @@
 
 import json
 import signal
-import time
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from forked import command, start
 from safetensors.torch import load_file
 
 from distmatch.commands.teach import Options, train_teacher
@@ -59,15 +59,13 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
     """SIGKILL in the middle, the same command again: the same weights, bit for bit, and one line per logged step."""
     images = tiny.image_folder(tmp_path / "images")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert tiny.command("teach", images, "-o", straight, *SMALL).returncode == 0
-    process = tiny.start("teach", images, "-o", broken, *SMALL)
-    while not list((broken / "checkpoints").glob("step-*")):
-        time.sleep(0.01)
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert command("teach", images, "-o", straight, *SMALL).returncode == 0
+    started = start("teach", images, "-o", broken, *SMALL)
+    started.wait(lambda: list((broken / "checkpoints").glob("step-*")))
+    started.kill()
+    started.end()
     assert not (broken / "model").exists()
-    assert tiny.command("teach", images, "-o", broken, *SMALL).returncode == 0
+    assert command("teach", images, "-o", broken, *SMALL).returncode == 0
     for part in ("model/model.safetensors", "checkpoints/step-00000024/shard-00001-model-00001-of-00001.safetensors"):
         a, b = load_file(straight / part), load_file(broken / part)
         assert a.keys() == b.keys()
@@ -80,22 +78,21 @@ def test_killed_and_continued_equals_undisturbed(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     images = tiny.image_folder(tmp_path / "images")
-    process = tiny.start("teach", images, "-o", tmp_path / "run", *SMALL[:5], "--steps", 100_000, "--save-every", 100)
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
-        time.sleep(0.01)
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    out = tmp_path / "run"
+    started = start("teach", images, "-o", out, *SMALL[:5], "--steps", 100_000, "--save-every", 100)
+    started.wait(lambda: list((out / "checkpoints").glob("step-*")))
+    started.kill(number)
+    assert started.end() == 130
+    errors = started.stderr
     assert f"stopped by {number.name} after step" in errors
     assert "to go on: " in errors
     assert "Traceback" not in errors
-    saved = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    saved = max((out / "checkpoints").glob("step-*"))
     assert f"after step {int(saved.stem.removeprefix('step-'))} of 100000" in errors
 
 
 def test_mistakes_are_told_without_a_traceback(tmp_path):
-    missing = tiny.command("teach", tmp_path / "nowhere")
+    missing = command("teach", tmp_path / "nowhere")
     assert missing.returncode == 2
     assert "nowhere does not exist; expected a folder or an archive of images" in missing.stderr
     assert "Traceback" not in missing.stderr

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from forked import Forked, fork
 
 from distmatch.commands import cli, compare, distillation
 from distmatch.commands.distillation import distil
@@ -26,7 +26,6 @@ from distmatch.system.process import identity, is_dead
 from distmatch.system.storage import Folder
 from distmatch.training.log import read
 
-fork = multiprocessing.get_context("fork")
 SHORT = {
     "steps": 4,
     "match": {"batch": 4},
@@ -61,44 +60,24 @@ def _pause(folder: Path, moment: str) -> None:
     setattr(holder, name, paused)
 
 
-def _command(folder: Path, out: str, changes: tuple[str, ...], moment: str, patient: bool) -> None:
-    torch.set_num_threads(1)
-    os.dup2(os.open(folder / f"{os.getpid()}.txt", os.O_CREAT | os.O_WRONLY), 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    if moment:
-        _pause(folder, moment)
-    if not patient:
-        ownership.time = claims.time = SimpleNamespace(monotonic=time.monotonic)  # whoever sleeps fails
-    pairs = f"pairs.path={folder / 'pairs'}" if out == "alone" else f"pairs.path={folder / out}-pairs"
-    sys.argv = ["distmatch", "train", str(folder / "tiny.yaml"), pairs, *changes, "-o", str(folder / out)]
-    cli.main()
-
-
-class Job:
+class Job(Forked):
     """`distmatch train` into `folder/out`, in a forked process that stops at `moment` until `go`."""
 
     def __init__(self, folder: Path, out: str, *changes: str, moment: str = "", patient: bool = True):
         self.folder = folder
-        self.process = fork.Process(target=_command, args=(folder, out, changes, moment, patient), daemon=True)
-        self.process.start()
-        self.pid = self.process.pid
-        assert self.pid is not None
+        pairs = f"pairs.path={folder / out}-pairs"
+
+        def run() -> None:
+            if moment:
+                _pause(folder, moment)
+            if not patient:
+                ownership.time = claims.time = SimpleNamespace(monotonic=time.monotonic)  # whoever sleeps fails
+            cli.main()
+
+        super().__init__(run, "distmatch", "train", folder / "tiny.yaml", pairs, *changes, "-o", folder / out)
 
     def reached(self) -> None:
-        while not (self.folder / f"reached-{self.pid}").exists():
-            assert self.process.is_alive(), self.said()
-            time.sleep(0.002)
-
-    def end(self) -> int | None:
-        self.process.join(60)
-        return self.process.exitcode
-
-    def said(self) -> str:
-        return (self.folder / f"{self.pid}.txt").read_text()
-
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        assert self.pid is not None
-        os.kill(self.pid, number)
+        self.wait(lambda: (self.folder / f"reached-{self.pid}").exists())
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +128,11 @@ def test_the_second_of_two_is_told_who_has_the_folder(folder, moment, change):
     first.reached()
     second = Job(folder, out, *change, patient=False)
     assert second.end() == 2
-    assert f"{folder / out} belongs to another job that is running: `distmatch train " in second.said()
-    assert f"process {first.pid} on " in second.said()
-    assert "Traceback" not in second.said()
+    assert f"{folder / out} belongs to another job that is running: `distmatch train " in second.stderr
+    assert f"process {first.pid} on " in second.stderr
+    assert "Traceback" not in second.stderr
     (folder / "go").touch()
-    assert first.end() == 0, first.said()
+    assert first.end() == 0, first.stderr
     same(folder, out)
 
 
@@ -163,10 +142,10 @@ def test_of_two_that_start_at_once_one_has_the_folder(folder):
     while all(job.process.is_alive() for job in jobs):
         time.sleep(0.002)
     loser, winner = sorted(jobs, key=lambda job: job.process.is_alive())
-    assert loser.end() == 2, loser.said()
-    assert f"process {winner.pid} on " in loser.said()
+    assert loser.end() == 2, loser.stderr
+    assert f"process {winner.pid} on " in loser.stderr
     (folder / "go").touch()
-    assert winner.end() == 0, winner.said()
+    assert winner.end() == 0, winner.stderr
     same(folder, out, "alone" if winner is jobs[0] else "alone-other")
 
 
@@ -181,7 +160,7 @@ def test_after_a_kill_the_same_command_goes_on_without_waiting(folder, moment):
         time.sleep(0.002)
     (folder / "go").touch()
     again = Job(folder, out, patient=False)
-    assert again.end() == 0, again.said()
+    assert again.end() == 0, again.stderr
     same(folder, out)
 
 
@@ -192,11 +171,11 @@ def test_a_run_that_has_saved_nothing_is_replaced_by_another(folder):
     assert first.end() == -signal.SIGKILL
     assert load_recipe(str(folder / "replaced" / "recipe.yaml")).seed == 0, "written before the pairs are built"
     other = Job(folder, "replaced", "seed=1")
-    assert other.end() == 0, other.said()
+    assert other.end() == 0, other.stderr
     same(folder, "replaced", "alone-other")
     third = Job(folder, "replaced")
     assert third.end() == 2
-    assert "seed: 1 there, 0 here" in third.said()
+    assert "seed: 1 there, 0 here" in third.stderr
 
 
 def test_an_interrupted_job_leaves_the_folder_to_the_next(folder):

@@ -1,8 +1,5 @@
 """Small things to test with: a teacher of a few thousand weights on 8x8 images, a recipe of a few steps."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,23 +67,3 @@ def image_folder(folder: Path, per_class: int = 8) -> Path:
                 pixels = generator.integers(0, 100, (8, 8), dtype=np.uint8) + np.uint8(120 * number)
                 Image.fromarray(pixels).save(target / f"{i}.png")
     return folder
-
-
-def command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """Run `distmatch ...` in a process of its own."""
-    return subprocess.run(_argv(arguments), capture_output=True, text=True, env=environment(), timeout=120, **options)
-
-
-def start(*arguments: object, **options) -> subprocess.Popen[str]:
-    """Start `distmatch ...` and leave it running."""
-    return subprocess.Popen(
-        _argv(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options
-    )
-
-
-def _argv(arguments: tuple[object, ...]) -> list[str]:
-    return [sys.executable, "-m", "distmatch", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
