@@ -30,7 +30,7 @@ SMALL = {"img_resolution": 8, "label_dim": 3, "augment_dim": 9, "model_channels"
 WIDTHS = {"channel_mult": [1, 2], "attn_resolutions": [4]}
 NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]}
 TREE = {
-    "steps": 3,
+    "steps": 2,
     "match": {"batch": 4, "pairs": True},
     "regress": {"batch": 4, "weight": 1.0},
     "generator": {"lr": 1e-3},
@@ -87,7 +87,7 @@ def flat(network: torch.nn.Module) -> torch.Tensor:
     return torch.cat([whole(v.detach()).flatten().double() for v in network.state_dict().values()])
 
 
-def train(d: build.Distiller, count: int = 3) -> dict:
+def train(d: build.Distiller, count: int = 2) -> dict:
     """The losses of `count` steps, and all weights before and after."""
     networks = {"student": d.student, "average": d.ema.network, "fake": unwrapped(d.fake)}
     start = {name: flat(network) for name, network in networks.items()}
@@ -128,7 +128,7 @@ def _all(folder: Path, how: str, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """`results(how, world)`: what three steps of every family give."""
+    """`results(how, world)`: what two steps of every family give."""
 
     def run(how: str, world: int) -> dict:
         out = folder / f"{how}{world}.pt"
