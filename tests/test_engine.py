@@ -28,7 +28,7 @@ FULL = {
     "regress": {"batch": 6, "weight": 1.0},
     "critic": {"lr": 1e-3, "steps": 2},
     "log": {"every": 1},
-    "checkpoint": {"every": 2},
+    "checkpoint": {"every": STEPS},
     "generator": {"lr": 1e-3},
 }
 
@@ -97,13 +97,13 @@ def test_accumulation_in_two_processes(alone, how):
 
 def test_a_run_goes_on_with_other_processes_and_another_way_of_spreading(alone):
     """Two sharded, one alone, three replicated: as the undisturbed run."""
-    out = alone / "moving"
-    train(alone, out, "parallel=fsdp", world=2, stop=3)
+    out, often = alone / "moving", "checkpoint.every=2"
+    train(alone, out, "parallel=fsdp", often, world=2, stop=3)
     assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 2
     assert len(list((out / "checkpoints" / "step-00000002").glob("*.safetensors"))) == 2
-    train(alone, out, "parallel=ddp", world=1, stop=5)
+    train(alone, out, "parallel=ddp", often, world=1, stop=5)
     assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 4
-    train(alone, out, "parallel=ddp", world=3)
+    train(alone, out, "parallel=ddp", often, world=3)
     same(alone / "alone", out, rel=2e-3, atol=3e-5)
 
 
