@@ -22,7 +22,7 @@ from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_atomic
 
-SMALL = {"model_channels": 16, "num_blocks": 1}
+SMALL = {"model_channels": 8, "num_blocks": 1}
 """Arguments that make a published network small; resolutions, attention, paths and conditioning stay."""
 
 PROMPTS = ("a red bicycle", "two cats on a sofa", "the sea at night", "an old map", "a loaf of bread")
