@@ -19,8 +19,12 @@ SLOW = {
 }
 """Files of tests that start processes, or train, for minutes in all."""
 
+LONGEST = ["test_recipes", "test_networks_spread", "test_engine", "test_plan", "test_kill", "test_compare"]
+"""They come first: one of them at the end would leave all processes but one without work."""
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
