@@ -69,6 +69,7 @@ class PairSpec:
         scheduler: the settings of the model's diffusers scheduler, which `pndm` follows.
         prompts: `prompts_digest` of the prompts; empty for a teacher without.
         guidances: the range (low, high) of the pairs' own guidance scales, if `guidance` is `None`.
+        encoders: the fingerprint of the text encoders; empty for a teacher without.
     """
 
     teacher: str
@@ -86,6 +87,7 @@ class PairSpec:
     scheduler: dict[str, Any] = field(default_factory=dict)
     prompts: str = ""
     guidances: tuple[float, float] | None = None
+    encoders: str = ""
 
     def __post_init__(self) -> None:
         for name, known in (("sampler", NAMES), ("dtype", DTYPES), ("precision", PRECISIONS)):
@@ -99,7 +101,13 @@ class PairSpec:
         """Return the fields that decide what pair `i` is and where it is stored, as plain JSON data."""
         guidance = None if self.guidance is None else float(self.guidance)
         entries = {**asdict(self), "guidance": guidance, "shape": list(self.shape)}
-        later = {"precision": "fp32", "scheduler": {}, "prompts": "", "guidances": None}  # absent in older stores
+        later = {
+            "precision": "fp32",
+            "scheduler": {},
+            "prompts": "",
+            "guidances": None,
+            "encoders": "",
+        }  # not in older ones
         entries |= {"guidances": self.guidances and list(self.guidances)}
         return {k: v for k, v in entries.items() if k not in ("teacher", "count") and later.get(k, ...) != v}
 
@@ -138,9 +146,13 @@ class Pairs:
 def fingerprint(teacher: Denoiser) -> str:
     """Return the SHA-256 of all that decides what `teacher` computes: weights, schedule, prediction.
 
-    Weights count by name, type, shape and bytes, but not by their device or memory layout.
+    Weights count by name, type, shape and bytes, but not by their device or memory layout. What the network's
+    `computed` names does not count: another machine computes it with other rounding.
     """
-    weights = {k: [str(v.dtype), list(v.shape), digest(v)] for k, v in teacher.state_dict().items()}
+    computed = {f"net.{name}" for name in getattr(teacher.net, "computed", ())}
+    weights = {
+        k: [str(v.dtype), list(v.shape), digest(v)] for k, v in teacher.state_dict().items() if k not in computed
+    }
     config = {"schedule": schedule_config(teacher.schedule), "prediction": asdict(teacher.prediction)}
     return json_digest({**config, "weights": weights})
 

@@ -72,14 +72,22 @@ class Lpips:
         self.vgg = ContentLoss(features.eval(), layers, linear, replace_pooling=True)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        self.vgg.to(x.device)
+        self._move(x.device)
         with torch.no_grad():
             targets = self._features(y)
         distances = [
-            (weight.to(x.device) * (a - b) ** 2).mean((2, 3)).sum(1)
+            (weight * (a - b) ** 2).mean((2, 3)).sum(1)
             for weight, a, b in zip(self.vgg.weights, self._features(x), targets, strict=True)
         ]
         return torch.stack(distances).sum(0).mean()
+
+    def _move(self, device: torch.device) -> None:
+        """Move everything once: piq would copy its constants to the device in every call, and so wait for it."""
+        if self.vgg.mean.device == device:
+            return
+        self.vgg.to(device)
+        self.vgg.mean, self.vgg.std = self.vgg.mean.to(device), self.vgg.std.to(device)
+        self.vgg.weights = [weight.to(device) for weight in self.vgg.weights]
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """Return five feature maps in fp32, of unit length over the channels."""

@@ -47,6 +47,7 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
         scheduler=info.scheduler if asked["sampler"] == "pndm" else {},
         prompts=prompts_digest(subject.prompts) if subject.prompts else "",
         guidances=guidances,
+        encoders=subject.encoders,
         **asked,
     )
 

@@ -47,6 +47,9 @@ class Subject:
     fingerprint: str
     device: torch.device
     prompts: Sequence[str] = ()
+    encoders: str = ""
+    """Fingerprint of the text encoders; empty without prompts."""
+
     cut: int = 0
     """Number of prompts that are longer than the text encoder accepts."""
 
@@ -58,7 +61,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         for scale in _scales(stage):
             info.check_guidance(scale)
     dev = device(recipe.device)
-    conditions, prompts, cut = Classes(len(info.classes)), [], 0
+    conditions, prompts, encoders, cut = Classes(len(info.classes)), [], "", 0
     if info.text:
         if recipe.prompts.path is None:
             raise UserError(
@@ -67,11 +70,11 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
         encoder = components(info, dev).encode
         assert encoder is not None
-        cut = encoder.cut(prompts)
+        encoders, cut = encoder.fingerprint(), encoder.cut(prompts)
         conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
-    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), dev, prompts, cut)
+    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), dev, prompts, encoders, cut)
 
 
 def _scales(recipe: Recipe) -> list[float | None]:

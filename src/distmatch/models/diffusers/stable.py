@@ -61,6 +61,9 @@ class StableUNet(nn.Module):
         lora: rank of the adapters on its linear layers; 0 for none. With adapters, only they are trained.
     """
 
+    computed: ClassVar[tuple[str, ...]] = ("null_text", "null_pooled")
+    """What is no weight of its own: these come from the text encoders, whose `fingerprint` counts instead."""
+
     def __init__(self, unet: Any, text: tuple[int, int], pooled: int = 0, guidance: bool = False, lora: int = 0):
         super().__init__()
         need("diffusers", by="Stable Diffusion")
