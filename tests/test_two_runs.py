@@ -178,12 +178,16 @@ def test_a_run_that_has_saved_nothing_is_replaced_by_another(folder):
     assert "seed: 1 there, 0 here" in third.stderr
 
 
-def test_an_interrupted_job_leaves_the_folder_to_the_next(folder):
-    first = Job(folder, "interrupted", moment="pairs")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_job_says_so_and_leaves_the_folder_to_the_next(folder, number, status):
+    out = f"interrupted{status}"
+    first = Job(folder, out, moment="pairs")
     first.reached()
-    first.kill(signal.SIGINT)
-    assert first.end() == 130
-    assert not latest(Folder(folder / "interrupted").sizes())
+    first.kill(number)
+    assert first.end() == status
+    assert "distmatch: stopped; to go on: distmatch train " in first.stderr
+    assert not latest(Folder(folder / out).sizes())
+    assert not latest(Folder(folder / f"{out}-pairs").sizes())
 
 
 def test_what_was_not_made_by_train_is_not_taken_for_a_run(folder):

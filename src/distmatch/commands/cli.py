@@ -29,6 +29,7 @@ from distmatch.commands.teach import teach
 from distmatch.commands.teach_text import teach_text
 from distmatch.commands.train import train
 from distmatch.system.errors import Agreed, Diverged, Lost, Stopped, UserError
+from distmatch.system.interrupt import Terminated, raises_terminated
 
 LONGEST = 4000
 """Maximum number of characters shown of an error message."""
@@ -77,7 +78,7 @@ def main() -> None:
         return
     try:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), raises_terminated():
                 warnings.showwarning = _show
                 app(sys.argv[1:], exit_on_error=False, print_error=False)
         finally:
@@ -97,8 +98,8 @@ def main() -> None:
         _fail(str(error), 1)
     except Stopped as error:
         _fail(f"{error}; to go on: {_command()}", 130)
-    except KeyboardInterrupt:  # wherever it comes from: an import, building pairs, an evaluation
-        _fail(f"stopped; to go on: {_command()}", 130)
+    except KeyboardInterrupt as error:  # wherever it comes from: an import, building pairs, an evaluation
+        _fail(f"stopped; to go on: {_command()}", 143 if isinstance(error, Terminated) else 130)
     except Exception as error:
         from distmatch.system.disk import explained
 

@@ -1,6 +1,10 @@
-"""Stops at a convenient moment: SIGINT and SIGTERM set a flag."""
+"""Stops at a convenient moment: SIGINT and SIGTERM set a flag. Elsewhere SIGTERM raises, as SIGINT does."""
 
+import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -30,3 +34,27 @@ class Interrupt:
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received."""
+
+
+@contextmanager
+def raises_terminated() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, so that what is held is released.
+
+    One of several processes may wait for the others where Python cannot raise anything: there SIGTERM ends at once.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    raise Terminated
