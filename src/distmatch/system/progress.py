@@ -21,13 +21,17 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(
-            "" if not speed else f"{speed:,.1f} {self.unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}"
-        )
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.1f} {_plural(self.unit)}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}")
+
+
+def _plural(unit: str) -> str:
+    return unit if unit.isupper() else f"{unit}s"  # MB
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, done: int = 0, unit: str = "item") -> Iterator[Callable[[int], None]]:
     """Show a bar of `total`, of which `done` is already complete; yields `advance(n)`.
 
     If standard error is not a terminal, a line with the rate and the time left is printed at each tenth instead. With
@@ -49,6 +53,7 @@ def progress(title: str, total: int, done: int = 0, unit: str = "it") -> Iterato
 
 def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
     state = {"done": done, "tenth": 10 * done // max(total, 1)}
+    units = _plural(unit)
     began = time.monotonic()
 
     def advance(n: int) -> None:
@@ -58,6 +63,6 @@ def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None
             state["tenth"] = tenth
             rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
             left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
-            console.print(f"{title}: {state['done']} of {total} {unit}, {rate:,.1f} {unit}/s, {left} left")
+            console.print(f"{title}: {state['done']} of {total} {units}, {rate:,.1f} {units}/s, {left} left")
 
     return advance
