@@ -44,7 +44,7 @@ def test_overrides_reach_nested_entries_with_yaml_types():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("match.wieghting=eq8", r"unknown key 'match.wieghting'; did you mean 'weighting'\?"),
+        ("match.wieghting=eq8", r"unknown key 'match.wieghting'; did you mean 'weighting'\? In match there are "),
         ("step=10", r"unknown key 'step'; did you mean 'steps'\?"),
         ("match.weighting=eq9", r"match.weighting = 'eq9'.*'algorithm2', 'eq8', 'dreamfusion' or 'prolificdreamer'"),
         ("steps=0", r"steps = 0: input should be greater than 0"),
@@ -62,7 +62,7 @@ def test_bad_overrides_are_named(override, message):
 
 
 def test_unknown_and_broken_recipes_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"recipe 'mnits' is unknown; did you mean 'mnist'\?"):
+    with pytest.raises(ValueError, match=r"recipe 'mnits' is unknown; did you mean 'mnist'\? See `distmatch recipes`"):
         load_recipe("mnits")
     with pytest.raises(ValueError, match=r"recipe file .*nowhere.yaml does not exist"):
         load_recipe(str(tmp_path / "nowhere.yaml"))

@@ -61,7 +61,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
         if path.exists() or len(path.parts) > 1:
             raise UserError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
         if name not in recipes():
-            raise UserError(f"recipe {name!r} is unknown{nearest(name, recipes())}; see `distmatch recipes`")
+            raise UserError(f"recipe {name!r} is unknown{nearest(name, recipes(), 'see `distmatch recipes`')}")
         path = recipes()[name]
     elif not path.exists():
         raise UserError(f"recipe file {name} does not exist")

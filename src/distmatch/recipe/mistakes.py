@@ -31,7 +31,8 @@ def explain(error: Any, model: type[BaseModel], source: str, overrides: Sequence
     if kind == "extra_forbidden":
         fields = _fields(model, parents)
         where = f"in {'.'.join(parents)}" if parents else "at the top level"
-        return f"{source}: unknown key {key!r}{nearest(last, fields)}; {where} there are {', '.join(fields)}"
+        known = f"{where} there are {', '.join(fields)}"
+        return f"{source}: unknown key {key!r}{nearest(last, fields, known)}"
     if kind == "missing":
         return f"{source}: {key!r} is missing"
     if kind == "value_error":  # raised by us, and already says what it is about
@@ -54,7 +55,7 @@ def _fields(model: Any, parents: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """Return a suggestion to append to a message about the unknown `name`, if one of the `known` is similar."""
+def nearest(name: str, known: Collection[str], more: str) -> str:
+    """Return what to append to a message about the unknown `name`: one of the `known` if it is similar, and `more`."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}? {more[0].upper()}{more[1:]}" if close else f"; {more}"
