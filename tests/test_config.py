@@ -100,7 +100,7 @@ OTHER_PAIRS = {
 
 def test_the_pairs_depend_on_the_entries_that_are_marked_so():
     subject: Any = SimpleNamespace(
-        fingerprint="", prompts=(), info=SimpleNamespace(shape=(1, 8, 8), classes=(), scheduler={})
+        fingerprint="", encoders="", prompts=(), info=SimpleNamespace(shape=(1, 8, 8), classes=(), scheduler={})
     )
     entries = [name for name, _, _ in walk(Pairs)]
     changed = {
