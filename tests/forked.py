@@ -14,6 +14,7 @@ import torch
 import torch._dynamo  # optimizers import it, which takes seconds: here once, not in every fork
 
 from distmatch.commands import cli
+from distmatch.system import progress, screen
 
 fork = multiprocessing.get_context("fork")
 
@@ -38,7 +39,8 @@ class Forked:
         for number, file in enumerate(self._files, 1):
             os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        os.environ["COLUMNS"] = "200"
+        for console in (progress.console, screen.console):  # made in the tests' process, with its width
+            console.width = 200
         os.chdir(self._cwd or ".")
         sys.argv = self._argv
         self._task()
