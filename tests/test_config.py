@@ -131,3 +131,9 @@ def test_entries_by_their_earlier_names_are_the_same(tmp_path):
         parse_recipe(tree | {"student": {"optimizer": {"lr": 1}}}, "both")
     with pytest.raises(ValueError, match=r"both: unknown key 'fake.optimizer.lrr'; did you mean 'lr'\?"):
         parse_recipe(tree | {"critic": {"lrr": 1}}, "both")
+
+
+def test_a_folder_that_is_called_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("mnist").teacher == "mnist"

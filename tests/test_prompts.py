@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from distmatch.data.prompts import coco_prompts, read_prompts
+from distmatch.system.errors import UserError
 
 PROMPTS = ["a red bus", "Zwölf Boxkämpfer", "“quoted, with a comma”"]
 PADDED = ["  a red bus ", "", "Zwölf Boxkämpfer\t", "   ", "“quoted, with a comma”"]
@@ -110,3 +111,12 @@ def test_coco_captions_are_drawn_by_seed_without_repetition_until_all_are_used(t
         ValueError, match=r"nowhere.json does not exist; expected captions_val2014.json .*annotations_trainval2014.zip"
     ):
         coco_prompts(tmp_path / "nowhere.json", 1, seed=0)
+
+
+def test_a_list_of_captions_is_as_many_prompts(tmp_path):
+    file = tmp_path / "metadata.jsonl"
+    file.write_text('{"file_name": "a.png", "text": ["one", " two "]}\n{"file_name": "b.png", "text": "three"}\n')
+    assert read_prompts(file) == ["one", "two", "three"]
+    file.write_text('{"text": ["one", 2]}\n')
+    with pytest.raises(UserError, match="line 1: expected text, found 2"):
+        read_prompts(file)

@@ -84,10 +84,11 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     """
     from distmatch.commands.shared import find_student
     from distmatch.data.prompts import coco_prompts, read_prompts
+    from distmatch.models.library import diffusers_source
     from distmatch.system import parallel
 
     need("diffusers", "transformers", by="a comparison")
-    teacher = teacher.removeprefix("diffusers:")
+    name, teacher = Path(teacher).name, diffusers_source(teacher) or teacher  # if not, a model id
     with parallel.process_group():
         if options.prompts != "coco":
             prompts = read_prompts(Path(options.prompts), options.column)
@@ -98,7 +99,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
         else:
             raise UserError("--prompts coco needs the captions: --coco captions_val2014.json")
         ours = None if student is None else find_student(student, None, options.device)
-        out = options.out or Path("runs") / f"compare-{Path(teacher).name}"
+        out = options.out or Path("runs") / f"compare-{name}"
         compare_on(prompts, teacher, ours, replace(options, n=n, picture=min(options.picture, n), out=out))
 
 

@@ -186,8 +186,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     task = teach_text.TextTeaching(network, autoencoder, tokenizer, latents, captions, prompts, optimizer, how)
     plan = Plan(options.steps, log_every=50, save_every=options.save_every, preview_every=options.preview_every)
     train(task, out, plan, config=settings, title="teach-text")
-    teacher = f"diffusers:{out / 'model'}"
-    shown = command("sample", teacher, "--teacher", "--guidance", 4, "--prompt", first[0])
+    shown = command("sample", out, "--teacher", "--guidance", 4, "--prompt", first[0])
     console.print(f"The teacher is in {out / 'model'}. Next: {shown}")
 
 

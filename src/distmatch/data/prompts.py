@@ -20,7 +20,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     Args:
         path: one of
             .txt: one prompt per line, UTF-8;
-            .jsonl: one JSON object per line;
+            .jsonl: one JSON object per line, with a text or a list of texts;
             .parquet: a table with a column of strings;
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
         column: the key of a JSON object or the name of a table's column (default: `prompt`, `caption` or `text`).
@@ -37,10 +37,11 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     limits.check(path.stat().st_size, limits.PROMPTS, str(path))
     prompts = []
     for place, value in READERS[path.suffix](path, column):
-        if not isinstance(value, str | None):
-            raise UserError(f"{path}, {place}: expected text, found {value!r:.80}")
-        if value and value.strip():
-            prompts.append(value.strip())
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str | None):
+                raise UserError(f"{path}, {place}: expected text, found {text!r:.80}")
+            if text and text.strip():
+                prompts.append(text.strip())
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts

@@ -5,7 +5,7 @@ class names), the times of a student, a free-form `card` on how the model was ma
 """
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from distmatch.system.digests import Damaged, load_file, save_file
 from distmatch.system.errors import UserError
 from distmatch.system.files import together, write_json
 from distmatch.system.finite import check_weights
+from distmatch.system.paths import located, named
 from distmatch.system.plain import fitting, read_json
 from distmatch.system.terminal import command
 from distmatch.training.engine import whole
@@ -60,6 +61,7 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
         "schedule": schedule_config(denoiser.schedule),
         "prediction": asdict(denoiser.prediction),
         **asdict(info),
+        "source": named(info.source),
     }
     weights = {k: whole(v.detach()).to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
     if parallel.rank() > 0:
@@ -116,6 +118,7 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
             file,
             denoiser.schedule,
         )
+        info = replace(info, source=located(info.source))
         _check_fit(network, info, file)
         weights = load_file(weights_file, config.get("weights"))
         net.load_state_dict(weights)

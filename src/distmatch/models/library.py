@@ -21,7 +21,7 @@ from distmatch.models.folder import load_model
 from distmatch.models.info import Info
 from distmatch.models.mixture import Mixtures
 from distmatch.system.errors import UserError
-from distmatch.system.paths import ASSETS, RECIPES, expand
+from distmatch.system.paths import ASSETS, RECIPES, expand, located
 from distmatch.system.terminal import command
 
 FAMILIES: dict[str, Family] = {"mixture": Mixtures(), "edm": Published()}
@@ -38,14 +38,14 @@ def find_model(
 
     Args:
         name: `mixture:NAME` (exact Gaussian mixture), `edm:FILE` (a published EDM checkpoint, file or URL),
-            `diffusers:FOLDER_OR_ID` (Stable Diffusion), a folder (of a model, or of a run, which has one in `model/`),
-            or the name of a model in the package, which has a teacher and a student for each name.
+            `diffusers:FOLDER_OR_ID` (Stable Diffusion), a folder (of a model, also in diffusers' format, or of a run,
+            which has one in `model/`), or the name of a model in the package.
         kind: which of the two to load.
         net, schedule: see `load_model`.
 
     Raises `UserError` if there is nothing of that name, or if it is of the other kind.
     """
-    family, source = _by_scheme(name)
+    family, source = _by_scheme(name, kind)
     denoiser, info = family.load(source) if family else load_model(model_folder(source, kind), net, schedule)
     if bool(info.times) != (kind == "student"):
         have = "student" if info.times else "teacher"
@@ -60,7 +60,8 @@ def outline(teacher: str) -> tuple[Denoiser, Info]:
     The settings of the recipes' models are in the package. Raises `UserError` if a model is unknown.
     """
     scheme, _, source = teacher.partition(":")
-    family, source = _by_scheme(f"diffusers:{without_weights(source)}" if scheme == "diffusers" else teacher)
+    name = f"diffusers:{without_weights(source)}" if scheme == "diffusers" else teacher
+    family, source = _by_scheme(name, "teacher")
     if family:
         return family.outline(source)
     denoiser, info = find_model(teacher, "teacher")
@@ -70,6 +71,15 @@ def outline(teacher: str) -> tuple[Denoiser, Info]:
 def family_of(info: Info) -> Family:
     """Return the family of the model described by `info`. Raises `UserError` if its source is unavailable."""
     return family_in(info.source) if info.source else BARE
+
+
+def diffusers_source(name: str) -> str | None:
+    """Return where the teacher called `name` is if it is in diffusers' format: a folder or a model id."""
+    name = expand(name)
+    if name.startswith("diffusers:"):
+        return located(name.removeprefix("diffusers:"))
+    folders = (name, f"{name}/model", located(name))
+    return next((folder for folder in folders if (Path(folder) / "model_index.json").exists()), None)
 
 
 def components(info: Info, device: torch.device | str = "cpu") -> Components:
@@ -82,13 +92,16 @@ def _components(source: str, device: str) -> Components:
     return family_in(source).components(source, device)
 
 
-def _by_scheme(name: str) -> tuple[Family | None, str]:
-    """Split `name` into a family and a source; the family is None if `name` is a folder."""
+def _by_scheme(name: str, kind: str) -> tuple[Family | None, str]:
+    """Split `name` into a family and a source; the family is None if `name` is a model folder of ours."""
     name = expand(name)
     scheme, _, source = name.partition(":")
-    if scheme == "diffusers":
-        return family_in(source), source
-    return (FAMILIES[scheme], source) if scheme in FAMILIES else (None, name)
+    if scheme in FAMILIES:
+        return FAMILIES[scheme], source
+    found = diffusers_source(name)
+    if found is None or (kind == "student" and found == located(name) != name):  # the package may have a student too
+        return None, name
+    return family_in(found), found
 
 
 def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
@@ -103,5 +116,6 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
         return ASSETS / name / kind
     if (RECIPES / f"{name}.yaml").exists():
         raise UserError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
-    known = ", ".join(sorted(p.parent.parent.name for p in ASSETS.glob(f"*/{kind}/config.json")))
+    files = ("config.json", "model_index.json")
+    known = ", ".join(sorted({p.parent.parent.name for file in files for p in ASSETS.glob(f"*/{kind}/{file}")}))
     raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package ships {known or 'none'}")

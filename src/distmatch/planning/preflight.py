@@ -29,7 +29,7 @@ from distmatch.evaluation.measure import Space
 from distmatch.methods.terms import Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info
-from distmatch.models.library import components
+from distmatch.models.library import components, diffusers_source
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.system import parallel
@@ -149,7 +149,7 @@ def checked(x: Tensor, like: Tensor, maker: str) -> Tensor:
 def packages(flight: Flight) -> str | None:
     """The optional packages that the recipe needs are installed. Checked before anything heavy is loaded."""
     recipe, needed = flight.recipe, list(flight.recipe.log.track)
-    if recipe.teacher.startswith("diffusers:"):
+    if diffusers_source(recipe.teacher):
         needed += ["diffusers", "transformers"]
     if recipe.student.lora_rank:
         needed += ["peft"]

@@ -58,7 +58,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
     if path.suffix not in (".yaml", ".yml"):
         if "=" in name:
             raise UserError(f"{name!r} is no recipe; the recipe comes first, what it changes after it: RECIPE {name}")
-        if path.exists() or len(path.parts) > 1:
+        if len(path.parts) > 1 or (path.exists() and name not in recipes()):
             raise UserError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
         if name not in recipes():
             raise UserError(f"recipe {name!r} is unknown{nearest(name, recipes(), 'see `distmatch recipes`')}")

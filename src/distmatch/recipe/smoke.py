@@ -16,6 +16,7 @@ from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.diffusers.tiny import write_tiny_vae
 from distmatch.models.edm.checkpoints import PUBLISHED
 from distmatch.models.folder import Info, save_model
+from distmatch.models.library import diffusers_source
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.entry import marked
 from distmatch.system import rng
@@ -33,7 +34,7 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
     overrides = [f"{name}={value}" for name, value in marked(Recipe, "small").items()]
     if recipe.teacher.startswith("edm:"):
         overrides.append(f"teacher={folder / 'teacher'}")
-    if recipe.teacher.startswith("diffusers:"):
+    if diffusers_source(recipe.teacher):
         overrides += [
             f"teacher=diffusers:{folder / 'stable'}",
             f"prompts.path={folder / 'prompts.txt'}",
@@ -65,8 +66,8 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
         torch.manual_seed(rng.key(recipe.seed, "smoke"))
         if teacher and recipe.teacher.startswith("edm:"):
             save_model(folder / "teacher", *random_edm(Path(recipe.teacher).stem))
-        if teacher and recipe.teacher.startswith("diffusers:"):
-            family_in(without_weights(recipe.teacher.removeprefix("diffusers:"))).write_tiny(folder / "stable")
+        if teacher and (source := diffusers_source(recipe.teacher)):
+            family_in(without_weights(source)).write_tiny(folder / "stable")
             write_tiny_vae(folder / "tiny")
             write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
         if recipe.regress.loss == "lpips" and "regress" in recipe.terms:

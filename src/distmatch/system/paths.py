@@ -34,3 +34,16 @@ def expand(place: str) -> str:
         user = path.partition("/")[0]
         raise UserError(f"{place}: {user} is no user's home here; write {scheme}./{path} for a path of that name")
     return scheme + expanded
+
+
+def located(source: str) -> str:
+    """Return the folder of the package's text-to-image teacher called `source`; every other source as it is."""
+    folder = ASSETS / source / "teacher"
+    return str(folder) if source.isidentifier() and (folder / "model_index.json").exists() else source
+
+
+def named(source: str) -> str:
+    """Return the name of a teacher in the package whose folder is `source`, so that what is made from it can be used
+    where the package is elsewhere; the inverse of `located`."""
+    folder = Path(source)
+    return folder.parent.name if folder.name == "teacher" and folder.parent.parent == ASSETS else source
