@@ -40,13 +40,13 @@ def latency(job: Job) -> None:
         eager = cache(lambda d=decoder: loaded().pipeline(d))
         compiled = cache(lambda d=decoder: loaded().pipeline(d, compile=True))
         job.measure(f"{decoder} decoder, eager", lambda e=eager: loaded().call(e()))
-        job.measure(f"{decoder} decoder, compile=True", lambda c=compiled: loaded().call(c()), goal, gpu=True)
         job.measure(f"{decoder} decoder, CUDA graph", lambda e=eager: loaded().graph(e()), gpu=True)
         job.measure(f"{decoder} decoder, eager, with the text encoder", lambda e=eager: loaded().prompted(e()))
         if decoder == "tiny":
             for batch in BATCHES[: 2 if job.tiny else None]:
                 job.measure(f"batch {batch}", lambda b=batch: loaded().many(b))
             draw(job)
+        job.measure(f"{decoder} decoder, compile=True", lambda c=compiled: loaded().call(c()), goal, gpu=True)
 
 
 class Loaded:
