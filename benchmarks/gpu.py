@@ -6,8 +6,8 @@
     uv run python benchmarks/gpu.py --tiny                                     on a CPU: the command itself works
 
 Without uv: `python benchmarks/gpu.py` where this package is installed (`pip install --no-deps .` in an environment that
-has the packages of pyproject.toml with the extras `diffusers` and `metrics`). It needs no network and no weights: networks are random. On a GPU, compiling needs a
-C compiler, and Triton, which comes with PyTorch.
+has the packages of pyproject.toml with the extras `diffusers` and `metrics`). It needs no network and no weights:
+networks are random. On a GPU, compiling needs a C compiler, and Triton, which comes with PyTorch.
 
 Figures go to OUT/results.json, after each of them and atomically, with a few pictures beside it; networks, runs and
 each part's log go to WORK. A cut loses only the figure being measured. Each part runs in a process of its own, so an
@@ -62,7 +62,7 @@ PARTS: dict[str, Part] = {
     "step-cifar10": Part(step_cifar10, 30, 90),
     "cifar10": Part(cifar10, 120, 900),
 }
-"""In order of worth. On an H100 `matrix` took 3 s, the first row of `latency` 12 s and the first of `step-sd15` 80 s."""
+"""In order of worth. On an H100 `matrix` takes 3 s, the first row of `latency` 12 s, the first of `step-sd15` 80 s."""
 
 fork = multiprocessing.get_context("fork")  # a new interpreter would spend ten seconds of each part on imports
 

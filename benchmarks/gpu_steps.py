@@ -106,8 +106,10 @@ def stable(job: Job) -> Path:
 
 
 def steps(job: Job, name: str, overrides: list[str], batches: tuple[int, int], targets: dict[str, Target]) -> None:
-    """Steps of a recipe as it is, then what a CUDA graph would save the teacher's pass, then with compiled blocks, which
-    took more than two minutes to compile at Stable Diffusion's size."""
+    """Steps of a recipe as it is, then what a CUDA graph would save the teacher's pass, then with compiled blocks.
+
+    Compiling takes more than two minutes at Stable Diffusion's size, so it comes last.
+    """
     made = cache(lambda: Steps(job, name, overrides, batches))
     job.measure("eager", lambda: made().figures(), targets)
     job.measure("CUDA graph of the teacher's pass", lambda: made().graphed(), gpu=True)
