@@ -11,6 +11,7 @@ import torch
 from distmatch.commands import teach_text
 from distmatch.commands.teach_text import train_text_teacher
 from distmatch.data.images import Images
+from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.schedule import VP
 from distmatch.methods import autoencode
@@ -235,6 +236,12 @@ def test_the_packages_teacher_follows_its_prompts():
     middle = images[:, :, 24:40, 24:40].mean((2, 3))
     assert middle.argmax(1).tolist() == [0, 1, 2]
     assert images[:, :, :3, :3].mean() > 0.8  # on white
+
+
+def test_the_packages_prompts_are_found_by_name():
+    prompts = read_prompts(Path("emoji"))
+    assert len(prompts) == len(set(prompts)) > 8000
+    assert {"red apple, flat style", "red apple"} <= set(prompts)
 
 
 def test_what_is_made_from_the_packages_teacher_names_it_instead_of_a_place(tmp_path):

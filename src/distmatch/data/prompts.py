@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 from distmatch.system import limits, rng
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
+from distmatch.system.paths import ASSETS
 from distmatch.system.plain import json_of
 from distmatch.system.screen import printable
 
@@ -23,11 +24,14 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
             .jsonl: one JSON object per line, with a text or a list of texts;
             .parquet: a table with a column of strings;
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
+            or the name of a text-to-image teacher in the package, for the captions that it was trained on.
         column: the key of a JSON object or the name of a table's column (default: `prompt`, `caption` or `text`).
 
     Raises `UserError` that names the file and the line if it is missing, damaged, without prompts, holds something
     other than text, or exceeds `limits.PROMPT` or `limits.PROMPTS`.
     """
+    if str(path).isidentifier() and (ASSETS / path / "prompts.txt").is_file():
+        path = ASSETS / path / "prompts.txt"
     if path.suffix not in READERS:
         raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}")
     if not path.is_file():
