@@ -120,7 +120,11 @@ def test_entries_by_their_earlier_names_are_the_same(tmp_path):
     assert load_recipe("mnist", ["generator.lr=0.5", "critic.betas=[0, 0.9]", "critic.steps=3"]) == now
     tree = now.model_dump(mode="json")
     fake = tree.pop("fake")
-    tree |= {"generator": tree["student"].pop("optimizer"), "critic": {**fake.pop("optimizer"), **fake}}
+    tree |= {
+        "generator": tree["student"].pop("optimizer"),
+        "critic": {**fake.pop("optimizer"), "steps": fake.pop("steps")},
+        "fake": fake,
+    }
     earlier = deepcopy(tree)
     assert parse_recipe(tree, "a run of an earlier version") == now
     assert tree == earlier

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from distmatch.diffusion.denoiser import PREDICTIONS, Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.denoiser import PREDICTIONS, Cond, Denoiser, Prediction
 from distmatch.diffusion.fixed import fixed
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.schedule import EDM, VP, Flow
 from distmatch.models.attention import attention
 from distmatch.models.mixture import mixture

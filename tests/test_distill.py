@@ -10,6 +10,7 @@ from torch import nn
 
 from distmatch.diffusion.conditions import WHOLE, Classes
 from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import WEIGHTINGS
 from distmatch.diffusion.schedule import EDM, VP, Flow
 from distmatch.methods.distill import Distiller
@@ -91,13 +92,13 @@ def test_guidance_applies_to_the_real_score_alone():
     schedule = EDM(sigma_max=10.0)
     real = mixture(schedule, [[-1.0], [2.0]], [0.3, 0.5], labels=[0, 1])
     fake = mixture(schedule, [[0.0], [0.5]], [1.0, 1.0], labels=[0, 1])
-    match = Match(real, fake, weighting=WEIGHTINGS["dreamfusion"], guidance=3.0)
+    match = Match(real, fake, weighting=WEIGHTINGS["dreamfusion"], real=guided(real, 3.0))
     start, levels = drawn(match, Classes(2), 64)
     x = start.z.double().requires_grad_(True)
     (gradient,) = torch.autograd.grad(match.student_loss(levels, Samples(x, start.cond)), x)
     x_t = x.detach() + levels.t[:, None] * levels.eps
-    guided = 3 * real(x_t, levels.t, start.cond) - 2 * real(x_t, levels.t, None)
-    expected = (fake(x_t, levels.t, start.cond) - guided) / levels.t[:, None] / 64
+    expected_real = 3 * real(x_t, levels.t, start.cond) - 2 * real(x_t, levels.t, None)
+    expected = (fake(x_t, levels.t, start.cond) - expected_real) / levels.t[:, None] / 64
     assert torch.allclose(gradient, expected, rtol=1e-5)
 
 

@@ -7,7 +7,8 @@ import torch
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, fingerprint
 from distmatch.diffusion.conditions import Classes, Guided, with_guidance
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
 from distmatch.diffusion.sampler import heun
 from distmatch.diffusion.schedule import EDM
@@ -79,7 +80,7 @@ def test_the_students_distribution_follows_the_guided_one(tmp_path):
                 "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=192),
             },
             [
-                Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], steps=(20, 800), guidance=None),
+                Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], steps=(20, 800), real=guided(teacher, None)),
                 Regress(REGRESSIONS["mse"], weight=1.0),
             ],
         ),

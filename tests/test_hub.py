@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DCon
 from safetensors.torch import load_file, save_file
 from tiny import text_encoder
 
-from distmatch.diffusion.denoiser import guided
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.solvers import solver
 from distmatch.evaluation.baselines import load_teacher
 from distmatch.models.diffusers.autoencoder import tiny_decoder

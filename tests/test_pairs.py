@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, fingerprint
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.sampler import euler, heun
 from distmatch.diffusion.schedule import EDM, Flow
 from distmatch.models.unet import UNet

@@ -12,7 +12,8 @@ from distmatch.data.embeddings import embed
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, fingerprint, prompts_digest
 from distmatch.diffusion.conditions import Classes, Guided, Prompts
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import EDM, VP
 from distmatch.diffusion.solvers import evaluations, solver

@@ -221,7 +221,7 @@ def test_an_autoencoder_of_another_run_is_used_as_it_is(tmp_path):
 
 @pytest.mark.slow
 def test_the_packages_teacher_follows_its_prompts():
-    from distmatch.diffusion.denoiser import guided
+    from distmatch.diffusion.guidance import guided
     from distmatch.diffusion.sampler import heun
     from distmatch.models.library import components
     from distmatch.system import rng

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from distmatch.data import imaging
 from distmatch.diffusion.conditions import Conditions, with_guidance
-from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.fixed import Fixed, fixed
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import Schedule
 from distmatch.diffusion.solvers import evaluations, solver

@@ -26,7 +26,8 @@ from distmatch.data.pairs import (
     shard_name,
 )
 from distmatch.diffusion.conditions import Classes, Conditions
-from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.solvers import solver
 from distmatch.system.claims import EXPIRY, Claims, make_together
 from distmatch.system.errors import UserError

@@ -170,22 +170,3 @@ class Denoiser(nn.Module):
         """
         _, out = self.prediction.coefficients(self.schedule.alpha(t), self.schedule.sigma(t))
         return out**-2
-
-
-def guided(denoiser: Denoiser, w: float | None) -> Callable[[Tensor, Tensor, Cond | None], Tensor]:
-    """Classifier-free guidance, `uncond + w * (cond - uncond)`, as a function with the denoiser's own signature.
-
-    `w = 1` is the plain conditional model and costs one evaluation; any other `w` costs two. `None` takes each
-    sample's scale from `cond.extra["guidance"] f[B]`.
-    """
-    if w == 1:
-        return denoiser
-
-    def forward(x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        if cond is None:
-            raise UserError(f"guidance {w} needs a condition; this batch has none. Use guidance 1")
-        scale = w if w is not None else expand(cond.extra["guidance"].to(x), x)
-        uncond = denoiser(x, t, cond.null())
-        return torch.lerp(uncond, denoiser(x, t, cond), scale)
-
-    return forward

@@ -19,7 +19,7 @@ from distmatch.system.precision import autocast
 from distmatch.system.workers import ALONE, Workers
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
-from distmatch.training.ema import EMA
+from distmatch.training.ema import EMA, draw_towards
 from distmatch.training.engine import average_gradients, unwrapped
 from distmatch.training.gradients import add_gradients
 from distmatch.training.optim import Optimizer
@@ -50,6 +50,7 @@ class Settings:
 
     steps: Steps | None = None  # the student's times; default: only the schedule's t_max
     fake_updates: int = 1  # of the fake score per update of the student; the first uses the same images (Algorithm 1)
+    ida: float = 0.0  # share of the student that the fake score takes over after each update (arXiv 2506.00523)
     seed: int = 0
     accumulate: int = 1  # parts that each worker's share of a batch is split into; gradients are summed over them
     workers: Workers = ALONE  # threads that share a batch, on a CPU and in a single process
@@ -77,6 +78,7 @@ class Distiller:
         self.forward = student if networks.forward is None else networks.forward
         self.optimizer, self.fake_optimizer, self.info = optimizer, fake_optimizer, info
         self.seed, self.precision, self.fake_updates = settings.seed, settings.precision, settings.fake_updates
+        self.ida = settings.ida
         self.steps = settings.steps or Steps((student.schedule.t_max,))
         self.conditions = settings.conditions or Classes(len(info.classes))
         self.workers, self.decode = settings.workers, settings.decode
@@ -165,6 +167,8 @@ class Distiller:
         made, losses = add_gradients(parts, loss, self.forward, self.optimizer.parameters, self.clock, self.workers)
         norm = self.optimizer.step(index)
         self.ema.update()
+        if self.ida and self.fake is not None:
+            draw_towards(self.fake, self.student, self.ida)
         for own in self.fake_optimizers:
             own.clear()  # gradients that the student's loss sent through the fake score, as in a GAN
         return made, {**losses, "gradient_norm": norm}

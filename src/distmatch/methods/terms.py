@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from distmatch.data.pairs import PairStore
 from distmatch.diffusion.conditions import Conditions, Share, rows
-from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.guidance import Model
 from distmatch.diffusion.losses import Weighting, denoising_loss, matching_loss
 from distmatch.system import rng
 from distmatch.training.optim import Optimizer
@@ -174,7 +175,7 @@ class Match:
     """Distribution matching (Section 3.2, Algorithms 2 and 3).
 
     Args:
-        teacher: the real score, frozen. `guidance` applies only to it (Section 3.4); `None`: the condition's scale.
+        teacher: frozen. `real`: the real score, default `teacher`; only it is guided (Section 3.4).
         fake: the fake score, a denoiser like the teacher.
         weighting: the factor on `mu_fake - mu_real`, one of `losses.WEIGHTINGS`.
         reads: the streams whose images are matched; with "pairs" it is `concat(x, x_ref)` (Algorithm 1, for LAION).
@@ -195,9 +196,9 @@ class Match:
         reads: tuple[str, ...] = ("noise",),
         bins: int = 1000,
         steps: tuple[int, int] = (20, 980),
-        guidance: float | None = 1.0,
+        real: Model | None = None,
     ):
-        self.real, self.fake, self.weight_at = guided(teacher, guidance), fake, teacher.weight
+        self.real, self.fake, self.weight_at = real or teacher, fake, teacher.weight
         self.teacher, self.schedule, self.weighting = teacher, teacher.schedule, weighting
         self.weight, self.reads, (self.min_step, self.max_step) = weight, reads, steps
         self.levels = self.schedule.grid(bins).flip(0).float()

@@ -22,7 +22,8 @@ from distmatch.data import imaging
 from distmatch.data.pair_builder import agree
 from distmatch.data.pairs import PairSpec
 from distmatch.diffusion.conditions import WHOLE, with_guidance
-from distmatch.diffusion.denoiser import Cond, Denoiser, guided
+from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.solvers import solver
 from distmatch.evaluation.measure import Space

@@ -125,15 +125,18 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
+    own = optimizer(recipe.student.optimizer, trained, recipe.steps)
+    own.wait = recipe.fake.alone
     return Distiller(
         Networks(trained, score, subject.denoiser, forward, EMA(trained, recipe.student.ema, average)),
         objective(recipe, subject, score, pairs),
-        optimizer(recipe.student.optimizer, trained, recipe.steps),
+        own,
         None if fake is None else optimizer(recipe.fake.optimizer, fake, recipe.steps * recipe.fake.steps),
         info=student_info(recipe, subject),
         settings=Settings(
             steps=student_steps(recipe, subject.denoiser.schedule),
             fake_updates=recipe.fake.steps,
+            ida=recipe.fake.ida,
             seed=recipe.seed,
             accumulate=recipe.accumulate,
             workers=workers(recipe),

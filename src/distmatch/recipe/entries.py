@@ -50,7 +50,17 @@ class Fake(_Strict):
     """The fake score."""
 
     optimizer: Optimiser = entry(Optimiser(), "AdamW for the fake score (Appendix B).")
-    steps: Positive = entry(1, "Updates of the fake score per update of the student.", "Algorithm 1: 1")
+    steps: Positive = entry(
+        1,
+        "Updates of the fake score per update of the student.",
+        "Algorithm 1: 1; DMD2, arXiv 2405.14867: 5 for ImageNet and SDXL, 10 for Stable Diffusion 1.5",
+    )
+    alone: Natural = entry(0, "Steps at the beginning that train only the fake score.", "DMD2, arXiv 2405.14867")
+    ida: Decay = entry(
+        0.0,
+        "Share of the student's weights that the fake score takes over after each update of the student. 0: none.",
+        "SenseFlow, arXiv 2506.00523: 0.02 to 0.03",
+    )
 
 
 class Network(_Strict):
@@ -137,6 +147,15 @@ class MatchTerm(_Strict):
         "Scale w of classifier-free guidance of the real score, uncond + w (cond - uncond); the fake score is never "
         "guided. 1: no guidance.",
         "Section 3.4; Section 4.3: 3 and 8",
+    )
+    rescale: bool = entry(
+        False, "Give the guided real score the norm of the unguided one, per image.", "Qwen-Image's pipeline"
+    )
+    sid: Factor | None = entry(
+        None,
+        "Alpha of Score identity Distillation, which then takes the place of Algorithm 2: gradients pass through both "
+        "scores. null: Algorithm 2.",
+        "Zhou et al., arXiv 2404.04057: 1 to 1.2",
     )
     pairs: bool = entry(
         False, "Also match the student's images from the pairs' noise, concat(x, x_ref).", "Algorithm 1, only for LAION"

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from distmatch.data.pairs import PairStore
+from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.methods.identity import Identity
 from distmatch.methods.own_terms import TermContext
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
@@ -143,16 +145,17 @@ STREAMS = {"noise": _noise, "pairs": _pairs}
 def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
     assert fake is not None
     m = recipe.match
-    return Match(
-        subject.denoiser,
-        fake,
-        weighting=WEIGHTINGS[m.weighting],
-        weight=m.weight,
-        reads=("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
-        bins=m.bins,
-        steps=(m.min_step, m.max_step),
-        guidance=m.guidance if recipe.student.guidance is None else None,
-    )
+    settings: dict[str, Any] = {
+        "weighting": WEIGHTINGS[m.weighting],
+        "weight": m.weight,
+        "reads": ("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
+        "bins": m.bins,
+        "steps": (m.min_step, m.max_step),
+        "real": guided(subject.denoiser, m.guidance if recipe.student.guidance is None else None, m.rescale),
+    }
+    if m.sid is None:
+        return Match(subject.denoiser, fake, **settings)
+    return Identity(subject.denoiser, fake, m.sid, **settings)
 
 
 def _regress(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:

@@ -14,6 +14,13 @@ def frozen_copy(network: Network) -> Network:
     return copy.deepcopy(network).float().eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def draw_towards(network: nn.Module, other: nn.Module, share: float) -> None:
+    """Move the weights of `network` towards those of `other`, of the same shapes, by `share` of the difference."""
+    weights, goals = list(network.parameters()), list(other.parameters())
+    torch._foreach_lerp_(weights, goals, share)  # pyright: ignore[reportPrivateImportUsage]
+
+
 class EMA(Generic[Network]):
     """Maintains `network`, a frozen fp32 copy whose weights trail the trained ones; `average` is that copy, if made.
 

@@ -19,6 +19,9 @@ class Optimizer:
         clip: largest L2 norm of the gradient; 0 turns clipping off.
     """
 
+    wait = 0
+    """Steps at the beginning without an update; the moments follow the gradients meanwhile."""
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
@@ -40,7 +43,9 @@ class Optimizer:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0."""
-        up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if step < self.wait:
+            return 0.0
+        up = min(1.0, (step - self.wait + 1) / self.warmup) if self.warmup else 1.0
         tail = self.decay * self.steps
         down = min(1.0, max(0.0, (self.steps - step) / tail)) if tail else 1.0
         return self.lr * min(up, down)

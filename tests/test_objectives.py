@@ -1,0 +1,129 @@
+"""Objectives past the paper's: Score identity Distillation in closed form, and how the fake score is trained."""
+
+import pytest
+import tiny
+import torch
+
+from distmatch.diffusion.conditions import WHOLE
+from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.guidance import guided
+from distmatch.methods.identity import identity_loss
+from distmatch.recipe import build, subjects
+from distmatch.recipe.loading import load_recipe
+
+A, SIGMA = 0.8, 0.6
+"""Signal and noise at one level."""
+
+
+@pytest.fixture
+def noise():
+    """z and eps f64[N] whose uniform mean over N is an integral over two normal distributions."""
+    nodes = torch.special.ndtri((torch.arange(300, dtype=torch.float64) + 0.5) / 300)
+    nodes = nodes / nodes.square().mean().sqrt()
+    return [axis.reshape(-1, 1) for axis in torch.meshgrid(nodes, nodes, indexing="ij")]
+
+
+def slope(variance):
+    """Of the denoiser of `N(0, variance)`: `E[x | x_t] = slope x_t`."""
+    return A * variance / (A**2 * variance + SIGMA**2)
+
+
+def unweighted(x, fake, real, alpha):
+    """The loss of the whole batch as one sample, times the distance by which it is divided."""
+    one = [v.reshape(1, -1) for v in (x, fake, real)]
+    return identity_loss(*one, alpha) * (real - x).abs().mean().detach()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
+def test_the_identity_loss_descends_the_fisher_divergence_of_shifted_gaussians(noise, alpha):
+    """Data N(0, s^2), student N(m, s^2), fake score exact but frozen: half the gradient of `m^2 (1 - c a)^2`."""
+    z, eps = noise
+    m, c = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), slope(1.5**2)
+    x = m + 1.5 * z
+    x_t = A * x + SIGMA * eps
+    fake = m.detach() + c * (x_t - A * m.detach())
+    (gradient,) = torch.autograd.grad(unweighted(x, fake, c * x_t, alpha), m)
+    torch.testing.assert_close(gradient, m.detach() * (1 - c * A) ** 2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
+def test_its_alpha_weighs_the_difference_of_the_scores(noise, alpha):
+    """Data N(0, 1), student N(0, tau^2): the derivative in tau of `k (c v - a tau^2) - alpha k^2 v`, k and c frozen."""
+    z, eps = noise
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    real, fake = slope(1.0), slope(0.25)
+    x = tau * z
+    x_t = A * x + SIGMA * eps
+    (gradient,) = torch.autograd.grad(unweighted(x, fake * x_t, real * x_t, alpha), tau)
+    k = real - fake
+    expected = k * (real * 2 * A**2 * 0.5 - 2 * A * 0.5) - alpha * k**2 * 2 * A**2 * 0.5
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_it_is_weighted_by_the_distance_of_sample_and_real_score():
+    x, fake, real = (torch.randn(2, 3, 4, 4) for _ in range(3))
+    each = [
+        ((r - f) * ((r - y) - 1.2 * (r - f))).mean() / (y - r).abs().mean()
+        for y, f, r in zip(x, fake, real, strict=True)
+    ]
+    torch.testing.assert_close(identity_loss(x, fake, real, 1.2), torch.stack(each).mean())
+
+
+def test_a_rescaled_guidance_keeps_the_direction_and_takes_the_conditional_norm():
+    denoiser = tiny.teacher()
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
+    cond = Cond(label=torch.tensor([0, 1, 2]))
+    with torch.no_grad():
+        plain, usual = denoiser(x, t, cond).flatten(1), guided(denoiser, 4.0)(x, t, cond).flatten(1)
+        found = guided(denoiser, 4.0, rescale=True)(x, t, cond).flatten(1)
+    torch.testing.assert_close(found.norm(dim=1), plain.norm(dim=1))
+    torch.testing.assert_close(torch.cosine_similarity(found, usual), torch.ones(3))
+    assert (usual.norm(dim=1) / plain.norm(dim=1) - 1).abs().min() > 1e-3
+
+
+def distiller(folder, *changes):
+    file = str(tiny.recipe_file(folder))
+    recipe = load_recipe(file, ["terms=match", "fake.optimizer.warmup=0", "student.optimizer.warmup=0", *changes])
+    return build.distiller(recipe, subjects.subject(recipe), None)
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()]).clone()
+
+
+def test_the_fake_score_is_drawn_to_the_student(tmp_path):
+    d = distiller(tmp_path, "fake.ida=0.25")
+    d.step(0)
+    fake = weights(d.fake)
+    d.update_student(1, [d.draw(1, WHOLE)])
+    torch.testing.assert_close(weights(d.fake), 0.75 * fake + 0.25 * weights(d.student))
+    assert not torch.equal(weights(d.fake), fake)
+
+
+def test_the_fake_score_is_trained_alone_first(tmp_path):
+    d, plain = distiller(tmp_path, "fake.alone=2"), distiller(tmp_path)
+    first, fake = weights(d.student), weights(d.fake)
+    seen = [d.step(0), d.step(1)]
+    assert torch.equal(weights(d.student), first)
+    assert not torch.equal(weights(d.fake), fake)
+    assert {k: v.item() for k, v in seen[0].items()} == {k: v.item() for k, v in plain.step(0).items()}
+    assert seen[1]["gradient_norm"] > 0  # said, but not followed
+    assert [d.optimizer.rate(index) for index in range(3)] == [0, 0, d.optimizer.lr]
+    d.step(2)
+    assert not torch.equal(weights(d.student), first)
+
+
+def test_sid_sends_the_students_gradient_through_both_scores(tmp_path):
+    """One update written out, on networks with weights everywhere; the fake score's own gradient starts from none."""
+    d = distiller(tmp_path, "match.sid=1.2", "student.optimizer.clip=0", "fake.optimizer.clip=0")
+    d.step(0)  # after which the fake score is no longer the teacher
+    part, term = d.draw(1, WHOLE), d.terms[0]
+    start, drawn = part.starts["noise"], part.drawn["match"]
+    x = d.student_forward(start.z, start.cond)
+    x_t = d.student.schedule.add_noise(x, drawn.eps, drawn.t)
+    loss = identity_loss(x, d.fake(x_t, drawn.t, start.cond), term.teacher(x_t, drawn.t, start.cond), 1.2)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(d.student.parameters()))]).norm()
+    _, found = d.update_student(1, [part])
+    torch.testing.assert_close(found["gradient_norm"], expected)
+    torch.testing.assert_close(found["match/student"], loss.detach())
+    assert all(p.grad is None for p in d.fake.parameters())
