@@ -4,7 +4,7 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -17,7 +17,8 @@ def frozen_copy(network: Network) -> Network:
 @torch.no_grad()
 def draw_towards(network: nn.Module, other: nn.Module, share: float) -> None:
     """Move the weights of `network` towards those of `other`, of the same shapes, by `share` of the difference."""
-    weights, goals = list(network.parameters()), list(other.parameters())
+    weights: list[Tensor] = list(network.parameters())
+    goals: list[Tensor] = list(other.parameters())
     torch._foreach_lerp_(weights, goals, share)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -20,19 +20,17 @@ class Gradients:
     Args:
         work: `(*inputs) -> (the loss f[] to differentiate, the losses f[] to log by name)`.
         parameters: those that are trained.
-        replay: whether to record; elsewhere than on a GPU nothing is recorded.
     """
 
-    def __init__(self, work: Work, parameters: Iterable[nn.Parameter], replay: bool = True):
+    def __init__(self, work: Work, parameters: Iterable[nn.Parameter]):
         self.work, self.parameters = work, list(parameters)
-        self.replay = replay and self.parameters[0].is_cuda
         self._graph: Any = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        if not self.replay:
+        if not self.parameters[0].is_cuda:
             return self._compute(inputs)
         if self._graph is None:
-            self._record(inputs)
+            self._graph = self._record(inputs)
         for kept, given in zip(self._inputs, inputs, strict=True):
             kept.copy_(given)
         self._graph.replay()
@@ -45,7 +43,7 @@ class Gradients:
         total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _record(self, inputs: Iterable[Tensor]) -> None:
+    def _record(self, inputs: Iterable[Tensor]) -> Any:
         self._inputs = [given.clone() for given in inputs]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -54,10 +52,11 @@ class Gradients:
                 self._compute(self._inputs)
                 self._clear()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):  # no gradients yet, so that each backward pass begins from none
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # no gradients yet, so that each backward pass begins from none
             self._losses = self._compute(self._inputs)
         self._gradients = [parameter.grad for parameter in self.parameters]
+        return graph
 
     def _clear(self) -> None:
         for parameter in self.parameters:
