@@ -31,13 +31,14 @@ from distmatch.commands.plan import plan
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
 from distmatch.models.attention import attention
-from distmatch.models.diffusers.autoencoder import tiny_decoder
+from distmatch.models.diffusers.autoencoder import Decoder, tiny_decoder
 from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import family_of, outline
 from distmatch.models.perceptual import write_random_weights
+from distmatch.planning import rehearsal
 from distmatch.planning.cost import Cost, Traffic, cost, numel
 from distmatch.planning.gpus import GPUS, Gpu
 from distmatch.planning.plan import Cluster, bill, pace, settled, verdict
@@ -123,6 +124,20 @@ SETTINGS = [
     # Not the tiny decoder: CPU convolutions of eight channels copy what they are given.
     (*SD, "regress.decoder=full", "gradient_checkpointing=true"),
 ]
+
+
+def decoding_each(file: str, changes: tuple[str, ...]) -> Cost:
+    each = Decoder.one_by_one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "_alike", lambda ledger: each)
+        return planned(file, changes)
+
+
+def test_images_decoded_one_by_one_cost_the_same_if_only_two_are(folder, planner):
+    """Exactly, for a decoder that takes most of the memory."""
+    changes = (*(change.format(folder) for change in SD), "regress.decoder=full", "match.batch=6", "regress.batch=6")
+    file = str(folder / "tiny.yaml")
+    assert planner(planned, file, changes) == planner(decoding_each, file, changes)
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: " ".join(changes).replace("{0}/", ""))

@@ -87,12 +87,14 @@ class Ledger(TorchDispatchMode):
     """Follows the operations inside its with block: bytes of live tensors, and FLOPs by network.
 
     New tensors have no data. `peak` is the most bytes alive at once, `gradients_then` the gradients among them, and
-    `peak_without_gradients` the most bytes alive at once not counting gradients.
+    `peak_without_gradients` the most bytes alive at once not counting gradients. `later_peak` and `later_gradients` are
+    `peak` and `gradients_then` for another part of the batch, which meets all gradients of the part before it.
     """
 
     def __init__(self):
         super().__init__()
         self.alive = self.gradients = self.peak = self.gradients_then = self.peak_without_gradients = 0
+        self.later_peak = self.later_gradients = self._update_peak = 0  # the last without gradients, in this update
         self.flops: Counter[str] = Counter()
         self.network = LOSSES
         self._have: set[nn.Parameter] = set()
@@ -135,7 +137,7 @@ class Ledger(TorchDispatchMode):
 
     def _grown(self, nbytes: int) -> None:
         self.alive += nbytes
-        self.peak_without_gradients = max(self.peak_without_gradients, self.alive - self.gradients)
+        self._update_peak = max(self._update_peak, self.alive - self.gradients)
         if self.alive > self.peak:
             self.peak, self.gradients_then = self.alive, self.gradients
 
@@ -143,11 +145,15 @@ class Ledger(TorchDispatchMode):
         """Start counting, attributing FLOPs to the `networks` by name. Returns the bytes alive."""
         for name, network in networks.items():
             self._name(name, network)
-        self.peak = self.peak_without_gradients = self.alive
+        self.peak = self.later_peak = self._update_peak = self.alive
         return self.alive
 
     def updated(self) -> None:
         """Note that the optimizer has cleared the gradients."""
+        self.peak_without_gradients = max(self.peak_without_gradients, self._update_peak)
+        if self._update_peak + self.gradients > self.later_peak:
+            self.later_peak, self.later_gradients = self._update_peak + self.gradients, self.gradients
+        self._update_peak = self.alive
         self.gradients = 0
         self._have.clear()
 

@@ -6,6 +6,7 @@ product.
 """
 
 import copy
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,10 @@ from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Start
 from distmatch.models import attention
+from distmatch.models.diffusers.autoencoder import Decoder
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
-from distmatch.planning.ledger import Ledger, replace_data
+from distmatch.planning.ledger import LOSSES, Ledger, replace_data
 from distmatch.planning.weightless import regression
 from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
@@ -61,20 +63,23 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
     ledger = Ledger()
     ready(denoiser)
     twin = copy.deepcopy(denoiser)
-    with _in_place(), ledger:
+    with _no_collection(), _in_place(), _replaced(Decoder, one_by_one=_alike(ledger)), ledger:
         stage = _Stage(recipe, twin, info, parts, sharded)
         trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake}
         networks = {name: n for name, n in {**trained, "teacher": stage.teacher}.items() if n is not None}
         held = ledger.start(networks)
         with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
             flops = stage.run(ledger)
-    drawn = (recipe.accumulate - stage.turns) * stage.drawn  # for the parts that were not run
+    drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
+    peak, gradients = ledger.peak, ledger.gradients_then
+    if recipe.accumulate > 1:
+        peak, gradients = ledger.later_peak, ledger.later_gradients
     return Rehearsal(
         {**networks, "average": stage.distiller.ema.network},
         stage.losses,
         flops,
-        ledger.gradients_then,
-        drawn + ledger.peak - ledger.gradients_then - held,
+        gradients,
+        drawn + peak - gradients - held,
         drawn + ledger.peak_without_gradients - held,
     )
 
@@ -124,6 +129,18 @@ def _gpu_autocast() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Leave Python's garbage alone: looking for it among the many objects of a step takes a fifth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def ready(denoiser: Denoiser) -> None:
     """Build tables that are cached for good: built inside a `Ledger` they would have no data."""
     ones = torch.ones(1)
@@ -136,9 +153,26 @@ def _in_place() -> AbstractContextManager:
     return _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self)
 
 
+def _alike(ledger: Ledger) -> Callable[[Decoder, Tensor], Tensor]:
+    """Decode only the first and the last image of a batch: what is between costs as much as the first."""
+
+    def run(decoder: Decoder, z: Tensor) -> Tensor:
+        first, *between = z.split(1)
+        before = ledger.flops[LOSSES]
+        images = [decoder.decode(first)]
+        spent = ledger.flops[LOSSES] - before
+        if between:
+            images += [torch.empty_like(images[0]) for _ in between[1:]]
+            images.append(decoder.decode(between[-1]))
+            ledger.flops[LOSSES] += spent * len(between[1:])
+        return torch.cat(images)
+
+    return run
+
+
 class _Stage:
-    """A recipe's distillation, set up for a rehearsal of one process's share in at most two parts. A third part would
-    be like the second, except for what is drawn in advance: `drawn` bytes per part.
+    """A recipe's distillation, set up for a rehearsal of one part of one process's share. Of the other parts, what is
+    drawn in advance is in memory as well: `drawn` bytes per part.
     """
 
     drawn = 0
@@ -146,18 +180,15 @@ class _Stage:
     def __init__(self, recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool):
         self.recipe, self.info = recipe, info
         self.match, self.regress = recipe.match.batch // parts, recipe.regress.batch // parts
-        self.turns = min(recipe.accumulate, 2)
         self.teacher = _emptied(denoiser)
         plain = recipe.model_copy(
             update={
                 "device": "cpu",
                 "compile": False,
                 "workers": 1,  # threads would leave the ledger
-                "accumulate": self.turns,
-                "match": recipe.match.model_copy(update={"batch": self.turns * self.match}),
-                "regress": recipe.regress.model_copy(
-                    update={"batch": self.turns * self.regress, "loss": "mse", "decoder": "none"}
-                ),
+                "accumulate": 1,
+                "match": recipe.match.model_copy(update={"batch": self.match}),
+                "regress": recipe.regress.model_copy(update={"batch": self.regress, "loss": "mse", "decoder": "none"}),
                 "student": recipe.student.model_copy(update={"init": None}),
             }
         )
@@ -181,9 +212,9 @@ class _Stage:
     def run(self, ledger: Ledger) -> Counter[str]:
         """Run one step; return the FLOPs of one part of it, by network."""
         before = ledger.alive
-        parts = [self.distiller.draw(0, WHOLE) for _ in range(self.turns)]
+        parts = [self.distiller.draw(0, WHOLE)]
         images_too = 4 * (self.match + self.regress) * math.prod(self.info.shape)
-        self.drawn = (ledger.alive - before) // self.turns + images_too
+        self.drawn = ledger.alive - before + images_too
         images, _ = self.distiller.update_student(0, parts)
         ledger.updated()
         again: Counter[str] = Counter()
@@ -194,12 +225,14 @@ class _Stage:
                 before = Counter(ledger.flops)
                 for part, made in zip(parts, images, strict=True):
                     self.distiller.renew(part, made, 0, 1, WHOLE)
+                ledger.updated()
                 self.distiller.update_fake(1, parts, images)
+                ledger.updated()
                 again = ledger.flops - before
                 ledger.flops = before
         names = dict.fromkeys([*ledger.flops, *again])
         more = self.recipe.fake.steps - 1
-        return Counter({name: (ledger.flops[name] + more * again[name]) / self.turns for name in names})
+        return Counter({name: ledger.flops[name] + more * again[name] for name in names})
 
     def example(self, n: int) -> Cond | None:
         return build.example_cond(self.recipe, self.teacher, self.info, n)

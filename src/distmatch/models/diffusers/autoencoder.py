@@ -33,12 +33,16 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         z = unscaled(latents, self.vae.config)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return checkpoint(self.decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
         if torch.is_grad_enabled():
-            return self._decode(z)
-        return torch.cat([self._decode(one) for one in z.split(1)])  # the full decoder uses gigabytes per image
+            return self.decode(z)
+        return self.one_by_one(z)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def one_by_one(self, z: Tensor) -> Tensor:
+        """Decode images one after another: the full decoder uses gigabytes for each."""
+        return torch.cat([self.decode(one) for one in z.split(1)])
+
+    def decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z, return_dict=False)[0]
 
 
