@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import find_precision, read_images
 from distmatch.system.errors import UserError
+from distmatch.system.extras import need
 from distmatch.system.options import Count, File, Name, Out, Range, Rate, Scale, Share, Whole
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def _autoencoder(
 ) -> tuple[Any, Any]:
     """Return the autoencoder, trained first if none is given, with latents of mean 0 and deviation 1; and mean and
     standard deviation of each image's latents."""
+    need("diffusers", by="an autoencoder")
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 

@@ -34,7 +34,11 @@ class TextEncoder:
         """Return the SHA-256 of everything that determines the conditions: encoder weights and tokenizer sizes."""
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
         encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-        states = {f"{name}.{k}": v.float() for name, part in encoders.items() for k, v in part.state_dict().items()}
+        states = {  # without the prefix that the names have in some versions of transformers
+            f"{name}.{key.removeprefix('text_model.')}": value.float()
+            for name, part in encoders.items()
+            for key, value in part.state_dict().items()
+        }
         return weights_digest(states, str({name: len(p) for name, p in parts.items() if name.startswith("tokenizer")}))
 
     def cut(self, prompts: Sequence[str]) -> int:
