@@ -21,6 +21,7 @@ def test_every_command_has_help(command, capsys):
     out = capsys.readouterr().out
     assert f"distmatch {command}" in out
     assert len(out.splitlines()) > 3
+    assert "[ARGS" not in out
 
 
 def test_the_first_screen_names_every_command(capsys):

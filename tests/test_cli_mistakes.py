@@ -56,7 +56,7 @@ WRONG = {
     "train mnist student.optimizer.betas=0.9": "student.optimizer.betas = 0.9: expected a list of values",
     "train mnist match.max_step=2000": "match.max_step=2000 on the command line: expected min_step < max_step <= bins",
     "train mnist stages=[{until:_500}]": "stages=[{until: 500}] on the command line: stages end at [500]",
-    "train mnist stages=[{until:_600,_chnage:_{}}]": "unknown key 'stages.0.chnage'; did you mean 'change'?",
+    "train mnist stages=[{until:_600,_chnage:_{}}]": "unknown key 'chnage' in stage 1; did you mean 'change'?",
     # Words in another's place.
     "train steps=5 mnist": "'steps=5' is no recipe; the recipe comes first",
     "train mnits": "recipe 'mnits' is unknown; did you mean 'mnist'?",

@@ -11,6 +11,7 @@ from distmatch.recipe.build import pair_spec
 from distmatch.recipe.entries import Pairs, Recipe, parse_recipe
 from distmatch.recipe.entry import marked, walk
 from distmatch.recipe.loading import dump, load_recipe, recipes
+from distmatch.system.errors import UserError
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -141,3 +142,25 @@ def test_a_folder_that_is_called_like_a_recipe_does_not_hide_it(tmp_path, monkey
     (tmp_path / "mnist").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("mnist").teacher == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["stages=[{unitl: 9}]"],
+            ["'until' is missing in stage 1", "unknown key 'unitl' in stage 1; did you mean"],
+        ),
+        (["stages=[{until: 600, match.weight: 3}]"], ["a stage takes until, its last step, and change"]),
+        (["stages=[{until: 600, change: {match: {bins: 2}}}]"], ["expected one value", "as match.bins"]),
+        (["precision=fp17"], ["input should be 'fp32', 'bf16' or 'auto'; did you mean 'fp32'?"]),
+        (["workers=atuo"], ["workers = 'atuo'", "did you mean 'auto'?"]),
+    ],
+    ids=lambda given: given[0],
+)
+def test_a_mistake_is_told_once_with_what_was_meant(overrides, said):
+    with pytest.raises(UserError) as told:
+        load_recipe("mnist", overrides)
+    for words in said:
+        assert str(told.value).count(words) == 1
+    assert str(told.value).count(overrides[0]) == 1

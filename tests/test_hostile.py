@@ -94,7 +94,7 @@ def test_yaml_is_otherwise_what_it_was():
         ("stages: 5", "stages has the wrong form"),
         ("stages: [5]", "stages has the wrong form: 0: input should be a valid dictionary, not 5"),
         ("stages: [{until: 9, change: 5}]", "change has the wrong form: input should be a valid dictionary, not 5"),
-        ("stages: [{until: 9, chnage: {}}]", "unknown key 'stages.0.chnage'; did you mean 'change'?"),
+        ("stages: [{until: 9, chnage: {}}]", "unknown key 'chnage' in stage 1; did you mean 'change'?"),
         ("match: 5", "match.batch: match is a value, not a group of entries"),
         ("match: {guidance: .nan}", "match.guidance = nan: input should be a finite number"),
         ("generator: {betas: [1, .inf]}", "student.optimizer.betas.1 = inf"),

@@ -20,6 +20,8 @@ from distmatch.data import pairs
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairStore
 from distmatch.models.folder import load_model
+from distmatch.recipe import build as recipe_build
+from distmatch.recipe import subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
 from distmatch.system.storage import Folder
@@ -194,3 +196,14 @@ def test_a_run_with_pairs_at_a_url_is_the_run_with_pairs_on_the_disk(home, tmp_p
         models.append(torch.cat([p.flatten() for p in load_model(tmp_path / name / "model")[0].parameters()]))
     assert torch.equal(*models)
     assert len(Folder("bucket://pairs").sizes()) == 4
+
+
+def test_pairs_that_are_all_there_are_told_in_one_line(tmp_path, capsys):
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path)))
+    subject = subjects.subject(recipe)
+    recipe_build.pair_store(recipe, subject, tmp_path)
+    capsys.readouterr()
+    recipe_build.pair_store(recipe, subject, tmp_path)
+    told = capsys.readouterr().err
+    assert told.startswith(f"pairs: all {recipe.pairs.count} are there, in ")
+    assert "/s" not in told

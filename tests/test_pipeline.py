@@ -259,3 +259,15 @@ def test_bf16_keeps_the_matrices_in_bf16_and_the_images_close(student):
     assert ours.dtype == torch.float32
     error = (ours - theirs).norm() / theirs.norm()
     assert 0 < error < 0.02  # bf16 has eight bits
+
+
+@pytest.mark.parametrize(
+    ("beside", "command"),
+    [({}, "teach"), ({"cat/1.txt": "a cat"}, "teach-text"), ({"metadata.jsonl": '{"text": "a cat"}'}, "teach-text")],
+)
+def test_a_folder_of_images_is_told_to_be_taught(tmp_path, beside, command):
+    (tmp_path / "cat").mkdir()
+    for file, text in {"cat/1.png": "", **beside}.items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"holds images, not a model; .*distmatch {command} {tmp_path}"):
+        DistilledPipeline.from_pretrained(str(tmp_path))

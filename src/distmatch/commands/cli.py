@@ -1,11 +1,13 @@
 """The command line: registers the commands and shows the errors that end one."""
 
+import inspect
 import os
 import select
 import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from distmatch.commands.teach_text import teach_text
 from distmatch.commands.train import train
 from distmatch.system.errors import Agreed, Diverged, Lost, Stopped, UserError
 from distmatch.system.interrupt import Terminated, raises_terminated
+
+ARGUMENTS = {"overrides": "KEY=VALUE"}
+"""How usage lines name arguments of several words, if not by their own name."""
 
 LONGEST = 4000
 """Maximum number of characters shown of an error message."""
@@ -66,6 +71,31 @@ for command in (demo, recipes, train, plan, teach, teach_text, classifier, check
 app.command(evaluate, name="eval", help_format="markdown")
 for group in (pairs, import_edm, export):
     app.command(group.app)
+
+
+def _name_arguments(commands: App, called: str) -> None:
+    """Name each argument in the usage lines, which would otherwise say [ARGS] for all that have a default."""
+    for name in commands:
+        if name.startswith("-"):
+            continue
+        command = commands[name]
+        _name_arguments(command, f"{called} {name}")
+        if command.default_command is not None:
+            command.usage = f"Usage: {called} {name} [OPTIONS]{_arguments(command.default_command)}"
+
+
+def _arguments(command: Callable[..., Any]) -> str:
+    found = ""
+    for one in inspect.signature(command).parameters.values():
+        if one.kind is one.VAR_POSITIONAL:
+            found += f" [{ARGUMENTS.get(one.name, one.name.upper())}...]"
+        elif one.kind is one.POSITIONAL_ONLY:
+            optional = one.default is not one.empty
+            found += f" [{one.name.upper()}]" if optional else f" {one.name.upper()}"
+    return found
+
+
+_name_arguments(app, "distmatch")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Names are `mnist` and other models of the package, a model or run folder, `edm:F
 """
 
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,9 @@ from distmatch.system.terminal import command
 
 FAMILIES: dict[str, Family] = {"mixture": Mixtures(), "edm": Published()}
 """Families by scheme; those of `diffusers:` have their own table."""
+
+SEARCHED = 1000
+"""Files looked at to tell a folder of images."""
 
 BARE = Family()
 """The family of models that consist only of a network."""
@@ -116,6 +120,29 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
         return ASSETS / name / kind
     if (RECIPES / f"{name}.yaml").exists():
         raise UserError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
+    if (teach := _teaches(folder)) is not None:
+        raise UserError(f"{name} holds images, not a model; train a teacher on them: {command(teach, name)}")
     files = ("config.json", "model_index.json")
     known = ", ".join(sorted({p.parent.parent.name for file in files for p in ASSETS.glob(f"*/{kind}/{file}")}))
     raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package ships {known or 'none'}")
+
+
+def _teaches(folder: Path) -> str | None:
+    """Return the command that trains a teacher on the images in `folder`; `None` if it has none."""
+    from distmatch.data.decode import SUFFIXES
+    from distmatch.data.prompts import KEYS
+
+    files = list(islice((file for file in folder.rglob("*") if file.is_file()), SEARCHED))
+    pictures = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    if not pictures:
+        return None
+    captioned = any(file.suffix == ".txt" and file.with_suffix("") in pictures for file in files)
+    tables = folder.glob("metadata.jsonl")
+    if captioned or any(f'"{key}"' in _head(table) for table in tables for key in KEYS):
+        return "teach-text"
+    return "teach"
+
+
+def _head(file: Path) -> str:
+    with file.open("rb") as stream:
+        return stream.read(4096).decode(errors="replace")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from distmatch.recipe.objectives import objective, optimizer, trains_fake
 from distmatch.recipe.subjects import Subject
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
-from distmatch.system.progress import progress
+from distmatch.system.progress import console, progress
 from distmatch.system.workers import Workers
 from distmatch.training.ema import EMA, frozen_copy
 from distmatch.training.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
@@ -65,16 +66,26 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
     """Return the recipe's pairs; missing ones, e.g. after an interrupted build, are built first."""
     spec = pair_spec(recipe, subject)
     folder = pairs_folder(recipe, spec, runs)
-    with progress("pairs", spec.count, unit="pair") as advance:
-        build(
+    with ExitStack() as stack:
+        advance: Callable[[int], None] | None = None
+
+        def ready(pairs: int) -> None:
+            nonlocal advance
+            if pairs < spec.count:  # otherwise there is nothing to wait for
+                advance = advance or stack.enter_context(progress("pairs", spec.count, unit="pair"))
+                advance(pairs)
+
+        sampled = build(
             folder,
             spec,
             subject.denoiser,
             subject.conditions,
             prompts=subject.prompts,
             batch=recipe.pairs.batch,
-            progress=advance,
+            progress=ready,
         )
+    if not sampled and advance is None and parallel.rank() == 0:
+        console.print(f"pairs: all {spec.count:,} are there, in {folder}")
     return PairStore.open(folder, spec.fingerprint, spec.count)
 
 

@@ -496,4 +496,4 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(explain(e, Recipe, source) for e in error.errors())) from error
+        raise UserError(explain(error.errors(), Recipe, source)) from error

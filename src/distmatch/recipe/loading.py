@@ -48,7 +48,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     # A mistake that is in the file as well is not blamed on an override.
     found, own = _errors(tree), {error["loc"] for error in _errors(file)}
     if found:
-        raise UserError("\n".join(explain(e, Recipe, source, () if e["loc"] in own else overrides) for e in found))
+        raise UserError(explain(found, Recipe, source, lambda e: () if e["loc"] in own else overrides))
     return Recipe.model_validate(tree)
 
 

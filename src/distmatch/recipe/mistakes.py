@@ -1,12 +1,15 @@
 """Explains mistakes in a recipe: the entry, its value, what was expected, and where it was set."""
 
 import difflib
-from collections.abc import Collection, Sequence
-from typing import Any, get_args
+import re
+from collections.abc import Callable, Collection, Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from distmatch.recipe.entry import group_of
+from distmatch.system.screen import printable
 
 KINDS = {
     "tuple_type": "expected a list of values, e.g. [1, 2]",
@@ -16,29 +19,91 @@ KINDS = {
 }
 """Plain words for pydantic's errors about the kind of a value."""
 
+EXAMPLE = "match.weight: 2"
+"""What a stage may change."""
 
-def explain(error: Any, model: type[BaseModel], source: str, overrides: Sequence[str] = ()) -> str:
-    """Return one of pydantic's errors about a `model` in terms of the recipe.
+
+def explain(
+    errors: Sequence[Any], model: type[BaseModel], source: str, overrides: Callable[[Any], Sequence[str]] = lambda _: ()
+) -> str:
+    """Return pydantic's `errors` about a `model` in terms of the recipe, each source named once.
 
     Args:
         source: where the recipe comes from.
-        overrides: those on the command line; one of them may have caused the error.
+        overrides: those on the command line that may have caused an error.
     """
+    said: dict[str, list[str]] = {}
+    for same in _by_entry(errors, model).values():
+        key = _dotted(same[0]["loc"])
+        guilty = [o for o in overrides(same[0]) if _touches(o.partition("=")[0], key)]
+        blamed = f"{' '.join(printable(o) for o in guilty)} on the command line" if guilty else source
+        said.setdefault(blamed, []).append(_explained(same, model))
+    return "\n".join(
+        f"{blamed}: {told[0]}" if len(told) == 1 else "\n  ".join([f"{blamed}:", *told])
+        for blamed, told in said.items()
+    )
+
+
+def _by_entry(errors: Sequence[Any], model: type[BaseModel]) -> dict[str, list[Any]]:
+    """Group errors: an entry of several types has one for each type that its value is not."""
+    found: dict[str, list[Any]] = {}
+    for error in errors:
+        loc = error["loc"] if error["type"] == "extra_forbidden" else _entry(error["loc"], model)
+        found.setdefault(_dotted(loc), []).append({**error, "loc": loc})
+    return found
+
+
+def _entry(loc: tuple[Any, ...], model: Any) -> tuple[Any, ...]:
+    """Return the part of a location that names an entry, without the types that follow where several are possible."""
+    for depth, part in enumerate(loc):
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return loc
+        inner = group_of(field.annotation) or next(filter(None, map(group_of, get_args(field.annotation))), None)
+        if inner is None:
+            kind, end = field.annotation, depth + 1
+            if get_origin(kind) is dict:  # from a key to a value
+                kind, end = get_args(kind)[1], depth + 2
+            return loc[:end] if get_origin(kind) in (Union, UnionType) else loc
+        model = inner
+    return loc
+
+
+def _explained(errors: Sequence[Any], model: type[BaseModel]) -> str:
+    """Explain what is wrong with one entry."""
+    error = errors[0]
     *parents, last = [str(part) for part in error["loc"]] or [""]
     key, kind = ".".join([*parents, last]), error["type"]
-    if guilty := [o for o in overrides if _touches(o.partition("=")[0], key)]:
-        source = f"{' '.join(guilty)} on the command line"
+    within = f"stage {int(parents[1]) + 1}" if len(parents) == 2 and parents[0] == "stages" else ".".join(parents)
     if kind == "extra_forbidden":
         fields = _fields(model, parents)
-        where = f"in {'.'.join(parents)}" if parents else "at the top level"
+        if within.startswith("stage "):
+            known = f"a stage takes until, its last step, and change, e.g. {{until: 600, change: {{{EXAMPLE}}}}}"
+            return f"unknown key {last!r} in {within}{nearest(last, fields, known)}"
+        where = f"in {within}" if parents else "at the top level"
         known = f"{where} there are {', '.join(fields)}"
-        return f"{source}: unknown key {key!r}{nearest(last, fields, known)}"
+        return f"unknown key {key!r}{nearest(last, fields, known)}"
     if kind == "missing":
-        return f"{source}: {key!r} is missing"
+        return f"{last!r} is missing in {within}" if within.startswith("stage ") else f"{key!r} is missing"
     if kind == "value_error":  # raised by us, and already says what it is about
-        return f"{source}: {error['msg'].removeprefix('Value error, ')}"
-    expected = KINDS.get(kind) or f"{error['msg'][0].lower()}{error['msg'][1:]}"
-    return f"{source}: {key} = {error['input']!r:.80}: {expected}"
+        return error["msg"].removeprefix("Value error, ")
+    if "change" in parents and len(errors) > 1:
+        group = f", as {last}.{next(iter(error['input']), 'ENTRY')}" if isinstance(error["input"], dict) else ""
+        return f"{key} = {error['input']!r:.80}: expected one value or a list of names" + (
+            f"; name the entries of a group one by one{group}" if group else ""
+        )
+    expected = ", or ".join(
+        dict.fromkeys(KINDS.get(e["type"]) or f"{e['msg'][0].lower()}{e['msg'][1:]}" for e in errors)
+    )
+    values = re.findall("'([^']*)'", " ".join(e["ctx"]["expected"] for e in errors if e["type"] == "literal_error"))
+    close = difflib.get_close_matches(str(error["input"]), values, n=1, cutoff=0.5)
+    return f"{key} = {error['input']!r:.80}: {expected}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _dotted(loc: tuple[Any, ...]) -> str:
+    return ".".join(map(str, loc))
 
 
 def _touches(entry: str, key: str) -> bool:
