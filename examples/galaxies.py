@@ -45,13 +45,15 @@ LR = 3e-5
 
 
 class Mixer(nn.Module):
+    """Mix patches, then channels: f[B,width,patches] to the same."""
+
     def __init__(self, patches: int, width: int, hidden: int):
         super().__init__()
         self.patches = nn.Sequential(nn.Linear(patches, hidden), nn.ReLU(), nn.Linear(hidden, patches))
         self.channels = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        self.norm1, self.norm2 = nn.LayerNorm((width, patches)), nn.LayerNorm((patches, width))
+        self.norm1, self.norm2 = nn.LayerNorm([width, patches]), nn.LayerNorm([patches, width])
 
-    def forward(self, h: Tensor) -> Tensor:  # f[B,width,patches]
+    def forward(self, h: Tensor) -> Tensor:
         h = (h + self.patches(self.norm1(h))).mT
         return (h + self.channels(self.norm2(h))).mT
 
@@ -67,7 +69,7 @@ class ScoreNet(nn.Module):
         patches = (side // 4) ** 2
         self.into, self.out = nn.Conv2d(2, width, 4, stride=4), nn.ConvTranspose2d(width, 1, 4, stride=4)
         self.blocks = nn.ModuleList(Mixer(patches, width, hidden) for _ in range(blocks))
-        self.norm = nn.LayerNorm((width, patches))
+        self.norm = nn.LayerNorm([width, patches])
 
     def forward(self, x: Tensor, noise: Tensor, cond: None = None) -> Tensor:  # -> eps = -sigma score
         tau = noise.reshape(-1, 1, 1, 1) / 999  # Prediction("vp") encodes t in the schedule beta(tau) = 0.1 + 19.9 tau
@@ -156,7 +158,7 @@ def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
     """Return the largest difference of the cumulative distributions of two samples, in 0..1."""
     a, b = a.sort().values, b.sort().values
     at = torch.cat([a, b])
-    shares = [torch.searchsorted(sample, at, right=True) / len(sample) for sample in (a, b)]
+    shares = [torch.searchsorted(sample, at, right=True).double() / len(sample) for sample in (a, b)]
     return float((shares[0] - shares[1]).abs().max())
 
 

@@ -89,11 +89,11 @@ def command(*arguments: object, **options) -> CompletedProcess[str]:
     return start(*arguments, **options).done()
 
 
-def script(file: Path, **options) -> CompletedProcess[str]:
-    """Run `python FILE`."""
+def script(file: Path, *arguments: object, **options) -> CompletedProcess[str]:
+    """Run `python FILE ...`."""
 
     def run() -> None:
         sys.path.insert(0, str(file.parent))
         runpy.run_path(str(file), run_name="__main__")
 
-    return Forked(run, file, **options).done()
+    return Forked(run, file, *arguments, **options).done()
