@@ -1,5 +1,6 @@
 """The command line: help that teaches, mistakes without tracebacks, commands that fit together."""
 
+import importlib
 import json
 
 import pytest
@@ -76,3 +77,21 @@ def test_pairs_train_report_in_a_row(tmp_path):
     assert broken.returncode == 2
     assert shard.name in broken.stderr
     assert "is damaged" in broken.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "demo", "teach", "teach_text", "eval", "serve"])
+def test_a_command_says_first_what_it_loads(name, monkeypatch, capsys):
+
+    class Reached(Exception):
+        pass
+
+    def reached(*_):
+        raise Reached
+
+    module = importlib.import_module(f"distmatch.commands.{name}")
+    real = module.starting
+    monkeypatch.setattr(module, "starting", lambda work: (real(work), reached()))
+    called = {"eval": "evaluate"}.get(name, name)
+    with pytest.raises(Reached):
+        getattr(module, called)("mnist")
+    assert "Loading PyTorch" in capsys.readouterr().err

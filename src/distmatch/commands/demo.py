@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from distmatch.commands.shared import starting
 from distmatch.system.options import Out, Runs
 
 
@@ -20,6 +21,7 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
         The folder that holds runs and pair stores.
     """
     out = out or runs / f"demo-{which}"
+    starting("Loading PyTorch, then checking what the demo needs")
     if which == "mnist":
         mnist(out, runs)
     else:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_pipeline, find_workers
+from distmatch.commands.shared import find_pipeline, find_workers, starting
 from distmatch.system.errors import UserError
 from distmatch.system.options import Count, Images, Name, Out, Scale, WorkerCount
 
@@ -69,6 +69,7 @@ def evaluate(model: Name, /, options: Options = Options()) -> None:
     model
         A model or run folder, or a model of the package: mnist.
     """
+    starting(f"Loading PyTorch and {model}")
     from distmatch.system import parallel
 
     with parallel.process_group():

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_student, find_teacher
+from distmatch.commands.shared import find_student, find_teacher, starting
 from distmatch.system.extras import need
 from distmatch.system.options import Count, Name, Range, Scale
 
@@ -51,6 +51,7 @@ def serve(model: Name, /, options: Options = Options()) -> None:
         A student: a model or run folder, or a model of the package: mnist.
     """
     need("fastapi", "uvicorn", "websockets", by="the web page")
+    starting(f"Loading PyTorch and {model}")
     from distmatch.commands.web_page import serve as listen
 
     # Only the thread that draws may call what is compiled: until torch 2.15, CUDA graphs belong to one thread.

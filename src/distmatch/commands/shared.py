@@ -1,9 +1,11 @@
 """Helpers shared by several commands: find a student or teacher, read images."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmatch.system.errors import UserError
+from distmatch.system.screen import Screen
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from distmatch.pipeline import Pipeline
     from distmatch.system.machine import Choice
     from distmatch.system.workers import Workers
+
+
+def starting(work: str) -> None:
+    """Say what begins, before PyTorch is imported, which alone takes half a minute on a loaded machine."""
+    if os.environ.get("RANK", "0") == "0":
+        Screen(stderr=True).print(f"{work} ...", soft_wrap=True)
 
 
 def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float | None, device: str) -> "Pipeline":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_precision, find_workers, read_images
+from distmatch.commands.shared import find_precision, find_workers, read_images, starting
 from distmatch.system.errors import UserError
 from distmatch.system.options import Count, Name, Out, Range, Rate, Share, Whole, WorkerCount
 
@@ -82,6 +82,7 @@ def teach(images: Name, /, *, out: Out = None, options: Options = Options()) -> 
     out
         The run's folder; default: runs/teach-NAME. The model is saved in its model/ folder.
     """
+    starting(f"Loading PyTorch, then reading {images}")
     from distmatch.system.storage import name_of
 
     train_teacher(images, out or Path("runs") / f"teach-{name_of(images).split('.')[0]}", options)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_precision, read_images
+from distmatch.commands.shared import find_precision, read_images, starting
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.options import Count, File, Name, Out, Range, Rate, Scale, Share, Whole
@@ -111,6 +111,7 @@ def teach_text(images: Name, /, *, out: Out = None, options: Options = Options()
     out
         The run's folder; default: runs/teach-text-NAME. The model is saved in its model/ folder.
     """
+    starting(f"Loading PyTorch, then reading {images}")
     from distmatch.system.storage import name_of
 
     train_text_teacher(images, out or Path("runs") / f"teach-text-{name_of(images).split('.')[0]}", options)

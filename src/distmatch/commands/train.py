@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from distmatch.commands.shared import starting
 from distmatch.system.options import Name, Out, Runs
 
 
@@ -52,6 +53,7 @@ def train(
     if dry_run:
         print(commented(resolved), end="")
         return
+    starting(f"Loading PyTorch, then checking what {name} needs")
     from distmatch.commands import distillation
 
     work = distillation.check if check else distillation.distil
