@@ -44,19 +44,29 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
     if recipe.regress.loss == "lpips":
         overrides.append(f"regress.weights={folder / 'weights'}")
     if recipe.stages:
-        overrides += [f"stages={json.dumps(_short(recipe))}", f"steps={len(recipe.stages)}"]
+        stages = _short(recipe)
+        overrides += [f"stages={json.dumps(stages)}", f"steps={len(stages)}"]
     return overrides
 
 
 def _short(recipe: Recipe) -> list[dict[str, Any]]:
-    """Cut the stages to one step each, with small batches and few pairs; these grow where the recipe's do."""
-    small = marked(Recipe, "small")
-    counts = [stage.pairs.count for stage in recipe.parts]
+    """Cut the stages to one step each, with small batches and few pairs; these grow where the recipe's do.
+
+    A stage stays if it is the first to change some entry: more of the same kind would only take longer.
+    """
+    small, seen, before = marked(Recipe, "small"), set(), {}
+    counts = sorted({stage.pairs.count for stage in recipe.parts})
     short = []
-    for number, (stage, count) in enumerate(zip(recipe.stages, counts, strict=True), 1):
+    for stage, part in zip(recipe.stages, recipe.parts, strict=True):
+        changed = {name for name, value in stage.change.items() if before.get(name) != value}
+        if short and changed <= seen:
+            continue
+        if short:
+            seen |= changed
+        before = stage.change
         change = {name: small.get(name, value) for name, value in stage.change.items()}
-        change["pairs.count"] = 4 + sorted(set(counts)).index(count)
-        short.append({"until": number, "change": change})
+        change["pairs.count"] = 4 + counts.index(part.pairs.count)
+        short.append({"until": len(short) + 1, "change": change})
     return short
 
 
