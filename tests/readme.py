@@ -31,6 +31,11 @@ LINES: dict[str, tuple[list[str], str | None]] = {
     "distmatch train mnist terms=match": (["steps=2", "evaluate.every=0", "match.batch=2", "log.preview=0"], WORKS),
     "distmatch eval mnist": ([], WORKS),
     "distmatch teach IMAGES": (["--steps", "2", "--batch", "2"], WORKS),
+    "distmatch teach-text IMAGES": ([], "IMAGES has no captions"),
+    "distmatch teach-text runs/emoji": ([], "runs/emoji"),
+    "distmatch sample emoji --teacher": ([], DIFFUSERS),
+    "distmatch sample runs/my-emoji": ([], "'runs/my-emoji' is neither a model folder nor a run"),
+    "distmatch train emoji": ([], DIFFUSERS),
     "distmatch report runs/mnist runs/no-regress": ([], WORKS),
     "distmatch plan imagenet64-cond": ([], METRICS),
     "distmatch train cifar10-cond --scale cpu-smoke": ([], METRICS),
@@ -51,8 +56,8 @@ CHANGED = {
 }
 """What is cut in a line, or made here in place of it."""
 
-ELSEWHERE = ("pip install --target .uv uv",)
-"""What CI runs by itself."""
+ELSEWHERE = ("pip install --target .uv uv", "python examples/emoji/fetch.py")
+"""What CI runs by itself, or what needs a checkout and other packages."""
 
 
 def lines() -> list[str]:
