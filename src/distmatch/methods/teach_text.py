@@ -95,7 +95,8 @@ class TextTeaching:
         how, batch, device = self.settings, self.settings.batch, self.device
         g = rng.stream(device, how.seed, "teach-text", index)
         rows = torch.from_numpy(rng.shuffled(how.seed, len(self.mean), index * batch, batch)).to(device)
-        x0 = self.mean[rows] + self.std[rows] * torch.randn(self.mean[rows].shape, generator=g, device=device)
+        mean = self.mean[rows]
+        x0 = mean + self.std[rows] * torch.randn(mean.shape, generator=g, device=device)
         which = (torch.rand(batch, generator=g, device=device) * self.counts[rows]).long()
         texts = self.texts[rows].gather(1, which[:, None])[:, 0]
         texts = texts.masked_fill(torch.rand(batch, generator=g, device=device) < how.text_dropout, 0)
