@@ -1,211 +1,22 @@
-"""All entries of a recipe: type, range, default, description and source of each, with facts for the program."""
+"""A recipe: all its entries, those of networks and terms included, and what must hold between them.
 
-from itertools import pairwise
+Each entry has a type, a range, a default, a description and its source, and facts for the program.
+"""
+
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from distmatch.recipe.earlier import present_name, renamed
 from distmatch.recipe.entry import entry, marked, set_entry, walk
+from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
 from distmatch.recipe.mistakes import explain
+from distmatch.recipe.network_entries import Fake, Student
+from distmatch.recipe.term_entries import MatchTerm, OwnTerm, RegressTerm
 from distmatch.system.errors import UserError
-from distmatch.system.paths import expand
-
-Place = Annotated[str, AfterValidator(expand)]
-"""A path, a URL, or a model's name."""
-
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Factor = Annotated[float, Field(ge=0)]  # of a loss, or a guidance scale
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, which would never move at 1
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Optimiser(_Strict):
-    """AdamW for one network; see `training.optim.Optimizer`."""
-
-    lr: Annotated[float, Field(gt=0)] = entry(
-        5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION", stage=True
-    )
-    betas: tuple[Decay, Decay] = entry(
-        (0.9, 0.999), "Decay per step of AdamW's averages of the gradient and of its square.", "Appendix B"
-    )
-    weight_decay: Factor = entry(0.01, "AdamW's decoupled weight decay, multiplied by the learning rate.", "Appendix B")
-    warmup: Natural = entry(0, "Linear warm-up of the learning rate, in updates; 0: none.", "ours")
-    decay: Fraction = entry(
-        0.0,
-        "Final share of the run over which the learning rate falls linearly to zero; 0: it stays constant.",
-        "ours",
-    )
-    clip: Factor = entry(
-        10.0, "Largest L2 norm of the gradient; longer ones are scaled down to it. 0: no clipping.", "Appendix B: 10"
-    )
-
-
-class Fake(_Strict):
-    """The fake score."""
-
-    optimizer: Optimiser = entry(Optimiser(), "AdamW for the fake score (Appendix B).")
-    steps: Positive = entry(
-        1,
-        "Updates of the fake score per update of the student.",
-        "Algorithm 1: 1; DMD2, arXiv 2405.14867: 5 for ImageNet and SDXL, 10 for Stable Diffusion 1.5",
-    )
-    alone: Natural = entry(0, "Steps at the beginning that train only the fake score.", "DMD2, arXiv 2405.14867")
-    ida: Decay = entry(
-        0.0,
-        "Share of the student's weights that the fake score takes over after each update of the student. 0: none.",
-        "SenseFlow, arXiv 2506.00523: 0.02 to 0.03",
-    )
-
-
-class Network(_Strict):
-    """A new network, for a teacher that has no weights (a mixture); see `models.mlp.MLP`."""
-
-    type: Literal["mlp"] = entry("mlp", "Kind of network; an MLP is for points, not for images.", "ours")
-    width: Positive = entry(64, "Units per layer.", "ours")
-    depth: Positive = entry(2, "Number of residual layers.", "ours")
-
-
-class Student(_Strict):
-    """The student: a generator of one step, or of a few."""
-
-    times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
-        None,
-        "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
-        "Stable Diffusion. One time makes a one-step student, several a student of that many steps (only with "
-        "terms=match). null: the schedule's last, T - 1 in the paper. `student.t=X` is short for a single time.",
-        "Section 3.1; DMD2 for several",
-    )
-    init: Place | None = entry(
-        None, "Student to continue from: a model folder, a run, or the name of one in the package. null: none.", "ours"
-    )
-    network: Network | None = entry(
-        None, "A new network for student and fake score. null: both start as copies of the teacher (Section 3.1)."
-    )
-    guidance: tuple[Factor, Factor] | None = entry(
-        None,
-        "Range [low, high], low < high, of a guidance scale that becomes an input of the student. Training draws one "
-        "per sample and ignores match.guidance and pairs.guidance. null: the scale is fixed.",
-        "Section 5 names it as future work",
-        pairs=True,
-    )
-    lora_rank: Natural = entry(
-        0, "Rank of LoRA adapters (Stable Diffusion); only these are trained. 0: all weights are trained.", "ours"
-    )
-    ema: Decay = entry(
-        0.999,
-        "Decay per step of the average of the student's weights, which is the result. 0: the last weights.",
-        "ours",
-    )
-    optimizer: Optimiser = entry(Optimiser(), "AdamW for the student (Appendix B).")
-
-    @model_validator(mode="after")
-    def _times_fall(self) -> Self:
-        if self.times is not None and any(later >= time for time, later in pairwise(self.times)):
-            raise UserError(f"expected times: [high, ..., low], falling, not {list(self.times)}")
-        return self
-
-    @model_validator(mode="after")
-    def _scales_in_order(self) -> Self:
-        if self.guidance is not None and not self.guidance[0] < self.guidance[1]:
-            raise UserError(f"expected guidance: [low, high] with low < high, not {list(self.guidance)}")
-        return self
-
-
-class MatchTerm(_Strict):
-    """Distribution matching; see `methods.terms.Match`."""
-
-    weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Appendix B: 1")
-    batch: Positive = entry(
-        64,
-        "Student images per step, over all processes; the fake score is trained on them too.",
-        "Appendix B: 392, 336 or 2304",
-        small=2,
-    )
-    weighting: Literal["algorithm2", "eq8", "dreamfusion", "prolificdreamer"] = entry(
-        "algorithm2",
-        "Factor on mu_fake - mu_real at each noise level. algorithm2: 1 / mean |x - mu_real|; eq8: that times "
-        "alpha; dreamfusion: w_t = sigma / alpha; prolificdreamer: w_t = sigma^3 / alpha.",
-        "Algorithm 2, Eq. 8, Table 2",
-    )
-    bins: Positive = entry(1000, "Number T of noise levels that the schedule is divided into.", "Appendix B.1: 1000")
-    min_step: Natural = entry(
-        20, "Lowest noise level drawn, as a bin below max_step; 0 is the lowest of all.", "Section 3.2: 0.02 T"
-    )
-    max_step: Positive = entry(
-        980,
-        "End of the noise levels drawn, as a bin, exclusive: the highest is the one below. At most bins.",
-        "Section 3.2: 0.98 T; Table 5: 500 in late stages",
-    )
-    guidance: Factor = entry(
-        1.0,
-        "Scale w of classifier-free guidance of the real score, uncond + w (cond - uncond); the fake score is never "
-        "guided. 1: no guidance.",
-        "Section 3.4; Section 4.3: 3 and 8",
-    )
-    rescale: bool = entry(
-        False, "Give the guided real score the norm of the unguided one, per image.", "Qwen-Image's pipeline"
-    )
-    sid: Factor | None = entry(
-        None,
-        "Alpha of Score identity Distillation, which then takes the place of Algorithm 2: gradients pass through both "
-        "scores. null: Algorithm 2.",
-        "Zhou et al., arXiv 2404.04057: 1 to 1.2",
-    )
-    pairs: bool = entry(
-        False, "Also match the student's images from the pairs' noise, concat(x, x_ref).", "Algorithm 1, only for LAION"
-    )
-
-    @model_validator(mode="after")
-    def _steps_in_order(self) -> Self:
-        if not self.min_step < self.max_step <= self.bins:
-            raise UserError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
-        return self
-
-
-class RegressTerm(_Strict):
-    """Regression to the teacher's samples; see `methods.terms.Regress`, `models.perceptual.Lpips`."""
-
-    weight: Factor = entry(
-        0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"
-    )
-    batch: Positive = entry(64, "Pairs per step, over all processes.", "Appendix B: 392, 336 or 1152", small=2)
-    loss: Literal["mse", "huber", "lpips"] = entry(
-        "mse",
-        "Distance between the student's and the teacher's image: mean squared error, pseudo-Huber, or LPIPS in the "
-        "features of VGG-16. Each needs its own weight.",
-        "Eq. 9, Section 3.3: lpips; the others are ours",
-    )
-    size: Positive = entry(
-        224,
-        "Pixels per side at which LPIPS compares; smaller images are enlarged to it, larger ones are kept.",
-        "Appendix B.1: 224",
-        small=32,
-    )
-    weights: Place | None = entry(
-        None,
-        "Folder with the LPIPS files vgg16-397923af.pth and lpips_weights.pt. null: the folder in the environment "
-        "variable DISTMATCH_WEIGHTS, torch.hub's cache, or a download.",
-        "ours",
-        unnamed=True,
-    )
-    decoder: Literal["none", "tiny", "full"] = entry(
-        "none",
-        "Decoder for latents, so that images are compared: the tiny autoencoder, or the teacher's full one. none: "
-        "latents, or images that need no decoding, are compared directly.",
-        "Appendix B.3: tiny; Table 5: full in late stages",
-    )
-    tiny: Place = entry(
-        "madebyollin/taesd", "The tiny autoencoder: a folder in diffusers' format or a model id.", "Appendix B.3"
-    )
-
-
-class Pairs(_Strict):
+class Pairs(Strict):
     """The noise-image pairs; see `data.pairs.PairSpec`."""
 
     path: Place | None = entry(
@@ -250,7 +61,7 @@ class Pairs(_Strict):
     batch: Positive = entry(256, "Pairs sampled at once; affects only memory and speed.", "ours", small=2)
 
 
-class Prompts(_Strict):
+class Prompts(Strict):
     """Prompts for a text-to-image teacher; see `data.prompts.read_prompts`."""
 
     path: Place | None = entry(
@@ -277,17 +88,7 @@ class Prompts(_Strict):
     )
 
 
-class OwnTerm(BaseModel):
-    """Your own term; see `methods.own_terms.TermContext`. All entries except `source` are arguments of its class."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    source: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] = entry(
-        ..., "The term's class, MODULE:CLASS or FILE.py:CLASS. It is imported and run.", "ours"
-    )
-
-
-class Stage(_Strict):
+class Stage(Strict):
     """A part of a run."""
 
     until: Positive = entry(
@@ -301,7 +102,7 @@ class Stage(_Strict):
     )
 
 
-class Logging(_Strict):
+class Logging(Strict):
     """What is logged during training."""
 
     every: Positive = entry(20, "Steps between two lines of the log.", "ours", small=1)
@@ -311,14 +112,14 @@ class Logging(_Strict):
     )
 
 
-class Checkpointing(_Strict):
+class Checkpointing(Strict):
     """Checkpoints, from which a run continues."""
 
     every: Positive = entry(500, "Steps between two checkpoints.", "ours", small=2)
     keep: Positive = entry(2, "How many of the latest are kept, plus the best if the run is evaluated.", "ours")
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """Frechet distances of the averaged student during training; see `recipe.subjects.recipe_spaces`."""
 
     every: Natural = entry(0, "Steps between two evaluations; 0: none.", "ours", small=0)
@@ -342,7 +143,7 @@ def _unique(terms: list[str]) -> list[str]:
     return terms
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One distillation experiment. `name` is the file's; every other entry can be overridden on the command line.
 
     A file may name another recipe as its `base`, whose entries apply wherever the file has none.

@@ -19,7 +19,8 @@ from distmatch.methods.own_terms import TermContext
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.library import family_of
-from distmatch.recipe.entries import Optimiser, Recipe
+from distmatch.recipe.entries import Recipe
+from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.subjects import Subject
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand

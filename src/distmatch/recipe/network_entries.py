@@ -1,0 +1,102 @@
+"""Entries of a recipe about the networks that are trained: the student, the fake score, and their optimizers."""
+
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distmatch.recipe.entry import entry
+from distmatch.recipe.kinds import Decay, Factor, Fraction, Natural, Place, Positive, Strict
+from distmatch.system.errors import UserError
+
+
+class Optimiser(Strict):
+    """AdamW for one network; see `training.optim.Optimizer`."""
+
+    lr: Annotated[float, Field(gt=0)] = entry(
+        5e-5, "Peak learning rate.", "Appendix B: 5e-5 for CIFAR-10, 2e-6 for ImageNet, 1e-5 for LAION", stage=True
+    )
+    betas: tuple[Decay, Decay] = entry(
+        (0.9, 0.999), "Decay per step of AdamW's averages of the gradient and of its square.", "Appendix B"
+    )
+    weight_decay: Factor = entry(0.01, "AdamW's decoupled weight decay, multiplied by the learning rate.", "Appendix B")
+    warmup: Natural = entry(0, "Linear warm-up of the learning rate, in updates; 0: none.", "ours")
+    decay: Fraction = entry(
+        0.0,
+        "Final share of the run over which the learning rate falls linearly to zero; 0: it stays constant.",
+        "ours",
+    )
+    clip: Factor = entry(
+        10.0, "Largest L2 norm of the gradient; longer ones are scaled down to it. 0: no clipping.", "Appendix B: 10"
+    )
+
+
+class Fake(Strict):
+    """The fake score."""
+
+    optimizer: Optimiser = entry(Optimiser(), "AdamW for the fake score (Appendix B).")
+    steps: Positive = entry(
+        1,
+        "Updates of the fake score per update of the student.",
+        "Algorithm 1: 1; DMD2, arXiv 2405.14867: 5 for ImageNet and SDXL, 10 for Stable Diffusion 1.5",
+    )
+    alone: Natural = entry(0, "Steps at the beginning that train only the fake score.", "DMD2, arXiv 2405.14867")
+    ida: Decay = entry(
+        0.0,
+        "Share of the student's weights that the fake score takes over after each update of the student. 0: none.",
+        "SenseFlow, arXiv 2506.00523: 0.02 to 0.03",
+    )
+
+
+class Network(Strict):
+    """A new network, for a teacher that has no weights (a mixture); see `models.mlp.MLP`."""
+
+    type: Literal["mlp"] = entry("mlp", "Kind of network; an MLP is for points, not for images.", "ours")
+    width: Positive = entry(64, "Units per layer.", "ours")
+    depth: Positive = entry(2, "Number of residual layers.", "ours")
+
+
+class Student(Strict):
+    """The student: a generator of one step, or of a few."""
+
+    times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
+        None,
+        "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
+        "Stable Diffusion. One time makes a one-step student, several a student of that many steps (only with "
+        "terms=match). null: the schedule's last, T - 1 in the paper. `student.t=X` is short for a single time.",
+        "Section 3.1; DMD2 for several",
+    )
+    init: Place | None = entry(
+        None, "Student to continue from: a model folder, a run, or the name of one in the package. null: none.", "ours"
+    )
+    network: Network | None = entry(
+        None, "A new network for student and fake score. null: both start as copies of the teacher (Section 3.1)."
+    )
+    guidance: tuple[Factor, Factor] | None = entry(
+        None,
+        "Range [low, high], low < high, of a guidance scale that becomes an input of the student. Training draws one "
+        "per sample and ignores match.guidance and pairs.guidance. null: the scale is fixed.",
+        "Section 5 names it as future work",
+        pairs=True,
+    )
+    lora_rank: Natural = entry(
+        0, "Rank of LoRA adapters (Stable Diffusion); only these are trained. 0: all weights are trained.", "ours"
+    )
+    ema: Decay = entry(
+        0.999,
+        "Decay per step of the average of the student's weights, which is the result. 0: the last weights.",
+        "ours",
+    )
+    optimizer: Optimiser = entry(Optimiser(), "AdamW for the student (Appendix B).")
+
+    @model_validator(mode="after")
+    def _times_fall(self) -> Self:
+        if self.times is not None and any(later >= time for time, later in pairwise(self.times)):
+            raise UserError(f"expected times: [high, ..., low], falling, not {list(self.times)}")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_in_order(self) -> Self:
+        if self.guidance is not None and not self.guidance[0] < self.guidance[1]:
+            raise UserError(f"expected guidance: [low, high] with low < high, not {list(self.guidance)}")
+        return self

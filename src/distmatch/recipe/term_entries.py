@@ -1,0 +1,107 @@
+"""Entries of a recipe about the terms of the objective."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from distmatch.recipe.entry import entry
+from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
+from distmatch.system.errors import UserError
+
+
+class MatchTerm(Strict):
+    """Distribution matching; see `methods.terms.Match`."""
+
+    weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Appendix B: 1")
+    batch: Positive = entry(
+        64,
+        "Student images per step, over all processes; the fake score is trained on them too.",
+        "Appendix B: 392, 336 or 2304",
+        small=2,
+    )
+    weighting: Literal["algorithm2", "eq8", "dreamfusion", "prolificdreamer"] = entry(
+        "algorithm2",
+        "Factor on mu_fake - mu_real at each noise level. algorithm2: 1 / mean |x - mu_real|; eq8: that times "
+        "alpha; dreamfusion: w_t = sigma / alpha; prolificdreamer: w_t = sigma^3 / alpha.",
+        "Algorithm 2, Eq. 8, Table 2",
+    )
+    bins: Positive = entry(1000, "Number T of noise levels that the schedule is divided into.", "Appendix B.1: 1000")
+    min_step: Natural = entry(
+        20, "Lowest noise level drawn, as a bin below max_step; 0 is the lowest of all.", "Section 3.2: 0.02 T"
+    )
+    max_step: Positive = entry(
+        980,
+        "End of the noise levels drawn, as a bin, exclusive: the highest is the one below. At most bins.",
+        "Section 3.2: 0.98 T; Table 5: 500 in late stages",
+    )
+    guidance: Factor = entry(
+        1.0,
+        "Scale w of classifier-free guidance of the real score, uncond + w (cond - uncond); the fake score is never "
+        "guided. 1: no guidance.",
+        "Section 3.4; Section 4.3: 3 and 8",
+    )
+    rescale: bool = entry(
+        False, "Give the guided real score the norm of the unguided one, per image.", "Qwen-Image's pipeline"
+    )
+    sid: Factor | None = entry(
+        None,
+        "Alpha of Score identity Distillation, which then takes the place of Algorithm 2: gradients pass through both "
+        "scores. null: Algorithm 2.",
+        "Zhou et al., arXiv 2404.04057: 1 to 1.2",
+    )
+    pairs: bool = entry(
+        False, "Also match the student's images from the pairs' noise, concat(x, x_ref).", "Algorithm 1, only for LAION"
+    )
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Self:
+        if not self.min_step < self.max_step <= self.bins:
+            raise UserError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
+        return self
+
+
+class RegressTerm(Strict):
+    """Regression to the teacher's samples; see `methods.terms.Regress`, `models.perceptual.Lpips`."""
+
+    weight: Factor = entry(
+        0.25, "Weight of the term in the student's loss, lambda_reg.", "Section 3.3: 0.25; Appendix B.1; Table 5"
+    )
+    batch: Positive = entry(64, "Pairs per step, over all processes.", "Appendix B: 392, 336 or 1152", small=2)
+    loss: Literal["mse", "huber", "lpips"] = entry(
+        "mse",
+        "Distance between the student's and the teacher's image: mean squared error, pseudo-Huber, or LPIPS in the "
+        "features of VGG-16. Each needs its own weight.",
+        "Eq. 9, Section 3.3: lpips; the others are ours",
+    )
+    size: Positive = entry(
+        224,
+        "Pixels per side at which LPIPS compares; smaller images are enlarged to it, larger ones are kept.",
+        "Appendix B.1: 224",
+        small=32,
+    )
+    weights: Place | None = entry(
+        None,
+        "Folder with the LPIPS files vgg16-397923af.pth and lpips_weights.pt. null: the folder in the environment "
+        "variable DISTMATCH_WEIGHTS, torch.hub's cache, or a download.",
+        "ours",
+        unnamed=True,
+    )
+    decoder: Literal["none", "tiny", "full"] = entry(
+        "none",
+        "Decoder for latents, so that images are compared: the tiny autoencoder, or the teacher's full one. none: "
+        "latents, or images that need no decoding, are compared directly.",
+        "Appendix B.3: tiny; Table 5: full in late stages",
+    )
+    tiny: Place = entry(
+        "madebyollin/taesd", "The tiny autoencoder: a folder in diffusers' format or a model id.", "Appendix B.3"
+    )
+
+
+class OwnTerm(BaseModel):
+    """Your own term; see `methods.own_terms.TermContext`. All entries except `source` are arguments of its class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    source: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] = entry(
+        ..., "The term's class, MODULE:CLASS or FILE.py:CLASS. It is imported and run.", "ours"
+    )
