@@ -1,10 +1,12 @@
-"""Helpers shared by several commands: find a student or teacher, read images."""
+"""What several commands share: finding a student or teacher, reading images, options of training a teacher."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distmatch.system.errors import UserError
+from distmatch.system.options import Count, Rate, Share, Whole
 from distmatch.system.screen import Screen
 
 if TYPE_CHECKING:
@@ -14,6 +16,42 @@ if TYPE_CHECKING:
     from distmatch.pipeline import Pipeline
     from distmatch.system.machine import Choice
     from distmatch.system.workers import Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachingOptions:
+    """What `distmatch teach` and `distmatch teach-text` have in common."""
+
+    steps: Count = 10_000
+    """Number of training steps; the learning rate falls to zero over the last 30 %."""
+
+    batch: Count = 128
+    """Images per step."""
+
+    lr: Rate = 1e-3
+    """Peak learning rate of Adam."""
+
+    split: str = "train"
+    """Which split to read, if there are splits: train (including folders called training, train2017, ...), test, val,
+    the name of a folder, or all, which treats no folder as a split."""
+
+    ema: Share = 0.999
+    """Decay of the moving average of the weights; the average is the model that is saved."""
+
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """bf16: autocast around the networks; auto: bf16 where it is faster than fp32, tried when the run begins."""
+
+    seed: int = 0
+    """Seed of the initial weights, the image order and all noise."""
+
+    save_every: Count = 500
+    """Steps between checkpoints."""
+
+    preview_every: Whole = 500
+    """Steps between sample pictures; 0: none."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
 
 
 def starting(work: str) -> None:

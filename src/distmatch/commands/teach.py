@@ -3,13 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_precision, find_workers, read_images, starting
+from distmatch.commands.shared import TeachingOptions, find_precision, find_workers, read_images, starting
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Name, Out, Range, Rate, Share, Whole, WorkerCount
+from distmatch.system.options import Count, Name, Out, Range, Share, WorkerCount
 
 if TYPE_CHECKING:
     from distmatch.data.images import Images
@@ -17,19 +17,10 @@ if TYPE_CHECKING:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TeachingOptions):
     """How to train a teacher."""
 
-    steps: Count = 10_000
-    """Number of training steps; the learning rate falls to zero over the last 30 %."""
-
-    batch: Count = 128
-    """Images per step."""
-
-    lr: Rate = 1e-3
-    """Peak learning rate of Adam."""
-
-    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))] = (32, 64)
+    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=(), validator=Range(1))] = (32, 64)
     """U-Net channels per resolution level."""
 
     blocks: Count = 1
@@ -38,36 +29,14 @@ class Options:
     patch: Count = 2
     """Side of the space-to-depth stem; the image side must be a multiple of patch * 2 ** (levels - 1)."""
 
-    split: str = "train"
-    """Which split to read, if there are splits: train (including folders called training, train2017, ...), test, val,
-    the name of a folder, or all, which treats no folder as a split."""
-
     label_dropout: Share = 0.0
     """Share of the images shown without their label; 0.1 prepares the teacher for guidance."""
 
     flip: bool = False
     """Mirror half of the images."""
 
-    ema: Share = 0.999
-    """Decay of the moving average of the weights; the average is the model that is saved."""
-
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """bf16: autocast around the network; auto: bf16 where it is faster than fp32, tried when the run begins."""
-
     workers: WorkerCount = "auto"
     """Threads that share each batch, on a CPU; auto: as many as are fastest here."""
-
-    seed: int = 0
-    """Seed of the initial weights, the image order and all noise."""
-
-    save_every: Count = 500
-    """Steps between checkpoints."""
-
-    preview_every: Whole = 500
-    """Steps between sample pictures; 0: none."""
-
-    device: str = "auto"
-    """auto, cpu or cuda."""
 
 
 def teach(images: Name, /, *, out: Out = None, options: Options = Options()) -> None:

@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_precision, read_images, starting
+from distmatch.commands.shared import TeachingOptions, find_precision, read_images, starting
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.options import Count, File, Name, Out, Range, Rate, Scale, Share, Whole
@@ -19,22 +19,19 @@ if TYPE_CHECKING:
 PREVIEWED = 36
 """Captions drawn for the previews, if no prompts are given."""
 
-Widths = Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))]
+Widths = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=(), validator=Range(1))]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TeachingOptions):
     """How to train a small Stable Diffusion."""
 
     steps: Count = 20_000
     """Training steps of the diffusion model; the learning rate falls to zero over the last 30 %."""
 
-    batch: Count = 128
-    """Images per step."""
-
     lr: Rate = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of Adam."""
 
     autoencoder: File | None = None
     """A trained autoencoder, a folder in diffusers' format; without it, one is trained first."""
@@ -72,29 +69,11 @@ class Options:
     text_dropout: Share = 0.1
     """Share of the images shown without their caption, which prepares the teacher for guidance."""
 
-    split: str = "train"
-    """Which split to read; see `distmatch teach`."""
-
     prompts: File | None = None
     """A file of prompts for the sample pictures, one per line; without it, captions of the images."""
 
-    ema: Share = 0.999
-    """Decay of the moving average of the weights; the average is the model that is saved."""
-
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """bf16: autocast around the networks; auto: bf16 where it is faster than fp32, tried when the run begins."""
-
-    seed: int = 0
-    """Seed of the initial weights, the image order and all noise."""
-
-    save_every: Count = 500
-    """Steps between checkpoints."""
-
     preview_every: Whole = 1000
     """Steps between sample pictures; 0: none."""
-
-    device: str = "auto"
-    """auto, cpu or cuda."""
 
 
 def teach_text(images: Name, /, *, out: Out = None, options: Options = Options()) -> None:

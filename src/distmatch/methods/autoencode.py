@@ -14,6 +14,7 @@ from distmatch.data.images import Images
 from distmatch.system import rng
 from distmatch.system.files import together
 from distmatch.system.precision import autocast
+from distmatch.training import teaching
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
@@ -28,26 +29,14 @@ ENCODED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(teaching.Settings):
     """How to train an autoencoder."""
-
-    batch: int = 64
-    """Images per step."""
 
     perceptual: float = 1.0
     """Weight of LPIPS beside the mean absolute difference."""
 
     kl: float = 1e-4
     """Weight of the mean KL divergence per number of a latent. At 1e-3, channels of the latents die."""
-
-    seed: int = 0
-    """Seed of the image order and of all noise."""
-
-    ema: float = 0.999
-    """Decay of the moving average of the weights."""
-
-    precision: str = "fp32"
-    """fp32, or bf16 for autocast around the networks."""
 
 
 class Autoencoding:

@@ -16,6 +16,7 @@ from distmatch.models.folder import Info, save_model
 from distmatch.system import rng
 from distmatch.system.precision import autocast
 from distmatch.system.workers import ALONE, Workers
+from distmatch.training import teaching
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
@@ -30,26 +31,14 @@ PREVIEW_STEPS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(teaching.Settings):
     """How to train a teacher."""
-
-    batch: int = 128
-    """Images per step."""
-
-    seed: int = 0
-    """Seed of the image order and of all noise."""
-
-    ema: float = 0.999
-    """Decay of the moving average of the weights."""
 
     label_dropout: float = 0.0
     """Probability of hiding the label, which prepares the teacher for guidance."""
 
     flip: bool = False
     """Mirror half of the images at random, the only augmentation."""
-
-    precision: str = "fp32"
-    """fp32, or bf16 for autocast around the network."""
 
 
 class Teaching:

@@ -15,6 +15,7 @@ from distmatch.models.diffusers.small import SCHEDULER, TextDenoiser, make_pipel
 from distmatch.system import rng
 from distmatch.system.files import together
 from distmatch.system.precision import autocast
+from distmatch.training import teaching
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
@@ -29,23 +30,11 @@ PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(teaching.Settings):
     """How to train a text-to-image teacher."""
-
-    batch: int = 64
-    """Images per step."""
-
-    seed: int = 0
-    """Seed of the image order, the captions and all noise."""
-
-    ema: float = 0.999
-    """Decay of the moving average of the weights."""
 
     text_dropout: float = 0.1
     """Share of the images shown with the empty caption, which prepares the teacher for guidance."""
-
-    precision: str = "fp32"
-    """fp32, or bf16 for autocast around the networks."""
 
 
 class TextTeaching:
