@@ -62,6 +62,21 @@ def test_bad_overrides_are_named(override, message):
         load_recipe("mnist", [override])
 
 
+def test_what_holds_for_several_mistakes_is_said_once(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: mnist\nfoo: 1\nmatchh: {weight: 2}\nstudent: {bar: 2, baz: 3}\n")
+    with pytest.raises(ValueError, match="unknown key") as found:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    top, *lines = str(found.value).splitlines()
+    assert top == f"{tmp_path / 'mine.yaml'}:"
+    heads = [line.strip().partition(" there are ")[0] for line in lines]
+    assert heads == [
+        "unknown key 'student.bar'; in student",
+        "unknown key 'student.baz'",
+        "unknown key 'foo'; at the top level",
+        "unknown key 'matchh'; did you mean 'match'?",
+    ]
+
+
 def test_unknown_and_broken_recipes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"recipe 'mnits' is unknown; did you mean 'mnist'\? See `distmatch recipes`"):
         load_recipe("mnits")

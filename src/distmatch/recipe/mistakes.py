@@ -26,18 +26,21 @@ EXAMPLE = "match.weight: 2"
 def explain(
     errors: Sequence[Any], model: type[BaseModel], source: str, overrides: Callable[[Any], Sequence[str]] = lambda _: ()
 ) -> str:
-    """Return pydantic's `errors` about a `model` in terms of the recipe, each source named once.
+    """Return pydantic's `errors` about a `model` in terms of the recipe; each source, and each advice, is given once.
 
     Args:
         source: where the recipe comes from.
         overrides: those on the command line that may have caused an error.
     """
     said: dict[str, list[str]] = {}
+    advised: set[str] = set()
     for same in _by_entry(errors, model).values():
         key = _dotted(same[0]["loc"])
         guilty = [o for o in overrides(same[0]) if _touches(o.partition("=")[0], key)]
         blamed = f"{' '.join(printable(o) for o in guilty)} on the command line" if guilty else source
-        said.setdefault(blamed, []).append(_explained(same, model))
+        mistake, advice = _explained(same, model)
+        said.setdefault(blamed, []).append(mistake if advice in advised else _advised(mistake, advice))
+        advised.add(advice)
     return "\n".join(
         f"{blamed}: {told[0]}" if len(told) == 1 else "\n  ".join([f"{blamed}:", *told])
         for blamed, told in said.items()
@@ -71,8 +74,8 @@ def _entry(loc: tuple[Any, ...], model: Any) -> tuple[Any, ...]:
     return loc
 
 
-def _explained(errors: Sequence[Any], model: type[BaseModel]) -> str:
-    """Explain what is wrong with one entry."""
+def _explained(errors: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]:
+    """Return what is wrong with one entry, and advice, or none, that holds for other entries too."""
     error = errors[0]
     *parents, last = [str(part) for part in error["loc"]] or [""]
     key, kind = ".".join([*parents, last]), error["type"]
@@ -81,25 +84,25 @@ def _explained(errors: Sequence[Any], model: type[BaseModel]) -> str:
         fields = _fields(model, parents)
         if within.startswith("stage "):
             known = f"a stage takes until, its last step, and change, e.g. {{until: 600, change: {{{EXAMPLE}}}}}"
-            return f"unknown key {last!r} in {within}{nearest(last, fields, known)}"
+            return f"unknown key {last!r} in {within}{_nearest(last, fields)}", known
         where = f"in {within}" if parents else "at the top level"
         known = f"{where} there are {', '.join(fields)}"
-        return f"unknown key {key!r}{nearest(last, fields, known)}"
+        return f"unknown key {key!r}{_nearest(last, fields)}", known
     if kind == "missing":
-        return f"{last!r} is missing in {within}" if within.startswith("stage ") else f"{key!r} is missing"
+        return f"{last!r} is missing in {within}" if within.startswith("stage ") else f"{key!r} is missing", ""
     if kind == "value_error":  # raised by us, and already says what it is about
-        return error["msg"].removeprefix("Value error, ")
+        return error["msg"].removeprefix("Value error, "), ""
     if "change" in parents and len(errors) > 1:
         group = f", as {last}.{next(iter(error['input']), 'ENTRY')}" if isinstance(error["input"], dict) else ""
         return f"{key} = {error['input']!r:.80}: expected one value or a list of names" + (
             f"; name the entries of a group one by one{group}" if group else ""
-        )
+        ), ""
     expected = ", or ".join(
         dict.fromkeys(KINDS.get(e["type"]) or f"{e['msg'][0].lower()}{e['msg'][1:]}" for e in errors)
     )
     values = re.findall("'([^']*)'", " ".join(e["ctx"]["expected"] for e in errors if e["type"] == "literal_error"))
     close = difflib.get_close_matches(str(error["input"]), values, n=1, cutoff=0.5)
-    return f"{key} = {error['input']!r:.80}: {expected}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"{key} = {error['input']!r:.80}: {expected}" + (f"; did you mean {close[0]!r}?" if close else ""), ""
 
 
 def _dotted(loc: tuple[Any, ...]) -> str:
@@ -122,5 +125,16 @@ def _fields(model: Any, parents: list[str]) -> list[str]:
 
 def nearest(name: str, known: Collection[str], more: str) -> str:
     """Return what to append to a message about the unknown `name`: one of the `known` if it is similar, and `more`."""
+    return _advised(_nearest(name, known), more)
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}? {more[0].upper()}{more[1:]}" if close else f"; {more}"
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _advised(mistake: str, advice: str) -> str:
+    """Append `advice`, if there is any, to `mistake`: after a question it is a sentence of its own."""
+    if not advice:
+        return mistake
+    return f"{mistake} {advice[0].upper()}{advice[1:]}" if mistake.endswith("?") else f"{mistake}; {advice}"
