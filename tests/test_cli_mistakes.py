@@ -43,7 +43,7 @@ WRONG = {
     "pairs build mnist --count 5": "no dashes: pairs.count=5",
     "train mnist --frobnicate 3": "Unknown option: --frobnicate; see `distmatch train --help`",
     "sample mnist steps=5": "Unexpected 'steps=5': write --steps 5",
-    "sample mnist --steps 5": "--steps 5 is for a teacher: add --teacher",
+    "sample mnist --steps 5": "5 steps: this student was trained for 1, at t = 80",
     "sample mnist 5": "Unexpected '5': options have names",
     "eval mnist n=5": "Unexpected 'n=5'",
     # The command line is to blame, not the packaged file.

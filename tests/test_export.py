@@ -10,7 +10,7 @@ from distmatch import DistilledPipeline
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.schedule import VP
 from distmatch.models.diffusers.export import export_diffusers, export_lora
-from distmatch.models.diffusers.schedulers import one_step_scheduler
+from distmatch.models.diffusers.schedulers import student_scheduler
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
 from distmatch.models.guidance import with_guidance
@@ -29,13 +29,14 @@ def folders(tmp_path_factory):
     return root
 
 
-def student(folders, kind, out, *, t=999.0, change=lambda net: net, **entries):
+def student(folders, kind, out, *, t=999.0, times=(), change=lambda net: net, **entries):
     """A student unlike its teacher: the teacher's network with other weights in its last layer."""
     denoiser, info = find_model(f"diffusers:{folders / kind}", "teacher")
     net = change(denoiser.net)
     with torch.no_grad():
         net.unet.conv_out.weight.mul_(-0.7)
-    save_model(out, Denoiser(net, denoiser.schedule, denoiser.prediction), replace(info, times=(t,), **entries))
+    made = Denoiser(net, denoiser.schedule, denoiser.prediction)
+    save_model(out, made, replace(info, times=times or (t,), **entries))
     return DistilledPipeline.from_pretrained(out)
 
 
@@ -64,6 +65,31 @@ def test_the_stock_pipeline_makes_the_students_image(folders, tmp_path, kind, t)
     teacher = stock(folders / kind)
     teacher.scheduler = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
     assert (images(teacher, z, 1.0) - y).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("eps", (999.0, 749.0, 499.0, 249.0)), ("v", (999.0, 499.0)), ("xl", (599.0, 399.0, 199.0))]
+)
+def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, kind, times):
+    pipe = student(folders, kind, tmp_path / "student", times=times)
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    theirs = stock(tmp_path / "out")
+    theirs.scheduler.set_timesteps(len(times))
+    assert theirs.scheduler.timesteps.tolist() == list(times)
+    z = rng.noise(0, range(2), pipe.info.shape)
+    generator = torch.Generator().manual_seed(7)
+    noise = [torch.randn(z.shape, generator=generator) for _ in times[1:]]
+    x = pipe.sample(z, pipe.condition(2, prompts=TEXTS), lambda step: noise[step - 1])
+    y = theirs(
+        TEXTS,
+        latents=z,
+        num_inference_steps=len(times),
+        guidance_scale=1.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(7),
+    ).images
+    assert ((x / 2 + 0.5).clamp(0, 1) - y).abs().max() < 1e-4
+    assert y.std() > 0.05
 
 
 def test_a_chosen_guidance_is_the_stock_pipelines_guidance_scale(folders, tmp_path):
@@ -113,7 +139,7 @@ def test_adapters_are_a_lora_of_the_teacher_and_merge_into_a_pipeline(folders, t
 @pytest.mark.parametrize("schedule", [VP(0.00085, 0.012, 1000, "scaled_linear"), VP(), VP(spacing="squaredcos_cap_v2")])
 @pytest.mark.parametrize("t", [999, 399, 1])
 def test_the_scheduler_ends_at_the_students_time(schedule, t):
-    scheduler = one_step_scheduler(schedule, t, "epsilon")
+    scheduler = student_scheduler(schedule, (t,), "epsilon")
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [t]
     alpha = schedule.alpha(torch.arange(t + 1.0, dtype=torch.float64))
@@ -128,6 +154,11 @@ def test_what_cannot_be_exported_is_named(folders, tmp_path):
         ValueError, match=r"student.times is 499.5; diffusers' schedulers know whole steps from 1 to 999"
     ):
         export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    student(folders, "eps", tmp_path / "uneven", times=(999.0, 800.0, 100.0))
+    with pytest.raises(
+        ValueError, match="the student's times are 999, 800, 100; diffusers' schedulers only take equal"
+    ):
+        export_diffusers(str(tmp_path / "uneven"), tmp_path / "out")
     student(folders, "eps", tmp_path / "plain")
     with pytest.raises(ValueError, match="has no adapters"):
         export_lora(str(tmp_path / "plain"), tmp_path / "out")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -224,11 +224,14 @@ class DistilledPipeline(Pipeline):
     """A one-step or few-step generator: one network evaluation per image for each of its times.
 
     Args:
+        steps: how many; only the number that it was trained for is accepted, as a check.
+        times: other times than those it was trained at, falling, up to its schedule's last. It has never been evaluated
+            there: expect blur with fewer, and nothing better with more.
         compile: compile network and decoder with torch.compile; on a GPU they then replay CUDA graphs. The first batch
             of each size waits for the compiler, for up to minutes.
         precision: bf16 lets network and decoder compute in bf16, by autocast.
 
-    Raises `UserError` for a teacher, and for `compile` if no compiler works here.
+    Raises `UserError` for a teacher, for another number of `steps`, and for `compile` if no compiler works here.
     """
 
     def __init__(
@@ -237,26 +240,29 @@ class DistilledPipeline(Pipeline):
         info: Info,
         parts: Components | None = None,
         *,
+        steps: int | None = None,
+        times: Sequence[float] | None = None,
         compile: bool = False,
         precision: Precision = "fp32",
     ):
         if not info.times:
             raise UserError("this model is a teacher, not a student; use TeacherPipeline")
-        steps, forward = Steps(info.times), denoiser
+        info = replace(info, times=_times(info, denoiser.schedule, steps, times))
+        plan, forward = Steps(info.times), denoiser
         if compile:
             forward, parts = _compiled(denoiser, parts or Components())
         self.precision = precision
 
         @cache
         def at_times(device: torch.device) -> list[Fixed]:
-            return [fixed(forward, t, device) for t in steps.times]
+            return [fixed(forward, t, device) for t in plan.times]
 
         def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
-            noise = [noise_of(step).to(z) for step in range(1, len(steps))]
+            noise = [noise_of(step).to(z) for step in range(1, len(plan))]
             with autocast(z.device, precision):
-                return steps.sample(at_times(z.device), denoiser.schedule, z, cond, noise)
+                return plan.sample(at_times(z.device), denoiser.schedule, z, cond, noise)
 
-        super().__init__(denoiser, info, make, nfe=len(steps), parts=parts)
+        super().__init__(denoiser, info, make, nfe=len(plan), parts=parts)
 
     def decoded(self, x: Tensor) -> Tensor:
         with autocast(x.device, self.precision):
@@ -270,13 +276,15 @@ class DistilledPipeline(Pipeline):
         *,
         net: nn.Module | None = None,
         schedule: Schedule | None = None,
+        steps: int | None = None,
+        times: Sequence[float] | None = None,
         compile: bool = False,
         precision: Precision = "fp32",
     ) -> "DistilledPipeline":
         """Load a model folder, a run's folder, or a student of the package ("mnist").
 
         A custom network, into which the weights are loaded, and a custom schedule are passed as `net` and `schedule`.
-        `compile`, `precision`: see the class; with bf16 the network's matrices are also kept in bf16.
+        `steps`, `times`, `compile`, `precision`: see the class; with bf16 the network's matrices are also kept in bf16.
         """
         denoiser, info = find_model(str(path), "student", net, schedule)
         denoiser.to(device)
@@ -284,7 +292,30 @@ class DistilledPipeline(Pipeline):
             for weights in denoiser.parameters():
                 if weights.ndim > 1:
                     weights.data = weights.data.bfloat16()
-        return cls(denoiser, info, components(info, device), compile=compile, precision=precision)
+        how: Any = {"steps": steps, "times": times, "compile": compile, "precision": precision}
+        return cls(denoiser, info, components(info, device), **how)
+
+
+def _times(info: Info, schedule: Schedule, steps: int | None, times: Sequence[float] | None) -> tuple[float, ...]:
+    """Return the times to evaluate a student at: its own, unless others are asked for."""
+    said = ", ".join(f"{t:g}" for t in info.times)
+    if times is None:
+        if steps not in (None, len(info.times)):
+            raise UserError(
+                f"{steps} steps: this student was trained for {len(info.times)}, at t = {said}, and nowhere else; with "
+                "fewer expect blur, with more nothing better. To try it all the same, give the times themselves; a "
+                "teacher takes any number of steps (--teacher)"
+            )
+        return info.times
+    if steps not in (None, len(times)):
+        raise UserError(f"{steps} steps at {len(times)} times; expected one time per step, or the times alone")
+    Steps(tuple(times))
+    if not all(schedule.t_min < t <= schedule.t_max for t in times):
+        raise UserError(
+            f"times {list(times)}: expected times above {schedule.t_min:g}, up to {schedule.t_max:g}; the student was "
+            f"trained at {said}"
+        )
+    return tuple(float(t) for t in times)
 
 
 class _Compiled(nn.Module):

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_pipeline
+from distmatch.commands.shared import find_pipeline, find_student
+from distmatch.system.errors import UserError
 from distmatch.system.options import Count, Images, Name, Out, Scale
 
 
@@ -32,7 +33,11 @@ class Options:
     """Sample the teacher called MODEL instead of the student."""
 
     steps: Count | None = None
-    """With --teacher: number of sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion."""
+    """With --teacher: number of sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion. A student only
+    takes the number that it was trained for."""
+
+    times: Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, negative=())] = None
+    """Times at which a student is evaluated, falling, instead of those it was trained at. With fewer expect blur."""
 
     guidance: Scale | None = None
     """Classifier-free guidance, uncond + w (cond - uncond): of the teacher, or of a student trained on a range."""
@@ -61,7 +66,13 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     out = options.out or Path("samples") / Path(model).name
     with owned(out):
         replaced = samples.earlier(out)
-        pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
+        if options.times is None:
+            pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
+        elif options.teacher:
+            raise UserError("--times is for students; a teacher takes --steps")
+        else:
+            how = {"steps": options.steps, "times": options.times}
+            pipe = find_student(model, options.guidance, options.device, **how)
         with progress("sample", n, unit="image") as advance:
             pixels = pipe(
                 n,
@@ -79,7 +90,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
             pixels,
             columns,
             zoom,
-            made | {"teacher": options.teacher, "steps": options.steps, "guidance": options.guidance},
+            made | {name: getattr(options, name) for name in ("teacher", "steps", "times", "guidance")},
         )
     instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
     evaluations = "1 evaluation" if pipe.nfe == 1 else f"{pipe.nfe} evaluations"

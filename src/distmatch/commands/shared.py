@@ -64,11 +64,7 @@ def find_pipeline(model: str, teacher: bool, steps: int | None, guidance: float 
     """Return the student called `model`, or with `teacher` the teacher of that name, sampling in `steps` steps."""
     if teacher:
         return find_teacher(model, steps, guidance, device)
-    if steps is not None:
-        raise UserError(
-            f"--steps {steps} is for a teacher: add --teacher. A student has the steps that it was trained for"
-        )
-    return find_student(model, guidance, device)
+    return find_student(model, guidance, device, steps=steps)
 
 
 def find_teacher(model: str, steps: int | None, guidance: float | None, device: str) -> "Pipeline":
@@ -80,7 +76,7 @@ def find_teacher(model: str, steps: int | None, guidance: float | None, device: 
 
 
 def find_student(model: str, guidance: float | None, device: str, **how: Any) -> "Pipeline":
-    """Return the student called `model`; `how`: `compile` and `precision` of `DistilledPipeline`.
+    """Return the student called `model`; `how`: arguments of `DistilledPipeline`.
 
     Raises `UserError` for a `guidance` if the student's is fixed.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.fixed import Fixed
-from distmatch.diffusion.schedule import Schedule, expand
+from distmatch.diffusion.schedule import VP, Schedule, expand
 from distmatch.system.errors import UserError
 
 Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
@@ -40,6 +40,23 @@ class Steps:
     def __post_init__(self) -> None:
         if not self.times or any(later >= time for time, later in pairwise(self.times)):
             raise UserError(f"the student's times are {list(self.times)}; expected one or more, falling")
+
+    @classmethod
+    def spaced(cls, schedule: Schedule, count: int, shift: float = 1.0) -> "Steps":
+        """Return `count` times in equal parts of the schedule's own scale: its grid of one more, without the last.
+
+        For EDM these are rho-spaced (its Eq. 5), for VP whole steps (4 of 1000: 999, 749, 499, 249, as DMD2 has them),
+        for Flow equal steps of t. `shift`: a larger one puts more of them at high noise, by the rule of Stable
+        Diffusion 3 for flows (arXiv 2403.03206, Eq. 23), applied to the place `u` on the scale, from 0 (clean) to 1:
+        `u -> shift u / (1 + (shift - 1) u)`.
+        """
+        parts = 1000 * count  # of the scale: every unshifted time is one of its points
+        u = 1 - torch.arange(count, dtype=torch.float64) / count
+        places = ((1 - shift * u / (1 + (shift - 1) * u)) * parts).round().long()
+        times = schedule.grid(parts + 1)[places]
+        if isinstance(schedule, VP):
+            times = (times + 1e-6).floor()  # its networks were trained at whole steps
+        return cls(tuple(times.tolist()))
 
     def __len__(self) -> int:
         """Return the network evaluations (NFE) per image."""

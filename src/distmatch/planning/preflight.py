@@ -106,8 +106,10 @@ class Flight:
         """The student's sample, with its graph."""
         with autocast(self.device, self.recipe.precision), tried("the student, one sample"):
             steps = Steps(self.info.times)
-            noise = [self.z] * (len(steps) - 1)
-            x = steps.sample(self.student, self.student.schedule, self.z, self.cond, noise)
+            last = len(steps) - 1
+            with torch.no_grad():  # as in training: only one step keeps its graph
+                x = steps.start(self.student, self.student.schedule, self.z, self.cond, [self.z] * last, last)
+            x = steps.step(self.student, x, self.cond, last)
         return checked(x, self.z, "the student")
 
     @cached_property

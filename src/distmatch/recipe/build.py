@@ -226,7 +226,10 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
 
 def student_steps(recipe: Recipe, schedule: Schedule) -> Steps:
     """Return the student's times. Raises `UserError` if one is outside the schedule."""
-    times = (schedule.t_max,) if recipe.student.times is None else recipe.student.times
+    asked = recipe.student
+    if asked.nfe is not None:
+        return Steps.spaced(schedule, asked.nfe, asked.shift)
+    times = (schedule.t_max,) if asked.times is None else asked.times
     if not all(schedule.t_min < t <= schedule.t_max for t in times):
         said = ", ".join(f"{t:g}" for t in times)
         raise UserError(f"student.times is {said}; expected times above {schedule.t_min:g}, up to {schedule.t_max:g}")

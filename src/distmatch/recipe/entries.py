@@ -247,7 +247,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _pairs_are_of_one_step(self) -> Self:
-        if self.student.times is not None and len(self.student.times) > 1 and "regress" in self.terms:
+        if self.student.several and "regress" in self.terms:
             raise UserError(
                 "the regression works only for one-step students; with several student.times, use terms=match"
             )

@@ -9,6 +9,9 @@ from distmatch.recipe.entry import entry
 from distmatch.recipe.kinds import Decay, Factor, Fraction, Natural, Place, Positive, Strict
 from distmatch.system.errors import UserError
 
+MOST_STEPS = 8
+"""Of a student: with more, a fast solver on the teacher itself is the better choice."""
+
 
 class Optimiser(Strict):
     """AdamW for one network; see `training.optim.Optimizer`."""
@@ -59,12 +62,24 @@ class Network(Strict):
 class Student(Strict):
     """The student: a generator of one step, or of a few."""
 
-    times: Annotated[tuple[Factor, ...], Field(min_length=1)] | None = entry(
+    times: Annotated[tuple[Factor, ...], Field(min_length=1, max_length=MOST_STEPS)] | None = entry(
         None,
         "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
-        "Stable Diffusion. One time makes a one-step student, several a student of that many steps (only with "
-        "terms=match). null: the schedule's last, T - 1 in the paper. `student.t=X` is short for a single time.",
-        "Section 3.1; DMD2 for several",
+        "Stable Diffusion. One time makes a one-step student; several make one of that many steps, trained on its own "
+        "rollouts: a random step k, from the image of its first k steps. null: as student.nfe says, or the "
+        "schedule's last, T - 1 in the paper. `student.t=X` is short for a single time.",
+        "Section 3.1; DMD2, arXiv 2405.14867, Section 4.5 for several",
+    )
+    nfe: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = entry(
+        None,
+        "Evaluations per image, instead of the times: equal parts of the schedule's own scale (`Steps.spaced`). "
+        "4 makes 999, 749, 499, 249 for Stable Diffusion. null: as student.times says.",
+        "DMD2: 4 for SDXL",
+    )
+    shift: Annotated[float, Field(gt=0)] = entry(
+        1.0,
+        "Shift of the times of student.nfe: above 1, more of them are at high noise. 1: none.",
+        "Stable Diffusion 3, arXiv 2403.03206, Eq. 23: 3 for flows",
     )
     init: Place | None = entry(
         None, "Student to continue from: a model folder, a run, or the name of one in the package. null: none.", "ours"
@@ -94,6 +109,19 @@ class Student(Strict):
         if self.times is not None and any(later >= time for time, later in pairwise(self.times)):
             raise UserError(f"expected times: [high, ..., low], falling, not {list(self.times)}")
         return self
+
+    @model_validator(mode="after")
+    def _times_or_count(self) -> Self:
+        if self.times is not None and self.nfe is not None:
+            raise UserError(f"expected times or nfe, not both: {list(self.times)} and {self.nfe}")
+        if self.shift != 1 and self.nfe is None:
+            raise UserError(f"shift {self.shift:g} is for the times that nfe makes; give nfe, or write the times")
+        return self
+
+    @property
+    def several(self) -> bool:
+        """Whether the student takes more than one step."""
+        return max(len(self.times or ()), self.nfe or 1) > 1
 
     @model_validator(mode="after")
     def _scales_in_order(self) -> Self:

@@ -1,7 +1,8 @@
 """Exports students in diffusers' format: a complete pipeline, or a LoRA for the teacher's.
 
-Both come with a scheduler whose single step is the student's: DDIM (arXiv 2010.02502), truncated at the student's time
-`t` so that its one step starts there and returns `x0` unchanged. An export is written next to its place and then moved.
+Both come with a scheduler that takes the student's steps: for one, DDIM (arXiv 2010.02502), truncated at the student's
+time `t` so that its one step starts there and returns `x0` unchanged; for several, that of latent consistency models,
+which noises each `x0` to the next time. An export is written next to its place and then moved.
 Its `distmatch.json` marks it as one, so that it may be replaced, and has the SHA-256 of each of its files.
 """
 
@@ -34,7 +35,8 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     """Write the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens (`distmatch export
     diffusers`).
 
-    `pipe(prompt, num_inference_steps=1, guidance_scale=1)` makes the student's image from its noise, adapters merged.
+    `pipe(prompt, num_inference_steps=K, guidance_scale=1)`, with the student's number of steps for K, makes the
+    student's image from its noise, adapters merged.
     Raises `UserError` if the student does not come from a model in diffusers' format, or if `out` holds anything but an
     older export of this kind, which is replaced.
     """
@@ -48,7 +50,8 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
         console.print(f"{source} comes without its safety checker, and so does {out}")
     scale = "guidance_scale=1" if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     console.print(
-        f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, {scale})"
+        f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, "
+        f"num_inference_steps={len(info.times)}, {scale})"
     )
 
 
@@ -73,8 +76,8 @@ def export_lora(run: str, out: Path) -> None:
     _write(out, "lora", "pytorch_lora_weights.safetensors", write)
     console.print(
         f"In {out}. Next: pipe = DiffusionPipeline.from_pretrained({info.source!r}); "
-        f"pipe.load_lora_weights({str(out)!r}); pipe.scheduler = DDIMScheduler.from_pretrained({str(out)!r}, "
-        'subfolder="scheduler"); pipe(prompt, num_inference_steps=1, guidance_scale=1)'
+        f"pipe.load_lora_weights({str(out)!r}); pipe.scheduler = {type(scheduler).__name__}.from_pretrained("
+        f"{str(out)!r}, subfolder='scheduler'); pipe(prompt, num_inference_steps={len(info.times)}, guidance_scale=1)"
     )
 
 

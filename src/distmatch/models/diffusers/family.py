@@ -49,7 +49,7 @@ class DiffusersFamily(Family):
         raise NotImplementedError
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
-        """Return the pipeline of `source` with the student in it, whose single step is the student's.
+        """Return the pipeline of `source` with the student in it, whose scheduler takes the student's steps.
 
         Raises `UserError` for a student of another family, or of another model than `source`.
         """

@@ -1,6 +1,7 @@
-"""Translates the settings of diffusers' schedulers, and makes one whose single step is a student's."""
+"""Translates the settings of diffusers' schedulers, and makes those that take a student's steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from distmatch.diffusion.schedule import VP
@@ -27,24 +28,51 @@ def prediction_of(scheduler: Mapping[str, Any], source: str) -> str:
     return PREDICTIONS[kind]
 
 
-def one_step_scheduler(schedule: VP, t: float, prediction: Any) -> Any:
-    """Return diffusers' DDIM with the single step `G(z) = mu(z, t)`: from `t` straight to `x0`.
+def student_scheduler(schedule: VP, times: tuple[float, ...], prediction: Any) -> Any:
+    """Return diffusers' scheduler that takes a student's steps, given their number.
 
-    With `trailing` spacing, a single step is at the last of the trained times: the betas after `t` are cut off.
-
-    Raises `UserError` if `t` is not a whole step.
+    Raises `UserError` if there is none: `times` must be whole steps, and several must be equal parts of the first one.
     """
     need("diffusers", by="export")
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    if t != int(t) or not 0 < t <= schedule.t_max:
-        raise UserError(f"student.times is {t}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}")
-    return DDIMScheduler(
-        num_train_timesteps=int(t) + 1,
-        trained_betas=schedule.table()[: int(t) + 1].tolist(),
+    for t in times:
+        if t != int(t) or not 0 < t <= schedule.t_max:
+            raise UserError(
+                f"student.times is {t:g}; diffusers' schedulers know whole steps from 1 to {schedule.t_max:g}"
+            )
+    first, *later = (int(t) for t in times)
+    made = _several_steps(times) if later else _one_step()
+    # The first time is the last of the trained ones: the betas after it are cut off.
+    betas = schedule.table()[: first + 1].tolist()
+    return made(
+        num_train_timesteps=first + 1,
+        trained_betas=betas,
         clip_sample=False,
-        steps_offset=1,  # unused by this spacing; other values cause a warning
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
+        steps_offset=1,  # unused by the spacings below; other values cause a warning
         prediction_type=prediction,
     )
+
+
+def _one_step() -> Callable[..., Any]:
+    """Return DDIM with the single step `G(z) = mu(z, t)`, from the last of its times straight to `x0`."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return partial(DDIMScheduler, set_alpha_to_one=True, timestep_spacing="trailing")
+
+
+def _several_steps(times: tuple[float, ...]) -> Callable[..., Any]:
+    """Return the scheduler of latent consistency models (arXiv 2310.04378), whose sampler is DMD2's: it noises each
+    `x0` to the next time.
+    """
+    from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+    count = len(times)
+    part, rest = divmod(int(times[0]) + 1, count)
+    equal = [part * (count - k) - 1 for k in range(count)]
+    if rest or equal != list(times):
+        said = ", ".join(f"{t:g}" for t in times)
+        raise UserError(
+            f"the student's times are {said}; diffusers' schedulers only take equal parts of a time plus one, such as "
+            "999, 749, 499, 249 (student.nfe=4, without shift). Use distmatch.DistilledPipeline"
+        )
+    # `timestep_scaling` weighs the input against x0 as consistency models do; so large, only x0 is left.
+    return partial(LCMScheduler, original_inference_steps=count, timestep_scaling=1e6)

@@ -18,7 +18,7 @@ from distmatch.models.diffusers.autoencoder import check_scaling
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import Settings, config, index, network
 from distmatch.models.diffusers.lora import adapters, add_adapters, merge_adapters
-from distmatch.models.diffusers.schedulers import PREDICTIONS, one_step_scheduler, prediction_of, schedule_of
+from distmatch.models.diffusers.schedulers import PREDICTIONS, prediction_of, schedule_of, student_scheduler
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 from distmatch.models.info import Info
@@ -211,17 +211,11 @@ class StableDiffusion(DiffusersFamily):
         return {"unet_lora_layers": adapters(net.unet)}, scheduler
 
     def _exported(self, student: Denoiser, info: Info) -> tuple[StableUNet, Any]:
-        """Return the student's network, and a scheduler whose single step is the student's."""
+        """Return the student's network, and a scheduler whose steps are the student's."""
         if type(student.schedule) is not VP or not info.times:
             raise UserError("the student has another schedule than a Stable Diffusion has; it cannot be exported")
-        t, *later = info.times
-        if later:
-            raise UserError(
-                f"the student makes an image in {len(info.times)} steps; only students of one step can be exported. "
-                "Use distmatch.DistilledPipeline"
-            )
         prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == student.prediction.name)
-        return _stable(student.net), one_step_scheduler(student.schedule, t, prediction)
+        return _stable(student.net), student_scheduler(student.schedule, info.times, prediction)
 
 
 class StableDiffusionXL(StableDiffusion):
