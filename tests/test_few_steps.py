@@ -8,11 +8,17 @@ import torch
 
 from distmatch import DistilledPipeline
 from distmatch.commands import sample
+from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.iddpm import IDDPM
-from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.losses import WEIGHTINGS
+from distmatch.diffusion.sampler import SAMPLERS, Steps
 from distmatch.diffusion.schedule import EDM, VP, Flow
+from distmatch.diffusion.solvers import evaluations, solver
+from distmatch.methods.intervals import intervals
+from distmatch.methods.terms import Levels, Match, Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.mixture import mixture
+from distmatch.planning.preflight import Flight, checks
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 
@@ -45,13 +51,13 @@ def cdf(x, alpha, sigma):
 def exact_student(x, t, cond):
     """The map of the probability-flow ODE: each quantile at time `t` to the same quantile of the data."""
     schedule = Flow()
-    target = cdf(x, schedule.alpha(t), schedule.sigma(t))
-    low, high = torch.full_like(x, -8.0), torch.full_like(x, 8.0)
-    for _ in range(40):
-        middle = (low + high) / 2
-        below = cdf(middle, torch.ones_like(t), torch.zeros_like(t)) < target
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    target = cdf(x, schedule.alpha(t), schedule.sigma(t))[:, 0]
+    quantiles = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    table = cdf(quantiles[:, None], one, 0 * one)[:, 0]
+    above = torch.searchsorted(table, target).clamp(1, len(table) - 1)
+    part = (target - table[above - 1]) / (table[above] - table[above - 1])
+    return torch.lerp(quantiles[above - 1], quantiles[above], part)[:, None]
 
 
 def normals(axes, n):
@@ -94,7 +100,7 @@ def test_a_denoiser_in_its_place_does_not_reach_it():
         (["student.nfe=9"], "student.nfe"),
         (["student.times=[9, 8, 7, 6, 5, 4, 3, 2, 1]"], "student.times.* at most 8"),
         (["student.times=[5, 80]"], r"expected times: \[high, ..., low\], falling, not \[5.0, 80.0\]"),
-        (["student.nfe=4", "terms=[match, regress]"], "regress"),
+        (["student.nfe=4", "terms=[match, regress]"], "anchor the first step to a part of the teacher's trajectory"),
     ],
 )
 def test_bad_steps_are_refused_in_the_recipe(tmp_path, changes, message):
@@ -136,3 +142,97 @@ def test_other_steps_than_the_trained_ones_have_to_be_named(tmp_path):
         sample.sample(str(tmp_path / "few"), sample.Options(n=1, out=tmp_path / "o", teacher=True, times=(80.0,)))
     sample.sample(str(tmp_path / "few"), sample.Options(n=2, out=tmp_path / "o", times=(80.0, 20.0, 1.0)))
     assert '"times": [' in (tmp_path / "o" / "sample.json").read_text()
+
+
+@pytest.mark.parametrize("schedule", [VP(), Flow()], ids=lambda s: type(s).__name__)
+def test_sub_intervals_descend_each_steps_divergence_between_its_times(schedule):
+    """Data N(0, 1), student N(m, 1), w_t = sigma / alpha: the mean over the step's bins of `sigma / alpha dKL_t/dm`."""
+    bins, m = 24, torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    times = tuple(schedule.t_max * part for part in (1.0, 0.6, 0.25))
+    real, fake = mixture(schedule, [[0.0]], [1.0]), mixture(schedule, [[0.4]], [1.0])
+    term = Match(real, fake, weighting=WEIGHTINGS["dreamfusion"], bins=bins, steps=(1, 23))
+    term.spans = intervals(schedule, times, bins, (1, 23))
+    levels, (z, eps) = term.levels.double(), normals(2, 30)
+    seen = []
+    for k, (high, low) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
+        start = Start(torch.zeros(600, 1), None, 600, torch.Generator().manual_seed(0), noise=(z,) * k)
+        drawn = term.draw([start], WHOLE)
+        inside = [t for t in levels[1:23].tolist() if low < t <= high]
+        assert sorted(set(drawn.t.tolist())) == pytest.approx(inside)
+        seen.append(set(drawn.t_fake.tolist()))
+        loss, expected = torch.zeros((), dtype=torch.float64), 0.0
+        for t in inside:
+            at = torch.full((len(z),), t, dtype=torch.float64)
+            loss = loss + term.student_loss(Levels(at, eps, at, eps), Samples(m + z, None)) / len(inside)
+            alpha, sigma = schedule.alpha(at[:1]), schedule.sigma(at[:1])
+            expected += sigma / alpha * alpha**2 * m.detach() / (alpha**2 + sigma**2) / len(inside)
+        (gradient,) = torch.autograd.grad(loss, m)
+        torch.testing.assert_close(gradient, expected[0], rtol=1e-6, atol=1e-9)
+    assert set().union(*seen) == set(term.levels.tolist())  # the fake score knows every level, of one step each
+    assert sum(map(len, seen)) == bins
+
+
+def test_intervals_without_a_level_are_refused_at_the_start(tmp_path):
+    file = recipe(tmp_path, "terms=match", "student.times=[80, 79.9, 1]", "match.intervals=true")
+    with pytest.raises(ValueError, match=r"no noise level lies between the student's times 80 and 79.9 within bins 20"):
+        list(checks(Flight(file, tmp_path / "run", tmp_path)))
+    for changes, message in (
+        (["match.intervals=true"], "match.intervals is for students of several steps"),
+        (["match.pairs=true", "student.nfe=2", "pairs.taken=1"], "match.pairs matches images of one step"),
+        (["pairs.taken=1"], "pairs.taken 1 makes pairs for the first of several steps"),
+        (["student.nfe=2", "pairs.taken=4"], "pairs.taken 4 of 3 steps of heun: expected at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe(tmp_path, *changes)
+
+
+@pytest.mark.parametrize("schedule", [EDM(), VP(), Flow()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_a_part_of_a_trajectory_is_the_image_of_one_straight_step_to_it(schedule, name):
+    teacher = mixture(schedule, [[-1.0], [1.0]], [0.3, 0.2])
+    z, states, evaluated = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], [], []
+
+    def model(x, t, cond):
+        evaluated.append(t[0].item())
+        return teacher(x, t)
+
+    image = SAMPLERS[name](model, schedule, z, None, 7, callback=lambda i, x, x0: states.append(x))
+    evaluated.clear()
+    y = solver(name, taken=3)(model, schedule, z, None, 7)
+    assert len(evaluated) == evaluations(name, 7, taken=3)
+    start, end = (schedule.grid(7)[i].expand(len(z)) for i in (0, 3))
+    x = schedule.prior_std * z
+    noise = (x - schedule.alpha(start)[:, None] * y) / schedule.sigma(start)[:, None]
+    torch.testing.assert_close(schedule.add_noise(y, noise, end), states[2])
+    assert not torch.allclose(y, image, atol=0.05)
+    assert torch.equal(solver(name, taken=7)(model, schedule, z, None, 7), image)
+
+
+def test_the_first_step_is_anchored_and_the_others_are_matched(tmp_path):
+    file = recipe(
+        tmp_path,
+        *("student.nfe=3", "terms=match,regress", "pairs.sampler=euler", "pairs.steps=6", "pairs.taken=2"),
+        *("regress.weight=0.05", f"pairs.path={tmp_path / 'pairs'}"),
+    )
+    subject = subjects.subject(file)
+    store = build.pair_store(file, subject, tmp_path)
+    d = build.distiller(file, subject, store)
+    assert store.spec.taken == 2
+    pair = d.draw(0, WHOLE).starts["pairs"]
+    with torch.no_grad():
+        expected = solver("euler", taken=2)(subject.denoiser, subject.denoiser.schedule, pair.z, pair.cond, 6)
+    torch.testing.assert_close(pair.y, expected, rtol=1e-4, atol=1e-4)
+    parts = [d.draw(index, WHOLE) for index in range(20)]
+    assert {len(part.starts["pairs"].noise) for part in parts} == {0}
+    assert {len(part.starts["noise"].noise) for part in parts} == {1, 2}
+    made, (noise, pairs) = d.generate_all(parts[0].starts), parts[0].starts.values()
+    high = d.steps.times[0]
+    torch.testing.assert_close(made["pairs"].x, d.student(high * pairs.z, torch.full((4,), high), pairs.cond))
+    rolled = Steps(d.steps.times[: len(noise.noise) + 1])
+    torch.testing.assert_close(
+        made["noise"].x, rolled.sample(d.student, d.student.schedule, noise.z, noise.cond, noise.noise)
+    )
+    losses = d.step(0)
+    assert losses["regress/student"] > 0
+    with pytest.raises(ValueError, match=r"one-step students\. With several steps"):
+        recipe(tmp_path, "student.nfe=3", "terms=match,regress")

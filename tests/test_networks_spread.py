@@ -227,7 +227,7 @@ def kept(d: build.Distiller) -> int:
 
     batch = d.start(d.objective.streams["noise"], 0, 0, WHOLE)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = d.student_forward(batch.z, batch.cond)  # while it lives no storage is used twice
+        alive = d.generate_all({"noise": batch})  # while it lives no storage is used twice
     del alive
     return sum(found.values())
 

@@ -7,7 +7,9 @@ import torch
 from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.guidance import guided
-from distmatch.methods.identity import identity_loss
+from distmatch.diffusion.losses import WEIGHTINGS
+from distmatch.methods.identity import Identity, identity_loss
+from distmatch.methods.terms import Levels
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 
@@ -119,7 +121,7 @@ def test_sid_sends_the_students_gradient_through_both_scores(tmp_path):
     d.step(0)  # after which the fake score is no longer the teacher
     part, term = d.draw(1, WHOLE), d.terms[0]
     start, drawn = part.starts["noise"], part.drawn["match"]
-    x = d.student_forward(start.z, start.cond)
+    x = d.generate_all(part.starts)["noise"].x
     x_t = d.student.schedule.add_noise(x, drawn.eps, drawn.t)
     loss = identity_loss(x, d.fake(x_t, drawn.t, start.cond), term.teacher(x_t, drawn.t, start.cond), 1.2)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(d.student.parameters()))]).norm()
@@ -127,3 +129,52 @@ def test_sid_sends_the_students_gradient_through_both_scores(tmp_path):
     torch.testing.assert_close(found["gradient_norm"], expected)
     torch.testing.assert_close(found["match/student"], loss.detach())
     assert all(p.grad is None for p in d.fake.parameters())
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_shared_noise_is_algorithm_1_with_equal_levels_in_fewer_passes(tmp_path, updates):
+    """Bit for bit, where Algorithm 1 is given the student's time and noise for the first update of the fake score."""
+    changes = (f"fake.steps={updates}", "match.min_step=0", "match.max_step=1000")
+    shared, plain = distiller(tmp_path, "match.shared=true", *changes), distiller(tmp_path, *changes)
+    draw, passes = plain.terms[0].draw, []
+    plain.terms[0].draw = lambda *given: equal_levels(draw(*given))
+    shared.fake.register_forward_hook(lambda *_: passes.append("shared"))
+    plain.fake.register_forward_hook(lambda *_: passes.append("plain"))
+    for index in range(3):
+        losses, expected = shared.step(index), plain.step(index)
+        assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected.items()}
+    assert torch.equal(weights(shared.student), weights(plain.student))
+    assert torch.equal(weights(shared.fake), weights(plain.fake))
+    assert (passes.count("shared"), passes.count("plain")) == (3 * updates, 3 * (1 + updates))
+
+
+def equal_levels(drawn):
+    return Levels(drawn.t, drawn.eps, drawn.t, drawn.eps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["match.sid=1.2"], "shared sends no gradient through the fake score, sid=1.2 does"),
+        (["fake.ida=0.03"], "fake.ida 0.03 moves the fake score between the two losses"),
+    ],
+)
+def test_shared_noise_does_not_go_with_what_changes_the_fake_score(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        distiller(tmp_path, "match.shared=true", *changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fake: fake.requires_grad_(False), "needs a fake score that is trained; this one is frozen"),
+        (
+            lambda fake: fake.to(torch.float8_e4m3fn),
+            "the fake score, whose weight .* is float8_e4m3fn: quantised",
+        ),
+    ],
+)
+def test_sid_refuses_a_frozen_or_quantised_fake_score(change, message):
+    teacher = tiny.teacher()
+    with pytest.raises(ValueError, match=message):
+        Identity(teacher, change(tiny.teacher()), 1.2, weighting=WEIGHTINGS["algorithm2"])

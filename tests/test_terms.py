@@ -126,7 +126,7 @@ def test_two_processes_train_its_head_as_one_does(tmp_path):
         ([f"own_terms={{a: {{source: '{OWN}:Nobody'}}}}", "terms=[match, a]"], r"Nobody' cannot be imported"),
         ([f"own_terms={{a: {{source: '{OWN}:Judge', colour: 3}}}}", "terms=[match, a]"], r"own_terms.a: .*'colour'"),
         ([f"own_terms={{a: {{source: '{OWN}:Reader'}}}}", "terms=[match, a]"], r"a reads 'rollouts'; expected noise"),
-        (["terms=[match, b]"], r"unknown term 'b' in terms; expected match, regress"),
+        (["terms=[match, b]"], r"unknown term 'b' in terms; expected match, guide, regress"),
         (["own_terms={a: {weight: 1}}"], r"'own_terms.a.source' is missing"),
         ([f"own_terms={{match: {{source: '{OWN}:Judge'}}}}", "terms=match"], r"own_terms.match has the name of a term"),
         ([f"own_terms={{a: {{source: '{OWN}:Judge'}}}}", "terms=match"], r"own_terms.a is not in terms"),

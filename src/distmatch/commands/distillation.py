@@ -155,6 +155,6 @@ def pair_store(recipe: Recipe, subject: subjects.Subject, runs: Path) -> PairSto
     spec = build.pair_spec(recipe, subject)
     folder = build.pairs_folder(recipe, spec, runs)
     if not Folder(folder).exists(MANIFEST):
-        nfe = evaluations(spec.sampler, spec.steps, spec.guidance)
+        nfe = evaluations(spec.sampler, spec.steps, spec.guidance, spec.taken)
         _say(f"{spec.count:,} pairs of {nfe} evaluations each, {size(spec.nbytes)}, in {folder}")
     return build.pair_store(recipe, subject, runs)

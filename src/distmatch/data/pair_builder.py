@@ -104,7 +104,7 @@ def _make(
 ) -> None:
     """Sample one shard and write it. The caller holds its claim."""
     rows = spec.rows(shard)
-    model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler)
+    model, sample = guided(teacher, spec.guidance), solver(spec.sampler, spec.scheduler, spec.taken)
     device = next(chain(teacher.parameters(), teacher.buffers()), torch.empty(0)).device
     cuts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     noise: list[Tensor] = []

@@ -70,6 +70,7 @@ class PairSpec:
         prompts: `prompts_digest` of the prompts; empty for a teacher without.
         guidances: the range (low, high) of the pairs' own guidance scales, if `guidance` is `None`.
         encoders: the fingerprint of the text encoders; empty for a teacher without.
+        taken: of the sampler's steps, if only the first are taken; see `partial.first_steps`.
     """
 
     teacher: str
@@ -88,6 +89,7 @@ class PairSpec:
     prompts: str = ""
     guidances: tuple[float, float] | None = None
     encoders: str = ""
+    taken: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("sampler", NAMES), ("dtype", DTYPES), ("precision", PRECISIONS)):
@@ -96,6 +98,11 @@ class PairSpec:
         for name in ("steps", "count", "shard_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"pairs: {name} is {getattr(self, name)}; expected at least 1")
+        if self.taken is not None and (self.sampler == "pndm" or not 1 <= self.taken <= self.steps):
+            raise UserError(
+                f"pairs: taken is {self.taken}, of {self.steps} steps of {self.sampler}; expected at least 1, at most "
+                "steps, of euler or heun"
+            )
 
     def binding(self) -> dict[str, Any]:
         """Return the fields that decide what pair `i` is and where it is stored, as plain JSON data."""
@@ -107,6 +114,7 @@ class PairSpec:
             "prompts": "",
             "guidances": None,
             "encoders": "",
+            "taken": None,
         }  # not in older ones
         entries |= {"guidances": self.guidances and list(self.guidances)}
         return {k: v for k, v in entries.items() if k not in ("teacher", "count") and later.get(k, ...) != v}

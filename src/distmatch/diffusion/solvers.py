@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.partial import first_steps
 from distmatch.diffusion.sampler import SAMPLERS, Callback, Model, Sampler
 from distmatch.diffusion.schedule import VP, Schedule, expand
 from distmatch.system.errors import UserError
@@ -17,25 +18,30 @@ STABLE_DIFFUSION = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one
 """PNDM's settings in Stable Diffusion's own configurations, for models that come without a scheduler."""
 
 
-def solver(name: str, scheduler: Mapping[str, Any] | None = None) -> Sampler:
+def solver(name: str, scheduler: Mapping[str, Any] | None = None, taken: int | None = None) -> Sampler:
     """Return the sampler called `name`; see `sampler.Sampler`.
 
     Args:
         scheduler: the settings of the model's diffusers scheduler, for `pndm`.
+        taken: take only this many of its steps, see `partial.first_steps`; not for `pndm`.
 
     Raises `UserError` for an unknown name and, when sampling, for `pndm` on a schedule other than `VP`.
     """
     if name not in NAMES:
         raise UserError(f"sampler {name!r} is unknown; expected one of {', '.join(NAMES)}")
-    return SAMPLERS[name] if name in SAMPLERS else pndm(scheduler or STABLE_DIFFUSION)
+    if name not in SAMPLERS:
+        return pndm(scheduler or STABLE_DIFFUSION)
+    return SAMPLERS[name] if taken is None else first_steps(SAMPLERS[name], taken)
 
 
-def evaluations(name: str, steps: int, guidance: float | None = 1.0) -> int:
-    """Return the network evaluations (NFE) per image. PNDM evaluates its second time twice.
+def evaluations(name: str, steps: int, guidance: float | None = 1.0, taken: int | None = None) -> int:
+    """Return the network evaluations (NFE) per image. PNDM evaluates its second time twice, Heun its last once.
 
-    Guidance other than 1 needs two per step, and so does a guidance range, `None`.
+    Guidance other than 1 needs two per step, and so does a guidance range, `None`. `taken`: only the first steps.
     """
     calls = {"euler": steps, "heun": 2 * steps - 1, "pndm": steps + 1 if steps > 1 else 1}[name]
+    if taken is not None and taken < steps:
+        calls = {"euler": taken, "heun": 2 * taken}[name]
     return calls if guidance == 1 else 2 * calls
 
 

@@ -129,11 +129,15 @@ class Distiller:
         return Part(starts, {term.name: term.draw([starts[name] for name in term.reads], share) for term in self.terms})
 
     def start(self, stream: Stream, index: int, turn: int, share: Share) -> Start:
-        """Draw a share of the stream's batch. One draw per batch decides which student step makes its images."""
+        """Draw a share of the stream's batch. One draw per batch decides which student step makes its images.
+
+        Pairs are of the first step; if there are any, fresh noise is of the others.
+        """
         start = stream.draw(self.seed, index, turn, share)
-        if len(self.steps) == 1:
+        if len(self.steps) == 1 or start.y is not None:
             return start
-        k = rng.key(self.seed, "student step", index, turn) % len(self.steps)
+        first = int("pairs" in self.objective.streams)
+        k = first + rng.key(self.seed, "student step", index, turn) % (len(self.steps) - first)
         generator = rng.stream(self.device, self.seed, "student noise", stream.name, index, turn)
         shape = (stream.batch, *start.z.shape[1:])
         noise = [torch.randn(shape, generator=generator, device=self.device) for _ in range(k)]
@@ -200,22 +204,23 @@ class Distiller:
 
     def generate_all(self, starts: Mapping[str, Start]) -> dict[str, Samples]:
         """Return the student's images for several streams from one forward pass."""
-        z, cond = torch.cat([one.z for one in starts.values()]), Cond.cat(*(one.cond for one in starts.values()))
-        noise = [torch.cat(step) for step in zip(*(one.noise for one in starts.values()), strict=True)]
-        images = self.student_forward(z, cond, noise).split([len(one.z) for one in starts.values()])
+        inputs, times = zip(*map(self.student_input, starts.values()), strict=True)
+        cond = Cond.cat(*(one.cond for one in starts.values()))
+        images = self.forward(torch.cat(inputs), torch.cat(times), cond).split([len(one) for one in inputs])
         return {name: Samples(x, start.cond) for (name, start), x in zip(starts.items(), images, strict=True)}
 
-    def student_forward(self, z: Tensor, cond: Cond | None, noise: Sequence[Tensor] = ()) -> Tensor:
-        """Return the images of step `len(noise)`; those of the earlier steps are made without gradients."""
-        with torch.no_grad():
-            x = self.steps.start(self.forward, self.student.schedule, z, cond, noise, len(noise))
-        return self.steps.step(self.forward, x, cond, len(noise))
+    @torch.no_grad()
+    def student_input(self, start: Start) -> tuple[Tensor, Tensor]:
+        """Return what the student sees at its step `len(start.noise)`, f[B,*D], and that step's time, f[B]."""
+        k = len(start.noise)
+        x = self.steps.start(self.forward, self.student.schedule, start.z, start.cond, start.noise, k)
+        return x, x.new_full((len(x),), self.steps.times[k])
 
     @torch.no_grad()
     def generate(self, start: Start) -> Samples:
         """Return the student's images for `start`, without graph."""
         with autocast(self.device, self.precision):
-            return Samples(self.student_forward(start.z, start.cond, start.noise), start.cond)
+            return Samples(self.forward(*self.student_input(start), start.cond), start.cond)
 
     @torch.no_grad()
     def preview(self) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.schedule import expand
 from distmatch.methods.terms import Levels, Match, Samples
+from distmatch.system.errors import UserError
 
 
 class Identity(Match):
@@ -20,12 +21,31 @@ class Identity(Match):
     def __init__(self, teacher: Denoiser, fake: nn.Module, alpha: float, **settings: Any):
         super().__init__(teacher, fake, **settings)
         self.alpha = alpha
+        _check_differentiable(teacher, "teacher")
+        _check_differentiable(fake, "fake score")
+        weights = list(fake.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            raise UserError(
+                "Score identity Distillation (match.sid) needs a fake score that is trained; this one is frozen. Use "
+                "Algorithm 2, match.sid=null, or let its weights require gradients"
+            )
 
     def student_loss(self, drawn: Levels, samples: Samples) -> Tensor:
         t, x, cond = drawn.t, samples.x, samples.cond
         x_t = self.schedule.add_noise(x, drawn.eps, t)
         # The fake score's weights get a gradient too; `Distiller.update_student` clears it.
         return identity_loss(x, self.fake(x_t, t, cond), self.real(x_t, t, cond), self.alpha)
+
+
+def _check_differentiable(network: nn.Module, name: str) -> None:
+    """Raise `UserError` if `network` is quantised: no gradient passes through it."""
+    for weight, value in network.named_parameters():
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise UserError(
+                f"Score identity Distillation (match.sid) sends gradients through the {name}, whose weight {weight} is "
+                f"{str(value.dtype).removeprefix('torch.')}: quantised. Use Algorithm 2, match.sid=null, or load it in "
+                "bf16 or fp32"
+            )
 
 
 def identity_loss(x: Tensor, x0_fake: Tensor, x0_real: Tensor, alpha: float) -> Tensor:

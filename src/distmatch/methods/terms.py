@@ -17,6 +17,7 @@ from distmatch.diffusion.conditions import Conditions, Share, rows
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.guidance import Model
 from distmatch.diffusion.losses import Weighting, denoising_loss, matching_loss
+from distmatch.methods.intervals import Spans
 from distmatch.system import rng
 from distmatch.training.optim import Optimizer
 
@@ -203,6 +204,7 @@ class Match:
         self.weight, self.reads, (self.min_step, self.max_step) = weight, reads, steps
         self.levels = self.schedule.grid(bins).flip(0).float()
         self.trained: Mapping[str, Trained] = {}
+        self.spans: Spans = lambda k: (steps, (0, bins))
 
     def draw(self, starts: Sequence[Start], share: Share) -> Levels:
         generator, device = starts[0].generator, starts[0].z.device
@@ -222,18 +224,21 @@ class Match:
             shape = starts[0].z.shape[1:]
             return mine(torch.randn(sum(batches), *shape, generator=generator, device=device))
 
-        return Levels(
-            t=level(self.min_step, self.max_step), eps=normal(), t_fake=level(0, len(self.levels)), eps_fake=normal()
-        )
+        own, fakes = self.spans(len(starts[0].noise))
+        return Levels(t=level(*own), eps=normal(), t_fake=level(*fakes), eps_fake=normal())
 
     def student_loss(self, drawn: Levels, samples: Samples) -> Tensor:
         t, x, cond = drawn.t, samples.x, samples.cond
         with torch.no_grad():
             x_t = self.schedule.add_noise(x, drawn.eps, t)
-            x0_fake = self.fake(x_t, t, cond)
+            x0_fake = self.judged(x_t, drawn, cond)
             x0_real = self.real(x_t, t, cond)
             w = self.weighting(x, x0_real, self.schedule.alpha(t), self.schedule.sigma(t))
         return matching_loss(x, x0_fake, x0_real, w)
+
+    def judged(self, x_t: Tensor, drawn: Levels, cond: Cond | None) -> Tensor:
+        """Return the fake score's `x0` of the student's noised images, without graph."""
+        return self.fake(x_t, drawn.t, cond)
 
     def fake_loss(self, drawn: Levels, samples: Samples) -> Tensor:
         t, x = drawn.t_fake, samples.x

@@ -137,7 +137,7 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     # Per part: two with a graph; one for both scores, and one for the images of each further fake-score update.
     passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
     gathered = sum(passes[name] * low * n * slices(network, n) for name, network in trained.items())
-    gathered += matched * (1 + guided) * low * n * slices(teacher, n)
+    gathered += matched * (1 + guided + 2 * ("guide" in recipe.terms)) * low * n * slices(teacher, n)
     scattered = sum(updates[name] * FP32 * n * slices(network, n, True) for name, network in trained.items())
     return Traffic(n, gathered=recipe.accumulate * gathered, scattered=scattered)
 

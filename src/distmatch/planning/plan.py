@@ -213,7 +213,7 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
     guidance = p.guidance if stages[0].student.guidance is None else None
     count = max(stage.pairs.count for stage in stages)
     nbytes = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
-    flops = count * evaluations(p.sampler, p.steps, guidance) * sampling_flops(denoiser, info)
+    flops = count * evaluations(p.sampler, p.steps, guidance, p.taken) * sampling_flops(denoiser, info)
     seconds = cluster.arithmetic(flops, p.precision)
     console.print(f"pairs: {size(nbytes)}, {duration(seconds)}, {duration(seconds * cluster.gpus, of='GPU-')}")
     return seconds

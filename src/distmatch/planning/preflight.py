@@ -171,7 +171,8 @@ def batches(flight: Flight) -> str:
     """The processes can share the batches equally, in every stage."""
     for stage in flight.stages:
         build.check_batches(stage)
-    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in flight.recipe.terms if name in objectives.TERMS]
+    terms = [name for name in ("match", "regress") if name in flight.recipe.terms]
+    sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in terms]
     return f"{', '.join(sizes)} over {parallel.world()} process{'es' if parallel.world() > 1 else ''}"
 
 
@@ -203,7 +204,8 @@ def teacher(flight: Flight) -> str:
     """It loads, and one step of its sampler, guided as for pairs and matching, makes a valid sample."""
     recipe, info, denoiser = flight.recipe, flight.subject.info, flight.subject.denoiser
     own = recipe.student.guidance is not None
-    scales = {None} if own else {recipe.pairs.guidance, *(stage.match.guidance for stage in flight.stages)}
+    guidances = [scale for stage in flight.stages for scale in (stage.match.guidance, stage.guide.guidance)]
+    scales = {None} if own else {recipe.pairs.guidance, *guidances}
     with torch.no_grad(), tried("the teacher, one sample"):
         sampler = solver(recipe.pairs.sampler, info.scheduler)
         for scale in scales:
@@ -229,6 +231,9 @@ def losses(flight: Flight) -> str:
     """Every stage's loss of one sample is finite, and its gradient reaches the student."""
     found, x = {}, flight.sample.detach().requires_grad_()
     for stage in flight.stages:
+        for name in ("match", "guide"):
+            if name in stage.terms:  # its noise levels must exist between the student's times
+                objectives.TERMS[name](stage, flight.subject, flight.student, name)
         if "regress" in stage.terms:
             distance = objectives.regression(stage, flight.subject)
             with (

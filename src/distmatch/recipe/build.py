@@ -14,8 +14,6 @@ from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
 from distmatch.diffusion import conditions
 from distmatch.diffusion.denoiser import Cond, Denoiser
-from distmatch.diffusion.sampler import Steps
-from distmatch.diffusion.schedule import Schedule
 from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import with_guidance
@@ -24,6 +22,7 @@ from distmatch.models.library import components, family_of, find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
 from distmatch.recipe.objectives import objective, optimizer, trains_fake
+from distmatch.recipe.steps import student_steps
 from distmatch.recipe.subjects import Subject
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
@@ -96,6 +95,8 @@ def workers(recipe: Recipe) -> Workers:
 
 def check_batches(recipe: Recipe) -> None:
     """Raise `UserError` if the processes cannot share a batch equally."""
+    if recipe.match.shared and parallel.world() > 1:
+        raise UserError(f"match.shared is for one process, not for {parallel.world()}; use false")
     world, cuts = parallel.world(), 1 if recipe.workers == "auto" else recipe.workers
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
         if name in recipe.terms and batch % (recipe.accumulate * world * cuts):
@@ -222,18 +223,6 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
     if "pixels" in subject.info.card:
         card["pixels"] = subject.info.card["pixels"]  # which images it makes: `eval` compares like with like
     return replace(subject.info, times=times, guidance=recipe.student.guidance, card=card)
-
-
-def student_steps(recipe: Recipe, schedule: Schedule) -> Steps:
-    """Return the student's times. Raises `UserError` if one is outside the schedule."""
-    asked = recipe.student
-    if asked.nfe is not None:
-        return Steps.spaced(schedule, asked.nfe, asked.shift)
-    times = (schedule.t_max,) if asked.times is None else asked.times
-    if not all(schedule.t_min < t <= schedule.t_max for t in times):
-        said = ", ".join(f"{t:g}" for t in times)
-        raise UserError(f"student.times is {said}; expected times above {schedule.t_min:g}, up to {schedule.t_max:g}")
-    return Steps(times)
 
 
 def _earlier(recipe: Recipe, denoiser: Denoiser) -> Denoiser:

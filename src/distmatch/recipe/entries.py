@@ -12,7 +12,7 @@ from distmatch.recipe.entry import entry, marked, set_entry, walk
 from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
 from distmatch.recipe.mistakes import explain
 from distmatch.recipe.network_entries import Fake, Student
-from distmatch.recipe.term_entries import MatchTerm, OwnTerm, RegressTerm
+from distmatch.recipe.term_entries import GuideTerm, MatchTerm, OwnTerm, RegressTerm
 from distmatch.system.errors import UserError
 
 
@@ -41,6 +41,14 @@ class Pairs(Strict):
         "Appendix B: 18 for CIFAR-10, 256 for ImageNet, 50 for LAION",
         pairs=True,
         small=3,
+    )
+    taken: Positive | None = entry(
+        None,
+        "Steps of the sampler (euler or heun) that are taken, the first of them; the pair's image is then the one to "
+        "which a straight step from the noise would lead there. For students of several steps, whose first step "
+        "regress anchors to it. null: all.",
+        "DP-DMD, arXiv 2602.03139: 5 to 10 of 30",
+        pairs=True,
     )
     guidance: Factor = entry(
         1.0,
@@ -165,7 +173,7 @@ class Recipe(Strict):
     steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=3)
     terms: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)] = entry(
         ["match", "regress"],
-        "Terms of the objective, each at most once: match, regress, or names in own_terms. On the command line, "
+        "Terms of the objective, each at most once: match, guide, regress, or names in own_terms. On the command line, "
         "terms=match,regress also works.",
         "Section 3.3; Table 2 omits one",
         stage=True,
@@ -178,6 +186,9 @@ class Recipe(Strict):
     prompts: Prompts = entry(Prompts(), "Prompts for a text-to-image teacher.")
     student: Student = entry(Student(), "The student: a generator of one step, or of a few.")
     match: MatchTerm = entry(MatchTerm(), "Distribution matching (Section 3.2, Algorithms 2 and 3).", stage=True)
+    guide: GuideTerm = entry(
+        GuideTerm(), "Guidance as a term of its own, beside match (decoupled distribution matching).", stage=True
+    )
     regress: RegressTerm = entry(
         RegressTerm(), "Regression to the teacher's images from the same noise (Section 3.3, Eq. 9).", stage=True
     )
@@ -227,7 +238,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _terms_are_known(self) -> Self:
-        known = ("match", "regress", *self.own_terms)
+        known = ("match", "guide", "regress", *self.own_terms)
         if unknown := [term for term in self.terms if term not in known]:
             raise UserError(
                 f"unknown term {unknown[0]!r} in terms; expected {', '.join(known)}, or a name in own_terms"
@@ -237,7 +248,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _own_terms_are_used(self) -> Self:
         for name in self.own_terms:
-            if name in ("match", "regress"):
+            if name in ("match", "guide", "regress"):
                 raise UserError(f"own_terms.{name} has the name of a term of the package; choose another")
             if name not in self.terms:
                 raise UserError(
@@ -246,10 +257,55 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
-    def _pairs_are_of_one_step(self) -> Self:
-        if self.student.several and "regress" in self.terms:
+    def _pairs_are_of_the_first_step(self) -> Self:
+        several, taken = self.student.several, self.pairs.taken
+        if several and "regress" in self.terms and taken is None:
             raise UserError(
-                "the regression works only for one-step students; with several student.times, use terms=match"
+                "the regression to the teacher's images works only for one-step students. With several steps, use "
+                "terms=match, or anchor the first step to a part of the teacher's trajectory: pairs.sampler=euler "
+                "pairs.taken=6 pairs.steps=30 regress.weight=0.05"
+            )
+        if taken is not None and not several:
+            raise UserError(
+                f"pairs.taken {taken} makes pairs for the first of several steps; this student has one: use null, or "
+                "student.nfe"
+            )
+        if taken is not None and (self.pairs.sampler == "pndm" or taken > self.pairs.steps):
+            raise UserError(
+                f"pairs.taken {taken} of {self.pairs.steps} steps of {self.pairs.sampler}: expected at most pairs.steps"
+                ", of euler or heun"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_steps(self) -> Self:
+        if self.student.several and self.match.pairs:
+            raise UserError("match.pairs matches images of one step from the pairs' noise; with several, use false")
+        if self.match.intervals and not self.student.several:
+            raise UserError("match.intervals is for students of several steps; this one has one: use false")
+        return self
+
+    @model_validator(mode="after")
+    def _guided_once(self) -> Self:
+        if "guide" not in self.terms:
+            return self
+        if "match" not in self.terms:
+            raise UserError("the term guide only goes with match, which keeps the student near the data: add it")
+        if self.match.guidance != 1 and self.student.guidance is None:
+            raise UserError(
+                f"match.guidance {self.match.guidance:g} and the term guide would guide twice; use match.guidance=1 "
+                f"and guide.guidance={self.match.guidance:g}"
+            )
+        if self.guide.max_step > self.match.bins:
+            raise UserError(f"guide.max_step {self.guide.max_step}: expected at most match.bins, {self.match.bins}")
+        return self
+
+    @model_validator(mode="after")
+    def _fake_score_stays(self) -> Self:
+        if self.match.shared and self.fake.ida:
+            raise UserError(
+                f"fake.ida {self.fake.ida:g} moves the fake score between the two losses that match.shared gives one "
+                "pass; expected one of the two"
             )
         return self
 
@@ -274,8 +330,8 @@ class Recipe(Strict):
         for key, value in self.stages[number].change.items():
             if present_name(key) in fixed:
                 raise UserError(
-                    f"stage {number + 1} changes {key!r}; a stage can change terms, entries of match, regress and "
-                    "pairs, student.optimizer.lr and fake.optimizer.lr"
+                    f"stage {number + 1} changes {key!r}; a stage can change terms, entries of match, guide, regress "
+                    "and pairs, student.optimizer.lr and fake.optimizer.lr"
                 )
             set_entry(tree, present_name(key), value)
         found = parse_recipe(tree, f"stage {number + 1}")

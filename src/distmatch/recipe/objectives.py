@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from distmatch.data.pairs import PairStore
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.methods.guide import Guide
 from distmatch.methods.identity import Identity
+from distmatch.methods.intervals import intervals
 from distmatch.methods.own_terms import TermContext
+from distmatch.methods.shared import Shared
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.library import family_of
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.network_entries import Optimiser
+from distmatch.recipe.steps import student_steps
 from distmatch.recipe.subjects import Subject
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
@@ -152,18 +156,41 @@ def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) 
         "reads": ("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
         "bins": m.bins,
         "steps": (m.min_step, m.max_step),
-        "real": guided(subject.denoiser, m.guidance if recipe.student.guidance is None else None, m.rescale),
+        "real": guided(subject.denoiser, 1.0 if "guide" in recipe.terms else _scale(recipe, m.guidance), m.rescale),
     }
-    if m.sid is None:
-        return Match(subject.denoiser, fake, **settings)
-    return Identity(subject.denoiser, fake, m.sid, **settings)
+    if m.sid is not None:
+        term = Identity(subject.denoiser, fake, m.sid, **settings)
+    else:
+        term = (Shared if m.shared else Match)(subject.denoiser, fake, **settings)
+    if m.intervals:
+        times = student_steps(recipe, subject.denoiser.schedule).times
+        term.spans = intervals(term.schedule, times, m.bins, (m.min_step, m.max_step))
+    return term
+
+
+def _scale(recipe: Recipe, guidance: float) -> float | None:
+    """Return the scale of guidance; `None` if each sample has its own."""
+    return guidance if recipe.student.guidance is None else None
+
+
+def _guide(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    g = recipe.guide
+    return Guide(
+        subject.denoiser,
+        guidance=_scale(recipe, g.guidance),
+        weighting=WEIGHTINGS[g.weighting],
+        times=student_steps(recipe, subject.denoiser.schedule).times,
+        weight=g.weight,
+        bins=recipe.match.bins,
+        steps=(g.min_step, g.max_step),
+    )
 
 
 def _regress(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
     return Regress(regression(recipe, subject), recipe.regress.weight)
 
 
-TERMS = {"match": _match, "regress": _regress}
+TERMS = {"match": _match, "guide": _guide, "regress": _regress}
 
 
 def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], Tensor]:

@@ -81,7 +81,7 @@ def _scales(recipe: Recipe) -> list[float | None]:
     """Return the scales with which the recipe guides its teacher; `None` stands for a range."""
     if recipe.student.guidance is not None:
         return [None]
-    by_term = {"match": recipe.match.guidance, "regress": recipe.pairs.guidance}
+    by_term = {"match": recipe.match.guidance, "guide": recipe.guide.guidance, "regress": recipe.pairs.guidance}
     return [by_term[term] for term in recipe.terms if term in by_term]
 
 

@@ -49,6 +49,18 @@ class MatchTerm(Strict):
         "scores. null: Algorithm 2.",
         "Zhou et al., arXiv 2404.04057: 1 to 1.2",
     )
+    intervals: bool = entry(
+        False,
+        "For a student of several steps: judge the images of each step only at the noise levels between its time and "
+        "the next, and train the fake score there.",
+        "TDM, arXiv 2503.06674",
+    )
+    shared: bool = entry(
+        False,
+        "Give the fake score's loss the time and noise of the student's loss, so that one pass of the fake score "
+        "serves both. Faster; keeps its activations meanwhile. Not with sid or fake.ida, nor in several processes.",
+        "ours; Algorithm 1 draws anew",
+    )
     pairs: bool = entry(
         False, "Also match the student's images from the pairs' noise, concat(x, x_ref).", "Algorithm 1, only for LAION"
     )
@@ -57,6 +69,42 @@ class MatchTerm(Strict):
     def _steps_in_order(self) -> Self:
         if not self.min_step < self.max_step <= self.bins:
             raise UserError(f"expected min_step < max_step <= bins, not {self.min_step}, {self.max_step}, {self.bins}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_pass_serves_both(self) -> Self:
+        if self.shared and self.sid is not None:
+            raise UserError(
+                f"shared sends no gradient through the fake score, sid={self.sid:g} does; expected one of the two"
+            )
+        return self
+
+
+class GuideTerm(Strict):
+    """Guidance apart from matching; see `methods.guide.Guide`. Its bins are those of match."""
+
+    weight: Factor = entry(1.0, "Weight of the term in the student's loss.", "Decoupled DMD, arXiv 2511.22677")
+    guidance: Factor = entry(
+        1.0,
+        "Scale w of classifier-free guidance. match.guidance is then 1: its own part is in match, (w - 1) "
+        "(cond - uncond) is here.",
+        "Decoupled DMD",
+    )
+    weighting: Literal["algorithm2", "eq8", "dreamfusion", "prolificdreamer"] = entry(
+        "algorithm2", "Factor at each noise level, as in match.weighting.", "Algorithm 2; Decoupled DMD"
+    )
+    min_step: Natural = entry(20, "Lowest noise level drawn, as a bin below max_step.", "as match.min_step")
+    max_step: Positive = entry(
+        980,
+        "End of the noise levels drawn, as a bin, exclusive; of a student of several steps, only levels cleaner than "
+        "its input are drawn in any case.",
+        "Decoupled DMD",
+    )
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Self:
+        if not self.min_step < self.max_step:
+            raise UserError(f"expected min_step < max_step, not {self.min_step}, {self.max_step}")
         return self
 
 
