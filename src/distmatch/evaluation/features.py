@@ -27,7 +27,8 @@ FORMAT = "distmatch-reference-1"
 
 
 class FeatureSpace(Protocol):
-    """The space in which images are compared: a `Classifier`'s features, `Pixels`' components, or FID's `Inception`."""
+    """The space in which images are compared: a `Classifier`'s features, `Pixels`' components, FID's
+    `Inception`, or `EfficientNet`."""
 
     @property
     def name(self) -> str:
@@ -159,6 +160,12 @@ def reference(
         with suppress(OSError):  # failing to write the cache is not an error
             made.save(file)
     return made
+
+
+def all_features(known: Reference) -> Tensor:
+    """Return the features f32[N,F] of all N images, in the images' order, of a reference that kept all of them."""
+    order = torch.from_numpy(rng.shuffled(0, known.count, 0, known.count))
+    return torch.empty_like(known.features).index_copy_(0, order, known.features)
 
 
 def load_statistics(file: Path) -> Reference | None:

