@@ -23,8 +23,9 @@ from PIL import Image
 from test_parallel import together
 from torch import Tensor
 
-from distmatch.commands import compare, comparison
-from distmatch.commands.comparison import Comparison, lanczos, squares
+from distmatch.commands import compare, references
+from distmatch.commands.comparison import Comparison, lanczos
+from distmatch.commands.references import squares
 from distmatch.diffusion.denoiser import Cond
 from distmatch.evaluation import baselines, measure, spaces
 from distmatch.evaluation.baselines import generators, load_lora, load_teacher, methods
@@ -239,10 +240,10 @@ class Words:
 def quick(monkeypatch, tmp_path):
     """No time for latencies, small feature spaces, and a reference in `real`."""
     monkeypatch.setattr(measure, "SECONDS", 0.0)
-    monkeypatch.setattr(comparison, "load_inception", lambda *_: Means())
+    monkeypatch.setattr(references, "load_inception", lambda *_: Means())
     monkeypatch.setattr(spaces, "load_inception", lambda *_: Means())
     monkeypatch.setattr("distmatch.evaluation.clip.ClipScore", Words)
-    monkeypatch.setattr(comparison, "reference", partial(comparison.reference, cache=None))
+    monkeypatch.setattr(references, "reference", partial(references.reference, cache=None))
     monkeypatch.setattr(baselines, "PNDM_STEPS", 5)
     monkeypatch.setattr(baselines, "SOLVERS", {"UniPC 4": baselines.SOLVERS["UniPC 4"]})
     (tmp_path / "real").mkdir()
@@ -373,7 +374,7 @@ def test_refusals(teacher, tmp_path, quick):
     other.info = Info((1, 8, 8), times=(1.0,))
     refused(r"student makes samples of shape \(1, 8, 8\) and the teacher .* of \(4, 8, 8\)", student=other)
     refused("LoRA '.*nowhere' cannot be loaded .*latent-consistency/lcm-lora-sdv1-5", lora=str(tmp_path / "nowhere"))
-    refused("features 'mnist': FID is compared in those of Inception", features="mnist")
+    refused("features 'mnist': give inception:FILE for FID, or efficientnet", features="mnist")
     refused("come without a reference; name one with --reference", features="inception:w.pth")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
@@ -402,7 +403,7 @@ def command(teacher: str, student: str | None, out, **changes) -> None:
 
 def test_the_command_reads_prompts_and_draws_cocos_captions(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(compare, "compare_on", lambda prompts, *_: calls.append((prompts, _[-1])))
+    monkeypatch.setattr(compare, "compare_on", lambda prompts, *_: calls.append((prompts, _[2])))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     command("sd", None, tmp_path, prompts=str(tmp_path / "p.txt"), precision="bf16")
     assert calls[0][0] == PROMPTS

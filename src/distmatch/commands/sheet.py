@@ -20,7 +20,7 @@ def sheet(out: Path, rows: list[dict[str, Any]], prompts: list[str]) -> np.ndarr
     width, height = tiles[0][0].size
     font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", max(11, width // 20))
     line, gap = round(1.4 * font.size), max(2, width // 64)
-    heads = [f"{row['name']}\n{row['ms_per_image']:,.0f} ms" for row in rows]
+    heads = [row["name"] + (f"\n{row['ms_per_image']:,.0f} ms" if "ms_per_image" in row else "") for row in rows]
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     cell = max(width, *(ceil(probe.textbbox((0, 0), head, font)[2]) for head in heads)) + gap
     texts = [_wrapped(f"“{prompt}”", font, cell * len(rows) - 2 * gap) for prompt in prompts]

@@ -40,7 +40,12 @@ COLUMNS = {
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "accuracy": ("class accuracy", "{:.3f}"),
+    "top1": ("agreement: own name first", "{:.3f}"),
+    "top5": ("own name in the first five", "{:.3f}"),
+    "nearest": ("distance to a training picture", "{:.3f}"),
+    "copies": ("copies", "{:.3f}"),
     "ratio": ("ratio to the teacher", "{:.2f}"),
+    "speedup": ("times as fast as the teacher", "{:.1f}"),
 }
 """Heading and format of the figures in a row."""
 
@@ -145,7 +150,7 @@ def score(
         return seen, agreed
 
     jobs = [range(i, min(i + batch, n)) for i in range(0, n, batch)]
-    tallies, right = [_Tally(real.features if full else real.features[:0]) for _, real in spaces], []
+    tallies, right = [Tally(real.features if full else real.features[:0]) for _, real in spaces], []
     for seen, agreed in parallel.shared(look, jobs, level=True):
         for tally, features in zip(tallies, seen, strict=True):
             tally.update(features)
@@ -164,7 +169,7 @@ def score(
     return figures
 
 
-class _Tally:
+class Tally:
     """Moments of all features, and as many of the features as there are `real f[n,F]` to compare with."""
 
     def __init__(self, real: Tensor):
