@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import Schedule
 from distmatch.diffusion.schedule_config import schedule_config, schedule_of
 from distmatch.models.diffusers import families as diffusers
+from distmatch.models.diffusers.lora import without_lora
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
 from distmatch.models.info import Info
 from distmatch.models.layout import build, shapes_in
@@ -30,9 +31,11 @@ from distmatch.system.finite import check_weights
 from distmatch.system.paths import located, named
 from distmatch.system.plain import fitting, read_json
 from distmatch.system.terminal import command
+from distmatch.training.adapters import Adapted
 from distmatch.training.engine import whole
 
 FORMAT = "distmatch-model-1"
+ADAPTER = "adapter.safetensors"
 AGAIN = "Make the model again: the command that made it continues from its last checkpoint, or get a new copy"
 NETWORKS: dict[str, type[nn.Module]] = {
     "unet": UNet,
@@ -46,11 +49,14 @@ NETWORKS: dict[str, type[nn.Module]] = {
 def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype = torch.float32) -> None:
     """Write `denoiser` and `info` to `folder`, weights in `dtype`. An existing model is replaced at the very end.
 
+    Of an adapted denoiser, the network that it amounts to is written, and its adapter beside it.
+
     All processes must call this, since the weights may be sharded; the first one writes. A network that is not one of
     `NETWORKS`, or a schedule that is not one of `SCHEDULES`, cannot be rebuilt from the folder: `load_model` needs it
     as an argument.
     """
-    net: Any = denoiser.net
+    adapter = denoiser.adapter if isinstance(denoiser, Adapted) else None
+    net: Any = denoiser.base.net if isinstance(denoiser, Adapted) else denoiser.net
     network: dict[str, Any] = {"type": None, "class": type(net).__name__}
     for kind, known in NETWORKS.items():
         if isinstance(net, known):  # a sharded network has its own class, derived from it
@@ -63,12 +69,15 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
         **asdict(info),
         "source": named(info.source),
     }
-    weights = {k: whole(v.detach()).to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
+    values = denoiser.merged() if isinstance(denoiser, Adapted) else net.state_dict().items()
+    weights = {k: whole(v.detach()).to("cpu", dtype).contiguous() for k, v in values}
     if parallel.rank() > 0:
         return
     with together(folder, "config.json") as beside:
-        written = save_file(weights, beside / "model.safetensors")
-        write_json(beside / "config.json", {**config, "weights": written})
+        written = {"weights": save_file(weights, beside / "model.safetensors")}
+        if adapter is not None:
+            written["adapter"] = save_file(adapter.updates(), beside / ADAPTER)
+        write_json(beside / "config.json", {**config, **written})
 
 
 def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | None = None) -> tuple[Denoiser, Info]:
@@ -96,6 +105,7 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         )
         network = dict(config["network"])
         kind: Any = network.pop("type")
+        lora = network.pop("lora", 0)
         if kind is None and net is None:
             raise UserError(
                 f"{folder} was saved with a network of its owner's, {network['class']}; pass one: "
@@ -121,13 +131,35 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
         info = replace(info, source=located(info.source))
         _check_fit(network, info, file)
         weights = load_file(weights_file, config.get("weights"))
-        net.load_state_dict(weights)
+        net.load_state_dict(without_lora(weights) if lora else weights)
     except Damaged as error:
         raise UserError(f"{error}. {AGAIN}") from error
     except (KeyError, TypeError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}. {AGAIN}") from error
     check_weights(weights, weights_file)
     return denoiser.eval(), info
+
+
+def load_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the adapter of the student in `folder`: `(down, up)` by layer, whose product is added to the weight.
+
+    Raises `UserError` if there is none, or if it is damaged.
+    """
+    digest = read_json(folder / "config.json", dict[str, Any], AGAIN).get("adapter")
+    if digest is None:
+        raise UserError(
+            f"{folder}: the student has no adapters: it was trained without student.adapter.rank. Use `distmatch "
+            "export diffusers`"
+        )
+    try:
+        weights = load_file(folder / ADAPTER, digest)
+    except (Damaged, OSError) as error:
+        raise UserError(f"{error}. {AGAIN}") from error
+    return {
+        name.removesuffix(".down"): (down, weights[f"{name.removesuffix('.down')}.up"])
+        for name, down in weights.items()
+        if name.endswith(".down")
+    }
 
 
 def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:

@@ -154,8 +154,6 @@ def packages(flight: Flight) -> str | None:
     recipe, needed = flight.recipe, list(flight.recipe.log.track)
     if diffusers_source(recipe.teacher):
         needed += ["diffusers", "transformers"]
-    if recipe.student.lora_rank:
-        needed += ["peft"]
     if any(stage.regress.loss == "lpips" for stage in flight.stages if "regress" in stage.terms):
         needed += ["piq", "torchvision"]
     if str(recipe.prompts.path).endswith(".parquet"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
@@ -16,11 +16,12 @@ from distmatch.diffusion import conditions
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
-from distmatch.models.guidance import with_guidance
+from distmatch.models.guidance import GuidanceInput, with_guidance
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
+from distmatch.recipe.network_entries import Adapter as AdapterEntries
 from distmatch.recipe.objectives import objective, optimizer, trains_fake
 from distmatch.recipe.steps import student_steps
 from distmatch.recipe.subjects import Subject
@@ -28,6 +29,7 @@ from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
 from distmatch.system.workers import Workers
+from distmatch.training.adapters import Adapted, Adapter
 from distmatch.training.ema import EMA, frozen_copy
 from distmatch.training.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
 
@@ -119,14 +121,18 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     dev, info = subject.device, subject.info
     first = start(recipe, subject)
     trained = student(recipe, first)
-    fake = _trained_copy(first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
+    fake = fake_network(recipe, first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
     average = frozen_copy(trained)
+    bases = {id(n.base): n.base for n in (trained, fake) if isinstance(n, Adapted)}
     if recipe.gradient_checkpointing:
-        for network in filter(None, (trained, fake)):
+        for network in (*bases.values(), *(n for n in (trained, fake) if n and not isinstance(n, Adapted))):
             checkpoint_gradients(network)
     if recipe.parallel == "fsdp" and parallel.grouped():
-        shard(average)
-        shard(subject.denoiser, recipe.precision)  # in the fake score's precision: their difference must start at zero
+        if not isinstance(average, Adapted):
+            shard(average)
+        # In the fake score's precision: their difference must start at zero. Adapted networks call the base's `net`.
+        for network in (bases | {id(subject.denoiser): subject.denoiser}).values():
+            shard(network.net if bases else network, recipe.precision)
     inputs = example(recipe, subject)
     forward = spread(trained, recipe.parallel, recipe.precision, inputs)
     score = fake
@@ -199,19 +205,24 @@ def _network(recipe: Recipe, subject: Subject) -> Denoiser:
 
 
 def student(recipe: Recipe, first: Denoiser) -> Denoiser:
-    """Return the network to train: a copy of `first` (see `start`) or of `student.init`, with adapters if it has any.
+    """Return the network to train: a copy of `first` (see `start`) or of `student.init`, or adapters on it.
 
     Raises `UserError` for a network that does not fit the recipe's entries.
     """
-    made = _trained_copy(first if recipe.student.init is None else _earlier(recipe, first))
-    if recipe.student.lora_rank:
-        made = _adapted(made, recipe.student.lora_rank, rng.key(recipe.seed, "adapters"))
-    if (recipe.gradient_checkpointing or recipe.compile) and not blocks(made):
+    begin = first if recipe.student.init is None else _earlier(recipe, first)
+    if (recipe.gradient_checkpointing or recipe.compile) and not blocks(begin):
         raise UserError(
             f"gradient_checkpointing and compile are for networks of blocks, in nn.ModuleList; "
-            f"{type(made.net).__name__} has none: use false"
+            f"{type(begin.net).__name__} has none: use false"
         )
-    return made
+    return _adapted(recipe, begin, recipe.student.adapter) if recipe.student.adapter.rank else _trained_copy(begin)
+
+
+def fake_network(recipe: Recipe, first: Denoiser) -> Denoiser:
+    """Return the fake score: a copy of `first` (see `start`) to train, or adapters on it."""
+    if recipe.fake.ida and recipe.fake.adapter != recipe.student.adapter:
+        raise UserError("fake.ida needs a student and a fake score of one kind: give both the same adapter, or none")
+    return _adapted(recipe, first, recipe.fake.adapter) if recipe.fake.adapter.rank else _trained_copy(first)
 
 
 def student_info(recipe: Recipe, subject: Subject) -> Info:
@@ -235,15 +246,17 @@ def _earlier(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
     return student.to(next(denoiser.parameters()).device)
 
 
-def _adapted(denoiser: Denoiser, rank: int, seed: int) -> Denoiser:
-    """Add adapters of `rank` to the student; only they are trained."""
-    with_adapters: Callable[[int], nn.Module] | None = getattr(denoiser.net, "with_adapters", None)
-    if with_adapters is None:
-        raise UserError(f"student.lora_rank {rank} is for Stable Diffusion's networks; use 0")
+def _adapted(recipe: Recipe, base: Denoiser, how: AdapterEntries) -> Adapted:
+    """Return `base`, frozen, with an adapter. Equal ones begin equal, in every role and every process."""
+    if recipe.compile:
+        raise UserError("compile does not work with adapters; use compile=false")
+    net = base.requires_grad_(False).net
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # identical in every process
-        net = with_adapters(rank)
-    return Denoiser(net, denoiser.schedule, denoiser.prediction)
+        torch.manual_seed(rng.key(recipe.seed, "adapters"))
+        targets = getattr(net, "adapted", ()) if how.targets is None else how.targets
+        inputs = [name for name, layer in net.named_modules() if isinstance(layer, GuidanceInput)]
+        adapter = Adapter(net, how.rank, how.alpha or how.rank, targets, whole=inputs)
+    return Adapted(base, adapter.to(next(base.parameters()).device)).eval()
 
 
 def example(recipe: Recipe, subject: Subject) -> tuple[Tensor, Tensor, Cond | None]:

@@ -11,6 +11,7 @@ EARLIER = {
     "critic.steps": "fake.steps",
     "critic": "fake.optimizer",
     "student.t": "student.times",
+    "student.lora_rank": "student.adapter.rank",
 }
 """Present names of entries and groups, by their earlier ones. `student.t` was a single time."""
 
@@ -37,8 +38,9 @@ def renamed(tree: dict[str, Any]) -> dict[str, Any]:
     found = deepcopy(tree)
     for group in ("generator", "critic"):
         found.pop(group, None)
-    if "student.t" in earlier:
-        del found["student"]["t"]
+    for name in ("t", "lora_rank"):
+        if f"student.{name}" in earlier:
+            del found["student"][name]
     for name, value in earlier.items():
         if present_name(name) in given:
             raise UserError(f"{name} is the earlier name of {present_name(name)}, which is given as well; leave it out")

@@ -34,9 +34,36 @@ class Optimiser(Strict):
     )
 
 
+class Adapter(Strict):
+    """Low-rank adapters on a network; see `training.adapters`."""
+
+    rank: Natural = entry(
+        0,
+        "Rank of the adapters; only these are trained, and all adapters share the teacher's weights. 0: no adapters, "
+        "all weights are trained.",
+        "LoRA, arXiv 2106.09685; DMD2, arXiv 2405.14867, and LightX2V: 64",
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = entry(
+        None, "Updates of weights are multiplied by alpha / rank. null: the rank.", "LoRA, arXiv 2106.09685"
+    )
+    targets: list[str] | None = entry(
+        None,
+        "Names of the layers that get adapters, or the ends of their names, such as to_q. null: those that the model's "
+        "family names (the transformer blocks of Stable Diffusion), else all linear layers and convolutions.",
+        "ours",
+    )
+
+    @model_validator(mode="after")
+    def _rank_is_given(self) -> Self:
+        if not self.rank and (self.alpha is not None or self.targets is not None):
+            raise UserError("adapter.alpha and adapter.targets are for adapters; give adapter.rank as well")
+        return self
+
+
 class Fake(Strict):
     """The fake score."""
 
+    adapter: Adapter = entry(Adapter(), "Adapters on the teacher's weights instead of weights of its own.")
     optimizer: Optimiser = entry(Optimiser(), "AdamW for the fake score (Appendix B).")
     steps: Positive = entry(
         1,
@@ -94,9 +121,7 @@ class Student(Strict):
         "Section 5 names it as future work",
         pairs=True,
     )
-    lora_rank: Natural = entry(
-        0, "Rank of LoRA adapters (Stable Diffusion); only these are trained. 0: all weights are trained.", "ours"
-    )
+    adapter: Adapter = entry(Adapter(), "Adapters on the teacher's weights instead of weights of its own.")
     ema: Decay = entry(
         0.999,
         "Decay per step of the average of the student's weights, which is the result. 0: the last weights.",

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distmatch.system.errors import UserError
+from distmatch.training.adapters import Adapted, keeping
 
 RECOMPILATIONS = 256
 """How often `torch.compile` may recompile one function: all blocks share one, in every width, batch and grad mode."""
@@ -46,7 +47,7 @@ def _parts(block: nn.Module) -> list[nn.Module]:
 
 
 def _recomputed(module: nn.Module, *inputs: Any, **named: Any) -> Any:
-    forward = type(module).forward
+    forward = keeping(type(module).forward)
     return checkpoint(forward, module, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
@@ -72,7 +73,8 @@ def try_compiler(device: torch.device) -> None:
 def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]) -> nn.Module:
     """Return what to call in place of `network`; its gradients are then the mean over the processes.
 
-    For `fsdp` this is the network itself, sharded in place. Without a process group, nothing is done.
+    For `fsdp` this is the network itself, sharded in place; of an adapted one the base is sharded with the teacher, and
+    the adapter held as for `ddp`. Without a process group, nothing is done.
 
     Args:
         how: "ddp" or "fsdp".
@@ -82,7 +84,7 @@ def spread(network: nn.Module, how: str, precision: str, inputs: tuple[Any, ...]
     """
     if not dist.is_initialized():
         return network
-    if how == "fsdp":
+    if how == "fsdp" and not isinstance(network, Adapted):
         return shard(network, precision)
     cuda = next(network.parameters()).device.type == "cuda"
     with warnings.catch_warnings():

@@ -15,7 +15,8 @@ import torch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.hub import index
-from distmatch.models.folder import load_model
+from distmatch.models.diffusers.lora import peft_layers, write_kohya
+from distmatch.models.folder import load_adapter, load_model
 from distmatch.models.info import Info
 from distmatch.models.library import model_folder
 from distmatch.system.digests import file_sha256
@@ -28,6 +29,7 @@ from distmatch.system.screen import console
 
 MARK = "distmatch.json"
 FORMAT = "distmatch-export-1"
+KOHYA = "kohya.safetensors"
 
 
 @owns_out
@@ -67,15 +69,18 @@ def export_lora(run: str, out: Path) -> None:
     import diffusers
 
     student, info = _student(run)
-    layers, scheduler = family_in(info.source).student_lora(student, info)
+    updates = load_adapter(model_folder(run, "student"))
+    scheduler = family_in(info.source).student_scheduler(student, info)
+    layers = peft_layers(updates, "unet")
 
     def write(folder: Path) -> None:
-        getattr(diffusers, index(info.source)[0]).save_lora_weights(folder, **layers)
+        getattr(diffusers, index(info.source)[0]).save_lora_weights(folder, unet_lora_layers=layers)
+        write_kohya(layers, "unet", folder / KOHYA)
         scheduler.save_pretrained(folder / "scheduler")
 
     _write(out, "lora", "pytorch_lora_weights.safetensors", write)
     console.print(
-        f"In {out}. Next: pipe = DiffusionPipeline.from_pretrained({info.source!r}); "
+        f"In {out}, and as {KOHYA} for ComfyUI. Next: pipe = DiffusionPipeline.from_pretrained({info.source!r}); "
         f"pipe.load_lora_weights({str(out)!r}); pipe.scheduler = {type(scheduler).__name__}.from_pretrained("
         f"{str(out)!r}, subfolder='scheduler'); pipe(prompt, num_inference_steps={len(info.times)}, guidance_scale=1)"
     )

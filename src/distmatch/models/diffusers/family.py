@@ -55,10 +55,10 @@ class DiffusersFamily(Family):
         """
         raise NotImplementedError
 
-    def student_lora(self, student: Denoiser, info: Info) -> tuple[dict[str, Any], Any]:
-        """Return the student's adapters, as the pipeline's `save_lora_weights` takes them, and its scheduler.
+    def student_scheduler(self, student: Denoiser, info: Info) -> Any:
+        """Return a scheduler whose single step is the student's, for the teacher's pipeline with its adapters.
 
-        Raises `UserError` for a student without adapters, or with other trained weights.
+        Raises `UserError` for a student that adapters alone do not make.
         """
         raise NotImplementedError
 

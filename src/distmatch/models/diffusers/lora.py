@@ -1,33 +1,42 @@
-"""Adds and merges adapters (LoRA, arXiv 2106.09685) in the transformer blocks of a network, using peft."""
+"""Which layers of Stable Diffusion get adapters, and adapters in the formats that other programs read."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distmatch.system.extras import need
-
-ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-"""The linear layers of the transformer blocks that get adapters."""
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+"""The linear layers of the transformer blocks."""
 
 
-def add_adapters(network: Any, rank: int) -> None:
-    """Add adapters to the linear layers of `network`, one of diffusers', and freeze everything else in it."""
-    need("peft", by="student.lora_rank")
-    from peft import LoraConfig
+def peft_layers(updates: Mapping[str, tuple[Tensor, Tensor]], network: str) -> dict[str, Tensor]:
+    """Return adapters, by layer as `(down, up)`, under the names that diffusers' `save_lora_weights` takes.
 
-    network.requires_grad_(False)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ADAPTED))
-
-
-def merge_adapters(network: Any) -> None:
-    """Add the adapters of `network` to its weights, and remove them."""
-    network.fuse_lora()
-    network.unload_lora()
+    `network`: name of diffusers' network within ours, which is left out.
+    """
+    found = {}
+    for name, (down, up) in updates.items():
+        layer = name.removeprefix(f"{network}.")
+        found |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    return found
 
 
-def adapters(network: Any) -> dict[str, Tensor]:
-    """Return the adapters' weights, named as diffusers' `save_lora_weights` expects."""
-    need("peft", by="a LoRA")
-    from peft.utils.save_and_load import get_peft_model_state_dict
+def write_kohya(layers: Mapping[str, Tensor], network: str, file: Path) -> None:
+    """Write `layers` (see `peft_layers`) with kohya's names, which ComfyUI and others read."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
 
-    return get_peft_model_state_dict(network)
+    named: dict[str, Any] = convert_state_dict_to_kohya({f"{network}.{name}": value for name, value in layers.items()})
+    save_file({name: value.contiguous() for name, value in named.items()}, file)
+
+
+def without_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge the adapters in the weights of a student that an earlier version saved; their alpha was their rank."""
+    found = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        if ".lora_A." in name:
+            up = weights[name.replace(".lora_A.", ".lora_B.")]
+            layer = f"{name.partition('.lora_A.')[0]}.weight"
+            found[layer] = found[layer] + (up.flatten(1) @ down.flatten(1)).view_as(found[layer])
+    return found

@@ -3,7 +3,6 @@
 Everything is read from the model's own configuration; nothing depends on its name.
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,7 +16,7 @@ from distmatch.diffusion.schedule import VP
 from distmatch.models.diffusers.autoencoder import check_scaling
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import Settings, config, index, network
-from distmatch.models.diffusers.lora import adapters, add_adapters, merge_adapters
+from distmatch.models.diffusers.lora import ADAPTED
 from distmatch.models.diffusers.schedulers import PREDICTIONS, prediction_of, schedule_of, student_scheduler
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
@@ -58,13 +57,14 @@ class StableUNet(nn.Module):
         text: (L, C).
         pooled: P, for SDXL.
         guidance: it also takes the scale `cond.extra["guidance"] f[B]`; see `models.guidance`.
-        lora: rank of the adapters on its linear layers; 0 for none. With adapters, only they are trained.
     """
+
+    adapted: ClassVar[tuple[str, ...]] = ADAPTED
 
     computed: ClassVar[tuple[str, ...]] = ("null_text", "null_pooled")
     """What is no weight of its own: these come from the text encoders, whose `fingerprint` counts instead."""
 
-    def __init__(self, unet: Any, text: tuple[int, int], pooled: int = 0, guidance: bool = False, lora: int = 0):
+    def __init__(self, unet: Any, text: tuple[int, int], pooled: int = 0, guidance: bool = False):
         super().__init__()
         need("diffusers", by="Stable Diffusion")
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -75,19 +75,17 @@ class StableUNet(nn.Module):
         self.null_pooled: Tensor
         self.register_buffer("null_text", torch.zeros(1, *text))
         self.register_buffer("null_pooled", torch.zeros(1, pooled))
-        self.lora, self.guidance = 0, guidance
+        self.guidance = guidance
         if guidance:
             embedding = self.unet.time_embedding
             embedding.cond_proj = GuidanceInput(embedding.linear_1.in_features)
             self.unet.register_to_config(time_cond_proj_dim=CHANNELS)
-        if lora:
-            self._adapt(lora)
 
     @property
     def config(self) -> dict[str, Any]:
         unet = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
         text, pooled = list(self.null_text.shape[1:]), self.null_pooled.shape[1]
-        return {"unet": unet, "text": text, "pooled": pooled, "guidance": self.guidance, "lora": self.lora}
+        return {"unet": unet, "text": text, "pooled": pooled, "guidance": self.guidance}
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         cond = cond or Cond()
@@ -101,26 +99,6 @@ class StableUNet(nn.Module):
         if self.guidance:
             scale = embed_guidance(cond.extra["guidance"], CHANNELS).to(x.dtype)
         return self.unet(x, t, text.to(x.dtype), timestep_cond=scale, added_cond_kwargs=added, return_dict=False)[0]
-
-    def with_adapters(self, rank: int) -> "StableUNet":
-        """Return the same function with adapters of `rank`; everything else is frozen."""
-        net = copy.deepcopy(self)
-        net._adapt(rank)
-        return net
-
-    def merged(self) -> "StableUNet":
-        """Return the same function with the adapters merged into the weights."""
-        net = copy.deepcopy(self)
-        if net.lora:
-            merge_adapters(net.unet)
-            net.lora = 0
-        return net
-
-    def _adapt(self, rank: int) -> None:
-        self.lora = rank
-        add_adapters(self.unet, rank)
-        if self.guidance:  # the guidance input has its own weights, which are trained too
-            self.unet.time_embedding.cond_proj.requires_grad_(True)
 
 
 class StableDiffusion(DiffusersFamily):
@@ -198,17 +176,15 @@ class StableDiffusion(DiffusersFamily):
                 f"{source} makes latents {theirs.shape} of texts {theirs.network.get(width)} wide, the student "
                 f"{info.shape} of {net.unet.config[width]}; expected the model that it was made from, {info.source}"
             )
-        pipe = self.pipeline(source, dtype, unet=net.merged().unet)
+        pipe = self.pipeline(source, dtype, unet=net.unet)
         pipe.register_modules(scheduler=scheduler)
         return pipe.to(dtype=dtype)  # the source's files may mix precisions
 
-    def student_lora(self, student: Denoiser, info: Info) -> tuple[dict[str, Any], Any]:
+    def student_scheduler(self, student: Denoiser, info: Info) -> Any:
         net, scheduler = self._exported(student, info)
-        if not net.lora:
-            raise UserError("the student has no adapters: it was trained without student.lora_rank; export diffusers")
         if net.guidance:
             raise UserError("the student takes a guidance scale, which a LoRA cannot carry; export diffusers")
-        return {"unet_lora_layers": adapters(net.unet)}, scheduler
+        return scheduler
 
     def _exported(self, student: Denoiser, info: Info) -> tuple[StableUNet, Any]:
         """Return the student's network, and a scheduler whose steps are the student's."""
