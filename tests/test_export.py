@@ -10,12 +10,14 @@ from distmatch import DistilledPipeline
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.schedule import VP
 from distmatch.models.diffusers.export import export_diffusers, export_lora
+from distmatch.models.diffusers.lora import ADAPTED
 from distmatch.models.diffusers.schedulers import student_scheduler
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
 from distmatch.models.guidance import with_guidance
 from distmatch.models.library import find_model
 from distmatch.system import rng
+from distmatch.training.adapters import Adapted, Adapter
 
 TEXTS = ["a cat", "two dogs on a sofa"]
 
@@ -109,26 +111,24 @@ def test_a_chosen_guidance_is_the_stock_pipelines_guidance_scale(folders, tmp_pa
 
 
 def test_adapters_are_a_lora_of_the_teacher_and_merge_into_a_pipeline(folders, tmp_path):
-    def change(net):
-        net = net.with_adapters(2)
-        for name, parameter in net.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        return net
-
+    """In diffusers' format and in kohya's, whatever alpha is."""
     denoiser, info = find_model(f"diffusers:{folders / 'eps'}", "teacher")
-    adapted = Denoiser(change(denoiser.net), denoiser.schedule, denoiser.prediction)
-    save_model(tmp_path / "student", adapted, replace(info, times=(999.0,)))
+    adapter = Adapter(denoiser.net, 2, 3.0, ADAPTED)
+    for name, parameter in adapter.named_parameters():
+        if name.endswith("up.weight"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_model(tmp_path / "student", Adapted(denoiser, adapter), replace(info, times=(999.0,)))
     pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
     z = rng.noise(0, range(2), pipe.info.shape)
 
     export_lora(str(tmp_path / "student"), tmp_path / "lora")
-    theirs = stock(folders / "eps")
-    theirs.scheduler = DDIMScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
-    plain = images(theirs, z, 1.0)
-    theirs.load_lora_weights(tmp_path / "lora")
-    assert (ours(pipe, z) - images(theirs, z, 1.0)).abs().max() < 2e-5
-    assert (ours(pipe, z) - plain).abs().max() > 0.05
+    for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        theirs = stock(folders / "eps")
+        theirs.scheduler = DDIMScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
+        plain = images(theirs, z, 1.0)
+        theirs.load_lora_weights(tmp_path / "lora", weight_name=file)
+        assert (ours(pipe, z) - images(theirs, z, 1.0)).abs().max() < 2e-5, file
+        assert (ours(pipe, z) - plain).abs().max() > 0.05
     lora, whole = tmp_path / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "student" / "model.safetensors"
     assert lora.stat().st_size < whole.stat().st_size / 5
 

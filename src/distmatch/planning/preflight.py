@@ -41,6 +41,7 @@ from distmatch.system.plain import read_json
 from distmatch.system.precision import autocast
 from distmatch.system.screen import size
 from distmatch.system.storage import Folder, filesystem, is_url
+from distmatch.training.adapters import Adapted
 from distmatch.training.engine import try_compiler
 from distmatch.training.log import TRACKERS
 
@@ -302,11 +303,13 @@ def saving(flight: Flight) -> str | None:
     with scratch(flight.out) as place, tried("the student's folder"):
         save_model(place, flight.student, flight.info)
         config = read_json(place / "config.json", dict[str, Any])
-        net = copy.deepcopy(flight.student.net) if config["network"]["type"] is None else None
+        network = (flight.student.base if isinstance(flight.student, Adapted) else flight.student).net
+        net = copy.deepcopy(network) if config["network"]["type"] is None else None
         schedule = flight.student.schedule if config["schedule"]["type"] is None else None
         back, _ = load_model(place, net, schedule)
         nbytes = sum(file.stat().st_size for file in place.iterdir())
-    here, there = flight.student.state_dict(), back.state_dict()
+    here = dict(flight.student.merged()) if isinstance(flight.student, Adapted) else network.state_dict()
+    there = back.net.state_dict()
     for name, value in here.items():
         if name not in there or not torch.equal(there[name].cpu(), value.cpu().to(there[name].dtype)):
             raise UserError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")

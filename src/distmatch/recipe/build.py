@@ -125,7 +125,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     average = frozen_copy(trained)
     bases = {id(n.base): n.base for n in (trained, fake) if isinstance(n, Adapted)}
     if recipe.gradient_checkpointing:
-        for network in (*bases.values(), *(n for n in (trained, fake) if n and not isinstance(n, Adapted))):
+        for network in filter(None, (trained, fake)):
             checkpoint_gradients(network)
     if recipe.parallel == "fsdp" and parallel.grouped():
         if not isinstance(average, Adapted):

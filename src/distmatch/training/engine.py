@@ -31,11 +31,13 @@ RECOMPILATIONS = 256
 def checkpoint_gradients(network: nn.Module) -> None:
     """Keep only the inputs of each part of each block, and recompute the rest in the backward pass.
 
-    In place; copies made later recompute too. Only for networks without dropout, as in distillation.
+    In place; copies made later recompute too. Only for networks without dropout, as in distillation. Of an adapted
+    network, the base's blocks: what is recomputed uses the adapter that it used first.
     """
+    recomputed = _recomputed_as_before if isinstance(network, Adapted) else _recomputed
     for block in blocks(network):
         for part in _parts(block):
-            part.forward = MethodType(_recomputed, part)  # bound as a method, so that deep copies get their own
+            part.forward = MethodType(recomputed, part)  # bound as a method, so that deep copies get their own
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:
@@ -47,6 +49,11 @@ def _parts(block: nn.Module) -> list[nn.Module]:
 
 
 def _recomputed(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+    forward = type(module).forward
+    return checkpoint(forward, module, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+
+
+def _recomputed_as_before(module: nn.Module, *inputs: Any, **named: Any) -> Any:
     forward = keeping(type(module).forward)
     return checkpoint(forward, module, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
@@ -129,7 +136,12 @@ def shard(network: nn.Module, precision: str = "fp32") -> nn.Module:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the units of sharding: the members, with weights, of the outermost ModuleLists and ModuleDicts."""
+    """Return the units of sharding: the members, with weights, of the outermost ModuleLists and ModuleDicts.
+
+    The blocks of an adapted network are its base's.
+    """
+    if isinstance(network, Adapted):
+        return blocks(network.base)
     found: list[nn.Module] = []
     for child in network.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
