@@ -8,6 +8,7 @@ import tiny
 import torch
 from torch import nn
 
+from distmatch.commands import distillation
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
 from distmatch.models.edm.networks import DhariwalUNet, SongUNet
@@ -16,7 +17,9 @@ from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
+from distmatch.system.errors import Stopped
 from distmatch.training.adapters import Adapted, Adapter
+from distmatch.training.ema import draw_towards
 from distmatch.training.engine import checkpoint_gradients
 
 SMALL = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 3, "model_channels": 8, "num_blocks": 1}
@@ -193,8 +196,6 @@ def test_both_scores_begin_equal_and_ida_draws_the_fake_scores_adapter(tmp_path)
     assert d.step(0)["match/student"] == 0
     assert d.step(1)["match/student"] != 0
     a, b = (copy.deepcopy(network) for network in (d.fake, d.student))
-    from distmatch.training.ema import draw_towards
-
     draw_towards(d.fake, d.student, 0.25)
     for now, fake, student in zip(d.fake.parameters(), a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(now, fake + 0.25 * (student - fake))
@@ -215,3 +216,26 @@ def test_both_scores_begin_equal_and_ida_draws_the_fake_scores_adapter(tmp_path)
 def test_mistakes_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         distiller(tmp_path, *changes)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    file = tiny.recipe_file(
+        tmp_path, steps=6, terms=["match"], student={"adapter": {"rank": 2}}, fake={"adapter": {"rank": 3}, "ida": 0.0}
+    )
+    distillation.distil(load_recipe(str(file)), tmp_path / "whole", tmp_path)
+    step, left = distillation.Distiller.step, [5]
+
+    def stops(self, index):
+        if left and index == left[0]:
+            left.clear()
+            raise Stopped("by the test")
+        return step(self, index)
+
+    monkeypatch.setattr(distillation.Distiller, "step", stops)
+    with pytest.raises(Stopped):
+        distillation.distil(load_recipe(str(file)), tmp_path / "run", tmp_path)
+    distillation.distil(load_recipe(str(file)), tmp_path / "run", tmp_path)
+    a, b = (load_adapter(tmp_path / run / "model") for run in ("whole", "run"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
+    assert any(up.any() for _, up in a.values())

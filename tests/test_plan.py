@@ -123,6 +123,8 @@ SETTINGS = [
     ("teacher={0}/song", "gradient_checkpointing=true", "terms=match"),
     # Not the tiny decoder: CPU convolutions of eight channels copy what they are given.
     (*SD, "regress.decoder=full", "gradient_checkpointing=true"),
+    ("teacher={0}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4"),
+    (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "gradient_checkpointing=true"),
 ]
 
 

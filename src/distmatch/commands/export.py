@@ -34,7 +34,7 @@ def diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half
 
 @app.command
 def lora(run: Name, /, *, out: Out = None) -> None:
-    """Write the adapters of a student trained with student.lora_rank as a LoRA in diffusers' format, with its
+    """Write the adapters of a student trained with student.adapter.rank as a LoRA in diffusers' format, with its
     scheduler.
 
     Parameters
