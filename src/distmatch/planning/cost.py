@@ -16,6 +16,7 @@ from distmatch.planning.ledger import LOSSES
 from distmatch.planning.rehearsal import rehearse
 from distmatch.recipe.entries import Recipe
 from distmatch.system.errors import UserError
+from distmatch.training.adapters import Adapted
 from distmatch.training.engine import blocks
 
 FP32 = 4
@@ -86,9 +87,9 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     done = rehearse(recipe, denoiser, info, parts, sharded)
     trained = {name: done.networks[name] for name in ("student", "fake score") if name in done.networks}
     sizes = {name: numel(network, trained=True) for name, network in trained.items()}
-    cuts = processes if sharded else 1
-    memory: dict[str, float] = {name: FP32 * slices(network, cuts) for name, network in done.networks.items()}
-    memory["optimizer"] = sum(2 * FP32 * slices(network, cuts, trained=True) for network in trained.values())
+    cuts = {name: processes if sharded and not adapted(n) else 1 for name, n in done.networks.items()}
+    memory: dict[str, float] = {name: FP32 * slices(network, cuts[name]) for name, network in done.networks.items()}
+    memory["optimizer"] = sum(2 * FP32 * slices(n, cuts[name], trained=True) for name, n in trained.items())
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)
     if processes == 1:
@@ -97,8 +98,9 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
         memory["gradients"] = FP32 * (sum(sizes.values()) + (max(sizes.values()) if recipe.accumulate > 1 else 0))
         memory["activations"] = done.most_activations
     else:  # FSDP2 keeps sums over parts unsharded until the last part
-        own = 1 if recipe.accumulate > 1 else cuts
-        memory["gradients"] = FP32 * max(slices(network, own, trained=True) for network in trained.values())
+        kept = {n: 1 if recipe.accumulate > 1 else cuts[n] for n in trained if not adapted(trained[n])}
+        largest = max((slices(trained[name], cut, trained=True) for name, cut in kept.items()), default=0)
+        memory["gradients"] = FP32 * (largest + sum(sizes[n] for n in trained if adapted(trained[n])))  # as in DDP
         memory["gathered blocks"] = max(_gathered(network, recipe) for network in trained.values())
         memory["activations"] = done.most_activations
     average = numel(done.networks["average"])
@@ -106,6 +108,11 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     flops: dict[str, float] = {name: parts * value for name, value in done.flops.items() if value}
     traffic = _traffic(recipe, trained, done.networks["teacher"], processes)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+
+
+def adapted(network: nn.Module) -> bool:
+    """Return whether `network` is an adapter on a base, which `fsdp` shards, while every process holds the adapter."""
+    return isinstance(network, Adapted)
 
 
 def numel(network: nn.Module, trained: bool = False) -> int:
@@ -136,10 +143,16 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     guided = recipe.student.guidance is not None or recipe.match.guidance != 1
     # Per part: two with a graph; one for both scores, and one for the images of each further fake-score update.
     passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
-    gathered = sum(passes[name] * low * n * slices(network, n) for name, network in trained.items())
+    gathered = sum(passes[name] * low * n * slices(_held(network), n) for name, network in trained.items())
     gathered += matched * (1 + guided + 2 * ("guide" in recipe.terms)) * low * n * slices(teacher, n)
-    scattered = sum(updates[name] * FP32 * n * slices(network, n, True) for name, network in trained.items())
-    return Traffic(n, gathered=recipe.accumulate * gathered, scattered=scattered)
+    scattered = sum(updates[k] * FP32 * n * slices(v, n, True) for k, v in trained.items() if not adapted(v))
+    reduced = sum(updates[k] * FP32 * numel(v, True) for k, v in trained.items() if adapted(v))
+    return Traffic(n, gathered=recipe.accumulate * gathered, scattered=scattered, reduced=reduced)
+
+
+def _held(network: nn.Module) -> nn.Module:
+    """Return what is sharded: the network, or the base of its adapter."""
+    return network.base if isinstance(network, Adapted) else network
 
 
 def _gathered(network: nn.Module, recipe: Recipe) -> float:
@@ -148,5 +161,6 @@ def _gathered(network: nn.Module, recipe: Recipe) -> float:
     """
     low = 2 if recipe.precision == "bf16" else FP32
     sizes = [numel(block) for block in blocks(network)]
-    pairs = [(low + low + FP32) * b + low * a for a, b in zip([0, *sizes], [*sizes, 0], strict=True)]
-    return low * (numel(network) - sum(sizes)) + max(pairs)
+    trained = 0 if adapted(network) else low + FP32
+    pairs = [(low + trained) * b + low * a for a, b in zip([0, *sizes], [*sizes, 0], strict=True)]
+    return low * (numel(_held(network)) - sum(sizes)) + max(pairs)
