@@ -156,6 +156,10 @@ TAUGHT, IMPORTED = {"teach": {"label_dropout": 0.0}}, {"imported": {"file": "x.p
             Info((1, 8, 8), ("a", "b", "c"), card={"imported": {"file": "x.pkl"}}),
             "label dropout 0, .* never trained; use guidance",
         ),
+        (
+            Info((1, 8, 8), ("a", "b", "c"), card={"teach-text": {"text_dropout": 0.0}}),
+            "text dropout 0, .* without a text .*; teach it with --text-dropout 0.1, or use",
+        ),
         (Info((1, 8, 8)), "neither classes nor prompts to be guided by"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ from distmatch.models.diffusers.hub import network
 from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
 from distmatch.models.library import find_model
+from distmatch.recipe import subjects
+from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
+from distmatch.system.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -70,7 +74,11 @@ REFUSED = {
     "prediction": ("scheduler", {"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' is unknown"),
     "inpainting": ("unet", {"in_channels": 9}, "takes 9 channels and makes 4 of latents of 4; models of inpainting"),
     "Pix2Pix": ("unet", {"in_channels": 8}, "takes 8 channels and makes 4"),
-    "guidance-distilled": ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256; expected a network of text"),
+    "guidance-distilled": (
+        "unet",
+        {"time_cond_proj_dim": 256},
+        r"takes a guidance scale \(time_cond_proj_dim 256\): guidance was distilled",
+    ),
     "upscaler": ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000"),
     "no sample_size": ("unet", {"sample_size": None}, "unet/config.json has no sample_size; add it: 64"),
     "shift factor": ("vae", {"shift_factor": 0.1}, "shift_factor 0.1, which its pipeline leaves out"),
@@ -251,3 +259,60 @@ def test_a_tiny_autoencoder_of_other_latents_is_refused(tmp_path):
     change(tmp_path / "tiny", "", shift_factor=0.5)
     with pytest.raises(ValueError, match="has shift_factor"):
         tiny_decoder(str(tmp_path / "tiny"))
+
+
+def edit(file: Path, **entries) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+TRAILING = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+DISTILLED = {
+    "sdxl-turbo": (
+        "scheduler/scheduler_config.json",
+        TRAILING,
+        "EulerAncestralDiscreteScheduler with trailing timesteps",
+    ),
+    "lcm": ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "LCMScheduler, of latent consistency"),
+    "hyper": ("scheduler/scheduler_config.json", {"_class_name": "TCDScheduler"}, "TCDScheduler, of trajectory"),
+    "name": ("model_index.json", {"_name_or_path": "stabilityai/sd-turbo"}, "it is called stabilityai/sd-turbo"),
+    "unet": (
+        "unet/config.json",
+        {"_name_or_path": "ByteDance/SDXL-Lightning"},
+        "it is called ByteDance/SDXL-Lightning",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_student_is_no_teacher_unless_one_insists(sd, name):
+    file, entries, message = DISTILLED[name]
+    (sd / "prompts.txt").write_text("a cat\n")
+    overrides = [f"teacher=diffusers:{sd}", f"prompts.path={sd / 'prompts.txt'}"]
+    assert subjects.subject(load_recipe("emoji", overrides)).info.latent
+    edit(sd / file, **entries)
+    with pytest.raises(
+        UserError, match=f"was distilled itself: .*{message}.*; if this one is not .* distilled_teacher=true"
+    ):
+        subjects.subject(load_recipe("emoji", overrides))
+    assert subjects.subject(load_recipe("emoji", [*overrides, "distilled_teacher=true"])).info.latent
+
+
+def test_an_export_is_a_student_and_honest_models_are_not(sd, tmp_path):
+    assert family_in(str(sd)).distilled(str(sd)) is None
+    edit(sd / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", timestep_spacing="trailing")
+    assert family_in(str(sd)).distilled(str(sd)) is None  # a usual choice of users, with more than a few steps
+    for fine in ("stabilityai/stable-diffusion-xl-base-1.0", "user/film-grain", "user/lcmodel", "user/admd"):
+        edit(sd / "model_index.json", _name_or_path=fine)
+        assert family_in(str(sd)).distilled(str(sd)) is None, fine
+    denoiser, info = find_model(f"diffusers:{sd}", "teacher")
+    save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    assert "student exported by distmatch" in (family_in(str(tmp_path / "out")).distilled(str(tmp_path / "out")) or "")
+
+
+def test_a_taught_teacher_remembers_its_text_dropout(sd):
+    (sd / "distmatch.json").write_text('{"teach-text": {"text_dropout": 0.0}}')
+    _, info = find_model(f"diffusers:{sd}", "teacher")
+    with pytest.raises(UserError, match="guidance 4: this teacher was trained with text dropout 0"):
+        info.check_guidance(4.0)
+    assert family_in(str(sd)).distilled(str(sd)) is None

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distmatch.diffusion.losses import denoising_loss
 from distmatch.diffusion.schedule import VP
+from distmatch.models.diffusers.hub import CARD
 from distmatch.models.diffusers.small import SCHEDULER, TextDenoiser, make_pipeline
 from distmatch.system import rng
-from distmatch.system.files import together
+from distmatch.system.files import together, write_json
 from distmatch.system.precision import autocast
 from distmatch.training import teaching
 from distmatch.training.checkpoint import Stateful
@@ -120,6 +121,7 @@ class TextTeaching:
     def export(self, folder: Path) -> None:
         with together(folder, "model_index.json") as beside:
             make_pipeline(self.ema.network, self.autoencoder, self.tokenizer).save_pretrained(beside)
+            write_json(beside / CARD, {"teach-text": {"text_dropout": self.settings.text_dropout}})
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str]) -> Tensor:

@@ -68,6 +68,10 @@ class Family:
         """Load the parts of the model `source` other than its network."""
         return Components()
 
+    def distilled(self, source: str) -> str | None:
+        """Return what says that the model `source` is a student already, in words; `None` if nothing does."""
+        return None
+
     def component_weights(self, source: str) -> int:
         """Return the number of weights that `components` would load, without reading any."""
         return 0

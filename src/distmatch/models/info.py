@@ -47,9 +47,10 @@ class Info:
         said = "guidance" if scale is None else f"guidance {scale:g}"
         if self.condition == "none":
             raise UserError(f"{said}: this model has neither classes nor prompts to be guided by; use guidance 1")
-        for made, remedy in (("teach", "teach it with --label-dropout 0.1, or "), ("imported", "")):
-            if made in self.card and not self.card[made].get("label_dropout"):
+        for made, what in (("teach", "label"), ("imported", "label"), ("teach-text", "text")):
+            if made in self.card and not self.card[made].get(f"{what}_dropout"):
+                remedy = "" if made == "imported" else f"teach it with --{what}-dropout 0.1, or "
                 raise UserError(
-                    f"{said}: this teacher was trained with label dropout 0, so its output without a label was never "
+                    f"{said}: this teacher was trained with {what} dropout 0, so its output without a {what} was never "
                     f"trained; {remedy}use guidance 1"
                 )

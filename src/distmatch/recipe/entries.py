@@ -167,6 +167,13 @@ class Recipe(Strict):
         "Appendix B",
         pairs=True,
     )
+    distilled_teacher: bool = entry(
+        False,
+        "Distil a teacher in diffusers' format even if its own files say that it is a student already, as SD-Turbo, "
+        "Lightning or latent consistency models are.",
+        "ours",
+        unnamed=True,
+    )
     seed: int = entry(
         0, "Seed for everything that training draws: noise, conditions, noise levels, the order of pairs.", "ours"
     )

@@ -16,7 +16,7 @@ from distmatch.evaluation.measure import Space
 from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
 from distmatch.models.family import Encoder
 from distmatch.models.info import Info
-from distmatch.models.library import components, find_model
+from distmatch.models.library import components, family_of, find_model
 from distmatch.recipe.entries import Evaluation, Recipe
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS
@@ -57,6 +57,11 @@ class Subject:
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
+    if own is None and not recipe.distilled_teacher and (found := family_of(info).distilled(info.source)):
+        raise UserError(
+            f"teacher {recipe.teacher!r} was distilled itself: {found}. The scores of such a model are not those of "
+            "the data. Take the model that it was made from; if this one is not a student, set distilled_teacher=true"
+        )
     for stage in recipe.parts:
         for scale in _scales(stage):
             info.check_guidance(scale)

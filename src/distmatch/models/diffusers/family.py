@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser
-from distmatch.models.diffusers import hub
+from distmatch.models.diffusers import distilled, hub
 from distmatch.models.diffusers.autoencoder import Decoder, check_scaling
 from distmatch.models.diffusers.hub import Settings
 from distmatch.models.diffusers.text import TextEncoder
@@ -77,6 +77,9 @@ class DiffusersFamily(Family):
 
     def components(self, source: str, device: torch.device | str = "cpu") -> Components:
         return Components(self.text_encoder(source, device), self.decoder(source).to(device))
+
+    def distilled(self, source: str) -> str | None:
+        return distilled.evidence(source)
 
     def component_weights(self, source: str) -> int:
         need("diffusers", "transformers", by=source)

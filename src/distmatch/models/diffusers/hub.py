@@ -29,6 +29,9 @@ PUBLISHED = {
 }
 """Models whose settings are in the package, without weights, for plans: their folders in `published/`, by id."""
 
+CARD = "distmatch.json"
+"""Beside `model_index.json`, in the models that distmatch makes: how it was made."""
+
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that a pipeline can do without."""
 

@@ -15,7 +15,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.diffusion.schedule import VP
 from distmatch.models.diffusers.autoencoder import check_scaling
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import Settings, config, index, network
+from distmatch.models.diffusers.hub import CARD, Settings, config, index, network
 from distmatch.models.diffusers.lora import ADAPTED
 from distmatch.models.diffusers.schedulers import PREDICTIONS, prediction_of, schedule_of, student_scheduler
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -23,7 +23,7 @@ from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
-from distmatch.system.plain import fitting
+from distmatch.system.plain import fitting, read_json
 
 TOKENS = 77
 """Length of CLIP's texts, in tokens."""
@@ -32,7 +32,6 @@ TEXT_ALONE: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
-    "time_cond_proj_dim": (None,),
     "addition_embed_type": (None, "text_time"),
 }
 """Settings for further inputs of a U-Net, and the values that mean it has none except SDXL's."""
@@ -232,7 +231,10 @@ def _states(pipe: Any, prompts: list[str], negative: bool) -> Any:
 
 
 def _info(source: str, known: Settings) -> Info:
-    card = {"diffusers": source}
+    card: dict[str, Any] = {"diffusers": source}
+    made = read_json(Path(source) / CARD, dict[str, Any]) if (Path(source) / CARD).exists() else {}
+    if "teach-text" in made:
+        card["teach-text"] = fitting(made["teach-text"], f"{Path(source) / CARD}: teach-text", dict[str, Any])
     return Info(known.shape, source=source, scheduler=known.scheduler, card=card, text=True, latent=True)
 
 
@@ -243,6 +245,11 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tu
         raise UserError(
             f"{source}: its U-Net takes {channels} channels and makes {unet.get('out_channels', 4)} of latents of "
             f"{vae.get('latent_channels', 4)}; models of inpainting, depth or instructions (Pix2Pix) are not known here"
+        )
+    if unet.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"{source}: its U-Net takes a guidance scale (time_cond_proj_dim {unet['time_cond_proj_dim']}): guidance "
+            "was distilled into it, as into latent consistency models. Take the model that it was made from"
         )
     for name, plain in TEXT_ALONE.items():
         if unet.get(name) not in plain:
