@@ -84,6 +84,14 @@ def test_k_steps_of_an_exact_student_have_the_exact_distribution(steps, n):
         )
 
 
+def test_noise_has_the_level_of_the_first_time():
+    """Of EDM it is `sigma = t`, also where that is not the schedule's last; others have one level of noise."""
+    seen = []
+    for schedule, t in ((EDM(), 2.5), (VP(), 399.0), (Flow(), 0.9)):
+        Steps((t,)).sample(lambda x, t, cond: seen.append(x) or x, schedule, torch.ones(1, 1), None)
+    assert [x.item() for x in seen] == [2.5, 1, 1]
+
+
 def test_a_denoiser_in_its_place_does_not_reach_it():
     """A teacher's means are too narrow: few steps need a student that was trained for them."""
     teacher = mixture(Flow(), [[-2.0], [1.0]], [0.5, 0.8], [0.3, 0.7])

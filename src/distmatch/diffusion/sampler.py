@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.fixed import Fixed
-from distmatch.diffusion.schedule import VP, Schedule, expand
+from distmatch.diffusion.schedule import EDM, VP, Schedule, expand
 from distmatch.system.errors import UserError
 
 Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
@@ -31,8 +31,9 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class Steps:
     """A step list: the times at which a student is evaluated, falling.
 
-    One time is DMD's one-step student, `G(z) = mu(prior_std z, t)` (Section 3.1). With more, each image but the last is
-    noised to the next time, as in DMD2 (arXiv 2405.14867).
+    One time is DMD's one-step student, `G(z) = mu(prior_std z, t)` (Section 3.1); of EDM, the first time takes the
+    place of `prior_std`, since its networks expect `sigma = t` of noise. With more times, each image but the last is
+    noised to the next one, as in DMD2 (arXiv 2405.14867).
     """
 
     times: tuple[float, ...]
@@ -84,7 +85,7 @@ class Steps:
         k: int,
     ) -> Tensor:
         """Return the student's input at step `k` (from 0), made by its own first `k` steps (DMD2's simulation)."""
-        x = schedule.prior_std * z
+        x = (self.times[0] if isinstance(schedule, EDM) else schedule.prior_std) * z
         for step in range(k):
             x0 = self.step(model, x, cond, step)
             x = schedule.add_noise(x0, noise[step], x.new_full((len(x),), self.times[step + 1]))
