@@ -127,7 +127,7 @@ def test_one_step_is_the_denoiser_at_the_end_of_time():
     expected = model(80.0 * z, torch.full((3,), 80.0, dtype=torch.float64))
     assert torch.equal(Steps((80.0,)).sample(model, schedule, z, None), expected)
     assert torch.equal(Steps((80.0,)).sample(model, schedule, z, None), euler(model, schedule, z, None, 1))
-    other = model(80.0 * z, torch.full((3,), 5.0, dtype=torch.float64))
+    other = model(5.0 * z, torch.full((3,), 5.0, dtype=torch.float64))  # its noise is of that level, too
     assert torch.equal(Steps((5.0,)).sample(model, schedule, z, None), other)
 
 
