@@ -26,7 +26,7 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from distmatch import DistilledPipeline, TeacherPipeline
-from distmatch.commands.web_page import LARGEST, ROUNDS, encode, make_app, noise, serve
+from distmatch.commands.web_page import LARGEST, ROUNDS, Studio, Wish, encode, make_app, noise, serve
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import Info
 from distmatch.models.library import components, find_model
@@ -113,6 +113,20 @@ def test_a_text_model_answers_every_prompt(tmp_path):
             assert np.array_equal(ask(socket, prompt=prompt, seed=5)[1], expected[0].permute(1, 2, 0).numpy())
         socket.send('{"label": 1}')
         assert json.loads(socket.recv())["status"] == 422
+
+
+def test_a_prompt_is_encoded_once_while_a_slider_is_dragged(tmp_path):
+    denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path)}", "teacher")
+    info = replace(info, times=(999.0,))
+    pipe = DistilledPipeline(denoiser, info, components(info))
+    studio, asked = Studio(pipe), []
+    condition = pipe.condition
+    pipe.condition = lambda *args, **how: asked.append(how["prompts"]) or condition(*args, **how)
+    drawn = [("a cat", 1), ("a cat", 2), ("a cats", 2), ("a cat", 2), ("a cat", 3)]
+    for prompt, seed in drawn:
+        expected = pipe.render(rng.noise(seed, [0], info.shape), condition(1, prompts=[prompt]))
+        assert torch.equal(studio.draw(pipe, Wish(prompt=prompt, seed=seed))[0], expected)
+    assert asked == [["a cat"], ["a cats"], ["a cat"]]
 
 
 def test_noise_between_two_seeds_stays_noise():

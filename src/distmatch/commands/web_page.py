@@ -32,6 +32,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
+from distmatch.diffusion.denoiser import Cond
 from distmatch.pipeline import Output, Pipeline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
@@ -103,6 +104,7 @@ class Studio:
     rounds: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
     waiting: Counter[str] = field(default_factory=Counter)
     cut: bool = False
+    conditions: dict[tuple[int, str, float | None], Cond | None] = field(default_factory=dict)
     dealing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, work: Callable[[], Result]) -> Result:
@@ -116,10 +118,20 @@ class Studio:
         scale = wish.guidance if pipe.info.guidance is not None else None
         if wish.prompt and pipe.parts.encode is not None and not self.cut:
             self.cut = bool(pipe.parts.encode.cut([wish.prompt]))  # notify once, not at every keystroke
-        cond = pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
+        cond = self.condition(pipe, wish, prompts, scale)
         z = noise(pipe.info.shape, wish.seed, wish.other, wish.mix)
         pixels = pipe.render(z, cond, pipe.noise_of(wish.seed, [0]))
         return pixels, 1000 * (time.perf_counter() - began)
+
+    def condition(self, pipe: Pipeline, wish: Wish, prompts: list[str] | None, scale: float | None) -> Cond | None:
+        """Return the condition of a request. That of the newest prompt is kept: dragging a slider does not change it."""
+        if prompts is None or wish.label is not None:
+            return pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
+        key = (id(pipe), prompts[0], scale)
+        if key not in self.conditions:
+            made = pipe.condition(1, prompts=prompts, guidance_scale=scale)
+            self.conditions = {key: made}
+        return self.conditions[key]
 
     def new_round(self, wish: Wish) -> dict[str, Any]:
         """Return both models' pictures for one request, in random order. Which is which stays here until the guess."""
