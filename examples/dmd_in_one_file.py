@@ -1,4 +1,4 @@
-"""Distribution Matching Distillation in one file: Algorithm 1 of the paper on two modes in the plane, in seconds.
+"""Distribution Matching Distillation in one file: Algorithm 1 of the paper on two modes in the plane, in a minute.
 
     python examples/dmd_in_one_file.py
 

@@ -227,7 +227,8 @@ def run(folder: Path, pairs: int, images: int, steps: int, tiny: bool) -> None:
     both = reference.y[:shown].split(12), pipe.sample(reference.z[:shown]).split(12)
     sheet = imaging.grid(pixels(torch.cat([row for rows in zip(*both, strict=True) for row in rows])), columns=12)
     (folder / "galaxies.png").write_bytes(imaging.png(sheet))
-    print(f"{folder / 'galaxies.png'}: odd rows teacher, 35 evaluations; even rows student, 1 evaluation")
+    nfe = 2 * store.spec.steps - 1
+    print(f"{folder / 'galaxies.png'}: odd rows teacher, {nfe} evaluations; even rows student, 1 evaluation")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ CAPTIONED = {
     "metadata.jsonl": (
         {**PETS, "metadata.jsonl": lines(*({"file_name": f"{n}.png", "text": t} for n, t in WORDS.items()))},
         "train", {0: ("a cat",), 1: ("a dög",)}, None,
-        "RGB: no classes: captions and no labels below train; 2 captions from text in metadata.jsonl, e.g. 'a cat'; "
+        "RGB: no classes: captions, but no labels below train; 2 captions from text in metadata.jsonl, e.g. 'a cat'; "
         "1 files left out: 1 in test",
     ),
     "that of the test": (

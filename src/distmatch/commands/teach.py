@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Options(TeachingOptions):
     """How to train a teacher."""
 
-    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=(), validator=Range(1))] = (32, 64)
+    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))] = (32, 64)
     """U-Net channels per resolution level."""
 
     blocks: Count = 1
@@ -133,6 +133,6 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     watch = Clipping(Clipped("gradient_norm", optimizer.clip, "Lower --lr"))
     train(task, out, plan, watch=watch, config=settings, title="teach")
     console.print(
-        f"The teacher is in {out / 'model'}. Next: {command('sample', out, '--steps', 18)}, "
+        f"The teacher is in {out / 'model'}. Next: {command('sample', out, '--teacher', '--steps', 18)}, "
         f"{command('train', 'mnist', f'teacher={out}', 'evaluate.every=0')}"
     )

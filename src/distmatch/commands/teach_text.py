@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PREVIEWED = 36
 """Captions drawn for the previews, if no prompts are given."""
 
-Widths = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=(), validator=Range(1))]
+Widths = Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))]
 
 
 @Parameter(name="*")
@@ -49,7 +49,7 @@ class Options(TeachingOptions):
     """Weight of LPIPS in the autoencoder's loss, beside the absolute difference of pixels; 0 needs no weights."""
 
     weights: File | None = None
-    """Folder with the weights of LPIPS, as `regress.weights` of a recipe."""
+    """Folder with the weights of LPIPS, which `distmatch fetch lpips` gets; without it, they are downloaded."""
 
     autoencoder_widths: Widths = (32, 64, 64)
     """Channels of the autoencoder per level; each level after the first halves the side."""

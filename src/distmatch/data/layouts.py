@@ -113,7 +113,7 @@ def arrange(files: Files, names: list[str], split: str, left_out: Counter[str]) 
     if found is not None and found.final:
         return Layout(part.names, found.labels, f"{found.origin}{part.where}", left_out, notes, captions)
     if captions is not None and captions.captions is not None:
-        return Layout(part.names, None, f"no classes: captions and no labels{part.where}", left_out, notes, captions)
+        return Layout(part.names, None, f"no classes: captions, but no labels{part.where}", left_out, notes, captions)
     folders = _folders(place, part)
     seen = "" if found is None else f" ({found.origin})"
     return Layout(part.names, folders.labels, f"{folders.origin}{part.where}{seen}", left_out, notes, captions)

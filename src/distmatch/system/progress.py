@@ -13,6 +13,9 @@ from distmatch.system.screen import Screen, printable
 
 console = Screen(stderr=True)
 
+UNTOLD = 0.1
+"""Seconds after which a rate means something."""
+
 
 class _Rate(ProgressColumn):
     def __init__(self, unit: str):
@@ -63,6 +66,7 @@ def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None
             state["tenth"] = tenth
             rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
             left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
-            console.print(f"{title}: {state['done']} of {total} {units}, {rate:,.1f} {units}/s, {left} left")
+            paced = f", {rate:,.1f} {units}/s, {left} left" if time.monotonic() - began > UNTOLD else ""
+            console.print(f"{title}: {state['done']} of {total} {units}{paced}")
 
     return advance

@@ -50,9 +50,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """When the loop does what, in steps; 0 means never. `keep` checkpoints stay, in addition to the best one."""
+    """When the loop does what, in steps; 0 means never. `keep` checkpoints stay, in addition to the best one.
+
+    `run`: steps of the whole run, of which this is the part up to step `steps`; 0: there are no more.
+    """
 
     steps: int
+    run: int = 0
     log_every: int = 20
     save_every: int = 500
     preview_every: int = 0
@@ -150,7 +154,8 @@ def train(
         if start == 0 and plan.preview_every:
             preview(0)
         task.clock.read()  # starts the clock
-        with Interrupt() as interrupt, progress(title, plan.steps, start, unit="step") as advance:
+        total = plan.run or plan.steps
+        with Interrupt() as interrupt, progress(title, total, start, unit="step") as advance:
             for index in range(start, plan.steps):
                 pending.append(task.step(index))
                 done = index + 1
@@ -160,7 +165,7 @@ def train(
                     stopping = parallel.any(bool(interrupt.received))  # together, or some would wait forever
                 between_steps(done, stopping)
                 if stopping:
-                    raise Stopped(f"stopped by {interrupt.received} after step {done} of {plan.steps}; all is saved")
+                    raise Stopped(f"stopped by {interrupt.received} after step {done} of {total}; all is saved")
                 advance(1)
         flush(plan.steps)
         if plan.steps not in checkpoints.steps():

@@ -113,5 +113,7 @@ def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any]) -> Non
 def _student(run: str) -> tuple[Denoiser, Info]:
     denoiser, info = load_model(model_folder(run, "student"))
     if not info.source:
-        raise UserError(f"{run} is no student of a model in diffusers' format; nothing else can be exported to it")
+        raise UserError(
+            f"{run} is not a student of a model in diffusers' format; only such students can be exported to it"
+        )
     return denoiser, info

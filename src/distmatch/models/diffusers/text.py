@@ -61,6 +61,6 @@ def notice_cut(pipeline: Any, prompts: Sequence[str]) -> int:
         first = min(cut)
         notice(
             f"{len(cut):,} of {len(prompts):,} prompts are longer than the {limit} tokens that the text encoder takes; "
-            f"what is behind them is left out. The first: number {first + 1}, {prompts[first]!r:.80}"
+            f"the rest is cut off. The first: number {first + 1}, {prompts[first]!r:.80}"
         )
     return len(cut)
