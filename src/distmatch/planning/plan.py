@@ -223,10 +223,10 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
     return seconds
 
 
-def _of_all(cluster: Cluster, *seconds: float) -> str:
+def _of_all(cluster: Cluster, low: float, high: float | None = None) -> str:
     """Return a time, or the least and the most; and of several GPUs their time together."""
-    together = [cluster.gpus * each for each in seconds]
-    return duration(*seconds) + (f", {duration(*together, of='GPU-')}" if cluster.gpus > 1 else "")
+    own, together = duration(low, high), duration(cluster.gpus * low, high and cluster.gpus * high, of="GPU-")
+    return f"{own}, {together}" if cluster.gpus > 1 else own
 
 
 def bill(price: float, gpus: int, pairs: float, training: tuple[float, float]) -> str:
