@@ -7,7 +7,7 @@ from distmatch.commands.shared import starting
 from distmatch.system.options import Out, Runs
 
 
-def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
+def demo(which: Literal["mnist", "toy2d", "emoji"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
     """Distil something small and look at the result.
 
     Parameters
@@ -15,6 +15,7 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
     which
         mnist: the teacher in the package, pairs, distillation, evaluation, report; about ten minutes on two cores.
         toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
+        emoji: pictures of a few prompts by the text-to-image student in the package, beside its teacher; a minute.
     out
         Folder for the results; default: runs/demo-WHICH.
     runs
@@ -24,6 +25,8 @@ def demo(which: Literal["mnist", "toy2d"] = "mnist", /, *, out: Out = None, runs
     starting("Loading PyTorch, then checking what the demo needs")
     if which == "mnist":
         mnist(out, runs)
+    elif which == "emoji":
+        emoji(out)
     else:
         from distmatch.commands import toy2d
 
@@ -106,3 +109,28 @@ def mnist(out: Path, runs: Path) -> None:
         "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
         f"  {ablation}      an ablation; compare with distmatch report"
     )
+
+
+PROMPTS = [
+    "red apple, flat style",
+    "smiling face with sunglasses, noto style",
+    "pizza, glossy style",
+    "octopus, blob style",
+    "rocket, flat style",
+    "tulip, firefox style",
+]
+
+
+def emoji(out: Path) -> None:
+    """Draw `PROMPTS` by the package's student and by its teacher with several solvers, into `out/compare.png`."""
+    from distmatch.commands.compare import Options, compare_on
+    from distmatch.commands.shared import find_student
+    from distmatch.system.extras import need
+    from distmatch.system.paths import located
+    from distmatch.system.screen import console
+
+    need("diffusers", "transformers", by="text to image")
+    student = find_student("emoji", None, "auto")
+    options = Options(n=len(PROMPTS), picture=len(PROMPTS), guidance=3.0, out=out)
+    compare_on(PROMPTS, located("emoji"), student, options)
+    console.print("\nNext: distmatch serve emoji --teacher emoji      a page that draws while you type")
