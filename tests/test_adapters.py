@@ -18,7 +18,7 @@ from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import Stopped
-from distmatch.training.adapters import Adapted, Adapter
+from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16
 from distmatch.training.ema import draw_towards
 from distmatch.training.engine import checkpoint_gradients
 
@@ -162,6 +162,19 @@ def test_full_rank_adapters_step_as_whole_networks_do():
         assert not torch.equal(whole.net.stem.weight, teacher.net.stem.weight)
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_base_in_bf16_computes_what_autocast_does_and_takes_half(kind):
+    teacher, halved = base(kind), base(kind)
+    hold_in_bf16(halved.net)
+    for network, other in ((teacher, halved), (adapted(teacher, 1), adapted(halved, 1))):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            plain = network(*inputs())
+        assert torch.equal(other(*inputs()), plain)
+        assert not torch.equal(network(*inputs()), plain)
+    bytes_of = [sum(p.numel() * p.element_size() for p in n.parameters()) for n in (teacher, halved)]
+    assert bytes_of[1] < 0.53 * bytes_of[0]
+
+
 def distiller(folder, *changes: str):
     tiny.teacher_folder(folder / "teacher")
     recipe = load_recipe(
@@ -211,6 +224,8 @@ def test_both_scores_begin_equal_and_ida_draws_the_fake_scores_adapter(tmp_path)
         (("student.adapter.rank=2", "fake.ida=0.1"), "fake.ida needs a student and a fake score of one kind"),
         (("student.adapter.rank=2", "compile=true"), "compile does not work with adapters"),
         (("student.adapter.alpha=2",), "adapter.alpha and adapter.targets are for adapters"),
+        (("base_weights=bf16", "precision=bf16", "student.adapter.rank=2"), "give student and fake score adapters"),
+        ((*BOTH, "base_weights=bf16"), "base_weights=bf16 needs precision=bf16, not fp32"),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, message):

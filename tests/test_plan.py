@@ -163,6 +163,18 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(folder, planner, changes
     assert made.checkpoint == pytest.approx(saved, rel=0.02)
 
 
+def test_a_base_in_bf16_is_planned_as_it_is_held(folder, planner):
+    changes = (f"teacher={folder}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4")
+    rounded = ("precision=bf16", "base_weights=bf16")
+    plain = planner(planned, str(folder / "tiny.yaml"), (*changes, rounded[0]))
+    made = planner(planned, str(folder / "tiny.yaml"), (*changes, *rounded))
+    _, teacher = distiller(folder, (*changes, *rounded))
+    assert made.memory["teacher"] == size(teacher) < 0.6 * plain.memory["teacher"]
+    assert made.step_flops == plain.step_flops
+    # Autocast keeps the rounded weights that a backward pass needs, which the base already is.
+    assert made.memory["activations"] <= plain.memory["activations"]
+
+
 def _tensors(state):
     return [t for t in tree_iter(state) if isinstance(t, torch.Tensor)]
 

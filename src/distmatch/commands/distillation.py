@@ -51,7 +51,8 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     del flight  # and with it the networks that were tried
     parallel.on_first(lambda: binding.bind(recipe, subject, out))
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
-    if recipe.parallel == "fsdp":  # build pairs now, while the teacher is whole; it is sharded below
+    # Build pairs now if the teacher will be sharded, or rounded, below.
+    if recipe.parallel == "fsdp" or recipe.base_weights != "fp32":
         for stage in filter(objectives.reads_pairs, stages):
             pair_store(stage, subject, runs)
     watch = Clipping()

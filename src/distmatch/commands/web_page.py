@@ -124,7 +124,7 @@ class Studio:
         return pixels, 1000 * (time.perf_counter() - began)
 
     def condition(self, pipe: Pipeline, wish: Wish, prompts: list[str] | None, scale: float | None) -> Cond | None:
-        """Return the condition of a request. That of the newest prompt is kept: dragging a slider does not change it."""
+        """Return the condition of a request. That of the newest prompt is kept: sliders do not change it."""
         if prompts is None or wish.label is not None:
             return pipe.condition(1, labels=wish.label, prompts=prompts, guidance_scale=scale)
         key = (id(pipe), prompts[0], scale)

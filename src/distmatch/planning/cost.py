@@ -89,6 +89,9 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     sizes = {name: numel(network, trained=True) for name, network in trained.items()}
     cuts = {name: processes if sharded and not adapted(n) else 1 for name, n in done.networks.items()}
     memory: dict[str, float] = {name: FP32 * slices(network, cuts[name]) for name, network in done.networks.items()}
+    if recipe.base_weights == "bf16":
+        held = sum(p.numel() * p.element_size() for p in done.networks["teacher"].parameters())
+        memory["teacher"] = held / cuts["teacher"]
     memory["optimizer"] = sum(2 * FP32 * slices(n, cuts[name], trained=True) for name, n in trained.items())
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)

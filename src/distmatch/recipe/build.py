@@ -29,7 +29,7 @@ from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
 from distmatch.system.workers import Workers
-from distmatch.training.adapters import Adapted, Adapter
+from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16
 from distmatch.training.ema import EMA, frozen_copy
 from distmatch.training.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
 
@@ -251,6 +251,8 @@ def _adapted(recipe: Recipe, base: Denoiser, how: AdapterEntries) -> Adapted:
     if recipe.compile:
         raise UserError("compile does not work with adapters; use compile=false")
     net = base.requires_grad_(False).net
+    if recipe.base_weights == "bf16":
+        hold_in_bf16(net)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(recipe.seed, "adapters"))
         targets = getattr(net, "adapted", ()) if how.targets is None else how.targets

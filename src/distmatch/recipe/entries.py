@@ -217,6 +217,13 @@ class Recipe(Strict):
         "Appendix B.2: mixed",
         small="fp32",
     )
+    base_weights: Literal["fp32", "bf16"] = entry(
+        "fp32",
+        "How the frozen weights that adapters share are held. bf16 takes half the memory and, with precision=bf16, "
+        "computes the same.",
+        "ours",
+        small="fp32",
+    )
     workers: Positive | Literal["auto"] = entry(
         "auto",
         "Threads that share each batch on a CPU, each with its part of the cores and gradients of its own. auto: as "
@@ -314,6 +321,17 @@ class Recipe(Strict):
                 f"fake.ida {self.fake.ida:g} moves the fake score between the two losses that match.shared gives one "
                 "pass; expected one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_shared(self) -> Self:
+        if self.base_weights == "bf16" and not (self.student.adapter.rank and self.fake.adapter.rank):
+            raise UserError(
+                "base_weights=bf16 is for frozen weights: give student and fake score adapters, "
+                "student.adapter.rank and fake.adapter.rank"
+            )
+        if self.base_weights == "bf16" and self.precision != "bf16":
+            raise UserError(f"base_weights=bf16 needs precision=bf16, not {self.precision}")
         return self
 
     @model_validator(mode="before")

@@ -138,6 +138,19 @@ class Adapted(Denoiser):
             yield name, weight if update is None else weight.float() + update.cpu()
 
 
+def hold_in_bf16(network: nn.Module) -> None:
+    """Round the weights of linear layers and convolutions, in place. Autocast to bf16 rounds them in every pass anyway,
+    so under it the network computes the same, to the last bit; and from now on it always runs under it.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for parameter in layer.parameters(recurse=False):
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.bfloat16()
+    device = next(network.parameters()).device.type
+    network.forward = torch.autocast(device, torch.bfloat16, cache_enabled=device != "cpu")(network.forward)
+
+
 _in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
 
 
