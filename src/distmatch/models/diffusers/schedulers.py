@@ -33,7 +33,6 @@ def student_scheduler(schedule: VP, times: tuple[float, ...], prediction: Any) -
 
     Raises `UserError` if there is none: `times` must be whole steps, and several must be equal parts of the first one.
     """
-    need("diffusers", by="export")
     for t in times:
         if t != int(t) or not 0 < t <= schedule.t_max:
             raise UserError(
@@ -54,6 +53,7 @@ def student_scheduler(schedule: VP, times: tuple[float, ...], prediction: Any) -
 
 def _one_step() -> Callable[..., Any]:
     """Return DDIM with the single step `G(z) = mu(z, t)`, from the last of its times straight to `x0`."""
+    need("diffusers", by="export")
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return partial(DDIMScheduler, set_alpha_to_one=True, timestep_spacing="trailing")
@@ -63,6 +63,7 @@ def _several_steps(times: tuple[float, ...]) -> Callable[..., Any]:
     """Return the scheduler of latent consistency models (arXiv 2310.04378), whose sampler is DMD2's: it noises each
     `x0` to the next time.
     """
+    need("diffusers", by="export")
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
     count = len(times)
