@@ -8,6 +8,7 @@ from torch import Tensor
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 """The linear layers of the transformer blocks."""
+from distmatch.system.extras import need
 
 
 def peft_layers(updates: Mapping[str, tuple[Tensor, Tensor]], network: str) -> dict[str, Tensor]:
@@ -24,6 +25,7 @@ def peft_layers(updates: Mapping[str, tuple[Tensor, Tensor]], network: str) -> d
 
 def write_kohya(layers: Mapping[str, Tensor], network: str, file: Path) -> None:
     """Write `layers` (see `peft_layers`) with kohya's names, which ComfyUI and others read."""
+    need("diffusers", by="export lora")
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
     from safetensors.torch import save_file
 
