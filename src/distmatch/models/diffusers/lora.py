@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from distmatch.system.extras import need
+
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 """The linear layers of the transformer blocks."""
-from distmatch.system.extras import need
 
 
 def peft_layers(updates: Mapping[str, tuple[Tensor, Tensor]], network: str) -> dict[str, Tensor]:
