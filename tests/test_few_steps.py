@@ -19,6 +19,7 @@ from distmatch.methods.terms import Levels, Match, Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.mixture import mixture
 from distmatch.planning.preflight import Flight, checks
+from distmatch.planning.rehearsal import rehearse, sampling_flops
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 
@@ -244,3 +245,33 @@ def test_the_first_step_is_anchored_and_the_others_are_matched(tmp_path):
     assert losses["regress/student"] > 0
     with pytest.raises(ValueError, match=r"one-step students\. With several steps"):
         recipe(tmp_path, "student.nfe=3", "terms=match,regress")
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_plan_counts_the_rollouts(tmp_path, updates):
+    """Of three steps, one pass more on average for every batch of fresh images; whichever step is drawn."""
+    changes = ("terms=match", f"fake.steps={updates}")
+    costs = [
+        rehearse(recipe(tmp_path, *changes, *few), tiny.teacher(), tiny.INFO, 1).flops
+        for few in (("student.nfe=1",), ("student.nfe=3", "match.intervals=true"))
+    ]
+    more = costs[1]["student"] - costs[0]["student"]
+    assert more == pytest.approx(updates * 4 * sampling_flops(tiny.teacher(), tiny.INFO))
+    assert {name: n for name, n in costs[0].items() if name != "student"} == {
+        name: n for name, n in costs[1].items() if name != "student"
+    }
+
+
+def test_a_plan_counts_the_passes_of_guidance_and_of_shared_noise(tmp_path):
+    """In passes of the teacher for the images of a step: its own, and two of the guide; the fake score loses one."""
+    one = 4 * sampling_flops(tiny.teacher(), tiny.INFO)
+    plain, guided, shared = (
+        rehearse(recipe(tmp_path, *changes), tiny.teacher(), tiny.INFO, 1).flops
+        for changes in (
+            ("terms=match",),
+            ("terms=match,guide", "guide.guidance=3"),
+            ("terms=match", "match.shared=true"),
+        )
+    )
+    assert (plain["teacher"], guided["teacher"]) == (one, 3 * one)
+    assert plain["fake score"] - shared["fake score"] == one

@@ -13,6 +13,7 @@ from torch import Tensor
 from distmatch.diffusion.conditions import Share, rows
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.losses import Weighting, matching_loss
+from distmatch.diffusion.schedule import Schedule
 from distmatch.methods.terms import Samples, Start
 from distmatch.system.errors import UserError
 
@@ -23,6 +24,11 @@ class Level:
 
     t: Tensor
     eps: Tensor
+
+
+def cleaner(schedule: Schedule, bins: int, t: float) -> int:
+    """Return how many of the schedule's levels are cleaner than the time `t`."""
+    return int((schedule.grid(bins).float() < t).sum())
 
 
 class Guide:
@@ -54,8 +60,7 @@ class Guide:
         self.reads: tuple[str, ...] = ("noise",)
         self.teacher, self.guidance, self.weighting, self.weight = teacher, guidance, weighting, weight
         self.levels, self.low = teacher.schedule.grid(bins).flip(0).float(), steps[0]
-        cleaner = [int((self.levels < t).sum()) for t in times]
-        self.highs = [min(high, steps[1]) for high in cleaner]
+        self.highs = [min(cleaner(teacher.schedule, bins, t), steps[1]) for t in times]
         if min(self.highs) <= self.low:
             raise UserError(
                 f"guide: no noise level of bins {steps[0]} to {steps[1] - 1} is cleaner than the student's input at "

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from distmatch.diffusion.conditions import WHOLE, Share
 from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.methods import guide
 from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Start
 from distmatch.models import attention
@@ -63,7 +64,13 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
     ledger = Ledger()
     ready(denoiser)
     twin = copy.deepcopy(denoiser)
-    with _no_collection(), _in_place(), _replaced(Decoder, one_by_one=_alike(ledger)), ledger:
+    with (
+        _no_collection(),
+        _in_place(),
+        _replaced(Decoder, one_by_one=_alike(ledger)),
+        _replaced(guide, cleaner=lambda schedule, bins, t: bins),  # levels without data cannot be compared
+        ledger,
+    ):
         stage = _Stage(recipe, twin, info, parts, sharded)
         trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake}
         networks = {name: n for name, n in {**trained, "teacher": stage.teacher}.items() if n is not None}
@@ -188,9 +195,9 @@ class _Stage:
                 "workers": 1,  # threads would leave the ledger
                 "accumulate": 1,
                 "base_weights": "fp32",  # rounded below
-                "match": recipe.match.model_copy(update={"batch": self.match}),
+                "match": recipe.match.model_copy(update={"batch": self.match, "intervals": False}),
                 "regress": recipe.regress.model_copy(update={"batch": self.regress, "loss": "mse", "decoder": "none"}),
-                "student": recipe.student.model_copy(update={"init": None}),
+                "student": recipe.student.model_copy(update={"init": None, "times": None, "nfe": None}),
             }
         )
         no_pairs: Any = object()
@@ -200,6 +207,9 @@ class _Stage:
         batches = {"noise": self.match, "pairs": self.regress}
         streams = {n: _Inputs(self.example, n, batches[n], info.shape) for n in self.distiller.objective.streams}
         self.distiller.objective = replace(self.distiller.objective, streams=streams)
+        # Of a student of several steps, a random one is trained: on average, fresh noise is rolled this far to it.
+        count = recipe.student.nfe or len(recipe.student.times or (0,))
+        self.rolled = (count - 1 + ("pairs" in streams)) / 2 if count > 1 else 0.0
         self.losses: list[nn.Module] = []
         for term in self.distiller.terms:
             if term.name == "regress":
@@ -238,7 +248,13 @@ class _Stage:
                 ledger.flops = before
         names = dict.fromkeys([*ledger.flops, *again])
         more = self.recipe.fake.steps - 1
-        return Counter({name: ledger.flops[name] + more * again[name] for name in names})
+        flops = Counter({name: ledger.flops[name] + more * again[name] for name in names})
+        if self.rolled:
+            before = Counter(ledger.flops)
+            self.distiller.generate(parts[0].starts["noise"])
+            rolls = self.rolled * (self.recipe.fake.steps if self.distiller.fake is not None else 1)
+            flops["student"] += round(rolls * (ledger.flops - before)["student"])
+        return flops
 
     def example(self, n: int) -> Cond | None:
         return build.example_cond(self.recipe, self.teacher, self.info, n)
