@@ -69,7 +69,7 @@ WRONG = {
     "sample cifar10-cond": "cifar10-cond is a recipe",
     "train runs/mnist": "runs/mnist is neither a recipe of the package nor a file called .yaml",
     "train mnist.yaml": "recipe file mnist.yaml does not exist",
-    "sample nobody": "neither a model folder nor a run; the package ships mnist",
+    "sample nobody": "neither a model folder nor a run; the package ships emoji, mnist",
     # What is not there.
     "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",
     "sample mnist --device meta": "device 'meta' is not available here; use auto or cpu",

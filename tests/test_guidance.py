@@ -71,13 +71,13 @@ def test_the_students_distribution_follows_the_guided_one(tmp_path):
         count=4000, shard_size=4000, shape=(2,), classes=1, dtype="float32", guidances=(1.0, 6.0),
     )  # fmt: skip
     build(tmp_path, spec, teacher, conditions, batch=4000)
-    steps = 700
+    steps = 1000
     d = Distiller(
         Networks(student, fake, average=EMA(student, 0.99)),
         Objective(
             {
-                "noise": NoiseStream((2,), conditions, batch=128),
-                "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=128),
+                "noise": NoiseStream((2,), conditions, batch=192),
+                "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=192),
             },
             [
                 Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], steps=(20, 800), real=guided(teacher, None)),

@@ -90,7 +90,7 @@ def test_models_survive_the_folder(tmp_path):
 def test_foreign_and_damaged_folders_are_named(tmp_path, student):
     with pytest.raises(ValueError, match="is a student; a teacher is needed here"):
         TeacherPipeline.from_pretrained(student)
-    with pytest.raises(ValueError, match="neither a model folder nor a run; the package ships mnist"):
+    with pytest.raises(ValueError, match="neither a model folder nor a run; the package ships emoji, mnist"):
         DistilledPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="mixture 'x' is unknown"):
         find_model("mixture:x", "teacher")
