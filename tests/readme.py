@@ -25,6 +25,7 @@ WORKS = None
 LINES: dict[str, tuple[list[str], str | None]] = {
     "distmatch sample mnist -n 64": ([], WORKS),
     "distmatch demo toy2d": ([], WORKS),
+    "distmatch demo emoji": ([], DIFFUSERS),
     "distmatch recipes": ([], WORKS),
     "distmatch train mnist --dry-run": ([], WORKS),
     "distmatch train mnist --check": ([], WORKS),
