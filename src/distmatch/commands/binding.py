@@ -44,6 +44,8 @@ def bind(recipe: Recipe, subject: subjects.Subject, out: Path) -> None:
     file, now = out / "teacher.json", {"teacher": recipe.teacher, "fingerprint": subject.fingerprint}
     if subject.prompts:
         now |= {"prompts": prompts_digest(subject.prompts), "encoders": subject.encoders}
+    if subject.real is not None:
+        now |= {"images": subject.real.fingerprint}
     same_settings(now, file, new={"prompts", "encoders"})
     write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
 

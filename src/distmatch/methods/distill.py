@@ -12,6 +12,7 @@ from distmatch.data import imaging
 from distmatch.diffusion.conditions import WHOLE, Classes, Conditions, Share, rows
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.sampler import Steps
+from distmatch.methods.balance import Balance
 from distmatch.methods.terms import Objective, Samples, Start, Stream, Term
 from distmatch.models.folder import Info, save_model
 from distmatch.system import rng
@@ -158,12 +159,14 @@ class Distiller:
         Returns the images of each part by stream, without graph, and the unweighted losses.
         """
 
+        balance = self.objective.balance
+
         def loss(part: Part) -> tuple[Tensor, dict[str, Tensor], dict[str, Samples]]:
             with autocast(self.device, self.precision):
                 samples = self.generate_all(part.starts)
                 losses = {
-                    f"{term.name}/student": term.student_loss(part.drawn[term.name], _read(term, samples)) / len(parts)
-                    for term in self.terms
+                    f"{t.name}/student": t.student_loss(part.drawn[t.name], _read(t, samples, balance)) / len(parts)
+                    for t in self.terms
                 }
             total = torch.stack([t.weight * loss for t, loss in zip(self.terms, losses.values(), strict=True)]).sum()
             return total, losses, {name: one.detach() for name, one in samples.items()}
@@ -237,9 +240,8 @@ class Distiller:
         save_model(folder, self.ema.network, self.info)
 
 
-def _read(term: Term, samples: Mapping[str, Samples]) -> Samples:
-    """Concatenate the images of the streams that `term` reads."""
+def _read(term: Term, samples: Mapping[str, Samples], balance: Balance | None = None) -> Samples:
+    """Concatenate the images of the streams that `term` reads; a `balance` watches their gradients."""
     read = [samples[name] for name in term.reads]
-    if len(read) == 1:
-        return read[0]
-    return Samples(torch.cat([one.x for one in read]), Cond.cat(*(one.cond for one in read)))
+    x = read[0].x if len(read) == 1 else torch.cat([one.x for one in read])
+    return Samples(x if balance is None else balance.seen(term.name, x), Cond.cat(*(one.cond for one in read)))

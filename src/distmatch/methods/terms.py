@@ -17,6 +17,7 @@ from distmatch.diffusion.conditions import Conditions, Share, rows
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.guidance import Model
 from distmatch.diffusion.losses import Weighting, denoising_loss, matching_loss
+from distmatch.methods.balance import Balance
 from distmatch.methods.intervals import Spans
 from distmatch.system import rng
 from distmatch.training.optim import Optimizer
@@ -147,10 +148,11 @@ class FakeTerm(Term, Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms of a distillation, and the streams they read, by name."""
+    """The terms of a distillation, the streams they read, by name, and the balance of two of them, if any."""
 
     streams: Mapping[str, Stream]
     terms: Sequence[Term]
+    balance: Balance | None = None
 
     @property
     def fake_terms(self) -> list[FakeTerm]:
@@ -205,6 +207,9 @@ class Match:
         self.levels = self.schedule.grid(bins).flip(0).float()
         self.trained: Mapping[str, Trained] = {}
         self.spans: Spans = lambda k: (steps, (0, bins))
+        self.factor: Callable[..., Tensor | float] = lambda x_t, t, cond: (
+            1.0
+        )  # of another divergence, see `Adversarial`
 
     def draw(self, starts: Sequence[Start], share: Share) -> Levels:
         generator, device = starts[0].generator, starts[0].z.device
@@ -233,7 +238,8 @@ class Match:
             x_t = self.schedule.add_noise(x, drawn.eps, t)
             x0_fake = self.judged(x_t, drawn, cond)
             x0_real = self.real(x_t, t, cond)
-            w = self.weighting(x, x0_real, self.schedule.alpha(t), self.schedule.sigma(t))
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            w = self.weighting(x, x0_real, alpha, sigma) * self.factor(x_t, t, cond)
         return matching_loss(x, x0_fake, x0_real, w)
 
     def judged(self, x_t: Tensor, drawn: Levels, cond: Cond | None) -> Tensor:

@@ -87,6 +87,13 @@ class Family:
         """
         raise UserError(f"{source or 'this model'} makes images of its own and has no decoder")
 
+    def image_encoder(self, source: str) -> Callable[..., Tensor]:
+        """Return `(images, eps) -> latents` by the model `source`; see `diffusers.autoencoder.ImageEncoder`.
+
+        Raises `UserError` for a model that makes pixels.
+        """
+        raise UserError(f"{source or 'this model'} makes images of its own and has no encoder")
+
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond | None:
         """Return a condition of `n` samples for the network `net`; only its shapes matter."""
         return Cond(label=torch.zeros(n, dtype=torch.long)) if info.classes else None

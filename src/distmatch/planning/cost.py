@@ -5,7 +5,7 @@ distributed over several processes, and the traffic between these, are computed 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -87,12 +87,14 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     done = rehearse(recipe, denoiser, info, parts, sharded)
     trained = {name: done.networks[name] for name in ("student", "fake score") if name in done.networks}
     sizes = {name: numel(network, trained=True) for name, network in trained.items()}
-    cuts = {name: processes if sharded and not adapted(n) else 1 for name, n in done.networks.items()}
+    head = numel(done.networks["GAN head"]) if "GAN head" in done.networks else 0  # never sharded
+    spread = {name: sharded and name != "GAN head" and not adapted(n) for name, n in done.networks.items()}
+    cuts = {name: processes if spread[name] else 1 for name in spread}
     memory: dict[str, float] = {name: FP32 * slices(network, cuts[name]) for name, network in done.networks.items()}
     if recipe.base_weights == "bf16":
         held = sum(p.numel() * p.element_size() for p in done.networks["teacher"].parameters())
         memory["teacher"] = held / cuts["teacher"]
-    memory["optimizer"] = sum(2 * FP32 * slices(n, cuts[name], trained=True) for name, n in trained.items())
+    memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)
     if processes == 1:
@@ -106,10 +108,16 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
         memory["gradients"] = FP32 * (largest + sum(sizes[n] for n in trained if adapted(trained[n])))  # as in DDP
         memory["gathered blocks"] = max(_gathered(network, recipe) for network in trained.values())
         memory["activations"] = done.most_activations
+    if processes > 1:
+        memory["gradients"] += FP32 * head
     average = numel(done.networks["average"])
-    checkpoint = FP32 * (average + sum(numel(network) + 2 * sizes[name] for name, network in trained.items()))
+    checkpoint = FP32 * (
+        average + 3 * head + sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
+    )
     flops: dict[str, float] = {name: parts * value for name, value in done.flops.items() if value}
     traffic = _traffic(recipe, trained, done.networks["teacher"], processes)
+    if processes > 1:
+        traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
 
 
@@ -146,8 +154,18 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     guided = recipe.student.guidance is not None or recipe.match.guidance != 1
     # Per part: two with a graph; one for both scores, and one for the images of each further fake-score update.
     passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
+    teachers = matched * (1 + guided) * (1 if recipe.match.sid is None else 2) + 2 * ("guide" in recipe.terms)
+    if recipe.match.sid is not None:
+        passes["fake score"], updates["fake score"] = passes["fake score"] + 1, updates["fake score"] + 1
+    if "gan" in recipe.terms:  # a judgement for the student, one for the head, and one for ratios of densities
+        ratios = recipe.match.divergence != "reverse_kl"
+        if recipe.gan.features == "fake":
+            passes["fake score"] += 2 + 2 * recipe.fake.steps + ratios
+            updates["fake score"] = 1 + recipe.fake.steps  # the student's loss sends it gradients, too
+        else:
+            teachers += 2 + recipe.fake.steps + ratios
     gathered = sum(passes[name] * low * n * slices(_held(network), n) for name, network in trained.items())
-    gathered += matched * (1 + guided + 2 * ("guide" in recipe.terms)) * low * n * slices(teacher, n)
+    gathered += teachers * low * n * slices(teacher, n)
     scattered = sum(updates[k] * FP32 * n * slices(v, n, True) for k, v in trained.items() if not adapted(v))
     reduced = sum(updates[k] * FP32 * numel(v, True) for k, v in trained.items() if adapted(v))
     return Traffic(n, gathered=recipe.accumulate * gathered, scattered=scattered, reduced=reduced)

@@ -157,6 +157,19 @@ class Ledger(TorchDispatchMode):
         self.gradients = 0
         self._have.clear()
 
+    def enter(self, name: str, block: nn.Module) -> None:
+        """Let a backward pass enter the network `name` through what its `block` returns, as from a head on features."""
+
+        def computes(*_: Any) -> None:
+            self.network = name
+
+        def done(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if first.requires_grad:
+                first.register_hook(computes)
+
+        block.register_forward_hook(done)
+
     def _name(self, name: str, network: nn.Module) -> None:
         def computes(*_: Any) -> None:
             self.network = name

@@ -138,7 +138,8 @@ def settled(recipe: Recipe, gpu: Gpu) -> Recipe:
 def _kind(recipe: Recipe) -> str:
     """Return a key that is equal for stages of equal cost."""
     m, r = recipe.match, recipe.regress
-    return str((recipe.terms, m.batch, m.guidance == 1, m.pairs, r.batch, r.loss, r.size, r.decoder, r.tiny))
+    matching = (m.batch, m.guidance == 1, m.pairs, m.sid is None, m.divergence == "reverse_kl")
+    return str((recipe.terms, *matching, r.batch, r.loss, r.size, r.decoder, r.tiny))
 
 
 def _changed(recipe: Recipe, checkpointing: bool, parallel: str | None = None, accumulate: int | None = None) -> Recipe:

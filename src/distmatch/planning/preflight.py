@@ -178,7 +178,7 @@ def batches(flight: Flight) -> str:
 def folder(flight: Flight) -> str | None:
     """The run's folder and that of the prompts' states are writable."""
     if parallel.rank() == 0:
-        for place in filter(None, (flight.out, flight.recipe.prompts.cache)):
+        for place in filter(None, (flight.out, flight.recipe.prompts.cache, flight.recipe.gan.cache)):
             with scratch(Path(place)):
                 pass
     return f"{flight.out} can be written"
@@ -242,8 +242,8 @@ def losses(flight: Flight) -> str:
                 value = distance(x, torch.zeros_like(x))
                 value.backward()
             found[f"{stage.regress.loss}, decoder {stage.regress.decoder}"] = value
-    for name in (name for name in flight.recipe.terms if name not in objectives.TERMS):
-        found[name] = _own_loss(flight, name, x)
+    for name in (name for name in flight.recipe.terms if name not in ("match", "guide", "regress")):
+        found[name] = _other_loss(flight, name, x)
     with tried("the gradient, of one sample"):
         flight.sample.backward(torch.ones_like(x) if x.grad is None else x.grad)
     weights = [weight for weight in flight.student.parameters() if weight.requires_grad]
@@ -257,17 +257,19 @@ def losses(flight: Flight) -> str:
     return "; ".join([*found, "the gradient reaches the student"])
 
 
-def _own_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
-    """Return the student loss of your own term `name` for one sample, backpropagated to `x`."""
-    term = objectives.own_term(flight.recipe, flight.subject, flight.fake, name)
+def _other_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
+    """Return the student loss of the term `name`, gan or your own, for one sample, backpropagated to `x`."""
+    make = objectives.TERMS.get(name, objectives.own_term)
+    term, said = make(flight.recipe, flight.subject, flight.fake, name), name if name == "gan" else f"own_terms.{name}"
     generator = torch.Generator(flight.device).manual_seed(0)
     if unknown := [stream for stream in term.reads if stream not in objectives.STREAMS]:
-        raise UserError(f"own_terms.{name} reads {unknown[0]!r}; expected {' or '.join(objectives.STREAMS)}")
+        raise UserError(f"{said} reads {unknown[0]!r}; expected {' or '.join(objectives.STREAMS)}")
     start = Start(flight.z, flight.cond, 1, generator, y=torch.zeros_like(x))
     cond = Cond.cat(*[flight.cond for _ in term.reads])
-    with autocast(flight.device, flight.recipe.precision), tried(f"own_terms.{name}, of one sample"):
+    with autocast(flight.device, flight.recipe.precision), tried(f"{said}, of one sample"):
         drawn = term.draw([start for _ in term.reads], WHOLE)
-        value = term.student_loss(drawn, Samples(torch.cat([x for _ in term.reads]), cond))
+        samples = Samples(torch.cat([x for _ in term.reads]), cond)
+        value = term.student_loss(drawn, samples)
         value.backward()
     return value
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from distmatch.diffusion.conditions import WHOLE, Share
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.methods import guide
+from distmatch.methods.adversarial import Adversarial
 from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Start
 from distmatch.models import attention
@@ -31,6 +32,7 @@ from distmatch.planning.ledger import LOSSES, Ledger, replace_data
 from distmatch.planning.weightless import regression
 from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
+from distmatch.training.engine import blocks
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Rehearsal:
     """What one process did in a step, and the networks of that step, without data.
 
     Args:
-        networks: student, fake score, teacher and average, under these names, if the recipe has them.
+        networks: student, fake score, GAN head, teacher and average, under these names, if the recipe has them.
         losses: frozen networks of the regression loss.
         flops: of one part of the step, by network.
         gradients, activations: bytes at the time of peak memory; activations are everything that is neither a gradient
@@ -72,9 +74,15 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
         ledger,
     ):
         stage = _Stage(recipe, twin, info, parts, sharded)
-        trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake}
+        heads = {"GAN head": one.network for one in stage.distiller.objective.trained.values()}
+        trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake, **heads}
         networks = {name: n for name, n in {**trained, "teacher": stage.teacher}.items() if n is not None}
         held = ledger.start(networks)
+        for term in stage.distiller.terms:
+            if isinstance(term, Adversarial):
+                judge = "fake score" if recipe.gan.features == "fake" else "teacher"
+                for number in term.blocks:
+                    ledger.enter(judge, blocks(networks[judge])[number])
         with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
             flops = stage.run(ledger)
     drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
@@ -202,7 +210,8 @@ class _Stage:
         )
         no_pairs: Any = object()
         plain_info, cpu = replace(info, source=""), torch.device("cpu")
-        subject = subjects.Subject(self.teacher, plain_info, _Examples(self.example), "", cpu)
+        real: Any = _Reals(self.example, info.shape)
+        subject = subjects.Subject(self.teacher, plain_info, _Examples(self.example), "", cpu, real=real)
         self.distiller: Distiller = build.distiller(plain, subject, no_pairs)
         batches = {"noise": self.match, "pairs": self.regress}
         streams = {n: _Inputs(self.example, n, batches[n], info.shape) for n in self.distiller.objective.streams}
@@ -257,7 +266,7 @@ class _Stage:
         return flops
 
     def example(self, n: int) -> Cond | None:
-        return build.example_cond(self.recipe, self.teacher, self.info, n)
+        return subjects.example_cond(self.recipe, self.teacher, self.info, n)
 
 
 @dataclass
@@ -271,6 +280,17 @@ class _Examples:
 
     def draw(self, n: int, generator: torch.Generator, share: Share = WHOLE) -> Cond | None:
         return self.example(n)
+
+
+@dataclass
+class _Reals:
+    """Real images without data; see `data.reals.Reals`."""
+
+    example: Callable[[int], Cond | None]
+    shape: tuple[int, ...]
+
+    def draw(self, n: int, generator: torch.Generator, share: Share) -> tuple[Tensor, Cond | None]:
+        return torch.empty(n, *self.shape), self.example(n)
 
 
 @dataclass

@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
-from distmatch.diffusion import conditions
-from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.denoiser import Denoiser
 from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import GuidanceInput, with_guidance
 from distmatch.models.info import Info
-from distmatch.models.library import components, family_of, find_model
+from distmatch.models.library import components, find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
 from distmatch.recipe.network_entries import Adapter as AdapterEntries
 from distmatch.recipe.objectives import objective, optimizer, trains_fake
 from distmatch.recipe.steps import student_steps
-from distmatch.recipe.subjects import Subject
+from distmatch.recipe.subjects import Subject, example
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
@@ -124,6 +122,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     fake = fake_network(recipe, first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
     average = frozen_copy(trained)
     bases = {id(n.base): n.base for n in (trained, fake) if isinstance(n, Adapted)}
+    if bases and "gan" in recipe.terms and recipe.parallel == "fsdp":
+        raise UserError("the term gan reads features of whole networks or copies; with adapters, use parallel=ddp")
     if recipe.gradient_checkpointing:
         for network in filter(None, (trained, fake)):
             checkpoint_gradients(network)
@@ -136,9 +136,10 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     inputs = example(recipe, subject)
     forward = spread(trained, recipe.parallel, recipe.precision, inputs)
     score = fake
-    # DDP needs one forward pass per backward pass. If own terms also use the fake score, the distiller averages its
+    # DDP needs one forward pass per backward pass. If other terms also use the fake score, the distiller averages its
     # gradients instead.
-    if fake is not None and (recipe.parallel == "fsdp" or not recipe.own_terms):
+    alone = not recipe.own_terms and "gan" not in recipe.terms
+    if fake is not None and (recipe.parallel == "fsdp" or alone):
         score = spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
@@ -172,6 +173,8 @@ def enter(distiller: Distiller, stage: Recipe, subject: Subject, pairs: PairStor
     distiller.optimizer.lr = stage.student.optimizer.lr
     for own in distiller.fake_optimizers:
         own.lr = stage.fake.optimizer.lr
+    if stage.gan.optimizer is not None and "gan" in stage.terms:
+        distiller.objective.trained["gan.head"].optimizer.lr = stage.gan.optimizer.lr
 
 
 def start(recipe: Recipe, subject: Subject) -> Denoiser:
@@ -259,18 +262,6 @@ def _adapted(recipe: Recipe, base: Denoiser, how: AdapterEntries) -> Adapted:
         inputs = [name for name, layer in net.named_modules() if isinstance(layer, GuidanceInput)]
         adapter = Adapter(net, how.rank, how.alpha or how.rank, targets, whole=inputs)
     return Adapted(base, adapter.to(next(base.parameters()).device)).eval()
-
-
-def example(recipe: Recipe, subject: Subject) -> tuple[Tensor, Tensor, Cond | None]:
-    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`; only its shapes matter."""
-    dev, cond = subject.device, example_cond(recipe, subject.denoiser, subject.info, 1)
-    return torch.zeros(1, *subject.info.shape, device=dev), torch.ones(1, device=dev), cond and cond.to(dev)
-
-
-def example_cond(recipe: Recipe, denoiser: Denoiser, info: Info, n: int) -> Cond | None:
-    """Return a condition of `n` samples for the recipe's student; only its shapes matter."""
-    cond = family_of(info).example_cond(denoiser.net, info, n)
-    return cond if recipe.student.guidance is None else conditions.with_guidance(cond, torch.ones(n))
 
 
 def _trained_copy(denoiser: Denoiser) -> Denoiser:

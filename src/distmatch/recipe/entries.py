@@ -12,7 +12,7 @@ from distmatch.recipe.entry import entry, marked, set_entry, walk
 from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
 from distmatch.recipe.mistakes import explain
 from distmatch.recipe.network_entries import Fake, Student
-from distmatch.recipe.term_entries import GuideTerm, MatchTerm, OwnTerm, RegressTerm
+from distmatch.recipe.term_entries import GanTerm, GuideTerm, MatchTerm, OwnTerm, RegressTerm
 from distmatch.system.errors import UserError
 
 
@@ -145,6 +145,10 @@ class Evaluation(Strict):
     )
 
 
+TERMS = ("match", "guide", "regress", "gan")
+"""The terms of the package."""
+
+
 def _unique(terms: list[str]) -> list[str]:
     if len(set(terms)) < len(terms):
         raise UserError(f"a term is named twice: {', '.join(terms)}")
@@ -180,8 +184,8 @@ class Recipe(Strict):
     steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=3)
     terms: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)] = entry(
         ["match", "regress"],
-        "Terms of the objective, each at most once: match, guide, regress, or names in own_terms. On the command line, "
-        "terms=match,regress also works.",
+        "Terms of the objective, each at most once: match, guide, regress, gan, or names in own_terms. On the command "
+        "line, terms=match,regress also works.",
         "Section 3.3; Table 2 omits one",
         stage=True,
     )
@@ -199,6 +203,7 @@ class Recipe(Strict):
     regress: RegressTerm = entry(
         RegressTerm(), "Regression to the teacher's images from the same noise (Section 3.3, Eq. 9).", stage=True
     )
+    gan: GanTerm = entry(GanTerm(), "A GAN on noised images, with real ones (DMD2, arXiv 2405.14867, Section 4.3).")
     pairs: Pairs = entry(Pairs(), "Noise-image pairs made by the teacher (Section 3.3).", stage=True)
     fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
     stages: list[Stage] = entry(
@@ -252,7 +257,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _terms_are_known(self) -> Self:
-        known = ("match", "guide", "regress", *self.own_terms)
+        known = (*TERMS, *self.own_terms)
         if unknown := [term for term in self.terms if term not in known]:
             raise UserError(
                 f"unknown term {unknown[0]!r} in terms; expected {', '.join(known)}, or a name in own_terms"
@@ -262,11 +267,38 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _own_terms_are_used(self) -> Self:
         for name in self.own_terms:
-            if name in ("match", "guide", "regress"):
+            if name in TERMS:
                 raise UserError(f"own_terms.{name} has the name of a term of the package; choose another")
             if name not in self.terms:
                 raise UserError(
                     f"own_terms.{name} is not in terms, {', '.join(self.terms)}; add it there, or remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _gan_fits(self) -> Self:
+        m, g = self.match, self.gan
+        if "gan" not in self.terms:
+            if m.divergence != "reverse_kl" and "match" in self.terms:
+                raise UserError(
+                    f"match.divergence {m.divergence} needs the term gan, whose head estimates density ratios; use "
+                    "terms=match,gan or match.divergence=reverse_kl"
+                )
+            return self
+        if "match" not in self.terms:
+            raise UserError("the term gan goes with match, which trains the fake score; use terms=match,gan")
+        if self.compile:
+            raise UserError("the term gan reads features of blocks, which compiled ones do not show; use compile=false")
+        end = m.bins if g.max_step is None else g.max_step
+        if not g.min_step < end <= m.bins:
+            raise UserError(f"expected gan.min_step < gan.max_step <= match.bins, not {g.min_step}, {end}, {m.bins}")
+        if m.divergence != "reverse_kl":
+            if m.sid is not None:
+                raise UserError(f"match.divergence {m.divergence} is for Algorithm 2; with match.sid use reverse_kl")
+            if g.min_step > m.min_step or end < m.max_step:
+                raise UserError(
+                    f"match.divergence {m.divergence} needs the head at all levels of match, bins {m.min_step} to "
+                    f"{m.max_step}; gan has {g.min_step} to {end}"
                 )
         return self
 
@@ -360,10 +392,14 @@ class Recipe(Strict):
                 )
             set_entry(tree, present_name(key), value)
         found = parse_recipe(tree, f"stage {number + 1}")
-        own = [[term for term in one.terms if term in self.own_terms] for one in (self, found)]
+        if found.match.divergence != self.match.divergence:
+            raise UserError(f"stage {number + 1} changes 'match.divergence', whose averages belong to the whole run")
+        kept = ("gan", *self.own_terms)
+        own = [[term for term in one.terms if term in kept] for one in (self, found)]
         if own[0] != own[1]:
             raise UserError(
-                f"stage {number + 1} has the own terms {own[1]}, the recipe {own[0]}; no stage changes these"
+                f"stage {number + 1} has the terms {own[1]} in addition to match and regress, the recipe {own[0]}; no "
+                "stage changes these: a weight of 0 turns gan off"
             )
         return found
 

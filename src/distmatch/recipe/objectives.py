@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distmatch.data.pairs import PairStore
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import REGRESSIONS, WEIGHTINGS
+from distmatch.methods.adversarial import Adversarial, Settings
 from distmatch.methods.guide import Guide
 from distmatch.methods.identity import Identity
 from distmatch.methods.intervals import intervals
@@ -25,7 +26,7 @@ from distmatch.models.library import family_of
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.steps import student_steps
-from distmatch.recipe.subjects import Subject
+from distmatch.recipe.subjects import Subject, example
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
 from distmatch.training.engine import replicate
@@ -54,14 +55,25 @@ def objective(
 ) -> Objective:
     """Return the recipe's terms, in its order, and the streams that they read.
 
-    Own terms of the stage `before` continue with the networks they train: no stage changes them.
+    Terms that train networks of their own continue with these from the stage `before`.
     """
-    kept = {term.name: term for term in before.terms if term.name not in TERMS} if before else {}
-    terms = [
-        kept[name] if name in kept else TERMS.get(name, own_term)(recipe, subject, fake, name) for name in recipe.terms
-    ]
-    streams = [STREAMS[name](recipe, subject, pairs) for name in dict.fromkeys(n for t in terms for n in t.reads)]
-    made = Objective({stream.name: stream for stream in streams}, terms)
+    kept = (
+        {term.name: term for term in before.terms if term.name not in ("match", "guide", "regress")} if before else {}
+    )
+    terms = {
+        name: kept[name] if name in kept else TERMS.get(name, own_term)(recipe, subject, fake, name)
+        for name in recipe.terms
+    }
+    names = dict.fromkeys(stream for term in terms.values() for stream in term.reads)
+    streams = [STREAMS[name](recipe, subject, pairs) for name in names]
+    balance = None
+    if "gan" in terms:
+        gan: Any = terms["gan"]
+        gan.weight, balance = recipe.gan.weight, gan.balance
+        if recipe.match.divergence != "reverse_kl":
+            match: Any = terms["match"]
+            match.factor = gan.factor
+    made = Objective({stream.name: stream for stream in streams}, list(terms.values()), balance)
     if before is None:  # later the processes' copies stay equal by themselves
         for trained in made.trained.values():
             replicate(trained.network)
@@ -190,7 +202,34 @@ def _regress(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str
     return Regress(regression(recipe, subject), recipe.regress.weight)
 
 
-TERMS = {"match": _match, "guide": _guide, "regress": _regress}
+def _gan(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
+    assert fake is not None
+    assert subject.real is not None
+    g, m = recipe.gan, recipe.match
+    settings = Settings(
+        weight=g.weight,
+        head_weight=g.head_weight,
+        r1=g.r1,
+        r1_noise=g.r1_noise,
+        bins=m.bins,
+        steps=(g.min_step, m.bins if g.max_step is None else g.max_step),
+        blocks=g.blocks,
+        balance=g.balance,
+        divergence=m.divergence if m.divergence != "reverse_kl" else None,
+    )
+    own, steps = g.optimizer or recipe.fake.optimizer, recipe.steps * recipe.fake.steps
+    return Adversarial(
+        fake if g.features == "fake" else subject.denoiser,
+        subject.real,
+        settings,
+        example=example(recipe, subject),
+        optimizer=lambda head: optimizer(own, head, steps),
+        seed=recipe.seed,
+        owner="the fake score" if g.features == "fake" else "the teacher",
+    )
+
+
+TERMS = {"match": _match, "guide": _guide, "regress": _regress, "gan": _gan}
 
 
 def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from distmatch.data.imaging import png
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
 from distmatch.models.diffusers.families import family_in
@@ -16,7 +18,7 @@ from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.diffusers.tiny import write_tiny_vae
 from distmatch.models.edm.checkpoints import PUBLISHED
 from distmatch.models.folder import Info, save_model
-from distmatch.models.library import diffusers_source
+from distmatch.models.library import diffusers_source, find_model
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.entry import marked
 from distmatch.system import rng
@@ -43,6 +45,8 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
         ]
     if recipe.regress.loss == "lpips":
         overrides.append(f"regress.weights={folder / 'weights'}")
+    if "gan" in recipe.terms and (recipe.gan.images is None or any(o.startswith("teacher=") for o in overrides)):
+        overrides.append(f"gan.images={folder / 'images'}")
     if recipe.stages:
         stages = _short(recipe)
         overrides += [f"stages={json.dumps(stages)}", f"steps={len(stages)}"]
@@ -71,7 +75,7 @@ def _short(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
-    """Write the random networks that the overrides of `cpu_smoke` name to `folder`: a teacher, LPIPS's weights."""
+    """Write what the overrides of `cpu_smoke` name to `folder`: a random teacher, real images, LPIPS's weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(recipe.seed, "smoke"))
         if teacher and recipe.teacher.startswith("edm:"):
@@ -80,10 +84,27 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
             family_in(without_weights(source)).write_tiny(folder / "stable")
             write_tiny_vae(folder / "tiny")
             write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
+        if teacher and "gan" in recipe.terms:
+            made = {"edm": str(folder / "teacher"), "diffusers": f"diffusers:{folder / 'stable'}"}
+            _, info = find_model(made.get(recipe.teacher.partition(":")[0], recipe.teacher), "teacher")
+            _write_images(folder / "images", info)
         if recipe.regress.loss == "lpips" and "regress" in recipe.terms:
             from distmatch.models.perceptual import write_random_weights
 
             write_random_weights(folder / "weights")
+
+
+def _write_images(folder: Path, info: Info) -> None:
+    """Write pictures of noise like the images of the teacher `info`: one of each class, or with captions."""
+    channels, height, width = (3, 64, 64) if info.latent else info.shape
+    captions = PROMPTS if info.text else ()
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(info.classes or ("",) * len(PROMPTS)):
+        file = folder / "train" / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(generator.integers(0, 256, (height, width, channels), dtype=np.uint8)))
+        if captions:
+            file.with_suffix(".txt").write_text(captions[number])
 
 
 def random_edm(name: str, small: bool = True) -> tuple[Denoiser, Info]:

@@ -6,11 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distmatch.data.embeddings import Embeddings, embed
 from distmatch.data.pairs import fingerprint, prompts_digest
 from distmatch.data.prompts import read_prompts
-from distmatch.diffusion.conditions import Classes, Conditions, Guided, Prompts
+from distmatch.data.reals import Reals
+from distmatch.diffusion.conditions import Classes, Conditions, Guided, Prompts, with_guidance
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.evaluation.measure import Space
 from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
@@ -18,6 +20,7 @@ from distmatch.models.family import Encoder
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
 from distmatch.recipe.entries import Evaluation, Recipe
+from distmatch.recipe.real_images import real_images
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS
 from distmatch.system.progress import progress
@@ -53,6 +56,9 @@ class Subject:
     cut: int = 0
     """Number of prompts that are longer than the text encoder accepts."""
 
+    real: Reals | None = None
+    """Samples of what the teacher was trained on, for the term gan."""
+
 
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
@@ -79,7 +85,8 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
-    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), dev, prompts, encoders, cut)
+    real = real_images(recipe, info, components(info, dev).encode, dev) if "gan" in recipe.terms else None
+    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), dev, prompts, encoders, cut, real)
 
 
 def _scales(recipe: Recipe) -> list[float | None]:
@@ -131,3 +138,15 @@ def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torc
 def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
     """Make `denoiser` a teacher: on its device, without dropout, never trained."""
     return denoiser.to(dev).eval().requires_grad_(False)
+
+
+def example(recipe: Recipe, subject: Subject) -> tuple[Tensor, Tensor, Cond | None]:
+    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`; only its shapes matter."""
+    dev, cond = subject.device, example_cond(recipe, subject.denoiser, subject.info, 1)
+    return torch.zeros(1, *subject.info.shape, device=dev), torch.ones(1, device=dev), cond and cond.to(dev)
+
+
+def example_cond(recipe: Recipe, denoiser: Denoiser, info: Info, n: int) -> Cond | None:
+    """Return a condition of `n` samples for the recipe's student; only its shapes matter."""
+    cond = family_of(info).example_cond(denoiser.net, info, n)
+    return cond if recipe.student.guidance is None else with_guidance(cond, torch.ones(n))

@@ -2,11 +2,18 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from distmatch.recipe.entry import entry
 from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
+from distmatch.recipe.network_entries import Optimiser
 from distmatch.system.errors import UserError
+
+
+def _unique_blocks(blocks: list[int]) -> list[int]:
+    if len(set(blocks)) < len(blocks):
+        raise UserError(f"a block is named twice: {', '.join(map(str, blocks))}")
+    return blocks
 
 
 class MatchTerm(Strict):
@@ -60,6 +67,12 @@ class MatchTerm(Strict):
         "Give the fake score's loss the time and noise of the student's loss, so that one pass of the fake score "
         "serves both. Faster; keeps its activations meanwhile. Not with sid or fake.ida, nor in several processes.",
         "ours; Algorithm 1 draws anew",
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js", "softened_rkl", "hellinger", "jeffreys"] = entry(
+        "reverse_kl",
+        "Divergence that the matching descends; all but reverse_kl weigh each image by a ratio of densities, which the "
+        "head of the term gan estimates.",
+        "Section 3.2: reverse_kl; f-distill, arXiv 2502.15681, for the others",
     )
     pairs: bool = entry(
         False, "Also match the student's images from the pairs' noise, concat(x, x_ref).", "Algorithm 1, only for LAION"
@@ -143,6 +156,69 @@ class RegressTerm(Strict):
     tiny: Place = entry(
         "madebyollin/taesd", "The tiny autoencoder: a folder in diffusers' format or a model id.", "Appendix B.3"
     )
+
+
+class GanTerm(Strict):
+    """A GAN on noised images; see `methods.adversarial`."""
+
+    images: Place | None = entry(
+        None,
+        "Real images, of what the teacher was trained on: a folder, an archive or a URL, see docs/data.md. null: none, "
+        "without the term gan.",
+        "DMD2, arXiv 2405.14867: the teacher's training data",
+        unnamed=True,
+    )
+    split: str = entry("train", "Which of their splits: train, test, val, the name of a folder, or all.", "ours")
+    classes: Literal["name", "number"] = entry(
+        "name",
+        "How their classes are matched to the teacher's: by name, or number k to number k, whatever they are called.",
+        "ours",
+    )
+    cache: Place | None = entry(
+        None,
+        "Folder for their latents, encoded once, for a teacher of latents. null: images are encoded whenever they are "
+        "drawn.",
+        "ours",
+        unnamed=True,
+    )
+    weight: Factor = entry(
+        1e-3,
+        "Weight of the term in the student's loss.",
+        "DMD2, arXiv 2405.14867: 3e-3 for ImageNet, 1e-3 for Stable Diffusion 1.5",
+        stage=True,
+    )
+    head_weight: Factor = entry(
+        1e-2,
+        "Weight of the head's loss in that of the fake score, whose features it trains too.",
+        "DMD2, arXiv 2405.14867: 1e-2",
+    )
+    balance: Factor | None = entry(
+        None,
+        "Ratio of the gradients' norms, of gan to match at the student's images, that is kept by scaling weight. null: "
+        "the weight is fixed.",
+        "The advice of DMD2's author, github.com/tianweiy/DMD2/issues/73: 1",
+    )
+    features: Literal["fake", "teacher"] = entry(
+        "fake",
+        "Network whose features the head reads: the fake score, or the frozen teacher.",
+        "DMD2, arXiv 2405.14867: fake",
+    )
+    blocks: Annotated[list[Natural], Field(min_length=1), AfterValidator(_unique_blocks)] | None = entry(
+        None,
+        "Blocks of that network to read, by number from 0. null: the middle one of those with the coarsest features.",
+        "DMD2, arXiv 2405.14867: the bottleneck",
+    )
+    r1: Factor = entry(
+        0.0,
+        "Weight of an approximate R1 penalty in the head's loss, (D(x) - D(x + r1_noise eps))^2 for real x. 0: none.",
+        "FastGen, for f-distill",
+    )
+    r1_noise: Factor = entry(0.1, "Standard deviation of the noise in that penalty.", "ours")
+    min_step: Natural = entry(0, "Lowest noise level at which images are judged, as a bin of match.bins.", "ours")
+    max_step: Positive | None = entry(
+        None, "End of these noise levels, as a bin, exclusive. null: match.bins.", "DMD2, arXiv 2405.14867: all of them"
+    )
+    optimizer: Optimiser | None = entry(None, "AdamW for the head. null: with the settings of fake.optimizer (DMD2).")
 
 
 class OwnTerm(BaseModel):

@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from distmatch.system.errors import UserError
 from distmatch.training.adapters import Adapted, keeping
 
 RECOMPILATIONS = 256
@@ -156,23 +155,26 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
     """Yield what the blocks `numbers` of `network` (see `blocks`) last returned, by number: for a GAN's head.
 
     Works for any network and needs no argument in its `forward`. Tensors keep their graph.
-
-    Raises `UserError` for a network sharded by `fsdp`: gradients through features do not survive its own hooks.
     """
-    if _is_sharded(unwrapped(network)):
-        raise UserError("features of a network's blocks are not available with parallel=fsdp; use parallel=ddp")
     found: dict[int, Tensor] = {}
     thread = get_ident()  # several workers may run the network at once, each with its own part of the batch
 
     def keep(number: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if get_ident() == thread:
-                found[number] = output
+                found[number] = output[0] if isinstance(output, tuple) else output  # diffusers' return skips as well
 
         return hook
 
+    def tie(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        """Let a backward pass from features enter by the output, where FSDP2 gathers what is outside the blocks."""
+        if get_ident() == thread:
+            found.update({number: one + 0 * output.sum() for number, one in found.items()})
+
     members = blocks(unwrapped(network))
     handles = [members[number].register_forward_hook(keep(number)) for number in numbers]
+    if _is_sharded(unwrapped(network)):
+        handles.append(unwrapped(network).register_forward_hook(tie))
     try:
         yield found
     finally:

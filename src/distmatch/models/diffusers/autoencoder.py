@@ -1,4 +1,4 @@
-"""Decodes latents to pixels with a latent diffusion model's autoencoder, full or tiny."""
+"""Latents to pixels by a latent diffusion model's autoencoder, full or tiny, and pixels to latents."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distmatch.models.diffusers.hub import network, outline
+from distmatch.system.digests import weights_digest
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 
@@ -46,6 +47,34 @@ class Decoder(nn.Module):
         return self.vae.decode(z, return_dict=False)[0]
 
 
+class ImageEncoder:
+    """`(images f[B,3,H,W] in [-1, 1], eps f[B,C,h,w]) -> latents f[B,C,h,w]`, scaled as the diffusion model sees them.
+
+    They are samples of the encoder's distribution, as in the model's training, with the standard normal noise `eps`.
+
+    Args:
+        vae: diffusers' autoencoder; its decoder is deleted.
+    """
+
+    def __init__(self, vae: Any):
+        del vae.decoder
+        self.vae: Any = vae.eval().requires_grad_(False)
+        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, eps: Tensor) -> Tensor:
+        found = []
+        for image, noise in zip(images.split(1), eps.split(1), strict=True):  # each takes gigabytes
+            latents = self.vae.encode(image.to(self.vae.device), return_dict=False)[0]
+            found.append(scaled(latents.mean + latents.std * noise.to(latents.mean), self.vae.config))
+        return torch.cat(found)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of everything that determines the latents."""
+        names = ("scaling_factor", "latents_mean", "latents_std")
+        return weights_digest(self.vae.state_dict(), str([self.vae.config.get(name) for name in names]))
+
+
 def tiny_decoder(source: str, checkpointing: bool = False, weights: bool = True) -> Decoder:
     """Return the decoder of a tiny autoencoder such as madebyollin/taesd (folder or model id).
 
@@ -66,6 +95,14 @@ def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
         return z
     mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
     return z * std + mean
+
+
+def scaled(z: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Convert latents f[B,C,h,w] from the autoencoder's scale to the diffusion model's: the inverse of `unscaled`."""
+    if config.get("latents_mean") is not None:
+        mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+        z = (z - mean) / std
+    return z * config["scaling_factor"]
 
 
 def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:

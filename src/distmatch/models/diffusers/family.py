@@ -10,7 +10,7 @@ from torch import nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers import distilled, hub
-from distmatch.models.diffusers.autoencoder import Decoder, check_scaling
+from distmatch.models.diffusers.autoencoder import Decoder, ImageEncoder, check_scaling
 from distmatch.models.diffusers.hub import Settings
 from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.family import Components, Family
@@ -93,9 +93,15 @@ class DiffusersFamily(Family):
         return sum(p.numel() for network in networks for p in network.parameters())
 
     def decoder(self, source: str, checkpointing: bool = False, weights: bool = True) -> Decoder:
+        return Decoder(self._autoencoder(source, weights), checkpointing)
+
+    def image_encoder(self, source: str) -> ImageEncoder:
+        return ImageEncoder(self._autoencoder(source))
+
+    def _autoencoder(self, source: str, weights: bool = True) -> Any:
         need("diffusers", by=source)
         import diffusers
 
         vae = (hub.network if weights else hub.outline)(source, "vae", getattr(diffusers, self.kinds["vae"]))
         check_scaling(vae.config, source, means=True)
-        return Decoder(vae, checkpointing)
+        return vae

@@ -1,0 +1,243 @@
+"""The GAN on noised images: what its head learns, whom it teaches, and what it refuses."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_parallel import together
+
+from distmatch.commands.distillation import distil
+from distmatch.data.reals import Reals
+from distmatch.diffusion.conditions import WHOLE, Classes
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.schedule import EDM
+from distmatch.methods.adversarial import Adversarial, Settings
+from distmatch.methods.terms import NoiseStream, Samples
+from distmatch.models.mixture import mixture
+from distmatch.models.mlp import MLP
+from distmatch.recipe import build, subjects
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
+from distmatch.system.errors import Stopped
+from distmatch.training.optim import Optimizer
+
+SCHEDULE = EDM(sigma_min=0.05, sigma_max=3.0)
+DATA = mixture(SCHEDULE, [[1.0], [-1.5]], [0.5, 0.3], [2.0, 1.0])
+STUDENT = mixture(SCHEDULE, [[0.3]], [1.2])
+
+
+def adversarial(**settings):
+    """A small network for points, and a head on its features, against real samples of `DATA`."""
+    torch.manual_seed(0)
+    judge = Denoiser(MLP(dim=1, width=32, depth=2), SCHEDULE, DATA.prediction)
+    sample = DATA.sample(20_000, torch.Generator().manual_seed(1)).float()
+    return judge, Adversarial(
+        judge,
+        Reals([torch.arange(len(sample))], lambda numbers: sample[numbers]),
+        Settings(**{"head_weight": 1.0, "blocks": [0, 1], **settings}),
+        example=(torch.zeros(1, 1), torch.ones(1), None),
+        optimizer=lambda network: Optimizer(network.parameters(), lr=5e-3, weight_decay=0.0),
+    )
+
+
+def teach(judge, gan, steps=250, batch=1024):
+    """Train head and features against `STUDENT`, which stays as it is."""
+    stream = NoiseStream((1,), Classes(0), batch)
+    optimizers = [Optimizer(judge.parameters(), lr=5e-3, weight_decay=0.0), gan.trained["head"].optimizer]
+    for index in range(steps):
+        x = STUDENT.sample(batch, torch.Generator().manual_seed(index + 10)).float()
+        drawn = gan.draw([stream.draw(0, index, 0, WHOLE)], WHOLE)
+        gan.fake_loss(drawn, Samples(x, None)).backward()
+        for one in optimizers:
+            one.lr = 5e-3 * (1 - index / steps)
+            one.step(index)
+
+
+@pytest.fixture(scope="module")
+def taught():
+    judge, gan = adversarial(divergence="forward_kl")
+    teach(judge, gan)
+    return gan
+
+
+@pytest.mark.parametrize("t", [0.3, 1.0, 2.0])
+def test_the_logit_becomes_the_log_density_ratio(taught, t):
+    generator = torch.Generator().manual_seed(7)
+    x_t = STUDENT.sample(4000, generator).float() + t * torch.randn(4000, 1, generator=generator)
+    at = torch.full((4000,), t)
+    expected = (DATA.log_density(x_t, at) - STUDENT.log_density(x_t, at)).float()
+    with torch.no_grad():
+        error = taught.logits(x_t, at, None) - expected
+    assert error.abs().mean() < 0.1
+    if t < 2:  # where the distributions differ
+        assert expected.abs().mean() > 0.15
+
+
+# On images
+
+
+def real_folder(folder, classes=("a", "b", "c"), shape=(8, 8), each=5):
+    """Pictures of noise, a folder per class; all of class number k have the brightness k in their first pixel."""
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (folder / "train" / name).mkdir(parents=True)
+        for i in range(each + number):
+            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+            pixels[0, 0] = number
+            Image.fromarray(pixels).save(folder / "train" / name / f"{i}.png")
+    return folder
+
+
+def recipe(folder, *changes, **entries):
+    if not (folder / "real").exists():
+        real_folder(folder / "real")
+    given = [f"gan.images={folder / 'real'}", "terms=match,gan", "gan.weight=0.1", *changes]
+    return load_recipe(str(tiny.recipe_file(folder, **entries)), given)
+
+
+def distiller(folder, *changes):
+    found = recipe(folder, *changes)
+    return build.distiller(found, subjects.subject(found), None)
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()]).clone()
+
+
+def test_real_images_come_with_their_class_each_as_often(tmp_path):
+    real = subjects.subject(recipe(tmp_path)).real
+    x, cond = real.draw(3000, torch.Generator().manual_seed(0), WHOLE)
+    pixels = ((x + 1) * 127.5).round().long()
+    assert torch.equal(pixels[:, 0, 0, 0], cond.label)
+    assert ((cond.label.bincount() / 1000 - 1).abs() < 0.1).all()
+    assert len(pixels.unique(dim=0)) == 5 + 6 + 7
+    halves = [real.draw(3000, torch.Generator().manual_seed(0), (part, 2)) for part in (0, 1)]
+    assert torch.equal(torch.cat([half for half, _ in halves]), x)
+    assert torch.equal(torch.cat([half.label for _, half in halves]), cond.label)
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_gradients_go_where_they_must_and_nowhere_else(tmp_path, features):
+    d = distiller(tmp_path, f"gan.features={features}", "match.weight=0", "gan.r1=1")
+    gan = d.terms[1]
+    before = {name: weights(one) for name, one in (("student", d.student), ("fake", d.fake), ("head", gan.head))}
+    part = d.draw(0, WHOLE)
+    images, _ = d.update_student(0, [part])
+    assert not torch.equal(weights(d.student), before["student"])
+    for network, name in ((d.fake, "fake"), (gan.head, "head")):
+        assert torch.equal(weights(network), before[name])
+        assert all(p.grad is None for p in network.parameters())
+    student = weights(d.student)
+    loss = gan.fake_loss(part.drawn["gan"], images[0]["noise"])
+    loss.backward()
+    assert all(p.grad.any() for p in gan.head.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in d.fake.parameters()) == (features == "fake")
+    assert all(p.grad is None for p in [*d.student.parameters(), *d.terms[0].teacher.parameters()])
+    assert torch.equal(weights(d.student), student)
+    d.step(1)
+    assert not torch.equal(weights(gan.head), before["head"])
+
+
+def test_its_losses_are_softplus_of_the_logits(tmp_path):
+    d = distiller(tmp_path, "gan.r1=3", "gan.r1_noise=0.5", "gan.head_weight=0.7")
+    gan, part = d.terms[1], d.draw(0, WHOLE)
+    drawn, samples = part.drawn["gan"], d.generate(part.starts["noise"])
+    add_noise = d.student.schedule.add_noise
+    with torch.no_grad():
+        student = gan.logits(add_noise(samples.x, drawn.eps, drawn.t), drawn.t, samples.cond)
+        torch.testing.assert_close(gan.student_loss(drawn, samples), (1 + (-student).exp()).log().mean())
+        fake = gan.logits(add_noise(samples.x, drawn.eps_head, drawn.t_head), drawn.t_head, samples.cond)
+        x, cond = drawn.real.x, drawn.real.cond
+        real, moved = (
+            gan.logits(add_noise(y, drawn.eps_real, drawn.t_head), drawn.t_head, cond)
+            for y in (x, x + 0.5 * drawn.shift)
+        )
+        expected = (1 + fake.exp()).log().mean() + (1 + (-real).exp()).log().mean() + 3 * (real - moved).square().mean()
+        torch.testing.assert_close(gan.fake_loss(drawn, samples), 0.7 * expected)
+    assert (real - moved).abs().max() > 1e-4
+
+
+HOW = ("gan.balance=0.5", "match.divergence=js", "gan.r1=1")
+
+
+@pytest.mark.parametrize("changes", [["accumulate=2"], ["workers=2"]])
+def test_a_batch_may_be_shared_in_any_way(tmp_path, changes):
+    one, other = distiller(tmp_path, *HOW, "workers=1"), distiller(tmp_path, *HOW, "workers=1", *changes)
+    for index in range(3):
+        losses = [{name: value.item() for name, value in d.step(index).items()} for d in (one, other)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    gans = [d.terms[1] for d in (one, other)]
+    for seen in ([gan.balance.sums[0] for gan in gans], [gan.factors.sums for gan in gans]):
+        torch.testing.assert_close(*seen, rtol=1e-3, atol=1e-9)
+        assert seen[0].any()
+    torch.testing.assert_close(*(gan.balance.scale() for gan in gans), rtol=1e-3, atol=0)
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    one = recipe(tmp_path, *HOW, steps=6, checkpoint={"every": 3})
+    distil(one, tmp_path / "whole", tmp_path)
+    step = build.Distiller.step
+
+    def stops(self, index):
+        if index == 4:
+            raise Stopped("by the test")
+        return step(self, index)
+
+    monkeypatch.setattr(build.Distiller, "step", stops)
+    with pytest.raises(Stopped):
+        distil(one, tmp_path / "parts", tmp_path)
+    monkeypatch.undo()
+    distil(one, tmp_path / "parts", tmp_path)
+    folders = [tmp_path / run / "checkpoints" / "step-00000006" for run in ("whole", "parts")]
+    tensors = [{k: v for f in sorted(run.glob("*.safetensors")) for k, v in load_file(f).items()} for run in folders]
+    assert {"gan.head/averages.balance.sums", "gan.head/averages.factors.sums"} <= tensors[0].keys()
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+
+
+def test_the_balance_keeps_the_ratio_of_the_gradients(tmp_path):
+    """Of the batch's gradients at its images, measured one by one here."""
+    d = distiller(tmp_path, "gan.balance=0.5", "fake.optimizer.lr=1e-3")
+    for index in range(3):
+        d.step(index)
+    balance, part = d.terms[1].balance, d.draw(3, WHOLE)
+    made = d.generate(part.starts["noise"])
+    x = made.x.requires_grad_()
+
+    def gradient(term, samples):
+        return torch.autograd.grad(term.weight * term.student_loss(part.drawn[term.name], samples), x)[0]
+
+    alone = [gradient(term, made) for term in d.terms]
+    seen = [gradient(term, d.objective.seen(term, {"noise": made})) for term in d.terms]
+    torch.testing.assert_close(seen, [alone[0], balance.scale() * alone[1]])
+    assert not torch.allclose(seen[1], alone[1])
+    before = balance.sums.clone()
+    balance.settle()
+    squares = torch.stack([one.square().sum() for one in alone])
+    torch.testing.assert_close(balance.sums[0], 0.99 * before[0] + squares)
+    torch.testing.assert_close(balance.scale() * (balance.sums[0, 1] / balance.sums[0, 0]).sqrt(), torch.tensor(0.5))
+
+
+def _two(found, out):
+    torch.set_num_threads(1)
+    with parallel.process_group():
+        d = build.distiller(found, subjects.subject(found), None)
+        losses = [{k: parallel.mean(v.clone()).item() for k, v in d.step(i).items()} for i in range(3)]
+        state = d.terms[1].head.state_dict()
+        if parallel.rank() == 0:
+            torch.save((losses, state), out)
+
+
+@pytest.mark.parametrize(
+    ("how", "changes"), [("fsdp", HOW), ("ddp", ("gan.features=teacher", "match.sid=1.2", "accumulate=2"))]
+)
+def test_two_processes_follow_one(tmp_path, how, changes):
+    d = distiller(tmp_path, *changes)
+    alone = [{k: v.item() for k, v in d.step(i).items()} for i in range(3)]
+    together(2, _two, recipe(tmp_path, *changes, f"parallel={how}"), tmp_path / "two.pt")
+    losses, head = torch.load(tmp_path / "two.pt")
+    for one, two in zip(alone, losses, strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+    for name, value in d.terms[1].head.named_parameters():
+        torch.testing.assert_close(head[name], value.data, rtol=1e-3, atol=1e-5)
