@@ -1,5 +1,8 @@
 """The GAN on noised images: what its head learns, whom it teaches, and what it refuses."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +17,9 @@ from distmatch.diffusion.conditions import WHOLE, Classes
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.schedule import EDM
 from distmatch.methods.adversarial import Adversarial, Settings
-from distmatch.methods.terms import NoiseStream, Samples
+from distmatch.methods.divergence import FACTORS
+from distmatch.methods.terms import Levels, Match, NoiseStream, Samples
+from distmatch.models.folder import save_model
 from distmatch.models.mixture import mixture
 from distmatch.models.mlp import MLP
 from distmatch.recipe import build, subjects
@@ -209,7 +214,7 @@ def test_the_balance_keeps_the_ratio_of_the_gradients(tmp_path):
         return torch.autograd.grad(term.weight * term.student_loss(part.drawn[term.name], samples), x)[0]
 
     alone = [gradient(term, made) for term in d.terms]
-    seen = [gradient(term, d.objective.seen(term, {"noise": made})) for term in d.terms]
+    seen = [gradient(term, Samples(balance.seen(term.name, x), made.cond)) for term in d.terms]
     torch.testing.assert_close(seen, [alone[0], balance.scale() * alone[1]])
     assert not torch.allclose(seen[1], alone[1])
     before = balance.sums.clone()
@@ -241,3 +246,143 @@ def test_two_processes_follow_one(tmp_path, how, changes):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
     for name, value in d.terms[1].head.named_parameters():
         torch.testing.assert_close(head[name], value.data, rtol=1e-3, atol=1e-5)
+
+
+# Divergences
+
+
+DIVERGENCES = {  # f(r) of E_student[f(r)], with the factor by which h is f''(r) r^2
+    "reverse_kl": (lambda r: -r.log(), 1.0),
+    "forward_kl": (lambda r: r * r.log(), 1.0),
+    "js": (lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(), 1.0),
+    "softened_rkl": (lambda r: (r + 1) * ((r + 1) / (2 * r)).log(), 1.0),
+    "hellinger": (lambda r: (1 - r.sqrt()) / 2, 0.5 / 4),
+    "jeffreys": (lambda r: (r - 1) * r.log(), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_matching_descends_the_divergence_that_it_claims(name):
+    """At one noise level, by quadrature: the student is N(m, 1), its scores and its ratios are exact."""
+    f, constant = DIVERGENCES[name]
+    t, m = torch.tensor(0.8, dtype=torch.float64), 0.4
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+
+    def densities(mean):
+        """log densities of the noised teacher and student on the grid."""
+        normal = torch.distributions.Normal(mean, (1 + t**2).sqrt())
+        return DATA.log_density(grid[:, None], t.expand(len(grid))), normal.log_prob(grid)
+
+    def divergence(mean):
+        teacher, student = densities(mean)
+        return torch.trapezoid(student.exp() * f((teacher - student).exp()), grid)
+
+    mean = torch.tensor(m, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(divergence(mean), mean)
+
+    nodes = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)
+    z, eps = (axis.reshape(-1, 1) for axis in torch.meshgrid(nodes, nodes, indexing="ij"))
+    student = mixture(SCHEDULE, [[m]], [1.0])
+
+    def ratios(x_t, level, cond):
+        r = (DATA.log_density(x_t, level) - student.log_density(x_t, level)).exp()
+        return FACTORS[name](r)
+
+    match = Match(DATA, student, weighting=lambda x, x0, alpha, sigma: torch.ones_like(alpha) / t**2)
+    if name != "reverse_kl":
+        match.factor = ratios
+    levels = t.expand(len(z))
+    x = (mean + z).float()
+    loss = match.student_loss(Levels(levels, eps.float(), levels, eps.float()), Samples(x, None))
+    (found,) = torch.autograd.grad(loss, mean)
+    assert found * constant == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_factors_have_mean_one_in_each_range_of_levels(taught):
+    """And are those of the clipped ratio that the head estimates."""
+    generator = torch.Generator().manual_seed(3)
+    levels = taught.levels[torch.arange(50, 1000, 100)]  # one in each tenth of the grid
+    assert taught._bin(levels).tolist() == list(range(len(levels)))
+    for number, level in enumerate(levels):
+        t = level.expand(4000)
+        x_t = STUDENT.sample(4000, generator).float() + t[:, None] * torch.randn(4000, 1, generator=generator)
+        factor = taught.factor(x_t, t, None)
+        with torch.no_grad():
+            ratio = taught.logits(x_t, t, None).exp().clamp(0.1, 20)
+        torch.testing.assert_close(factor, ratio / taught.factors.means()[number])
+        assert factor.mean() == pytest.approx(1, abs=0.1)
+
+
+# What cannot work
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["gan.images=null"], r"the term gan needs real images, .* name a folder"),
+        (["gan.blocks=[1, 12]"], r"gan.blocks is \[1, 12\]; the fake score has 7 blocks, numbered 0 to 6: .*12"),
+        (["gan.blocks=[1, 1]"], r"a block is named twice"),
+        (["terms=gan"], r"the term gan goes with match"),
+        (["terms=match", "match.divergence=js"], r"match.divergence js needs the term gan"),
+        (["match.divergence=js", "match.sid=1.2"], r"match.divergence js is for Algorithm 2"),
+        (["match.divergence=js", "gan.min_step=100"], r"head at all levels of match, bins 20 to 980; gan has"),
+        (["gan.min_step=900", "gan.max_step=900"], r"expected gan.min_step < gan.max_step <= match.bins"),
+        (["compile=true"], r"reads features of blocks, .* use compile=false"),
+        (['stages=[{until: 12, change: {terms: [match]}}]'], r"stage 1 has the terms \[\] in addition .* weight of 0"),
+        (['stages=[{until: 12, change: {"match.divergence": js}}]'], r"stage 1 changes 'match.divergence'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named_before_anything_is_made(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        distil(recipe(tmp_path, *changes), tmp_path / "run", tmp_path)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "changes", "said"),
+    [
+        ({"shape": (9, 9)}, [], r"holds images of 9x9, grey; the teacher .* makes 8x8, grey"),
+        ({"shape": (8, 8, 3)}, [], r"holds images of 8x8, RGB; the teacher .* makes 8x8, grey"),
+        ({"classes": ("a", "b", "d")}, [], r"other classes .*: only the images have d; only the teacher c"),
+        ({"classes": ("a", "b")}, [], r"other classes than the teacher .*: only the teacher c"),
+        ({"classes": ("a", "b")}, ["gan.classes=number"], r"has 2 classes, the teacher 3"),
+        ({"classes": (".",)}, [], r"has no classes, and the teacher .* has 3"),
+    ],
+)  # fmt: skip
+def test_images_of_another_kind_are_refused(tmp_path, images, changes, said):
+    real_folder(tmp_path / "real", **images)
+    with pytest.raises(ValueError, match=said):
+        subjects.subject(recipe(tmp_path, *changes))
+
+
+def test_classes_are_matched_by_name_or_if_asked_by_number(tmp_path):
+    real_folder(tmp_path / "real", classes=("x", "y", "z"))
+    real = subjects.subject(recipe(tmp_path, "gan.classes=number")).real
+    x, cond = real.draw(50, torch.Generator().manual_seed(0), WHOLE)
+    assert torch.equal(((x + 1) * 127.5).round().long()[:, 0, 0, 0], cond.label)
+    info = replace(tiny.INFO, classes=("c", "a", "b"))
+    save_model(tmp_path / "other", tiny.teacher(), info)
+    real_folder(tmp_path / "again", classes=("a", "b", "c"))
+    found = recipe(tmp_path, f"teacher={tmp_path / 'other'}", f"gan.images={tmp_path / 'again'}")
+    x, cond = subjects.subject(found).real.draw(50, torch.Generator().manual_seed(0), WHOLE)
+    first = ((x + 1) * 127.5).round().long()[:, 0, 0, 0]  # 0 for a, which the teacher calls 1
+    assert torch.equal(torch.tensor([1, 2, 0])[first], cond.label)
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    distil(recipe(tmp_path, steps=1), tmp_path / "run", tmp_path)
+    (tmp_path / "real" / "train" / "a" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"run with other settings:\n  images: "):
+        distil(recipe(tmp_path, steps=1), tmp_path / "run", tmp_path)
+
+
+def test_a_stage_may_turn_it_off_and_on(tmp_path):
+    stages = [{"until": 2, "change": {"gan.weight": 0.0}}, {"until": 4}]
+    found = recipe(tmp_path, f"stages={json.dumps(stages)}", "steps=4", "gan.optimizer.lr=3e-4")
+    subject = subjects.subject(found)
+    d = build.distiller(found.parts[0], subject, None)
+    gan = d.terms[1]
+    assert (gan.weight, gan.trained["head"].optimizer.lr) == (0, 3e-4)
+    build.enter(d, found.parts[1], subject, None)
+    assert d.terms[1] is gan
+    assert (gan.weight, gan.trained["head"].optimizer.lr, d.fake_optimizer.lr) == (0.1, 3e-4, 1e-3)

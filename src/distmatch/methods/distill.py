@@ -159,11 +159,9 @@ class Distiller:
         Returns the images of each part by stream, without graph, and the unweighted losses.
         """
 
-        balance = self.objective.balance
-
         def loss(part: Part) -> tuple[Tensor, dict[str, Tensor], dict[str, Samples]]:
             with autocast(self.device, self.precision):
-                samples = self.generate_all(part.starts)
+                samples, balance = self.generate_all(part.starts), self.objective.balance
                 losses = {
                     f"{t.name}/student": t.student_loss(part.drawn[t.name], _read(t, samples, balance)) / len(parts)
                     for t in self.terms
@@ -188,12 +186,9 @@ class Distiller:
         assert self.fake_optimizer is not None
 
         def loss(one: tuple[Part, Mapping[str, Samples]]) -> tuple[Tensor, dict[str, Tensor], None]:
-            part, made = one
+            (part, made), terms = one, self.objective.fake_terms
             with autocast(self.device, self.precision):
-                losses = {
-                    f"{term.name}/fake": term.fake_loss(part.drawn[term.name], _read(term, made)) / len(parts)
-                    for term in self.objective.fake_terms
-                }
+                losses = {f"{t.name}/fake": t.fake_loss(part.drawn[t.name], _read(t, made)) / len(parts) for t in terms}
             return torch.stack(list(losses.values())).sum(), losses, None
 
         given = list(zip(parts, images, strict=True))

@@ -238,9 +238,8 @@ class Match:
             x_t = self.schedule.add_noise(x, drawn.eps, t)
             x0_fake = self.judged(x_t, drawn, cond)
             x0_real = self.real(x_t, t, cond)
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-            w = self.weighting(x, x0_real, alpha, sigma) * self.factor(x_t, t, cond)
-        return matching_loss(x, x0_fake, x0_real, w)
+            w = self.weighting(x, x0_real, self.schedule.alpha(t), self.schedule.sigma(t))
+        return matching_loss(x, x0_fake, x0_real, w * self.factor(x_t, t, cond))
 
     def judged(self, x_t: Tensor, drawn: Levels, cond: Cond | None) -> Tensor:
         """Return the fake score's `x0` of the student's noised images, without graph."""

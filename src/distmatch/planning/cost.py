@@ -111,9 +111,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     if processes > 1:
         memory["gradients"] += FP32 * head
     average = numel(done.networks["average"])
-    checkpoint = FP32 * (
-        average + 3 * head + sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
-    )
+    states = sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
+    checkpoint = FP32 * (average + states + 3 * head)
     flops: dict[str, float] = {name: parts * value for name, value in done.flops.items() if value}
     traffic = _traffic(recipe, trained, done.networks["teacher"], processes)
     if processes > 1:

@@ -74,8 +74,8 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
         ledger,
     ):
         stage = _Stage(recipe, twin, info, parts, sharded)
-        heads = {"GAN head": one.network for one in stage.distiller.objective.trained.values()}
-        trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake, **heads}
+        head = next((term.head for term in stage.distiller.terms if isinstance(term, Adversarial)), None)
+        trained = {"student": stage.distiller.student, "fake score": stage.distiller.fake, "GAN head": head}
         networks = {name: n for name, n in {**trained, "teacher": stage.teacher}.items() if n is not None}
         held = ledger.start(networks)
         for term in stage.distiller.terms:
