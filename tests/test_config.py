@@ -22,10 +22,11 @@ def test_shipped_recipes_are_complete_and_survive_a_round_trip(name):
 
 
 def test_every_number_of_the_demo_stands_in_its_file():
-    """But for what is of text-to-image models and of guidance alone."""
+    """But for what is of text-to-image models, of guidance and of a GAN alone."""
     latent = {
         "base_weights",
         "distilled_teacher",
+        "gan",
         "guide",
         "prompts",
         "stages",

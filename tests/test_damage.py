@@ -207,7 +207,7 @@ def test_damaged_references_are_made_again(tmp_path, capsys):
 
 
 def test_damaged_embeddings_are_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("distmatch.data.embeddings.SHARD", 4)
+    monkeypatch.setattr("distmatch.data.computed.SHARD", 4)
     texts, made = [str(i) for i in range(10)], []
 
     def encode(part):

@@ -47,7 +47,7 @@ def adversarial(**settings):
     )
 
 
-def teach(judge, gan, steps=250, batch=1024):
+def teach(judge, gan, steps=200, batch=1024):
     """Train head and features against `STUDENT`, which stays as it is."""
     stream = NoiseStream((1,), Classes(0), batch)
     optimizers = [Optimizer(judge.parameters(), lr=5e-3, weight_decay=0.0), gan.trained["head"].optimizer]
@@ -75,9 +75,9 @@ def test_the_logit_becomes_the_log_density_ratio(taught, t):
     expected = (DATA.log_density(x_t, at) - STUDENT.log_density(x_t, at)).float()
     with torch.no_grad():
         error = taught.logits(x_t, at, None) - expected
-    assert error.abs().mean() < 0.1
+    assert error.abs().mean() < 0.12
     if t < 2:  # where the distributions differ
-        assert expected.abs().mean() > 0.15
+        assert expected.abs().mean() > 0.16
 
 
 # On images
@@ -181,12 +181,12 @@ def test_a_batch_may_be_shared_in_any_way(tmp_path, changes):
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    one = recipe(tmp_path, *HOW, steps=6, checkpoint={"every": 3})
+    one = recipe(tmp_path, *HOW, steps=4, checkpoint={"every": 2})
     distil(one, tmp_path / "whole", tmp_path)
     step = build.Distiller.step
 
     def stops(self, index):
-        if index == 4:
+        if index == 3:
             raise Stopped("by the test")
         return step(self, index)
 
@@ -195,7 +195,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         distil(one, tmp_path / "parts", tmp_path)
     monkeypatch.undo()
     distil(one, tmp_path / "parts", tmp_path)
-    folders = [tmp_path / run / "checkpoints" / "step-00000006" for run in ("whole", "parts")]
+    folders = [tmp_path / run / "checkpoints" / "step-00000004" for run in ("whole", "parts")]
     tensors = [{k: v for f in sorted(run.glob("*.safetensors")) for k, v in load_file(f).items()} for run in folders]
     assert {"gan.head/averages.balance.sums", "gan.head/averages.factors.sums"} <= tensors[0].keys()
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())

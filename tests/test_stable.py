@@ -196,7 +196,7 @@ def test_conditions_by_number_and_at_random():
 
 @pytest.mark.parametrize("kind", ["eps", "xl"])
 def test_embeddings_are_computed_once_and_are_the_encoders(folders, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("distmatch.data.embeddings.SHARD", 4)
+    monkeypatch.setattr("distmatch.data.computed.SHARD", 4)
     monkeypatch.setattr("distmatch.data.embeddings.BATCH", 3)
     encoder = text_encoder(str(folders / kind))
     texts = [f"{i} things" for i in range(10)]

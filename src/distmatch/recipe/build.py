@@ -123,7 +123,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     average = frozen_copy(trained)
     bases = {id(n.base): n.base for n in (trained, fake) if isinstance(n, Adapted)}
     if bases and "gan" in recipe.terms and recipe.parallel == "fsdp":
-        raise UserError("the term gan reads features of whole networks or copies; with adapters, use parallel=ddp")
+        raise UserError("the term gan does not work with adapters under parallel=fsdp; use parallel=ddp")
     if recipe.gradient_checkpointing:
         for network in filter(None, (trained, fake)):
             checkpoint_gradients(network)
