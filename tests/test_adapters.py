@@ -18,7 +18,7 @@ from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import Stopped
-from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16
+from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16, using
 from distmatch.training.ema import draw_towards
 from distmatch.training.engine import checkpoint_gradients
 
@@ -74,6 +74,24 @@ def test_an_adapter_begins_at_the_base_and_amounts_to_its_merged_weights(kind, t
             assert torch.allclose(value, before[name] + (up.flatten(1) @ down.flatten(1)).view_as(value), atol=1e-6)
         else:
             assert torch.equal(value, before[name])
+
+
+def test_a_convolution_that_pads_by_repeating_is_merged_as_it_was_trained():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"))
+    adapter = Adapter(net, 2, 2.0)
+    nn.init.normal_(adapter.layers["0"].up.weight)
+    x, merged = inputs()[0], copy.deepcopy(net)
+    merged[0].weight.data += adapter.update("0")
+    with using(adapter):
+        made = net(x)
+    torch.testing.assert_close(made, merged(x))
+    assert (made - net(x)).abs().max() > 0.1
+
+
+def test_layers_that_are_never_called_get_no_adapter():
+    """Multi-head attention uses the weights of its last layer without calling it."""
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "last": nn.Linear(4, 4)})
+    assert list(Adapter(net, 2, 2.0).updates()) == ["last.down", "last.up"]
 
 
 def test_each_pass_uses_its_own_adapter_in_any_thread_and_any_order():
@@ -218,9 +236,10 @@ def test_both_scores_begin_equal_and_ida_draws_the_fake_scores_adapter(tmp_path)
     ("changes", "message"),
     [
         (
-            ("student.adapter.targets=[nothing]", "student.adapter.rank=2"),
-            "name no linear layer or convolution of a UNet",
+            ("student.adapter.targets=[conv1, nothing]", "student.adapter.rank=2"),
+            r"\['nothing'\] name no linear layer or convolution of a UNet",
         ),
+        (("student.adapter.rank=2", "student.init=mnist"), "student.init has others; use one of them"),
         (("student.adapter.rank=2", "fake.ida=0.1"), "fake.ida needs a student and a fake score of one kind"),
         (("student.adapter.rank=2", "compile=true"), "compile does not work with adapters"),
         (("student.adapter.alpha=2",), "adapter.alpha and adapter.targets are for adapters"),

@@ -117,7 +117,11 @@ def test_a_recipe_takes_its_scale_from_the_entry_or_from_each_sample(tmp_path):
     [
         (["terms=match,guide", "match.guidance=3"], "would guide twice; use match.guidance=1 and guide.guidance=3"),
         (["terms=guide"], "only goes with match"),
-        (["terms=match,guide", "guide.max_step=1200"], "guide.max_step 1200: expected at most match.bins, 1000"),
+        (["terms=match,guide"], "guide.guidance 1 is no guidance"),
+        (
+            ["terms=match,guide", "guide.guidance=2", "guide.max_step=1200"],
+            "guide.max_step 1200: expected at most match.bins, 1000",
+        ),
         (["guide.min_step=990"], "expected min_step < max_step, not 990, 980"),
     ],
 )

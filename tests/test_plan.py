@@ -45,7 +45,7 @@ from distmatch.planning.plan import Cluster, bill, pace, settled, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
-from distmatch.system import parallel
+from distmatch.system import parallel, rng
 from distmatch.system.precision import autocast
 from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
@@ -161,6 +161,29 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(folder, planner, changes
     assert {name: made.memory[name] for name in networks} == {name: size(n) for name, n in networks.items()}
     saved = sum(t.numel() * t.element_size() for part in real.parts.values() for t in _tensors(part.state_dict()))
     assert made.checkpoint == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("student.nfe=3", "terms=match"),
+        ("student.times=[80,10,1]", "terms=match", "match.intervals=true"),
+        ("terms=match,guide", "guide.guidance=2", "match.batch=4"),
+    ],
+)
+def test_options_that_compute_levels_are_planned(folder, planner, changes):
+    """FLOPs are those of real steps: of all of a student's steps, the average."""
+    made = planner(planned, str(folder / "tiny.yaml"), changes)
+    real, _ = distiller(folder, changes)
+    counts: dict[int, int] = {}
+    for index in range(40):
+        k = rng.key(real.seed, "student step", index, 0) % len(real.steps)
+        if k not in counts:
+            with FlopCounterMode(display=False) as counter:
+                real.step(index)
+            counts[k] = counter.get_total_flops()
+    assert len(counts) == len(real.steps)
+    assert made.step_flops == pytest.approx(sum(counts.values()) / len(counts), rel=0.02)
 
 
 def test_a_base_in_bf16_is_planned_as_it_is_held(folder, planner):

@@ -119,7 +119,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
             raise UserError("--prompts coco needs the captions: --coco captions_val2014.json")
         ours = None if student is None else find_student(student, None, options.device)
         out = options.out or Path("runs") / f"compare-{name}"
-        options = replace(options, n=n, picture=min(options.picture, n), out=out)
+        options = replace(options, n=n, picture=min(options.picture, n, len(prompts)), out=out)
         compare_on(prompts, teacher, ours, options, pictures)
 
 

@@ -26,6 +26,7 @@ from distmatch.system.screen import console, size
 from distmatch.system.storage import Folder
 from distmatch.system.terminal import command
 from distmatch.system.workers import using
+from distmatch.training.adapters import network_of
 from distmatch.training.checkpoint import Checkpoints
 from distmatch.training.clip_share import Clipping, distillation
 from distmatch.training.train import Plan, train
@@ -73,7 +74,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
-    look = how_to_sample(out, distiller.student.net, distiller.info)
+    look = how_to_sample(out, network_of(distiller.student), distiller.info)
     _say(f"The student is in {out / 'model'}. Next: {look}, {command('report', out)}")
 
 

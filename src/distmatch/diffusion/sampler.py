@@ -15,6 +15,7 @@ from torch import Tensor
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.fixed import Fixed
 from distmatch.diffusion.schedule import EDM, VP, Schedule, expand
+from distmatch.system.data import with_data
 from distmatch.system.errors import UserError
 
 Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
@@ -43,6 +44,7 @@ class Steps:
             raise UserError(f"the student's times are {list(self.times)}; expected one or more, falling")
 
     @classmethod
+    @with_data
     def spaced(cls, schedule: Schedule, count: int, shift: float = 1.0) -> "Steps":
         """Return `count` times in equal parts of the schedule's own scale: its grid of one more, without the last.
 
@@ -57,6 +59,8 @@ class Steps:
         times = schedule.grid(parts + 1)[places]
         if isinstance(schedule, VP):
             times = (times + 1e-6).floor()  # its networks were trained at whole steps
+        if bool((times.diff() >= 0).any()):
+            raise UserError(f"student.shift {shift:g} puts two of the {count} times at one level; use one nearer to 1")
         return cls(tuple(times.tolist()))
 
     def __len__(self) -> int:

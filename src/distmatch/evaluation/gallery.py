@@ -37,7 +37,7 @@ class Gallery:
         self.number = {text: self.names[name] for texts, name in zip(captions, named, strict=True) for text in texts}
         self.number |= self.names  # where the same text is also a caption of something else
         self.small = _small(real.pixels)
-        self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
+        self.mean, self.std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
         self.white = torch.eye(features.shape[1])
         if named:
             numbers = torch.tensor([self.names[name] for name in named])

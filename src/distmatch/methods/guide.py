@@ -15,6 +15,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.losses import Weighting, matching_loss
 from distmatch.diffusion.schedule import Schedule
 from distmatch.methods.terms import Samples, Start
+from distmatch.system.data import with_data
 from distmatch.system.errors import UserError
 
 
@@ -26,6 +27,7 @@ class Level:
     eps: Tensor
 
 
+@with_data
 def cleaner(schedule: Schedule, bins: int, t: float) -> int:
     """Return how many of the schedule's levels are cleaner than the time `t`."""
     return int((schedule.grid(bins).float() < t).sum())

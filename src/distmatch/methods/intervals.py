@@ -6,17 +6,19 @@ from itertools import pairwise
 import torch
 
 from distmatch.diffusion.schedule import Schedule
+from distmatch.system.data import with_data
 from distmatch.system.errors import UserError
 
 Spans = Callable[[int], tuple[tuple[int, int], tuple[int, int]]]
 """`(the student's step) -> (low, high)`: bins of the levels that its loss draws, and bins for the fake score's loss."""
 
 
+@with_data
 def intervals(schedule: Schedule, times: Sequence[float], bins: int, own: tuple[int, int]) -> Spans:
     """Return the bins between each of the student's times and the next, for its loss and the fake score's.
 
-    Each step's images are then judged only at the noise that the next step will add to them or less, and the fake score
-    knows one step's images per level. The last step has all levels below its time.
+    Each step's images are then judged only from the noise that the next step will add to them up to the step's own
+    time, and the fake score knows one step's images per level. The last step has all levels up to its time.
 
     Args:
         own: (low, high), the bins within which the student's loss stays.

@@ -31,7 +31,7 @@ from distmatch.system.finite import check_weights
 from distmatch.system.paths import located, named
 from distmatch.system.plain import fitting, read_json
 from distmatch.system.terminal import command
-from distmatch.training.adapters import Adapted
+from distmatch.training.adapters import Adapted, network_of
 from distmatch.training.engine import whole
 
 FORMAT = "distmatch-model-1"
@@ -56,7 +56,7 @@ def save_model(folder: Path, denoiser: Denoiser, info: Info, dtype: torch.dtype 
     as an argument.
     """
     adapter = denoiser.adapter if isinstance(denoiser, Adapted) else None
-    net: Any = denoiser.base.net if isinstance(denoiser, Adapted) else denoiser.net
+    net: Any = network_of(denoiser)
     network: dict[str, Any] = {"type": None, "class": type(net).__name__}
     for kind, known in NETWORKS.items():
         if isinstance(net, known):  # a sharded network has its own class, derived from it

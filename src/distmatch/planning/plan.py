@@ -200,7 +200,9 @@ def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: 
     slow = sum(n * each.in_turn for n, each in zip(steps, paces, strict=True))
     console.print(f"training: {_of_all(cluster, fast, slow)}")
     if paces[0].arithmetic < LAUNCHED:
-        console.print("  In truth longer: launching the kernels of so small a step takes more time than computing them")
+        console.print(
+            "  In practice longer: launching the kernels of so small a step takes more time than computing them"
+        )
     return fast, slow
 
 

@@ -41,7 +41,7 @@ from distmatch.system.plain import read_json
 from distmatch.system.precision import autocast
 from distmatch.system.screen import size
 from distmatch.system.storage import Folder, filesystem, is_url
-from distmatch.training.adapters import Adapted
+from distmatch.training.adapters import Adapted, network_of
 from distmatch.training.engine import try_compiler
 from distmatch.training.log import TRACKERS
 
@@ -82,6 +82,8 @@ class Flight:
     @cached_property
     def student(self) -> Denoiser:
         with tried("a copy of the network to train"):
+            if self.recipe.fake.adapter.rank:
+                build.fake_network(self.recipe, self.fake)
             return build.student(self.recipe, self.fake)
 
     @cached_property
@@ -305,7 +307,7 @@ def saving(flight: Flight) -> str | None:
     with scratch(flight.out) as place, tried("the student's folder"):
         save_model(place, flight.student, flight.info)
         config = read_json(place / "config.json", dict[str, Any])
-        network = (flight.student.base if isinstance(flight.student, Adapted) else flight.student).net
+        network = network_of(flight.student)
         net = copy.deepcopy(network) if config["network"]["type"] is None else None
         schedule = flight.student.schedule if config["schedule"]["type"] is None else None
         back, _ = load_model(place, net, schedule)
@@ -314,7 +316,8 @@ def saving(flight: Flight) -> str | None:
     there = back.net.state_dict()
     for name, value in here.items():
         if name not in there or not torch.equal(there[name].cpu(), value.cpu().to(there[name].dtype)):
-            raise UserError(f"{_kind(flight.student)} is not the same after it was saved and loaded: {name} differs")
+            kind = _kind(flight.student)
+            raise UserError(f"{kind} is not the same after it was saved and loaded: net.{name} differs")
     own = [name for name, part in (("net", net), ("schedule", schedule)) if part is not None]
     return f"{size(nbytes)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
 

@@ -95,8 +95,6 @@ def workers(recipe: Recipe) -> Workers:
 
 def check_batches(recipe: Recipe) -> None:
     """Raise `UserError` if the processes cannot share a batch equally."""
-    if recipe.match.shared and parallel.world() > 1:
-        raise UserError(f"match.shared is for one process, not for {parallel.world()}; use false")
     world, cuts = parallel.world(), 1 if recipe.workers == "auto" else recipe.workers
     for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
         if name in recipe.terms and batch % (recipe.accumulate * world * cuts):
@@ -116,6 +114,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
+    if recipe.match.shared and "match" in recipe.terms and parallel.world() > 1:
+        raise UserError(f"match.shared is for one process, not for {parallel.world()}; use false")
     dev, info = subject.device, subject.info
     first = start(recipe, subject)
     trained = student(recipe, first)
@@ -223,8 +223,6 @@ def student(recipe: Recipe, first: Denoiser) -> Denoiser:
 
 def fake_network(recipe: Recipe, first: Denoiser) -> Denoiser:
     """Return the fake score: a copy of `first` (see `start`) to train, or adapters on it."""
-    if recipe.fake.ida and recipe.fake.adapter != recipe.student.adapter:
-        raise UserError("fake.ida needs a student and a fake score of one kind: give both the same adapter, or none")
     return _adapted(recipe, first, recipe.fake.adapter) if recipe.fake.adapter.rank else _trained_copy(first)
 
 

@@ -342,6 +342,10 @@ class Recipe(Strict):
                 f"match.guidance {self.match.guidance:g} and the term guide would guide twice; use match.guidance=1 "
                 f"and guide.guidance={self.match.guidance:g}"
             )
+        if self.guide.guidance == 1 and self.student.guidance is None:
+            raise UserError("guide.guidance 1 is no guidance; give a larger one, or leave the term guide out")
+        if self.match.rescale:
+            raise UserError("match.rescale is for a guided real score, which the term guide replaces; use false")
         if self.guide.max_step > self.match.bins:
             raise UserError(f"guide.max_step {self.guide.max_step}: expected at most match.bins, {self.match.bins}")
         return self
@@ -353,6 +357,14 @@ class Recipe(Strict):
                 f"fake.ida {self.fake.ida:g} moves the fake score between the two losses that match.shared gives one "
                 "pass; expected one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_share_the_teacher(self) -> Self:
+        if self.student.adapter.rank and self.student.init is not None:
+            raise UserError("student.adapter is for the teacher's weights, student.init has others; use one of them")
+        if self.fake.ida and self.fake.adapter != self.student.adapter:
+            raise UserError("fake.ida needs a student and a fake score of one kind: give both one adapter, or none")
         return self
 
     @model_validator(mode="after")

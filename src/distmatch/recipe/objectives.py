@@ -187,6 +187,8 @@ def _scale(recipe: Recipe, guidance: float) -> float | None:
 
 def _guide(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
     g = recipe.guide
+    if subject.info.condition == "none":
+        raise UserError(f"the term guide needs classes or prompts to guide by; teacher {recipe.teacher!r} has neither")
     return Guide(
         subject.denoiser,
         guidance=_scale(recipe, g.guidance),

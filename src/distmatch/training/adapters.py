@@ -31,7 +31,8 @@ class LowRank(nn.Module):
             self.down = nn.Linear(layer.in_features, rank, bias=False)
             self.up = nn.Linear(rank, layer.out_features, bias=False)
         else:
-            shape: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "bias": False}
+            names = ("stride", "padding", "padding_mode", "dilation")
+            shape: Any = {"bias": False, **{name: getattr(layer, name) for name in names}}
             self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **shape)  # pyright: ignore[reportArgumentType]
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         nn.init.normal_(self.down.weight, std=1 / rank)
@@ -52,7 +53,7 @@ class Adapter(nn.Module):
 
     Args:
         network: the base. It gets a hook on each of these layers, but is not a part of the adapter.
-        rank: of each update, or that of the layer's weight if it is smaller.
+        rank: of each update; at most that of the layer's weight.
         alpha: updates are multiplied by `alpha / rank`.
         targets: names of the layers, or their ends: `to_q` is every layer whose name ends in `.to_q`. Empty: all linear
             layers and plain convolutions.
@@ -66,9 +67,10 @@ class Adapter(nn.Module):
         self.rank, self.alpha = rank, alpha
         layers = dict(network.named_modules())
         chosen = [name for name, layer in layers.items() if _adaptable(layer) and _named(name, targets)]
-        if not chosen:
+        unmatched = [one for one in targets if not any(_named(name, [one]) for name in chosen)]
+        if unmatched or not chosen:
             raise UserError(
-                f"adapter.targets {list(targets)} name no linear layer or convolution of a {type(network).__name__}; "
+                f"adapter.targets {unmatched} name no linear layer or convolution of a {type(network).__name__}; "
                 f"its layers are called {', '.join(sorted({n.rpartition('.')[2] for n in layers if n}))[:500]}"
             )
         self.layers = nn.ModuleDict()
@@ -79,7 +81,7 @@ class Adapter(nn.Module):
         for name in whole:
             self.layers[_key(name)] = _copied(layers[name]).requires_grad_(True)
         for name in (*chosen, *whole):
-            _ask_for_adapter(layers[name], _key(name))
+            _take_adapters(layers[name], _key(name))
 
     def updates(self) -> dict[str, Tensor]:
         """Return `NAME.down` and `NAME.up` of each layer, f32 on the CPU, whose product is added to its weight."""
@@ -138,6 +140,11 @@ class Adapted(Denoiser):
             yield name, weight if update is None else weight.float() + update.cpu()
 
 
+def network_of(denoiser: Denoiser) -> nn.Module:
+    """Return the network of `denoiser`, or of its base."""
+    return (denoiser.base if isinstance(denoiser, Adapted) else denoiser).net
+
+
 def hold_in_bf16(network: nn.Module) -> None:
     """Round the weights of linear layers and convolutions, in place. Autocast to bf16 rounds them in every pass anyway,
     so under it the network computes the same, to the last bit; and from now on it always runs under it.
@@ -175,9 +182,9 @@ def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _ask_for_adapter(layer: nn.Module, key: str) -> None:
+def _take_adapters(layer: nn.Module, key: str) -> None:
     """Make `layer` add the update of the adapter in use, whichever it is."""
-    if getattr(layer, "asks_for_adapter", False):
+    if getattr(layer, "takes_adapters", False):
         return
 
     def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -188,14 +195,12 @@ def _ask_for_adapter(layer: nn.Module, key: str) -> None:
         return output + own.to(output.dtype) if isinstance(adapter.layers[key], LowRank) else own
 
     layer.register_forward_hook(hook)
-    layer.asks_for_adapter = True  # pyright: ignore[reportArgumentType]
+    layer.takes_adapters = True  # pyright: ignore[reportArgumentType]
 
 
 def _adaptable(layer: nn.Module) -> bool:
-    """A layer that computes something of its own, as EDM's resampling convolutions do, has no update of this form."""
-    if isinstance(layer, nn.Linear):
-        return type(layer).forward is nn.Linear.forward
-    return isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward and layer.groups == 1
+    """A kind of its own may compute otherwise, as EDM's resampling convolutions, or use its weights without a call."""
+    return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1)
 
 
 def _sides(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:

@@ -32,8 +32,9 @@ def _found(source: str) -> Iterator[str]:
         yield f"its scheduler is {kind} with trailing timesteps, as SD-Turbo's and SDXL-Turbo's"
     files = {"model_index.json": None, "config.json": "unet"}
     known = [str(config(source, file, folder).get("_name_or_path", "")) for file, folder in files.items()]
-    for name in (*known, source if not Path(source).is_dir() else Path(source).name):
-        if NAMES.search(name):
+    for name in (*known, source):
+        own = name if re.fullmatch(r"[^/]+/[^/]+", name) else Path(name).name  # of a place, not the folders above it
+        if NAMES.search(own):
             yield f"it is called {name}"
 
 
