@@ -38,7 +38,7 @@ WRONG = {
     "train mnist --steps 100": "Unknown option: --steps. Entries of a recipe have no dashes: steps=100",
     "train mnist --match.weighting=eq8": "no dashes: match.weighting=eq8",
     "train mnist --match-weighting eq8": "no dashes: match.weighting=eq8",
-    "train mnist --lr 3e-4": "no dashes: student.optimizer.lr=3e-4 or fake.optimizer.lr=3e-4",
+    "train mnist --lr 3e-4": "no dashes: student.optimizer.lr=3e-4 or gan.optimizer.lr=3e-4 or fake.optimizer.lr=3e-4",
     "plan mnist --steps 5": "no dashes: steps=5",
     "pairs build mnist --count 5": "no dashes: pairs.count=5",
     "train mnist --frobnicate 3": "Unknown option: --frobnicate; see `distmatch train --help`",
@@ -112,7 +112,7 @@ def test_entries_are_the_recipes_own():
         for name in entry.split("."):
             value = value and getattr(value, name)
     assert {"steps", "match.weighting", "student.network.width", "stages", "own_terms"} <= set(entries())
-    assert meant("lr") == ["student.optimizer.lr", "fake.optimizer.lr"]
+    assert meant("lr") == ["student.optimizer.lr", "gan.optimizer.lr", "fake.optimizer.lr"]
     assert meant("fake.steps") == ["fake.steps"]
     assert meant("steps") == ["steps"]
     assert meant("zzz") == []

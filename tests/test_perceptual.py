@@ -190,7 +190,7 @@ def test_offline_the_error_names_files_addresses_and_folders(monkeypatch, tmp_pa
     for place in ("argument", "variable", "hub/checkpoints"):
         assert str(tmp_path / place) in message
     assert "no route to host" in message
-    assert "regress.weights or DISTMATCH_WEIGHTS" in message
+    assert "regress.weights (of teach-text: --weights) or DISTMATCH_WEIGHTS" in message
 
 
 def test_files_that_are_not_weights_are_named(tmp_path, folder):
