@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from test_parallel import together
@@ -19,12 +20,13 @@ from distmatch.diffusion.schedule import EDM
 from distmatch.methods.adversarial import Adversarial, Settings
 from distmatch.methods.divergence import FACTORS
 from distmatch.methods.terms import Levels, Match, NoiseStream, Samples
+from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
 from distmatch.models.mixture import mixture
 from distmatch.models.mlp import MLP
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
-from distmatch.system import parallel
+from distmatch.system import parallel, rng
 from distmatch.system.errors import Stopped
 from distmatch.training.optim import Optimizer
 
@@ -246,6 +248,46 @@ def test_two_processes_follow_one(tmp_path, how, changes):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
     for name, value in d.terms[1].head.named_parameters():
         torch.testing.assert_close(head[name], value.data, rtol=1e-3, atol=1e-5)
+
+
+# Latents
+
+
+def test_latents_are_the_encoders_and_are_encoded_once(tmp_path, monkeypatch):
+    """Samples of the encoder's distribution, scaled like the teacher's; captions are their conditions."""
+    source = write_tiny_sd(tmp_path / "sd")
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        (tmp_path / "real" / "train").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "real" / "train" / f"{number}.png")
+        (tmp_path / "real" / "train" / f"{number}.txt").write_text(f"picture {number}")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    entries = [f"prompts.path={tmp_path / 'prompts.txt'}", f"teacher=diffusers:{source}"]
+    direct = subjects.subject(recipe(tmp_path, *entries)).real
+    cache = f"gan.cache={tmp_path / 'latents'}"
+    cached = subjects.subject(recipe(tmp_path, *entries, cache)).real
+    (x, cond), (again, _) = (one.draw(4, torch.Generator().manual_seed(0), WHOLE) for one in (direct, cached))
+    torch.testing.assert_close(again, x, atol=2e-3, rtol=2e-3)  # kept in half precision
+    assert (x.shape, cond.text.shape) == ((4, 4, 8, 8), (4, 77, 32))
+    vae = AutoencoderKL.from_pretrained(source, subfolder="vae")
+    with torch.no_grad():
+        normalised = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = vae.encode(normalised).latent_dist
+        expected = 0.18215 * (found.mean + found.std * rng.noise(0, range(3), (4, 8, 8)))
+    numbers = [min(range(3), key=lambda i: (row - expected[i]).abs().sum().item()) for row in x]
+    torch.testing.assert_close(x, expected[numbers], atol=1e-4, rtol=1e-3)
+    texts = tiny.text_encoder(str(source))([f"picture {i}" for i in numbers]).text
+    torch.testing.assert_close(cond.text, texts)
+
+    def fails(*_):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr("distmatch.models.diffusers.autoencoder.ImageEncoder.__call__", fails)
+    third = subjects.subject(recipe(tmp_path, *entries, cache)).real
+    assert torch.equal(third.draw(4, torch.Generator().manual_seed(0), WHOLE)[0], again)
+    with pytest.raises(ValueError, match=r"has no captions, which the teacher needs as prompts"):
+        subjects.subject(recipe(tmp_path, *entries, f"gan.images={real_folder(tmp_path / 'bare')}"))
 
 
 # Divergences

@@ -59,6 +59,25 @@ def test_the_papers_numbers_of_laion():
         assert recipe.expected
 
 
+def test_the_published_numbers_of_dmd2():
+    """DMD2's scripts of its GAN, experiments/imagenet and experiments/sdv1.5."""
+    recipe = load_recipe("imagenet64-dmd2")
+    assert (recipe.terms, recipe.fake.steps, recipe.match.batch, recipe.steps) == (
+        ["match", "gan"],
+        5,
+        280,
+        193_500 / 5,
+    )
+    assert (recipe.gan.weight, recipe.gan.head_weight, recipe.gan.features) == (3e-3, 1e-2, "fake")
+    assert recipe.student.optimizer.lr == recipe.fake.optimizer.lr == 2e-6
+    recipe = load_recipe("sd15-dmd2")
+    assert (recipe.terms, recipe.fake.steps, recipe.match.batch) == (["match", "gan"], 10, 32 * 64)
+    assert (recipe.match.guidance, recipe.gan.head_weight) == (1.75, 1e-2)
+    stages = [(one.gan.weight, one.student.optimizer.lr, one.fake.optimizer.lr) for one in recipe.parts]
+    assert stages == [(0, 1e-5, 1e-5), (1e-3, 5e-7, 5e-7)]
+    assert [stage.until for stage in recipe.stages] == [39_000 / 10, 41_000 / 10]
+
+
 def test_the_stages_are_table_5():
     """Pairs in millions, weight, highest bin, decoder, batches per GPU of 80, cumulative iterations."""
     rows = """
