@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from cyclopts import CycloptsError
+from test_gan import real_folder
 from test_parallel import together
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -71,6 +72,7 @@ def folder(tmp_path_factory):
     tiny.recipe_file(root, match={"batch": 24}, regress={"batch": 24}, pairs=pairs, device="cpu")
     song = Denoiser(SongUNet(**EDM_NETWORK), EDM(), Prediction("edm"))
     save_model(root / "song", song, Info((3, 16, 16), ("a", "b", "c")))
+    real_folder(root / "images", shape=(16, 16, 3))
     write_tiny_sd(root / "sd")
     write_random_weights(root / "weights")
     (root / "prompts.txt").write_text("a cat\na dog\na house\n")
@@ -114,6 +116,7 @@ def size(*networks, trained=False) -> int:
 
 
 SD = ("teacher=diffusers:{0}/sd", "prompts.path={0}/prompts.txt", "pairs.sampler=pndm", "match.batch=8")
+GAN = ("teacher={0}/song", "terms=match,gan", "gan.images={0}/images")
 SETTINGS = [
     ("terms=regress", "student.guidance=[1, 4]"),
     ("match.pairs=true", "accumulate=4", "fake.steps=3", "match.guidance=3"),
@@ -125,6 +128,8 @@ SETTINGS = [
     (*SD, "regress.decoder=full", "gradient_checkpointing=true"),
     ("teacher={0}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4"),
     (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "gradient_checkpointing=true"),
+    (*GAN, "gan.r1=1", "gan.balance=1", "match.divergence=js", "fake.steps=2"),
+    (*GAN, "gan.features=teacher", "match.sid=1.2", "gradient_checkpointing=true"),
 ]
 
 
@@ -155,7 +160,8 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(folder, planner, changes
     measured = peak(lambda: real.step(2))
     temporary = made.memory["gradients"] + made.memory["activations"]
     assert temporary == pytest.approx(measured, rel=0.1)
-    trained = [n for n in (real.student, real.fake) if n is not None]
+    heads = [one.network for one in real.objective.trained.values()]
+    trained = [n for n in (real.student, real.fake, *heads) if n is not None]
     assert made.memory["optimizer"] == 2 * size(*trained, trained=True)
     networks = {"student": real.student, "teacher": teacher, "average": real.ema.network}
     assert {name: made.memory[name] for name in networks} == {name: size(n) for name, n in networks.items()}
@@ -236,6 +242,8 @@ def _spread(folder, changes, out) -> None:
         (2, ("teacher={0}/song", "parallel=ddp", "accumulate=2", "fake.steps=2")),
         (2, ("parallel=fsdp", "accumulate=2", "fake.steps=2", "match.guidance=2")),
         (2, ("parallel=fsdp", "terms=match", "fake.steps=2", "student.adapter.rank=2", "fake.adapter.rank=4")),
+        (2, (*GAN, "parallel=fsdp", "fake.steps=2", "match.divergence=js")),
+        (2, (*GAN, "gan.features=teacher", "match.sid=1.2")),
         (3, ("parallel=fsdp", "precision=bf16", "gradient_checkpointing=true", "match.pairs=true")),  # 8 rows by three
     ],
     ids=lambda value: " ".join(value).replace("{0}/", "") if isinstance(value, tuple) else str(value),

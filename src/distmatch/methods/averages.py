@@ -27,8 +27,8 @@ class Averages(nn.Module):
 
     def note(self, values: Tensor, bins: Tensor) -> None:
         """Note the `values f[N]`, each in the bin `i64[N]`."""
-        member = (bins[:, None] == torch.arange(self.bins, device=bins.device)).float()  # a product sums in fixed order
-        self._noted.append(torch.stack([values.detach().float() @ member, member.sum(0)]))
+        member = (bins[:, None] == torch.arange(self.bins, device=bins.device)).float()  # summed in a fixed order
+        self._noted.append(torch.stack([(values.detach().float()[:, None] * member).sum(0), member.sum(0)]))
 
     def settle(self) -> None:
         """Let the means follow what was noted, by all processes, since the last call. All processes must call it."""
