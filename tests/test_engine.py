@@ -22,7 +22,7 @@ from distmatch.models.library import find_model
 from distmatch.recipe.loading import load_recipe
 from distmatch.training.engine import blocks
 
-STEPS = 8
+STEPS = 6
 FULL = {
     "match": {"batch": 12, "pairs": True},
     "regress": {"batch": 6, "weight": 1.0},
@@ -84,7 +84,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_follow_one(alone, how):
-    """Half of each batch each, both terms and `concat(x, x_ref)`, two updates of the fake score: eight steps."""
+    """Half of each batch each, both terms and `concat(x, x_ref)`, two updates of the fake score: six steps."""
     train(alone, alone / how, f"parallel={how}", world=2)
     same(alone / "alone", alone / how, rel=2e-3, atol=3e-5)
 
@@ -148,7 +148,7 @@ def workers(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
 def test_a_killed_process_ends_the_job_with_a_message_and_a_restart_finishes_it(alone):
     """Without restarts the job is down at once; with one it goes on from the checkpoint to the undisturbed weights."""
-    longer = ("steps=30", "checkpoint.every=5", "log.every=10")
+    longer = ("steps=12", "checkpoint.every=4", "log.every=4")
     train(alone, alone / "straight", *longer, world=2)
     for restarts in (0, 1):
         out = alone / f"killed{restarts}"

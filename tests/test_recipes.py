@@ -134,7 +134,7 @@ def test_every_recipe_runs_at_smoke_scale(name, tmp_path):
                 and recipe.match.guidance == 1
             )
             assert (line[key] == 0) == zero, key
-    shown = {*range(0, recipe.steps + 1, 3), *(stage.until for stage in recipe.stages)}
+    shown = {*range(0, recipe.steps + 1, 2), *(stage.until for stage in recipe.stages)}
     previews = {f"step-{step:08d}.png" for step in shown}
     assert {p.name for p in (folder / name / "previews").iterdir()} == previews
     student, info = load_model(folder / name / "model")

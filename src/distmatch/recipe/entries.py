@@ -27,7 +27,7 @@ class Pairs(Strict):
         unnamed=True,
     )
     count: Positive = entry(
-        100_000, "Number of pairs; raising it adds pairs.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=6
+        100_000, "Number of pairs; raising it adds pairs.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=4
     )
     sampler: Literal["heun", "euler", "pndm"] = entry(
         "heun",
@@ -114,7 +114,7 @@ class Logging(Strict):
     """What is logged during training."""
 
     every: Positive = entry(20, "Steps between two lines of the log.", "ours", small=1)
-    preview: Natural = entry(0, "Steps between two preview pictures; 0: none.", "ours", small=3)
+    preview: Natural = entry(0, "Steps between two preview pictures; 0: none.", "ours", small=2)
     track: list[Literal["tensorboard", "wandb"]] = entry(
         [], "Where to log figures in addition to log.jsonl; each needs its package.", "ours"
     )
@@ -181,7 +181,7 @@ class Recipe(Strict):
     seed: int = entry(
         0, "Seed for everything that training draws: noise, conditions, noise levels, the order of pairs.", "ours"
     )
-    steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=3)
+    steps: Positive = entry(..., "Updates of the student.", "Appendix B: 20,000 to 350,000", small=2)
     terms: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)] = entry(
         ["match", "regress"],
         "Terms of the objective, each at most once: match, guide, regress, gan, or names in own_terms. On the command "
