@@ -17,7 +17,6 @@ from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
-from distmatch.system.errors import Stopped
 from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16, using
 from distmatch.training.ema import draw_towards
 from distmatch.training.engine import checkpoint_gradients
@@ -252,21 +251,12 @@ def test_mistakes_are_named(tmp_path, changes, message):
         distiller(tmp_path, *changes)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     file = tiny.recipe_file(
         tmp_path, steps=6, terms=["match"], student={"adapter": {"rank": 2}}, fake={"adapter": {"rank": 3}, "ida": 0.0}
     )
     distillation.distil(load_recipe(str(file)), tmp_path / "whole", tmp_path)
-    step, left = distillation.Distiller.step, [5]
-
-    def stops(self, index):
-        if left and index == left[0]:
-            left.clear()
-            raise Stopped("by the test")
-        return step(self, index)
-
-    monkeypatch.setattr(distillation.Distiller, "step", stops)
-    with pytest.raises(Stopped):
+    with tiny.stopped_before(5):
         distillation.distil(load_recipe(str(file)), tmp_path / "run", tmp_path)
     distillation.distil(load_recipe(str(file)), tmp_path / "run", tmp_path)
     a, b = (load_adapter(tmp_path / run / "model") for run in ("whole", "run"))

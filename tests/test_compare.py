@@ -23,7 +23,7 @@ from PIL import Image
 from test_parallel import together
 from torch import Tensor
 
-from distmatch.commands import compare, references
+from distmatch.commands import compare, comparison_run, references
 from distmatch.commands.comparison import Comparison, lanczos
 from distmatch.commands.references import squares
 from distmatch.diffusion.denoiser import Cond
@@ -338,7 +338,8 @@ def test_the_last_column_is_tried_before_the_first_is_measured(teacher, tmp_path
         raise ValueError("no such scheduler")
 
     found = baselines.methods
-    monkeypatch.setattr(baselines, "methods", lambda *a: [*found(*a)[:1], baselines.Method("last", 1, none)])
+    found = comparison_run.methods
+    monkeypatch.setattr(comparison_run, "methods", lambda *a: [*found(*a)[:1], baselines.Method("last", 1, none)])
     with pytest.raises(ValueError, match="no such scheduler"):
         compared(teacher, None, PROMPTS, tmp_path / "out", n=8, picture=2, **quick)
     assert not (tmp_path / "out" / "methods").exists()

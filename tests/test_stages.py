@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from distmatch.commands import distillation
 from distmatch.models.folder import load_model
 from distmatch.recipe.loading import load_recipe
-from distmatch.system.errors import Stopped
 
 STAGES = [
     {"until": 4, "change": {"pairs.count": 10, "regress.weight": 0.5}},
@@ -56,20 +55,10 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 7, 11])
-def test_a_run_stopped_anywhere_ends_as_the_undisturbed(whole, monkeypatch, stop):
+def test_a_run_stopped_anywhere_ends_as_the_undisturbed(whole, stop):
     """Within a stage, and between two: the same weights to the last bit."""
     out = whole / f"stopped-{stop}"
-    stopping = {"left": stop}
-    step = distillation.Distiller.step
-
-    def stops(self, index):
-        if index == stopping.get("left"):
-            del stopping["left"]
-            raise Stopped("by the test")
-        return step(self, index)
-
-    monkeypatch.setattr(distillation.Distiller, "step", stops)
-    with pytest.raises(Stopped):
+    with tiny.stopped_before(stop):
         distillation.distil(recipe(whole), out, whole)
     distillation.distil(recipe(whole), out, whole)
     expected, found = (load_model(run / "model")[0].state_dict() for run in (whole / "whole", out))

