@@ -68,7 +68,7 @@ def stock(folder: Path) -> DiffusionPipeline:
 REFUSED = {
     "flow matching": ("scheduler", {"beta_schedule": None, "shift": 3.0}, "PNDMScheduler has no betas"),
     "flow sigmas": ("scheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True is flow matching"),
-    "zero SNR": ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True ends at alpha = 0"),
+    "zero SNR": ("scheduler", {"rescale_betas_zero_snr": True}, "noise ends at alpha = 0 .rescale_betas_zero_snr."),
     "thresholding": ("scheduler", {"thresholding": True}, "scheduler's thresholding True is not followed"),
     "Runge-Kutta": ("scheduler", {"skip_prk_steps": False}, "skip_prk_steps False is not followed; set it to True"),
     "prediction": ("scheduler", {"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' is unknown"),

@@ -92,7 +92,7 @@ def test_schedule_and_prediction_come_from_the_models_own_settings(folders, tmp_
     assert torch.allclose(eps.schedule.alpha(t) ** 2, scheduler.alphas_cumprod.double(), rtol=1e-5)
     for change, message in {
         "laplace": "beta_schedule 'laplace' is not known here",
-        "zero": "rescale_betas_zero_snr True ends at alpha = 0",
+        "zero": "noise ends at alpha = 0 .rescale_betas_zero_snr., where prediction_type 'epsilon' does not",
         "other": "prediction_type 'flow_prediction' is unknown",
     }.items():
         folder = write_tiny_sd(tmp_path / change)
@@ -303,8 +303,8 @@ def test_pairs_of_their_own_guidance(folders, tmp_path):
 def test_pndm_is_for_discrete_diffusions():
     with pytest.raises(ValueError, match="pndm is for the schedules of discrete diffusions"):
         solver("pndm")(lambda x, t, cond: x, EDM(), torch.zeros(1, 1), None, 3)
-    with pytest.raises(ValueError, match="sampler 'ddim' is unknown; expected one of euler, heun, pndm"):
-        solver("ddim")
+    with pytest.raises(ValueError, match="sampler 'plms' is unknown; expected one of euler, heun, ddim, pndm"):
+        solver("plms")
 
 
 # Decoders

@@ -71,7 +71,7 @@ def test_an_example_is_shaped_like_a_prompt_and_encodes_none(folder):
 )
 def test_a_smoke_run_has_a_teacher_of_the_recipes_family(tmp_path, teacher, kind):
     make_networks(load_recipe("sd15-laion-6.25", [f"teacher=diffusers:{teacher}", "terms=match"]), tmp_path)
-    assert read_json(tmp_path / "stable" / "model_index.json", dict[str, Any])["_class_name"] == kind
+    assert read_json(tmp_path / "teacher" / "model_index.json", dict[str, Any])["_class_name"] == kind
 
 
 def test_adapters_alone_are_trained(folder):

@@ -35,12 +35,21 @@ def spaced_betas(spacing: str, start: float, end: float, steps: int) -> Tensor:
 
 @cache
 def log_alphas(vp: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return `log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)` of a `schedule.VP`, summed in float64."""
-    return (0.5 * torch.log1p(-vp.table()).cumsum(0)).to(device, dtype)
+    """Return `log alpha_t f[T] = 1/2 sum_{s<=t} log(1 - beta_s)` of a `schedule.VP`, summed in float64.
+
+    The last beta may be 1. Its log alpha is kept finite, so that interpolation is; in float32, alpha is 0 all the same.
+    """
+    return (0.5 * torch.log1p(-vp.table()).cumsum(0)).clamp(min=-200).to(device, dtype)
+
+
+def zero_snr(betas: Tensor) -> Tensor:
+    """Return betas f64[T] changed so that alpha ends at 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
+    alpha = (0.5 * torch.log1p(-betas).cumsum(0)).exp()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]]) ** 2
 
 
 MARGINALS = {
-    "rescale_betas_zero_snr": (False, "ends at alpha = 0, where x0 cannot be told from eps"),
     "snr_shift_scale": (1.0, "shifts the signal-to-noise ratio"),
     "use_flow_sigmas": (False, "is flow matching, which has no betas"),
     "timestep_type": ("discrete", "is a network that takes noise levels, not steps"),

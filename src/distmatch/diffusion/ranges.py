@@ -43,8 +43,8 @@ def betas_of(values: Iterable[Any]) -> tuple[float, ...]:
 
 
 def check_betas(betas: Tensor) -> None:
-    """Check for at least two betas, all between 0 and 1."""
-    if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+    """Check for at least two betas, all between 0 and 1; the last may be 1."""
+    if len(betas) < 2 or not ((betas > 0) & (betas <= 1)).all() or not (betas[:-1] < 1).all():
         raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
 
 

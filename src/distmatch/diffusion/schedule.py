@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from distmatch.diffusion.betas import beta_settings, log_alphas, spaced_betas
+from distmatch.diffusion.betas import beta_settings, log_alphas, spaced_betas, zero_snr
 from distmatch.diffusion.ranges import betas_of, check_betas, check_edm, check_flow, check_vp
 from distmatch.system.errors import UserError
 
@@ -92,7 +92,7 @@ class VP(Schedule):
 
     `linear` from 1e-4 to 2e-2 is DDPM, `scaled_linear` from 0.00085 to 0.012 Stable Diffusion; for the others see
     `betas.spaced_betas`. `betas`, if given, replaces the other four arguments. `t` is in [0, steps - 1]; between whole
-    steps, `log alpha` is interpolated linearly. Raises `UserError` unless all 0 < beta < 1.
+    steps, `log alpha` is interpolated linearly. Raises `UserError` unless all 0 < beta < 1; the last may be 1.
     """
 
     beta_start: float = 1e-4
@@ -114,7 +114,8 @@ class VP(Schedule):
     def from_scheduler(cls, scheduler: Any) -> "VP":
         """Build it from a diffusers scheduler or its settings. Raises `UserError` if the scheduler has no betas."""
         config = getattr(scheduler, "config", scheduler)
-        return cls(**beta_settings({"_class_name": type(scheduler).__name__, **config}))
+        found = cls(**beta_settings({"_class_name": type(scheduler).__name__, **config}))
+        return cls(betas=zero_snr(found.table()).tolist()) if config.get("rescale_betas_zero_snr") else found
 
     @property
     def t_max(self) -> float:

@@ -68,8 +68,13 @@ def methods(
 
 
 def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the diffusers pipeline called `teacher`, without progress bars or changes to finished images."""
+    """Return the diffusers pipeline called `teacher`, without progress bars or changes to finished images.
+
+    Raises `UserError` for a model without prompts.
+    """
     family = family_in(teacher)
+    if not family.text:
+        raise UserError(f"{teacher} makes no images of prompts; compare is for text-to-image teachers. Use eval")
     return family.pipeline(teacher, dtype, **family.untouched).to(device)
 
 

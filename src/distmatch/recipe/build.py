@@ -12,6 +12,7 @@ import torch
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.solvers import DISCRETE
 from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import GuidanceInput, with_guidance
@@ -44,7 +45,7 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
         shard_size=asked.pop("shard"),
         shape=info.shape,
         classes=len(info.classes),
-        scheduler=info.scheduler if asked["sampler"] == "pndm" else {},
+        scheduler=info.scheduler if asked["sampler"] in DISCRETE else {},
         prompts=prompts_digest(subject.prompts) if subject.prompts else "",
         guidances=guidances,
         encoders=subject.encoders,

@@ -29,9 +29,10 @@ class Pairs(Strict):
     count: Positive = entry(
         100_000, "Number of pairs; raising it adds pairs.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=4
     )
-    sampler: Literal["heun", "euler", "pndm"] = entry(
+    sampler: Literal["heun", "euler", "ddim", "pndm"] = entry(
         "heun",
-        "Deterministic sampler for the teacher; pndm is for models in diffusers' format.",
+        "Deterministic sampler for the teacher; ddim and pndm, by diffusers, are for models in its format, whose "
+        "scheduler's settings they follow.",
         "Section 3.3: heun, pndm for LAION",
         pairs=True,
     )
@@ -316,7 +317,7 @@ class Recipe(Strict):
                 f"pairs.taken {taken} makes pairs for the first of several steps; this student has one: use null, or "
                 "student.nfe"
             )
-        if taken is not None and (self.pairs.sampler == "pndm" or taken > self.pairs.steps):
+        if taken is not None and (self.pairs.sampler not in ("heun", "euler") or taken > self.pairs.steps):
             raise UserError(
                 f"pairs.taken {taken} of {self.pairs.steps} steps of {self.pairs.sampler}: expected at most pairs.steps"
                 ", of euler or heun"

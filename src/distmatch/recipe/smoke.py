@@ -36,13 +36,10 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
     overrides = [f"{name}={value}" for name, value in marked(Recipe, "small").items()]
     if recipe.teacher.startswith("edm:"):
         overrides.append(f"teacher={folder / 'teacher'}")
-    if diffusers_source(recipe.teacher):
-        overrides += [
-            f"teacher=diffusers:{folder / 'stable'}",
-            f"prompts.path={folder / 'prompts.txt'}",
-            "prompts.column=null",
-            f"regress.tiny={folder / 'tiny'}",
-        ]
+    if source := diffusers_source(recipe.teacher):
+        overrides += [f"teacher=diffusers:{folder / 'teacher'}", f"regress.tiny={folder / 'tiny'}"]
+        if family_in(without_weights(source)).text:
+            overrides += [f"prompts.path={folder / 'prompts.txt'}", "prompts.column=null"]
     if recipe.fake.steps > 2:
         overrides.append("fake.steps=2")  # further ones are like the second
     if recipe.regress.loss == "lpips":
@@ -83,11 +80,11 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
         if teacher and recipe.teacher.startswith("edm:"):
             save_model(folder / "teacher", *random_edm(Path(recipe.teacher).stem))
         if teacher and (source := diffusers_source(recipe.teacher)):
-            family_in(without_weights(source)).write_tiny(folder / "stable")
+            family_in(without_weights(source)).write_tiny(folder / "teacher")
             write_tiny_vae(folder / "tiny")
             write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
         if teacher and "gan" in recipe.terms:
-            made = {"edm": str(folder / "teacher"), "diffusers": f"diffusers:{folder / 'stable'}"}
+            made = {"edm": str(folder / "teacher"), "diffusers": f"diffusers:{folder / 'teacher'}"}
             _, info = find_model(made.get(recipe.teacher.partition(":")[0], recipe.teacher), "teacher")
             _write_images(folder / "images", info)
         if recipe.regress.loss == "lpips" and "regress" in recipe.terms:

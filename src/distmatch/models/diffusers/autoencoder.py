@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distmatch.models.diffusers.hub import network, outline
+from distmatch.models.diffusers.hub import Count, network, outline
 from distmatch.system.digests import weights_digest
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
+from distmatch.system.plain import fitting
 
 
 class Decoder(nn.Module):
@@ -103,6 +104,17 @@ def scaled(z: Tensor, config: Mapping[str, Any]) -> Tensor:
         mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
         z = (z - mean) / std
     return z * config["scaling_factor"]
+
+
+def factor(vae: Mapping[str, Any], source: str) -> int:
+    """Return the pixels per latent, along each side, of an autoencoder with these settings.
+
+    Raises `UserError` unless it is an `AutoencoderKL`.
+    """
+    if vae.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
+    where = f"{source}: vae/config.json: block_out_channels"
+    return 2 ** (max(1, len(fitting(vae.get("block_out_channels"), where, tuple[Count, ...]))) - 1)
 
 
 def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:

@@ -15,12 +15,15 @@ STUDENTS = {"LCMScheduler": "latent consistency models", "TCDScheduler": "trajec
 """Schedulers that only students have."""
 
 
-def evidence(source: str) -> str | None:
-    """Return what says that the model `source` was distilled, in words; `None` if nothing does. Reads settings only."""
-    return next(_found(source), None)
+def evidence(source: str, network: str = "unet") -> str | None:
+    """Return what says that the model `source` was distilled, in words; `None` if nothing does. Reads settings only.
+
+    `network`: name of its denoising network's part.
+    """
+    return next(_found(source, network), None)
 
 
-def _found(source: str) -> Iterator[str]:
+def _found(source: str, network: str) -> Iterator[str]:
     mark = Path(source) / CARD
     if mark.exists() and "kind" in read_json(mark, dict[str, Any]):
         yield f"{mark} says that it is a student exported by distmatch"
@@ -30,7 +33,7 @@ def _found(source: str) -> Iterator[str]:
         yield f"its scheduler is {kind}, of {STUDENTS[kind]}"
     if kind.startswith("Euler") and _trailing(scheduler):
         yield f"its scheduler is {kind} with trailing timesteps, as SD-Turbo's and SDXL-Turbo's"
-    files = {"model_index.json": None, "config.json": "unet"}
+    files = {"model_index.json": None, "config.json": network}
     known = [str(config(source, file, folder).get("_name_or_path", "")) for file, folder in files.items()]
     for name in (*known, source):
         own = name if re.fullmatch(r"[^/]+/[^/]+", name) else Path(name).name  # of a place, not the folders above it

@@ -37,8 +37,8 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     """Write the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens (`distmatch export
     diffusers`).
 
-    `pipe(prompt, num_inference_steps=K, guidance_scale=1)`, with the student's number of steps for K, makes the
-    student's image from its noise, adapters merged.
+    `pipe(prompt, num_inference_steps=K, guidance_scale=1)`, with the student's number of steps for K (and with
+    `class_labels`, or nothing, in place of the prompt), makes the student's image from its noise, adapters merged.
     Raises `UserError` if the student does not come from a model in diffusers' format, or if `out` holds anything but an
     older export of this kind, which is replaced.
     """
@@ -50,11 +50,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     _write(out, "diffusers", "model_index.json", pipe.save_pretrained)
     if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
         console.print(f"{source} comes without its safety checker, and so does {out}")
-    scale = "guidance_scale=1" if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
-    console.print(
-        f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, "
-        f"num_inference_steps={len(info.times)}, {scale})"
-    )
+    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info)})")
 
 
 @owns_out
@@ -84,6 +80,14 @@ def export_lora(run: str, out: Path) -> None:
         f"pipe.load_lora_weights({str(out)!r}); pipe.scheduler = {type(scheduler).__name__}.from_pretrained("
         f"{str(out)!r}, subfolder='scheduler'); pipe(prompt, num_inference_steps={len(info.times)}, guidance_scale=1)"
     )
+
+
+def _arguments(info: Info) -> str:
+    """Return the arguments with which a diffusers pipeline makes the images of the student `info`."""
+    first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt"]}[info.condition]
+    scale = 1.0 if info.guidance is None else info.guidance[1]
+    guidance = [] if info.condition == "none" else [f"guidance_scale={scale:g}"]
+    return ", ".join([*first, f"num_inference_steps={len(info.times)}", *guidance])
 
 
 def _parts(out: Path, kind: str) -> set[str]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
+from distmatch.models.diffusers.ddpm import PixelDiffusion
+from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import index
 from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
@@ -13,6 +15,9 @@ from distmatch.system.errors import UserError
 FAMILIES: dict[str, DiffusersFamily] = {
     "StableDiffusionPipeline": StableDiffusion(),
     "StableDiffusionXLPipeline": StableDiffusionXL(),
+    "DDPMPipeline": PixelDiffusion(),
+    "DDIMPipeline": PixelDiffusion(),
+    "DiTPipeline": ClassTransformer(),
 }
 
 NETWORKS: dict[str, type[nn.Module]] = {

@@ -1,12 +1,12 @@
-"""The base of all families in diffusers' format: text encoders, an autoencoder and a pipeline."""
+"""The base of all families in diffusers' format: text encoders, an autoencoder and a pipeline, where it has them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers import distilled, hub
@@ -15,6 +15,7 @@ from distmatch.models.diffusers.hub import Settings
 from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.family import Components, Family
 from distmatch.models.info import Info
+from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 
 
@@ -29,6 +30,12 @@ class DiffusersFamily(Family):
 
     kinds: ClassVar[Mapping[str, str]]
     """The diffusers classes of its networks, by part; the model itself names those of its text encoders."""
+
+    network: ClassVar[str] = "unet"
+    """The part that is the denoising network."""
+
+    text, latent = True, True
+    """Whether it makes images from prompts; whether of latents. See `Info`."""
 
     untouched: ClassVar[Mapping[str, Any]] = {}
     """Pipeline arguments that leave finished images unchanged."""
@@ -45,7 +52,10 @@ class DiffusersFamily(Family):
         raise NotImplementedError
 
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
-        """Return the condition of `prompts` by the encoders of `pipe`; `negative`: as the `uncond` of guidance."""
+        """Return the condition of `prompts` by the encoders of `pipe`; `negative`: as the `uncond` of guidance.
+
+        Only for families of `text`.
+        """
         raise NotImplementedError
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
@@ -58,9 +68,9 @@ class DiffusersFamily(Family):
     def student_scheduler(self, student: Denoiser, info: Info) -> Any:
         """Return a scheduler whose single step is the student's, for the teacher's pipeline with its adapters.
 
-        Raises `UserError` for a student that adapters alone do not make.
+        Raises `UserError` for a student that adapters alone do not make, and if the pipeline takes none.
         """
-        raise NotImplementedError
+        raise UserError(f"diffusers' pipeline of {info.source} takes no adapters; use `distmatch export diffusers`")
 
     def pipeline(self, source: str, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """Return diffusers' pipeline of the model; see `hub.pipeline`. Refuses what `settings` refuses."""
@@ -76,10 +86,15 @@ class DiffusersFamily(Family):
         return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known))
 
     def components(self, source: str, device: torch.device | str = "cpu") -> Components:
-        return Components(self.text_encoder(source, device), self.decoder(source).to(device))
+        parts: dict[str, Any] = {}
+        if self.text:
+            parts["encode"] = self.text_encoder(source, device)
+        if self.latent:
+            parts["decode"] = self.decoder(source).to(device)
+        return Components(**parts)
 
     def distilled(self, source: str) -> str | None:
-        return distilled.evidence(source)
+        return distilled.evidence(source, self.network)
 
     def component_weights(self, source: str) -> int:
         need("diffusers", "transformers", by=source)
@@ -89,14 +104,15 @@ class DiffusersFamily(Family):
         encoders = {name: kind for name, (_, kind) in parts.items() if name.startswith("text_encoder")}
         with torch.device("meta"):
             networks = [hub.outline(source, name, getattr(transformers, kind)) for name, kind in encoders.items()]
-            networks.append(self.decoder(source, weights=False))
+            if self.latent:
+                networks.append(self.decoder(source, weights=False))
         return sum(p.numel() for network in networks for p in network.parameters())
 
-    def decoder(self, source: str, checkpointing: bool = False, weights: bool = True) -> Decoder:
-        return Decoder(self._autoencoder(source, weights), checkpointing)
+    def decoder(self, source: str, checkpointing: bool = False, weights: bool = True) -> nn.Module:
+        return Decoder(self._autoencoder(source, weights), checkpointing) if self.latent else super().decoder(source)
 
-    def image_encoder(self, source: str) -> ImageEncoder:
-        return ImageEncoder(self._autoencoder(source))
+    def image_encoder(self, source: str) -> Callable[..., Tensor]:
+        return ImageEncoder(self._autoencoder(source)) if self.latent else super().image_encoder(source)
 
     def _autoencoder(self, source: str, weights: bool = True) -> Any:
         need("diffusers", by=source)

@@ -7,9 +7,10 @@ name. Weights are only read from safetensors, in full or half precision, and all
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 
 from distmatch.diffusion.schedule import Schedule
 from distmatch.models.layout import at_most
@@ -34,6 +35,10 @@ CARD = "distmatch.json"
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that a pipeline can do without."""
+
+
+Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
+"""A number of channels, or the side of an image."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def config(source: str, file: str, folder: str | None = None) -> dict[str, Any]:
     class File(ConfigMixin):
         config_name = file
 
-    found: Any = fetched(source, lambda: File.load_config(source, subfolder=folder))
+    found: Any = fetched(source, lambda: _in_part(source, folder, lambda part: File.load_config(source, **part)))
     if not isinstance(found, dict):
         raise UserError(f"{source}: {folder or ''}/{file} holds no settings; expected a JSON object")
     return dict(found)
@@ -101,9 +106,11 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
     """
     _no_pickles(source, name)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
-    if name:
-        options["subfolder"] = name
-    found, info = _in_any_precision(source, lambda half: kind.from_pretrained(source, **options, **half))
+
+    def load(half: dict[str, str]) -> Any:
+        return _in_part(source, name, lambda part: kind.from_pretrained(source, **options, **half, **part))
+
+    found, info = _in_any_precision(source, load)
     wrong = [str(key) for faults in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in info[faults]]
     wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # present in older files, without effect
     if wrong:
@@ -189,6 +196,25 @@ def fetched(source: str, load: Callable[[], T]) -> T:
             "model_index.json and .safetensors), or a model id that the cache has or the hub can give "
             "(`hf download ID`)"
         ) from error
+
+
+def _in_part(source: str, name: str | None, load: Callable[[dict[str, str]], T]) -> T:
+    """Call `load` for the part `name` or, if it has no folder, for the files beside `model_index.json`.
+
+    There lies the only network of the oldest pipelines, such as google/ddpm-cifar10-32.
+    """
+    folder = Path(source)
+    if not name or (folder.is_dir() and not (folder / name).is_dir()):
+        return load({})
+    try:
+        return load({"subfolder": name})
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        try:
+            return load({})
+        except OSError:
+            raise error from None
 
 
 def _in_any_precision(source: str, load: Callable[[dict[str, str]], T]) -> T:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from distmatch.diffusion.schedule import VP
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.schedule import EDM, VP, Schedule
+from distmatch.models.info import Info
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 
@@ -12,20 +14,49 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 """diffusers' `prediction_type` -> our name."""
 
 
-def schedule_of(scheduler: Mapping[str, Any], source: str) -> VP:
-    """Return the noise schedule of a diffusers scheduler's settings. Raises `UserError` for one without betas."""
+def mathematics(scheduler: Mapping[str, Any], source: str) -> tuple[Schedule, str]:
+    """Return the noise schedule of a model with this scheduler, and what its network predicts, by our name.
+
+    The class of the scheduler does not matter, only its betas or, if its name begins with EDM, its sigmas.
+    Raises `UserError` for a scheduler with neither, and for settings that leave x0 undetermined.
+    """
+    kind = str(scheduler.get("prediction_type", "epsilon"))
+    if kind not in PREDICTIONS:
+        raise UserError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
+    if str(scheduler.get("_class_name")).startswith("EDM"):
+        return _edm(scheduler, kind, source), "edm"
     try:
-        return VP.from_scheduler(scheduler)
+        schedule = VP.from_scheduler(scheduler)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    if schedule.table()[-1] == 1 and kind == "epsilon":
+        raise UserError(
+            f"{source}: its scheduler's noise ends at alpha = 0 (rescale_betas_zero_snr), where prediction_type "
+            "'epsilon' does not determine x0; expected v_prediction or sample"
+        )
+    return schedule, PREDICTIONS[kind]
+
+
+def _edm(scheduler: Mapping[str, Any], prediction: str, source: str) -> EDM:
+    """Return the schedule of diffusers' EDM schedulers (Karras et al. 2022), as Playground v2.5 has one."""
+    for name, plain in {"prediction_type": "epsilon", "sigma_data": 0.5, "sigma_schedule": "karras"}.items():
+        if (found := {**scheduler, "prediction_type": prediction}.get(name, plain)) != plain:
+            raise UserError(f"{source}: {scheduler['_class_name']} has {name} {found!r}; expected {plain!r}")
+    names = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+    try:
+        return EDM(**{name: scheduler.get(name, default) for name, default in names.items()})
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def prediction_of(scheduler: Mapping[str, Any], source: str) -> str:
-    """Return what the network of a model with this scheduler predicts."""
-    kind = str(scheduler.get("prediction_type", "epsilon"))
-    if kind not in PREDICTIONS:
-        raise UserError(f"{source}: prediction_type {kind!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
-    return PREDICTIONS[kind]
+def scheduler_of(student: Denoiser, info: Info) -> Any:
+    """Return a scheduler whose steps are those of the student `info`. Raises `UserError` if diffusers has none."""
+    if type(student.schedule) is not VP or not info.times:
+        raise UserError(
+            f"the student's schedule is {student.schedule}; only those of discrete diffusions can be exported"
+        )
+    prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == student.prediction.name)
+    return student_scheduler(student.schedule, info.times, prediction)
 
 
 def student_scheduler(schedule: VP, times: tuple[float, ...], prediction: Any) -> Any:

@@ -5,19 +5,17 @@ Everything is read from the model's own configuration; nothing depends on its na
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
-from distmatch.diffusion.schedule import VP
-from distmatch.models.diffusers.autoencoder import check_scaling
+from distmatch.models.diffusers.autoencoder import check_scaling, factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import CARD, Settings, config, index, network
+from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network
 from distmatch.models.diffusers.lora import ADAPTED
-from distmatch.models.diffusers.schedulers import PREDICTIONS, prediction_of, schedule_of, student_scheduler
+from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
 from distmatch.models.info import Info
@@ -39,9 +37,6 @@ TEXT_ALONE: dict[str, tuple[Any, ...]] = {
 
 PLAIN = {"thresholding": False, "clip_sample": False, "skip_prk_steps": True}
 """Scheduler settings that change what is sampled, and the only values supported."""
-
-
-_Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
 
 
 class StableUNet(nn.Module):
@@ -115,22 +110,18 @@ class StableDiffusion(DiffusersFamily):
     def settings(self, source: str) -> Settings:
         _, parts = index(source)
         scheduler = config(source, "scheduler_config.json", "scheduler")
-        schedule, prediction = schedule_of(scheduler, source), prediction_of(scheduler, source)
+        schedule, prediction = mathematics(scheduler, source)
         scheduler |= self.scheduler
         for name, plain in PLAIN.items():
             if scheduler.get(name, plain) != plain:
                 value = scheduler[name]
                 raise UserError(f"{source}: the scheduler's {name} {value!r} is not followed; set it to {plain}")
         unet, vae = config(source, "config.json", "unet"), config(source, "config.json", "vae")
-        if vae.get("_class_name") != "AutoencoderKL":
-            raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
+        pixels = factor(vae, source)
         check_scaling(vae, source, self.means)
         shape = _latents(unet, vae, source)
-        widths = fitting(
-            vae.get("block_out_channels"), f"{source}: vae/config.json: block_out_channels", tuple[_Count, ...]
-        )
-        factor = 2 ** (max(1, len(widths)) - 1)
-        return Settings(parts, scheduler, schedule, prediction, unet, shape, (shape[1] * factor, shape[2] * factor))
+        size = (shape[1] * pixels, shape[2] * pixels)
+        return Settings(parts, scheduler, schedule, prediction, unet, shape, size)
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
         need("diffusers", by=source)
@@ -168,7 +159,7 @@ class StableDiffusion(DiffusersFamily):
         return Cond(text=torch.empty(n, *_stable(net).null_text.shape[1:]))
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
-        net, scheduler = self._exported(student, info)
+        net, scheduler = _stable(student.net), scheduler_of(student, info)
         theirs, width = self.settings(source), "cross_attention_dim"
         if (theirs.shape, theirs.network.get(width)) != (info.shape, net.unet.config[width]):
             raise UserError(
@@ -180,17 +171,9 @@ class StableDiffusion(DiffusersFamily):
         return pipe.to(dtype=dtype)  # the source's files may mix precisions
 
     def student_scheduler(self, student: Denoiser, info: Info) -> Any:
-        net, scheduler = self._exported(student, info)
-        if net.guidance:
+        if _stable(student.net).guidance:
             raise UserError("the student takes a guidance scale, which a LoRA cannot carry; export diffusers")
-        return scheduler
-
-    def _exported(self, student: Denoiser, info: Info) -> tuple[StableUNet, Any]:
-        """Return the student's network, and a scheduler whose steps are the student's."""
-        if type(student.schedule) is not VP or not info.times:
-            raise UserError("the student has another schedule than a Stable Diffusion has; it cannot be exported")
-        prediction = next(theirs for theirs, ours in PREDICTIONS.items() if ours == student.prediction.name)
-        return _stable(student.net), student_scheduler(student.schedule, info.times, prediction)
+        return scheduler_of(student, info)
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -259,4 +242,4 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tu
         raise UserError(f"{source}: unet/config.json has no sample_size; add it: 64 for images of 512 x 512")
     both = side if isinstance(side, list | tuple) else (side, side)
     where = f"{source}: unet/config.json: in_channels and sample_size"
-    return fitting((channels, *both), where, tuple[_Count, _Count, _Count])
+    return fitting((channels, *both), where, tuple[Count, Count, Count])
