@@ -388,7 +388,8 @@ class TeacherPipeline(Pipeline):
     ) -> "TeacherPipeline":
         """Load a model folder, a teacher of the package ("mnist"), or `diffusers:FOLDER_OR_ID`.
 
-        Default: 18 steps of Heun; in diffusers' format the family's own, 50 of PNDM for Stable Diffusion. `net`, `schedule`: as for a student.
+        Default: 18 steps of Heun; in diffusers' format the family's own solver, 50 steps of PNDM for Stable Diffusion.
+        `net`, `schedule`: as for a student.
         """
         denoiser, info = find_model(str(path), "teacher", net, schedule)
         family, parts = family_of(info), components(info, device)

@@ -43,8 +43,8 @@ def find_model(
 
     Args:
         name: `mixture:NAME` (exact Gaussian mixture), `edm:FILE` (a published EDM checkpoint, file or URL),
-            `diffusers:FOLDER_OR_ID` (see docs/teachers.md), a folder (of a model, also in diffusers' format, or of a run,
-            which has one in `model/`), or the name of a model in the package.
+            `diffusers:FOLDER_OR_ID` (see docs/teachers.md), a folder (of a model, also in diffusers' format, or of a
+            run, which has one in `model/`), or the name of a model in the package.
         kind: which of the two to load.
         net, schedule: see `load_model`.
 

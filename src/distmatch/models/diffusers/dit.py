@@ -23,8 +23,8 @@ from distmatch.system.plain import fitting
 class DiT(nn.Module):
     """`(x f[B,4,h,w], t f[B], cond) -> f[B,4 or 8,h,w]`: diffusers' `DiTTransformer2DModel`.
 
-    It is conditioned on `cond.label`; without a label it uses the further class that stands for none. If it makes twice the channels, the second half is
-    a variance, which `Prediction.x0` leaves out.
+    It is conditioned on `cond.label`; without a label it uses the further class that stands for none. If it makes twice
+    the channels, the second half is a variance, which `Prediction.x0` leaves out.
 
     Args:
         transformer: its configuration, or diffusers' own network.
