@@ -242,7 +242,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(references, "load_inception", lambda *_: Means())
     monkeypatch.setattr(spaces, "load_inception", lambda *_: Means())
-    monkeypatch.setattr("distmatch.evaluation.clip.ClipScore", Words)
+    monkeypatch.setattr(comparison_run, "ClipScore", Words)
     monkeypatch.setattr(references, "reference", partial(references.reference, cache=None))
     monkeypatch.setattr(baselines, "PNDM_STEPS", 5)
     monkeypatch.setattr(baselines, "SOLVERS", {"UniPC 4": baselines.SOLVERS["UniPC 4"]})
