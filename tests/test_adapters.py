@@ -17,9 +17,10 @@ from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
-from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16, using
+from distmatch.training.adapters import Adapted, Adapter, using
 from distmatch.training.ema import draw_towards
 from distmatch.training.engine import checkpoint_gradients
+from distmatch.training.rounded import hold
 
 SMALL = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 3, "model_channels": 8, "num_blocks": 1}
 NETWORKS = {
@@ -182,7 +183,7 @@ def test_full_rank_adapters_step_as_whole_networks_do():
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_base_in_bf16_computes_what_autocast_does_and_takes_half(kind):
     teacher, halved = base(kind), base(kind)
-    hold_in_bf16(halved.net)
+    hold(halved.net, "bf16", "cpu")
     for network, other in ((teacher, halved), (adapted(teacher, 1), adapted(halved, 1))):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             plain = network(*inputs())
@@ -244,11 +245,27 @@ def test_both_scores_begin_equal_and_ida_draws_the_fake_scores_adapter(tmp_path)
         (("student.adapter.alpha=2",), "adapter.alpha and adapter.targets are for adapters"),
         (("base_weights=bf16", "precision=bf16", "student.adapter.rank=2"), "give student and fake score adapters"),
         ((*BOTH, "base_weights=bf16"), "base_weights=bf16 needs precision=bf16, not fp32"),
+        ((*BOTH, "base_weights=int8", "precision=bf16", "match.sid=1"), "base_weights=int8 does not go with match.sid"),
+        ((*BOTH, "base_weights=int8", "precision=bf16", "parallel=fsdp"), "does not go with parallel=fsdp"),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         distiller(tmp_path, *changes)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_base_that_takes_a_guidance_scale_is_the_teachers(tmp_path, weights):
+    """But for its new input, which an adapter trains in fp32."""
+    d, subject = distiller(tmp_path, *BOTH, "student.guidance=[1, 4]", f"base_weights={weights}", "precision=bf16")
+    theirs = dict(subject.denoiser.net.named_parameters())
+    ours = dict(d.student.base.net.named_parameters())
+    assert d.student.base is d.fake.base
+    assert [name for name, value in ours.items() if theirs.get(name) is not value] == ["guidance.weight"]
+    assert {p.dtype for p in d.student.parameters()} == {torch.float32}
+    d.step(0)
+    d.step(1)
+    assert d.student.adapter.whole()["guidance.weight"].any()
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):

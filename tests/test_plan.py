@@ -112,7 +112,9 @@ def peak(run) -> int:
 
 
 def size(*networks, trained=False) -> int:
-    return sum(p.numel() * p.element_size() for n in networks for p in n.parameters() if p.requires_grad or not trained)
+    held = [p for n in networks for p in n.parameters() if p.requires_grad or not trained]
+    integers = [b for n in networks for b in n.buffers() if getattr(getattr(n, "net", n), "is_rounded", False)]
+    return sum(t.numel() * t.element_size() for t in (*held, *([] if trained else integers)))
 
 
 SD = ("teacher=diffusers:{0}/sd", "prompts.path={0}/prompts.txt", "pairs.sampler=pndm", "match.batch=8")
@@ -128,6 +130,7 @@ SETTINGS = [
     (*SD, "regress.decoder=full", "gradient_checkpointing=true"),
     ("teacher={0}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4"),
     (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "gradient_checkpointing=true"),
+    (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "base_weights=int8", "precision=bf16"),
     (*GAN, "gan.r1=1", "gan.balance=1", "match.divergence=js", "fake.steps=2"),
     (*GAN, "gan.features=teacher", "match.sid=1.2", "gradient_checkpointing=true"),
 ]
@@ -192,15 +195,16 @@ def test_options_that_compute_levels_are_planned(folder, planner, changes):
     assert made.step_flops == pytest.approx(sum(counts.values()) / len(counts), rel=0.02)
 
 
-def test_a_base_in_bf16_is_planned_as_it_is_held(folder, planner):
+@pytest.mark.parametrize(("weights", "share"), [("bf16", 0.6), ("int8", 0.4)])
+def test_a_rounded_base_is_planned_as_it_is_held(folder, planner, weights, share):
     changes = (f"teacher={folder}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4")
-    rounded = ("precision=bf16", "base_weights=bf16")
+    rounded = ("precision=bf16", f"base_weights={weights}")
     plain = planner(planned, str(folder / "tiny.yaml"), (*changes, rounded[0]))
     made = planner(planned, str(folder / "tiny.yaml"), (*changes, *rounded))
     _, teacher = distiller(folder, (*changes, *rounded))
-    assert made.memory["teacher"] == size(teacher) < 0.6 * plain.memory["teacher"]
+    assert made.memory["teacher"] == size(teacher) < share * plain.memory["teacher"]
     assert made.step_flops == plain.step_flops
-    # Autocast keeps the rounded weights that a backward pass needs, which the base already is.
+    # Autocast keeps the rounded weights that a backward pass needs, which the base already is, or makes anew.
     assert made.memory["activations"] <= plain.memory["activations"]
 
 

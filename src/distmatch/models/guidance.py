@@ -41,12 +41,15 @@ def embed_guidance(scale: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def with_guidance(net: Network) -> Network:
-    """Return the same network with a guidance scale as an extra input. Raises `UserError` if it cannot have one."""
+def with_guidance(net: Network, share: bool = False) -> Network:
+    """Return the same network with a guidance scale as an extra input. Raises `UserError` if it cannot have one.
+
+    `share`: let it have the weights of `net` themselves, not copies.
+    """
     config: dict[str, Any] = dict(getattr(net, "config", {}))
     if "guidance" not in config:
         raise UserError(f"student.guidance: the network {type(net).__name__} takes no guidance scale")
     given = type(net)(**{**config, "guidance": True})
-    absent = given.load_state_dict(net.state_dict(), strict=False)
+    absent = given.load_state_dict(net.state_dict(keep_vars=share), strict=False, assign=share)
     assert not absent.unexpected_keys
     return given

@@ -91,9 +91,11 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
     spread = {name: sharded and name != "GAN head" and not adapted(n) for name, n in done.networks.items()}
     cuts = {name: processes if spread[name] else 1 for name in spread}
     memory: dict[str, float] = {name: FP32 * slices(network, cuts[name]) for name, network in done.networks.items()}
-    if recipe.base_weights == "bf16":
-        held = sum(p.numel() * p.element_size() for p in done.networks["teacher"].parameters())
-        memory["teacher"] = held / cuts["teacher"]
+    if recipe.base_weights != "fp32":
+        base = done.networks["teacher"]
+        memory["teacher"] = (
+            sum(t.numel() * t.element_size() for t in (*base.parameters(), *base.buffers())) / cuts["teacher"]
+        )
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)

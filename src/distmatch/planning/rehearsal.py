@@ -202,7 +202,6 @@ class _Stage:
                 "compile": False,
                 "workers": 1,  # threads would leave the ledger
                 "accumulate": 1,
-                "base_weights": "fp32",  # rounded below
                 "match": recipe.match.model_copy(update={"batch": self.match, "intervals": False}),
                 "regress": recipe.regress.model_copy(update={"batch": self.regress, "loss": "mse", "decoder": "none"}),
                 "student": recipe.student.model_copy(update={"init": None, "times": None, "nfe": None}),
@@ -224,11 +223,6 @@ class _Stage:
             if term.name == "regress":
                 regress: Any = term
                 regress.loss, self.losses = regression(recipe, info)
-        if recipe.base_weights == "bf16":
-            for layer in self.teacher.net.modules():
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    for parameter in layer.parameters(recurse=False):
-                        replace_data(parameter, parameter.data.bfloat16())
         if sharded and recipe.precision == "bf16":  # FSDP2 gathers them in this precision, and autocast makes no copies
             for network in filter(None, (self.distiller.student, self.distiller.fake)):
                 for parameter in network.parameters():

@@ -28,9 +28,10 @@ from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
 from distmatch.system.workers import Workers
-from distmatch.training.adapters import Adapted, Adapter, hold_in_bf16
+from distmatch.training.adapters import Adapted, Adapter
 from distmatch.training.ema import EMA, frozen_copy
 from distmatch.training.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
+from distmatch.training.rounded import hold
 
 
 def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
@@ -118,7 +119,9 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     if recipe.match.shared and "match" in recipe.terms and parallel.world() > 1:
         raise UserError(f"match.shared is for one process, not for {parallel.world()}; use false")
     dev, info = subject.device, subject.info
+    hold(subject.denoiser.net, recipe.base_weights, dev.type)
     first = start(recipe, subject)
+    hold(first.net, recipe.base_weights, dev.type)  # as in the teacher, unless it is the teacher
     trained = student(recipe, first)
     fake = fake_network(recipe, first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
     average = frozen_copy(trained)
@@ -182,12 +185,14 @@ def start(recipe: Recipe, subject: Subject) -> Denoiser:
     """Return what student and fake score start from: the teacher (Algorithm 1, line 2) or the recipe's own new network.
 
     A new network takes over the teacher's schedule and prediction. If the student takes a guidance scale, so does the
-    fake score: it models the student's images at each scale. Raises `UserError` if the teacher does not allow this.
+    fake score: it models the student's images at each scale; what it starts from shares the teacher's weights. Raises
+    `UserError` if the teacher does not allow this.
     """
     denoiser = _network(recipe, subject)
     if recipe.student.guidance is None:
         return denoiser
-    return Denoiser(with_guidance(denoiser.net), denoiser.schedule, denoiser.prediction).to(subject.device)
+    net = with_guidance(denoiser.net, share=recipe.parallel == "ddp")  # FSDP2 shards networks one by one
+    return Denoiser(net, denoiser.schedule, denoiser.prediction).to(subject.device)
 
 
 def _network(recipe: Recipe, subject: Subject) -> Denoiser:
@@ -253,8 +258,6 @@ def _adapted(recipe: Recipe, base: Denoiser, how: AdapterEntries) -> Adapted:
     if recipe.compile:
         raise UserError("compile does not work with adapters; use compile=false")
     net = base.requires_grad_(False).net
-    if recipe.base_weights == "bf16":
-        hold_in_bf16(net)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(recipe.seed, "adapters"))
         targets = getattr(net, "adapted", ()) if how.targets is None else how.targets

@@ -24,6 +24,7 @@ from distmatch.recipe.real_images import real_images
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS
 from distmatch.system.progress import progress
+from distmatch.training.rounded import hold
 
 
 def device(name: str) -> torch.device:
@@ -86,7 +87,10 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     real = real_images(recipe, info, components(info, dev).encode, dev) if "gan" in recipe.terms else None
-    return Subject(frozen(denoiser, dev), info, conditions, fingerprint(denoiser), dev, prompts, encoders, cut, real)
+    print_of = fingerprint(denoiser)
+    if not any("regress" in stage.terms or stage.own_terms for stage in recipe.parts):  # pairs are made by all its bits
+        hold(denoiser.requires_grad_(False).net, recipe.base_weights, dev.type)  # before it takes room on the device
+    return Subject(frozen(denoiser, dev), info, conditions, print_of, dev, prompts, encoders, cut, real)
 
 
 def _scales(recipe: Recipe) -> list[float | None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.system.errors import UserError
+from distmatch.training.rounded import is_plain
 
 
 class LowRank(nn.Module):
@@ -79,7 +80,7 @@ class Adapter(nn.Module):
             if name not in whole:
                 self.layers[_key(name)] = LowRank(layer, min(rank, *_sides(layer)), alpha / rank)
         for name in whole:
-            self.layers[_key(name)] = _copied(layers[name]).requires_grad_(True)
+            self.layers[_key(name)] = _copied(layers[name]).float().requires_grad_(True)
         for name in (*chosen, *whole):
             _take_adapters(layers[name], _key(name))
 
@@ -145,19 +146,6 @@ def network_of(denoiser: Denoiser) -> nn.Module:
     return (denoiser.base if isinstance(denoiser, Adapted) else denoiser).net
 
 
-def hold_in_bf16(network: nn.Module) -> None:
-    """Round the weights of linear layers and convolutions, in place. Autocast to bf16 rounds them in every pass anyway,
-    so under it the network computes the same, to the last bit; and from now on it always runs under it.
-    """
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            for parameter in layer.parameters(recurse=False):
-                if parameter.dtype == torch.float32:
-                    parameter.data = parameter.data.bfloat16()
-    device = next(network.parameters()).device.type
-    network.forward = torch.autocast(device, torch.bfloat16, cache_enabled=device != "cpu")(network.forward)
-
-
 _in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
 
 
@@ -200,7 +188,7 @@ def _take_adapters(layer: nn.Module, key: str) -> None:
 
 def _adaptable(layer: nn.Module) -> bool:
     """A kind of its own may compute otherwise, as EDM's resampling convolutions, or use its weights without a call."""
-    return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1)
+    return is_plain(layer, nn.Linear) or (is_plain(layer, nn.Conv2d) and getattr(layer, "groups") == 1)  # noqa: B009
 
 
 def _sides(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
