@@ -29,6 +29,7 @@ def test_every_number_of_the_demo_stands_in_its_file():
         "gan",
         "guide",
         "prompts",
+        "real",
         "stages",
         "adapter",
         "decoder",
@@ -157,6 +158,14 @@ def test_entries_by_their_earlier_names_are_the_same(tmp_path):
     earlier = deepcopy(tree)
     assert parse_recipe(tree, "a run of an earlier version") == now
     assert tree == earlier
+    reals = ["images=photos.zip", "split=all", "classes=number"]
+    now, before = (load_recipe("cifar10-dmd2", [f"{group}.{one}" for one in reals]) for group in ("real", "gan"))
+    assert now == before
+    tree = now.model_dump(mode="json")
+    tree["gan"] |= tree.pop("real")
+    assert parse_recipe(tree, "a run of an earlier version") == now
+    now = load_recipe("mnist", ["student.optimizer.lr=0.5", "fake.optimizer.betas=[0, 0.9]", "fake.steps=3"])
+    tree = earlier
     variant = {"base": "mnist", "name": "mnist", "description": now.description, "generator": {"lr": 0.5}}
     (tmp_path / "variant.yaml").write_text(yaml.safe_dump({**variant, "critic": {"betas": [0, 0.9], "steps": 3}}))
     assert load_recipe(str(tmp_path / "variant.yaml")) == now

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from distmatch import DistilledPipeline
 from distmatch.commands import sample
@@ -109,6 +110,7 @@ def test_a_denoiser_in_its_place_does_not_reach_it():
         (["student.nfe=9"], "student.nfe"),
         (["student.times=[9, 8, 7, 6, 5, 4, 3, 2, 1]"], "student.times.* at most 8"),
         (["student.times=[5, 80]"], r"expected times: \[high, ..., low\], falling, not \[5.0, 80.0\]"),
+        (["student.inputs=data"], "student.inputs=data is for students of several steps"),
         (["student.nfe=4", "terms=[match, regress]"], "anchor the first step to a part of the teacher's trajectory"),
     ],
 )
@@ -245,6 +247,38 @@ def test_the_first_step_is_anchored_and_the_others_are_matched(tmp_path):
     assert losses["regress/student"] > 0
     with pytest.raises(ValueError, match=r"one-step students\. With several steps"):
         recipe(tmp_path, "student.nfe=3", "terms=match,regress")
+
+
+def test_later_steps_start_from_real_images(tmp_path):
+    """Noised to the step's time, under the condition of their class; the first step starts from noise alone."""
+    greys = {"a": 0, "b": 128, "c": 255}
+    for name, grey in greys.items():
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), grey).save(tmp_path / "images" / "train" / name / "0.png")
+    few = ("student.nfe=3", "terms=match", "student.inputs=data", f"real.images={tmp_path / 'images'}")
+    file = recipe(tmp_path, *few)
+    d = build.distiller(file, subjects.subject(file), None)
+    seen = set()
+    for index in range(12):
+        for turn in range(2):  # of the fake score
+            start = d.start(d.objective.streams["noise"], index, turn, WHOLE)
+            x, t = d.student_input(start)
+            k = len(start.noise)
+            seen.add((k, turn))
+            assert t.tolist() == pytest.approx([d.steps.times[k]] * 4)
+            if k == 0:
+                assert torch.equal(x, d.steps.times[0] * start.z)
+                continue
+            grey = torch.tensor(list(greys.values()))[start.cond.label] / 127.5 - 1
+            real = x - d.steps.times[k] * start.noise[k - 1]
+            torch.testing.assert_close(real, grey.view(4, 1, 1, 1).expand_as(x), rtol=0, atol=2e-5 * d.steps.times[k])
+    assert seen == {(k, turn) for k in range(3) for turn in range(2)}
+    assert d.step(0)["match/fake"] > 0
+    plans = [
+        rehearse(recipe(tmp_path, *changes), tiny.teacher(), tiny.INFO, 1).flops
+        for changes in (few, ("student.nfe=1", "terms=match"))
+    ]
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("updates", [1, 3])

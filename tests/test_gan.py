@@ -99,7 +99,7 @@ def real_folder(folder, classes=("a", "b", "c"), shape=(8, 8), each=5):
 def recipe(folder, *changes, **entries):
     if not (folder / "real").exists():
         real_folder(folder / "real")
-    given = [f"gan.images={folder / 'real'}", "terms=match,gan", "gan.weight=0.1", *changes]
+    given = [f"real.images={folder / 'real'}", "terms=match,gan", "gan.weight=0.1", *changes]
     return load_recipe(str(tiny.recipe_file(folder, **entries)), given)
 
 
@@ -255,7 +255,7 @@ def test_latents_are_the_encoders_and_are_encoded_once(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     entries = [f"prompts.path={tmp_path / 'prompts.txt'}", f"teacher=diffusers:{source}"]
     direct = subjects.subject(recipe(tmp_path, *entries)).real
-    cache = f"gan.cache={tmp_path / 'latents'}"
+    cache = f"real.cache={tmp_path / 'latents'}"
     cached = subjects.subject(recipe(tmp_path, *entries, cache)).real
     (x, cond), (again, _) = (one.draw(4, torch.Generator().manual_seed(0), WHOLE) for one in (direct, cached))
     torch.testing.assert_close(again, x, atol=2e-3, rtol=2e-3)  # kept in half precision
@@ -277,7 +277,7 @@ def test_latents_are_the_encoders_and_are_encoded_once(tmp_path, monkeypatch):
     third = subjects.subject(recipe(tmp_path, *entries, cache)).real
     assert torch.equal(third.draw(4, torch.Generator().manual_seed(0), WHOLE)[0], again)
     with pytest.raises(ValueError, match=r"has no captions, which the teacher needs as prompts"):
-        subjects.subject(recipe(tmp_path, *entries, f"gan.images={real_folder(tmp_path / 'bare')}"))
+        subjects.subject(recipe(tmp_path, *entries, f"real.images={real_folder(tmp_path / 'bare')}"))
 
 
 # Divergences
@@ -351,7 +351,7 @@ def test_the_factors_have_mean_one_in_each_range_of_levels(taught):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["gan.images=null"], r"the term gan needs real images, .* name a folder"),
+        (["real.images=null"], r"the term gan needs real images, .* name a folder"),
         (["gan.blocks=[1, 12]"], r"gan.blocks is \[1, 12\]; the fake score has 7 blocks, numbered 0 to 6: .*12"),
         (["gan.blocks=[1, 1]"], r"a block is named twice"),
         (["terms=gan"], r"the term gan goes with match"),
@@ -377,7 +377,7 @@ def test_what_cannot_be_is_named_before_anything_is_made(tmp_path, changes, said
         ({"shape": (8, 8, 3)}, [], r"holds images of 8x8, RGB; the teacher .* makes 8x8, grey"),
         ({"classes": ("a", "b", "d")}, [], r"other classes .*: only the images have d; only the teacher c"),
         ({"classes": ("a", "b")}, [], r"other classes than the teacher .*: only the teacher c"),
-        ({"classes": ("a", "b")}, ["gan.classes=number"], r"has 2 classes, the teacher 3"),
+        ({"classes": ("a", "b")}, ["real.classes=number"], r"has 2 classes, the teacher 3"),
         ({"classes": (".",)}, [], r"has no classes, and the teacher .* has 3"),
     ],
 )  # fmt: skip
@@ -389,13 +389,13 @@ def test_images_of_another_kind_are_refused(tmp_path, images, changes, said):
 
 def test_classes_are_matched_by_name_or_if_asked_by_number(tmp_path):
     real_folder(tmp_path / "real", classes=("x", "y", "z"))
-    real = subjects.subject(recipe(tmp_path, "gan.classes=number")).real
+    real = subjects.subject(recipe(tmp_path, "real.classes=number")).real
     x, cond = real.draw(50, torch.Generator().manual_seed(0), WHOLE)
     assert torch.equal(((x + 1) * 127.5).round().long()[:, 0, 0, 0], cond.label)
     info = replace(tiny.INFO, classes=("c", "a", "b"))
     save_model(tmp_path / "other", tiny.teacher(), info)
     real_folder(tmp_path / "again", classes=("a", "b", "c"))
-    found = recipe(tmp_path, f"teacher={tmp_path / 'other'}", f"gan.images={tmp_path / 'again'}")
+    found = recipe(tmp_path, f"teacher={tmp_path / 'other'}", f"real.images={tmp_path / 'again'}")
     x, cond = subjects.subject(found).real.draw(50, torch.Generator().manual_seed(0), WHOLE)
     first = ((x + 1) * 127.5).round().long()[:, 0, 0, 0]  # 0 for a, which the teacher calls 1
     assert torch.equal(torch.tensor([1, 2, 0])[first], cond.label)

@@ -118,7 +118,7 @@ def size(*networks, trained=False) -> int:
 
 
 SD = ("teacher=diffusers:{0}/sd", "prompts.path={0}/prompts.txt", "pairs.sampler=pndm", "match.batch=8")
-GAN = ("teacher={0}/song", "terms=match,gan", "gan.images={0}/images")
+GAN = ("teacher={0}/song", "terms=match,gan", "real.images={0}/images")
 SETTINGS = [
     ("terms=regress", "student.guidance=[1, 4]"),
     ("match.pairs=true", "accumulate=4", "fake.steps=3", "match.guidance=3"),

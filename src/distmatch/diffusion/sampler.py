@@ -87,8 +87,14 @@ class Steps:
         cond: Cond | None,
         noise: Sequence[Tensor],
         k: int,
+        real: Tensor | None = None,
     ) -> Tensor:
-        """Return the student's input at step `k` (from 0), made by its own first `k` steps (DMD2's simulation)."""
+        """Return the student's input at step `k` (from 0), made by its own first `k` steps (DMD2's simulation).
+
+        `real`: f[B,*D], samples that are noised to the time of a later step instead.
+        """
+        if k and real is not None:
+            return schedule.add_noise(real, noise[k - 1], real.new_full((len(real),), self.times[k]))
         x = (self.times[0] if isinstance(schedule, EDM) else schedule.prior_std) * z
         for step in range(k):
             x0 = self.step(model, x, cond, step)

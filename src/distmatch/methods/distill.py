@@ -211,7 +211,7 @@ class Distiller:
     def student_input(self, start: Start) -> tuple[Tensor, Tensor]:
         """Return what the student sees at its step `len(start.noise)`, f[B,*D], and that step's time, f[B]."""
         k = len(start.noise)
-        x = self.steps.start(self.forward, self.student.schedule, start.z, start.cond, start.noise, k)
+        x = self.steps.start(self.forward, self.student.schedule, start.z, start.cond, start.noise, k, start.real)
         return x, x.new_full((len(x),), self.steps.times[k])
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ class Start:
         generator: random source of the stream's terms, which draw from it in turn after the stream itself.
         y: f[B,*D], the teacher's image of each row, for pairs.
         noise: f[B,*D] for each of the student's steps before the one whose image is trained; see `sampler.Steps`.
+        real: f[B,*D], samples to start later steps from, noised, instead of the student's own; see `RealStream`.
     """
 
     z: Tensor
@@ -42,6 +43,7 @@ class Start:
     generator: torch.Generator
     y: Tensor | None = None
     noise: tuple[Tensor, ...] = ()
+    real: Tensor | None = None
 
 
 class Stream(Protocol):
@@ -207,9 +209,7 @@ class Match:
         self.levels = self.schedule.grid(bins).flip(0).float()
         self.trained: Mapping[str, Trained] = {}
         self.spans: Spans = lambda k: (steps, (0, bins))
-        self.factor: Callable[..., Tensor | float] = lambda x_t, t, cond: (
-            1.0
-        )  # of another divergence, see `Adversarial`
+        self.factor: Callable[..., Tensor | float] = lambda *_: 1.0  # of another divergence, see `Adversarial`
 
     def draw(self, starts: Sequence[Start], share: Share) -> Levels:
         generator, device = starts[0].generator, starts[0].z.device

@@ -180,7 +180,7 @@ def batches(flight: Flight) -> str:
 def folder(flight: Flight) -> str | None:
     """The run's folder and that of the prompts' states are writable."""
     if parallel.rank() == 0:
-        for place in filter(None, (flight.out, flight.recipe.prompts.cache, flight.recipe.gan.cache)):
+        for place in filter(None, (flight.out, flight.recipe.prompts.cache, flight.recipe.real.cache)):
             with scratch(Path(place)):
                 pass
     return f"{flight.out} can be written"

@@ -217,7 +217,8 @@ class _Stage:
         self.distiller.objective = replace(self.distiller.objective, streams=streams)
         # Of a student of several steps, a random one is trained: on average, fresh noise is rolled this far to it.
         count = recipe.student.nfe or len(recipe.student.times or (0,))
-        self.rolled = (count - 1 + ("pairs" in streams)) / 2 if count > 1 else 0.0
+        rolls = count > 1 and recipe.student.inputs == "rollout"
+        self.rolled = (count - 1 + ("pairs" in streams)) / 2 if rolls else 0.0
         self.losses: list[nn.Module] = []
         for term in self.distiller.terms:
             if term.name == "regress":

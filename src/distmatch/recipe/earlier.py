@@ -12,6 +12,10 @@ EARLIER = {
     "critic": "fake.optimizer",
     "student.t": "student.times",
     "student.lora_rank": "student.adapter.rank",
+    "gan.images": "real.images",
+    "gan.split": "real.split",
+    "gan.classes": "real.classes",
+    "gan.cache": "real.cache",
 }
 """Present names of entries and groups, by their earlier ones. `student.t` was a single time."""
 
@@ -38,10 +42,9 @@ def renamed(tree: dict[str, Any]) -> dict[str, Any]:
     found = deepcopy(tree)
     for group in ("generator", "critic"):
         found.pop(group, None)
-    for name in ("t", "lora_rank"):
-        if f"student.{name}" in earlier:
-            del found["student"][name]
     for name, value in earlier.items():
+        group, _, last = name.rpartition(".")
+        found.get(group, {}).pop(last, None)
         if present_name(name) in given:
             raise UserError(f"{name} is the earlier name of {present_name(name)}, which is given as well; leave it out")
         set_entry(found, present_name(name), [value] if name == "student.t" and value is not None else value)

@@ -12,7 +12,7 @@ from distmatch.recipe.entry import entry, marked, set_entry, walk
 from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
 from distmatch.recipe.mistakes import explain
 from distmatch.recipe.network_entries import Fake, Student
-from distmatch.recipe.term_entries import GanTerm, GuideTerm, MatchTerm, OwnTerm, RegressTerm
+from distmatch.recipe.term_entries import GanTerm, GuideTerm, MatchTerm, OwnTerm, RealImages, RegressTerm
 from distmatch.system.errors import UserError
 
 
@@ -205,6 +205,7 @@ class Recipe(Strict):
         RegressTerm(), "Regression to the teacher's images from the same noise (Section 3.3, Eq. 9).", stage=True
     )
     gan: GanTerm = entry(GanTerm(), "A GAN on noised images, with real ones (DMD2, arXiv 2405.14867, Section 4.3).")
+    real: RealImages = entry(RealImages(), "Real images, for the term gan or student.inputs=data.")
     pairs: Pairs = entry(Pairs(), "Noise-image pairs made by the teacher (Section 3.3).", stage=True)
     fake: Fake = entry(Fake(), "The fake score, a denoiser of the student's images (Section 3.2, Algorithm 3).")
     stages: list[Stage] = entry(
@@ -334,6 +335,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _later_steps_start_from_data(self) -> Self:
+        if self.student.inputs == "data" and not self.student.several:
+            raise UserError(
+                "student.inputs=data is for students of several steps; the only step of this one starts from noise: "
+                "use rollout"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guided_once(self) -> Self:
         if "guide" not in self.terms:
             return self
@@ -403,6 +413,11 @@ class Recipe(Strict):
         for number in range(len(self.stages)):
             self.stage(number)  # raises if its changes are not entries
         return self
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether training reads real images."""
+        return "gan" in self.terms or self.student.inputs == "data"
 
     def stage(self, number: int) -> "Recipe":
         """Return the recipe in stage `number`, from 0. Each stage changes the recipe, not the stage before."""

@@ -103,6 +103,13 @@ class Student(Strict):
         "4 makes 999, 749, 499, 249 for Stable Diffusion. null: as student.times says.",
         "DMD2: 4 for SDXL",
     )
+    inputs: Literal["rollout", "data"] = entry(
+        "rollout",
+        "What the later of several steps see in training: the student's own image of the steps before, noised to their "
+        "time, or a real image (real.images), noised likewise. rollout needs no data, and is what happens when images "
+        "are made; data saves the passes of the steps before.",
+        "DMD2, arXiv 2405.14867, Section 4.5: rollout; FastGen: data",
+    )
     shift: Annotated[float, Field(gt=0)] = entry(
         1.0,
         "Shift of the times of student.nfe: above 1, more of them are at high noise. 1: none.",

@@ -19,6 +19,7 @@ from distmatch.methods.guide import Guide
 from distmatch.methods.identity import Identity
 from distmatch.methods.intervals import intervals
 from distmatch.methods.own_terms import TermContext
+from distmatch.methods.real_stream import RealStream
 from distmatch.methods.shared import Shared
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
@@ -148,6 +149,9 @@ def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str
 
 def _noise(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:
     shape, dev = subject.info.shape, subject.device
+    if recipe.student.inputs == "data":
+        assert subject.real is not None
+        return RealStream(subject.real, shape, subject.conditions, recipe.match.batch, dev)
     return NoiseStream(shape, subject.conditions, recipe.match.batch, dev)
 
 

@@ -1,4 +1,4 @@
-"""The real images of a recipe's GAN: read, checked against the teacher, encoded to latents, matched to conditions."""
+"""The real images of a recipe: read, checked against the teacher, encoded to latents, matched to conditions."""
 
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -26,7 +26,7 @@ from distmatch.system.screen import printable
 def real_images(
     recipe: Recipe, info: Info, encode: Callable[[Sequence[str]], Cond] | None, device: torch.device
 ) -> Reals:
-    """Return the images in `gan.images`, as samples like those of the teacher `info`.
+    """Return the images in `real.images`, as samples like those of the teacher `info`.
 
     Args:
         encode: turns captions into conditions, for a text-to-image teacher.
@@ -34,15 +34,18 @@ def real_images(
 
     Raises `UserError` if there are none, or if size, channels, classes or captions do not fit the teacher.
     """
-    place = recipe.gan.images
+    place = recipe.real.images
+    said, instead = "student.inputs=data", "use student.inputs=rollout"
+    if "gan" in recipe.terms:
+        said, instead = "the term gan", "leave gan out of terms"
     if place is None:
         raise UserError(
-            f"the term gan needs real images, of what the teacher {recipe.teacher} was trained on: name a folder, an "
-            "archive or a URL, e.g. gan.images=photos.zip. Without any, leave gan out of terms"
+            f"{said} needs real images, of what the teacher {recipe.teacher} was trained on: name a folder, an archive "
+            f"or a URL, e.g. real.images=photos.zip. Without any, {instead}"
         )
     if len(info.shape) != 3:
-        raise UserError(f"the term gan is for images; the teacher {recipe.teacher} makes points")
-    images = load_images(place, recipe.gan.split)
+        raise UserError(f"{said} is for images; the teacher {recipe.teacher} makes points")
+    images = load_images(place, recipe.real.split)
     numbered = torch.arange(len(images))
     classes: list[Tensor] = [numbered]
     describe: Describe = lambda _numbers, _u: None  # noqa: E731
@@ -68,8 +71,8 @@ def check_shape(images: Images, shape: Sequence[int], place: str, teacher: str) 
     if found != tuple(shape):
         said = [f"{h}x{w}, {'grey' if c == 1 else 'RGB'}" for c, h, w in (found, shape)]
         raise UserError(
-            f"gan.images {place} holds images of {said[0]}; the teacher {teacher} makes {said[1]}. Give images of that "
-            "size and kind, cut and scaled as for its training"
+            f"real.images {place} holds images of {said[0]}; the teacher {teacher} makes {said[1]}. Give images of "
+            "that size and kind, cut and scaled as for its training"
         )
 
 
@@ -78,7 +81,7 @@ def _captions(images: Images, place: str, encode: Callable[[Sequence[str]], Cond
     captions = images.captions
     if captions is None:
         raise UserError(
-            f"gan.images {place} has no captions, which the teacher needs as prompts: give a column `text` in "
+            f"real.images {place} has no captions, which the teacher needs as prompts: give a column `text` in "
             "metadata.jsonl, or NAME.txt beside each NAME.png"
         )
     assert encode is not None
@@ -92,15 +95,15 @@ def _captions(images: Images, place: str, encode: Callable[[Sequence[str]], Cond
 
 def _labels(images: Images, info: Info, recipe: Recipe) -> Tensor:
     """Return the teacher's class of each image, i64[N]. Raises `UserError` if their classes are not the teacher's."""
-    place, names = recipe.gan.images, images.classes
+    place, names = recipe.real.images, images.classes
     if images.labels is None:
         raise UserError(
-            f"gan.images {place} has no classes, and the teacher {recipe.teacher} has {len(info.classes)}: give a "
+            f"real.images {place} has no classes, and the teacher {recipe.teacher} has {len(info.classes)}: give a "
             "folder per class, or labels in dataset.json"
         )
-    if recipe.gan.classes == "number":
+    if recipe.real.classes == "number":
         if len(names) != len(info.classes):
-            raise UserError(f"gan.images {place} has {len(names)} classes, the teacher {len(info.classes)}")
+            raise UserError(f"real.images {place} has {len(names)} classes, the teacher {len(info.classes)}")
         return images.labels
     if set(names) != set(info.classes) or not bool((images.labels.bincount(minlength=len(names)) > 0).all()):
         here, there = _few(set(names) - set(info.classes)), _few(set(info.classes) - set(names))
@@ -108,8 +111,8 @@ def _labels(images: Images, info: Info, recipe: Recipe) -> Tensor:
             filter(None, (here and f"only the images have {here}", there and f"only the teacher {there}"))
         )
         raise UserError(
-            f"gan.images {place} has other classes than the teacher {recipe.teacher}: {differ or 'one has no image'}. "
-            "Classes are matched by name; if class k of the images is class k of the teacher, use gan.classes=number"
+            f"real.images {place} has other classes than the teacher {recipe.teacher}: {differ or 'one has no image'}. "
+            "Classes are matched by name; if class k of the images is class k of the teacher, use real.classes=number"
         )
     return torch.tensor([info.classes.index(name) for name in names])[images.labels]
 
@@ -119,21 +122,21 @@ def _few(names: set[str]) -> str:
 
 
 def _latents(recipe: Recipe, info: Info, images: Images, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return what reads latents: each image is encoded when it is drawn, or all once, to a folder of `gan.cache`."""
-    assert recipe.gan.images is not None
+    """Return what reads latents: each image is encoded when it is drawn, or all once, to a folder of `real.cache`."""
+    assert recipe.real.images is not None
     encoder: Any = family_of(info).image_encoder(info.source)
     encoder.vae.to(device)
     _, height, width = info.shape
-    check_shape(images, (3, height * encoder.stride, width * encoder.stride), recipe.gan.images, recipe.teacher)
+    check_shape(images, (3, height * encoder.stride, width * encoder.stride), recipe.real.images, recipe.teacher)
 
     def encoded(numbers: Sequence[int]) -> Tensor:
         x = imaging.to_float(images.pixels[torch.as_tensor(numbers)])
         return encoder(x, rng.noise(0, numbers, info.shape))
 
-    if recipe.gan.cache is None:
+    if recipe.real.cache is None:
         return lambda numbers: encoded(numbers.tolist())
     name = sha256(f"{digest(images.pixels)}{encoder.fingerprint()}".encode()).hexdigest()
-    folder, made = Path(recipe.gan.cache) / name[:32], []
+    folder, made = Path(recipe.real.cache) / name[:32], []
 
     def read(numbers: Tensor) -> Tensor:
         if not made:  # on first use: a run is checked before anything long begins

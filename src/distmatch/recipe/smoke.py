@@ -44,8 +44,8 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
         overrides.append("fake.steps=2")  # further ones are like the second
     if recipe.regress.loss == "lpips":
         overrides.append(f"regress.weights={folder / 'weights'}")
-    if "gan" in recipe.terms and (recipe.gan.images is None or any(o.startswith("teacher=") for o in overrides)):
-        overrides.append(f"gan.images={folder / 'images'}")
+    if recipe.needs_images and (recipe.real.images is None or any(o.startswith("teacher=") for o in overrides)):
+        overrides.append(f"real.images={folder / 'images'}")
     if recipe.stages:
         stages = _short(recipe)
         overrides += [f"stages={json.dumps(stages)}", f"steps={len(stages)}"]
@@ -83,7 +83,7 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
             family_in(without_weights(source)).write_tiny(folder / "teacher")
             write_tiny_vae(folder / "tiny")
             write_atomic(folder / "prompts.txt", lambda p: p.write_text("".join(f"{prompt}\n" for prompt in PROMPTS)))
-        if teacher and "gan" in recipe.terms:
+        if teacher and recipe.needs_images:
             made = {"edm": str(folder / "teacher"), "diffusers": f"diffusers:{folder / 'teacher'}"}
             _, info = find_model(made.get(recipe.teacher.partition(":")[0], recipe.teacher), "teacher")
             _write_images(folder / "images", info)

@@ -58,7 +58,7 @@ class Subject:
     """Number of prompts that are longer than the text encoder accepts."""
 
     real: Reals | None = None
-    """Samples of what the teacher was trained on, for the term gan."""
+    """Samples of what the teacher was trained on, if training needs them."""
 
 
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
@@ -86,7 +86,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
-    real = real_images(recipe, info, components(info, dev).encode, dev) if "gan" in recipe.terms else None
+    real = real_images(recipe, info, components(info, dev).encode, dev) if recipe.needs_images else None
     print_of = fingerprint(denoiser)
     if not any("regress" in stage.terms or stage.own_terms for stage in recipe.parts):  # pairs are made by all its bits
         hold(denoiser.requires_grad_(False).net, recipe.base_weights, dev.type)  # before it takes room on the device

@@ -158,13 +158,13 @@ class RegressTerm(Strict):
     )
 
 
-class GanTerm(Strict):
-    """A GAN on noised images; see `methods.adversarial`."""
+class RealImages(Strict):
+    """Real images, for the term gan and for `student.inputs=data`; see `recipe.real_images`."""
 
     images: Place | None = entry(
         None,
-        "Real images, of what the teacher was trained on: a folder, an archive or a URL, see docs/data.md. null: none, "
-        "without the term gan.",
+        "What the teacher was trained on: a folder, an archive or a URL, see docs/data.md. null: none, which suits all "
+        "that needs no real images.",
         "DMD2, arXiv 2405.14867: the teacher's training data",
         unnamed=True,
     )
@@ -181,6 +181,11 @@ class GanTerm(Strict):
         "ours",
         unnamed=True,
     )
+
+
+class GanTerm(Strict):
+    """A GAN on noised images; see `methods.adversarial`."""
+
     weight: Factor = entry(
         1e-3,
         "Weight of the term in the student's loss.",
