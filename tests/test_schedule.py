@@ -21,6 +21,7 @@ from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.iddpm import IDDPM, iddpm_sigmas
 from distmatch.diffusion.schedule import EDM, VP, Flow, Schedule, expand
 from distmatch.diffusion.schedule_config import schedule_config, schedule_of
+from distmatch.diffusion.spacing import shifted
 from distmatch.system.errors import UserError
 
 BETAS = np.linspace(0.01, 0.2, 100)
@@ -33,6 +34,23 @@ ALL = [
     VP(betas=BETAS),
     Flow(),
 ]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 3.1582, 0.4])
+def test_a_flows_grid_is_shifted_as_diffusers_shifts_it(shift):
+    flow = Flow(shifted(1e-3, shift), 1.0, shift)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.double()  # 1, .999, ... .001, shifted
+    assert torch.allclose(flow.grid(1000), theirs, atol=1e-6)
+    assert flow.grid(7)[0] == 1
+    assert flow.grid(7)[-1] == pytest.approx(flow.t_min, rel=1e-12)
+    assert schedule_of(schedule_config(flow)) == flow
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(shifted(u, 1.0), u)
+    assert torch.allclose(shifted(shifted(u, shift), 1 / shift), u, rtol=1e-12)
+
+
+def test_earlier_digests_of_flows_stay():
+    assert schedule_config(Flow()) == {"type": "flow", "t_min": 1e-3, "t_max": 1.0}
 
 
 def test_edm_grid_is_karras_equation_5():
@@ -140,6 +158,7 @@ def test_what_is_no_vp_schedule_is_refused(arguments, message):
         (lambda: EDM(rho=0), "EDM: rho is 0; expected 0.1 to 100"),
         (lambda: IDDPM(100), "sigma_min is 100"),
         (lambda: Flow(2.0), "Flow: t_min is 2.0 and t_max 1.0; expected 0 < t_min < t_max <= 1"),
+        (lambda: Flow(shift=0.0), "Flow: shift is 0.0; expected 0.01 to 100"),
         (lambda: Flow(t_max=1.5), "Flow: t_min is 0.001 and t_max 1.5"),
         (lambda: Prediction("edm", -0.5), "prediction: sigma_data is -0.5; expected a positive number"),
     ],

@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.diffusion.sampler import SAMPLERS
 from distmatch.diffusion.schedule_config import schedule_config
-from distmatch.diffusion.solvers import DISCRETE, NAMES
+from distmatch.diffusion.solvers import NAMES
 from distmatch.system import rng
 from distmatch.system.digests import digest
 from distmatch.system.errors import UserError
@@ -66,7 +67,7 @@ class PairSpec:
         classes: pair `i` has label `i % classes`; 0 for a teacher without classes.
         dtype: of the stored images, "float32" or "float16".
         precision: of the teacher's network, "fp32", or "bf16" or "fp16" for autocast around it.
-        scheduler: the settings of the model's diffusers scheduler, which `ddim` and `pndm` follow.
+        scheduler: the settings of the model's diffusers scheduler, which diffusers' samplers follow.
         prompts: `prompts_digest` of the prompts; empty for a teacher without.
         guidances: the range (low, high) of the pairs' own guidance scales, if `guidance` is `None`.
         encoders: the fingerprint of the text encoders; empty for a teacher without.
@@ -98,7 +99,7 @@ class PairSpec:
         for name in ("steps", "count", "shard_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"pairs: {name} is {getattr(self, name)}; expected at least 1")
-        if self.taken is not None and (self.sampler in DISCRETE or not 1 <= self.taken <= self.steps):
+        if self.taken is not None and (self.sampler not in SAMPLERS or not 1 <= self.taken <= self.steps):
             raise UserError(
                 f"pairs: taken is {self.taken}, of {self.steps} steps of {self.sampler}; expected at least 1, at most "
                 "steps, of euler or heun"

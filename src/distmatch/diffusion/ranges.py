@@ -48,11 +48,13 @@ def check_betas(betas: Tensor) -> None:
         raise UserError(f"VP: the betas are {betas}; expected at least two, all between 0 and 1")
 
 
-def check_flow(low: float, high: float) -> None:
-    """Check `0 < t_min < t_max <= 1`."""
-    _numbers("Flow", t_min=low, t_max=high)
+def check_flow(low: float, high: float, shift: float) -> None:
+    """Check `0 < t_min < t_max <= 1` and `0.01 <= shift <= 100`."""
+    _numbers("Flow", t_min=low, t_max=high, shift=shift)
     if not 0 < low < high <= 1:
         raise UserError(f"Flow: t_min is {low} and t_max {high}; expected 0 < t_min < t_max <= 1")
+    if not 0.01 <= shift <= 100:
+        raise UserError(f"Flow: shift is {shift}; expected 0.01 to 100, in Stable Diffusion 3 3")
 
 
 def check_sigma_data(value: float) -> None:

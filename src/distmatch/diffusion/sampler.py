@@ -15,6 +15,7 @@ from torch import Tensor
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.fixed import Fixed
 from distmatch.diffusion.schedule import EDM, VP, Schedule, expand
+from distmatch.diffusion.spacing import shifted
 from distmatch.system.data import with_data
 from distmatch.system.errors import UserError
 
@@ -49,13 +50,13 @@ class Steps:
         """Return `count` times in equal parts of the schedule's own scale: its grid of one more, without the last.
 
         For EDM these are rho-spaced (its Eq. 5), for VP whole steps (4 of 1000: 999, 749, 499, 249, as DMD2 has them),
-        for Flow equal steps of t. `shift`: a larger one puts more of them at high noise, by the rule of Stable
-        Diffusion 3 for flows (arXiv 2403.03206, Eq. 23), applied to the place `u` on the scale, from 0 (clean) to 1:
-        `u -> shift u / (1 + (shift - 1) u)`.
+        for Flow equal steps of t before the model's own shift. `shift`: a larger one puts more of them at high noise,
+        by the rule of Stable Diffusion 3 for flows (`spacing.shifted`), applied to the place on the scale, from 0
+        (clean) to 1.
         """
         parts = 1000 * count  # of the scale: every unshifted time is one of its points
         u = 1 - torch.arange(count, dtype=torch.float64) / count
-        places = ((1 - shift * u / (1 + (shift - 1) * u)) * parts).round().long()
+        places = ((1 - shifted(u, shift)) * parts).round().long()
         times = schedule.grid(parts + 1)[places]
         if isinstance(schedule, VP):
             times = (times + 1e-6).floor()  # its networks were trained at whole steps

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distmatch.diffusion.betas import beta_settings, log_alphas, spaced_betas, zero_snr
 from distmatch.diffusion.ranges import betas_of, check_betas, check_edm, check_flow, check_vp
-from distmatch.system.errors import UserError
+from distmatch.diffusion.spacing import evenly, shifted
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Schedule(Protocol):
 
     def grid(self, n: int) -> Tensor:
         """Return falling times f64[n] from `t_max` to `t_min`: a sampler's steps and, reversed, the paper's T bins."""
-        return _linspace(self.t_max, self.t_min, n)
+        return evenly(self.t_max, self.t_min, n)
 
     def nearest(self, t: Tensor) -> Tensor:
         """Return the times f[B] nearest to `t f[B]` that the schedule's networks were trained on."""
@@ -80,7 +80,7 @@ class EDM(Schedule):
 
     def grid(self, n: int) -> Tensor:
         ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return _linspace(*ends, n) ** self.rho
+        return evenly(*ends, n) ** self.rho
 
     def nearest(self, t: Tensor) -> Tensor:
         return t  # not clamped at sigma_max: churn starts beyond it (Algorithm 2)
@@ -142,14 +142,15 @@ class VP(Schedule):
 
 @dataclass(frozen=True)
 class Flow(Schedule):
-    """Straight paths, `alpha = 1 - t`, `sigma = t` (rectified flow, flow matching)."""
+    """Straight paths, `alpha = 1 - t`, `sigma = t` (rectified flow, flow matching). `shift`: of its grid."""
 
     t_min: float = 1e-3
     t_max: float = 1.0
+    shift: float = 1.0
     prior_std: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        check_flow(self.t_min, self.t_max)
+        check_flow(self.t_min, self.t_max, self.shift)
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -157,8 +158,6 @@ class Flow(Schedule):
     def sigma(self, t: Tensor) -> Tensor:
         return t
 
-
-def _linspace(start: float, end: float, n: int) -> Tensor:
-    if n < 1:
-        raise UserError(f"a grid has {n} steps; expected at least 1")
-    return torch.linspace(start, end, n, dtype=torch.float64)
+    def grid(self, n: int) -> Tensor:
+        ends = shifted(self.t_max, 1 / self.shift), shifted(self.t_min, 1 / self.shift)
+        return shifted(evenly(*ends, n), self.shift)

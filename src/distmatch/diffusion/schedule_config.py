@@ -9,13 +9,16 @@ from distmatch.system.errors import UserError
 
 SCHEDULES: dict[str, type[Schedule]] = {"edm": EDM, "iddpm": IDDPM, "vp": VP, "flow": Flow}
 
+UNSHIFTED = ("shift", 1.0)
+"""An entry that is left out, since earlier models and pairs, whose digests count it, have none."""
+
 
 def schedule_config(schedule: Schedule) -> dict[str, Any]:
     """Return the schedule as plain JSON data: its arguments or, for a custom one, a table of its values."""
     for kind, known in SCHEDULES.items():
         if type(schedule) is known:
             entries: Any = schedule
-            return {"type": kind, **{k: v for k, v in asdict(entries).items() if v is not None}}
+            return {"type": kind, **{k: v for k, v in asdict(entries).items() if v is not None and (k, v) != UNSHIFTED}}
     grid = schedule.grid(33)
     columns = {"t": grid, "alpha": schedule.alpha(grid), "sigma": schedule.sigma(grid)}
     values = {name: [float(f"{v:.6g}") for v in column.tolist()] for name, column in columns.items()}

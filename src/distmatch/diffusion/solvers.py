@@ -1,4 +1,4 @@
-"""Samplers by name: our own, and diffusers' DDIM and PNDM with the settings of a model's own scheduler."""
+"""Samplers by name: our own, and diffusers' with the settings of a model's own scheduler: DDIM, PNDM, and of flows."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distmatch.diffusion.denoiser import Cond
+from distmatch.diffusion.flow_solver import flow
 from distmatch.diffusion.partial import first_steps
 from distmatch.diffusion.sampler import SAMPLERS, Callback, Model, Sampler
 from distmatch.diffusion.schedule import VP, Schedule, expand
@@ -16,7 +17,7 @@ from distmatch.system.extras import need
 DISCRETE = ("ddim", "pndm")
 """Samplers of diffusers, which follow the settings of a model's scheduler."""
 
-NAMES = (*SAMPLERS, *DISCRETE)
+NAMES = (*SAMPLERS, *DISCRETE, "flow")
 
 STABLE_DIFFUSION = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
 """PNDM's settings in Stable Diffusion's own configurations, for models that come without a scheduler."""
@@ -29,13 +30,15 @@ def solver(name: str, scheduler: Mapping[str, Any] | None = None, taken: int | N
     """Return the sampler called `name`; see `sampler.Sampler`.
 
     Args:
-        scheduler: the settings of the model's diffusers scheduler, for `ddim` and `pndm`.
+        scheduler: the settings of the model's diffusers scheduler, for diffusers' samplers.
         taken: take only this many of its steps, see `partial.first_steps`; for `euler` and `heun`.
 
     Raises `UserError` for an unknown name and, when sampling, for `ddim` and `pndm` on a schedule other than `VP`.
     """
     if name not in NAMES:
         raise UserError(f"sampler {name!r} is unknown; expected one of {', '.join(NAMES)}")
+    if name == "flow":
+        return flow(scheduler or {})
     if name in DISCRETE:
         return discrete(name, scheduler or {})
     return SAMPLERS[name] if taken is None else first_steps(SAMPLERS[name], taken)
@@ -47,7 +50,7 @@ def evaluations(name: str, steps: int, guidance: float | None = 1.0, taken: int 
     Guidance other than 1 needs two per step, and so does a guidance range, `None`. `taken`: only the first steps.
     """
     pndm = steps + 1 if steps > 1 else 1
-    calls = {"euler": steps, "heun": 2 * steps - 1, "ddim": steps, "pndm": pndm}[name]
+    calls = {"euler": steps, "heun": 2 * steps - 1, "ddim": steps, "pndm": pndm, "flow": steps}[name]
     if taken is not None and taken < steps:
         calls = {"euler": taken, "heun": 2 * taken}[name]
     return calls if guidance == 1 else 2 * calls

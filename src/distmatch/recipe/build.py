@@ -12,7 +12,7 @@ import torch
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.solvers import DISCRETE
+from distmatch.diffusion.sampler import SAMPLERS
 from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import GuidanceInput, with_guidance
@@ -46,7 +46,7 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
         shard_size=asked.pop("shard"),
         shape=info.shape,
         classes=len(info.classes),
-        scheduler=info.scheduler if asked["sampler"] in DISCRETE else {},
+        scheduler={} if asked["sampler"] in SAMPLERS else info.scheduler,
         prompts=prompts_digest(subject.prompts) if subject.prompts else "",
         guidances=guidances,
         encoders=subject.encoders,

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from distmatch.training.adapters import Adapted, keeping
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.training.adapters import Adapted, keeping, network_of
 
 RECOMPILATIONS = 256
 """How often `torch.compile` may recompile one function: all blocks share one, in every width, batch and grad mode."""
@@ -157,12 +158,13 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
     Works for any network and needs no argument in its `forward`. Tensors keep their graph.
     """
     found: dict[int, Tensor] = {}
+    image = _image_output(unwrapped(network))
     thread = get_ident()  # several workers may run the network at once, each with its own part of the batch
 
     def keep(number: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if get_ident() == thread:
-                found[number] = output[0] if isinstance(output, tuple) else output  # diffusers' return skips as well
+                found[number] = output[image] if isinstance(output, tuple) else output
 
         return hook
 
@@ -180,6 +182,14 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _image_output(network: nn.Module) -> int:
+    """Return which of a block's outputs is the image's, if it has several: diffusers' U-Nets also return skips, and
+    transformers of texts and images return the text first.
+    """
+    net = network_of(network) if isinstance(network, Denoiser) else network
+    return getattr(net, "image_output", 0)
 
 
 def replicate(network: nn.Module) -> None:

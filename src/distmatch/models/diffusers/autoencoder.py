@@ -1,7 +1,7 @@
 """Latents to pixels by a latent diffusion model's autoencoder, full or tiny, and pixels to latents."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class ImageEncoder:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that determines the latents."""
-        names = ("scaling_factor", "latents_mean", "latents_std")
+        names = ["scaling_factor", "latents_mean", "latents_std"]
+        names += ["shift_factor"] if self.vae.config.get("shift_factor") else []  # earlier digests do not count it
         return weights_digest(self.vae.state_dict(), str([self.vae.config.get(name) for name in names]))
 
 
@@ -85,25 +86,20 @@ def tiny_decoder(source: str, checkpointing: bool = False, weights: bool = True)
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     vae = (network if weights else outline)(source, "", AutoencoderTiny)
-    check_scaling(vae.config, source, means=False)
+    check_scaling(vae.config, source)
     return Decoder(vae, checkpointing)
 
 
 def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Convert latents f[B,C,h,w] from the diffusion model's scale to the autoencoder's."""
-    z = latents / config["scaling_factor"]
-    if config.get("latents_mean") is None:
-        return z
-    mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-    return z * std + mean
+    mean, std = _moments(latents, config)
+    return latents / config["scaling_factor"] * std + mean
 
 
 def scaled(z: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Convert latents f[B,C,h,w] from the autoencoder's scale to the diffusion model's: the inverse of `unscaled`."""
-    if config.get("latents_mean") is not None:
-        mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-        z = (z - mean) / std
-    return z * config["scaling_factor"]
+    mean, std = _moments(z, config)
+    return (z - mean) / std * config["scaling_factor"]
 
 
 def factor(vae: Mapping[str, Any], source: str) -> int:
@@ -117,19 +113,27 @@ def factor(vae: Mapping[str, Any], source: str) -> int:
     return 2 ** (max(1, len(fitting(vae.get("block_out_channels"), where, tuple[Count, ...]))) - 1)
 
 
-def check_scaling(vae: Mapping[str, Any], source: str, means: bool) -> None:
+def _moments(z: Tensor, config: Mapping[str, Any]) -> tuple[Tensor | float, Tensor | float]:
+    """Return mean and deviation of the autoencoder's latents, by channel if it has them by channel."""
+    if config.get("latents_mean") is None:
+        return config.get("shift_factor") or 0.0, 1.0
+    mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    return mean, std
+
+
+def check_scaling(vae: Mapping[str, Any], source: str, allowed: Collection[str] = ()) -> None:
     """Raise `UserError` if an autoencoder's settings scale latents differently from the pipeline.
 
-    Stable Diffusion's autoencoder has only `scaling_factor`; that of XL (`means`) may also have both `latents_mean` and
-    `latents_std`.
+    Beside `scaling_factor` only `allowed` ones are used: by none in Stable Diffusion; both `latents_mean` and
+    `latents_std` in XL; `shift_factor` in Stable Diffusion 3.
     """
     scale = vae.get("scaling_factor", 1.0)
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise UserError(f"{source}: its autoencoder has scaling_factor {scale!r:.80}; expected a positive number")
     shift, mean, std = (vae.get(name) for name in ("shift_factor", "latents_mean", "latents_std"))
-    if shift:
+    if shift and "shift_factor" not in allowed:
         raise UserError(f"{source}: its autoencoder has shift_factor {shift}, which its pipeline leaves out; set 0")
-    if (mean is None) != (std is None) or (mean is not None and not means):
+    if (mean is None) != (std is None) or (mean is not None and "latents_mean" not in allowed):
         raise UserError(f"{source}: its autoencoder has latents_mean {mean}, latents_std {std}; expected none")
 
 

@@ -58,6 +58,7 @@ class ClassTransformer(DiffusersFamily):
     networks: ClassVar[Mapping[str, type[nn.Module]]] = {"dit": DiT}
     kinds: ClassVar[Mapping[str, str]] = {"transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL"}
     network = "transformer"
+    scaling = ()
     text = False
 
     def settings(self, source: str) -> Settings:
@@ -65,7 +66,7 @@ class ClassTransformer(DiffusersFamily):
         scheduler = config(source, "scheduler_config.json", "scheduler")
         schedule, prediction = mathematics(scheduler, source)
         net, vae = config(source, "config.json", "transformer"), config(source, "config.json", "vae")
-        check_scaling(vae, source, means=False)
+        check_scaling(vae, source, self.scaling)
         where = f"{source}: transformer/config.json: in_channels and sample_size"
         channels, side = fitting((net.get("in_channels", 4), net.get("sample_size", 32)), where, tuple[Count, Count])
         made = net.get("out_channels") or channels

@@ -2,7 +2,8 @@
 
 Both come with a scheduler that takes the student's steps: for one, DDIM (arXiv 2010.02502), truncated at the student's
 time `t` so that its one step starts there and returns `x0` unchanged; for several, that of latent consistency models,
-which noises each `x0` to the next time. An export is written next to its place and then moved.
+which noises each `x0` to the next time. For flows it is Euler's, whose stochastic sampling does so too.
+An export is written next to its place and then moved.
 Its `distmatch.json` marks it as one, so that it may be replaced, and has the SHA-256 of each of its files.
 """
 
@@ -46,11 +47,12 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     need("diffusers", "transformers", by="export")
     student, info = _student(run)
     source = source or info.source
-    pipe = family_in(source).student_pipeline(student, info, source, torch.float16 if half else torch.float32)
+    family = family_in(source)
+    pipe = family.student_pipeline(student, info, source, torch.float16 if half else torch.float32)
     _write(out, "diffusers", "model_index.json", pipe.save_pretrained)
     if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
         console.print(f"{source} comes without its safety checker, and so does {out}")
-    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info)})")
+    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info, family.plain)})")
 
 
 @owns_out
@@ -66,27 +68,37 @@ def export_lora(run: str, out: Path) -> None:
 
     student, info = _student(run)
     updates = load_adapter(model_folder(run, "student"))
-    scheduler = family_in(info.source).student_scheduler(student, info)
-    layers = peft_layers(updates, "unet")
+    family = family_in(info.source)
+    scheduler = family.student_scheduler(student, info)
+    layers, pipeline = peft_layers(updates, family.network), getattr(diffusers, index(info.source)[0])
+    if not hasattr(pipeline, "save_lora_weights"):
+        raise UserError(f"diffusers' {pipeline.__name__} takes no LoRA; use `distmatch export diffusers`")
+    renamed = family.network == "unet"  # ComfyUI reads transformers' adapters under diffusers' names
 
     def write(folder: Path) -> None:
-        getattr(diffusers, index(info.source)[0]).save_lora_weights(folder, unet_lora_layers=layers)
-        write_kohya(layers, "unet", folder / KOHYA)
+        named = {f"{family.network}_lora_layers": layers}
+        pipeline.save_lora_weights(folder, **named)
+        if renamed:
+            write_kohya(layers, family.network, folder / KOHYA)
         scheduler.save_pretrained(folder / "scheduler")
 
     _write(out, "lora", "pytorch_lora_weights.safetensors", write)
     console.print(
-        f"In {out}, and as {KOHYA} for ComfyUI. Next: pipe = DiffusionPipeline.from_pretrained({info.source!r}); "
-        f"pipe.load_lora_weights({str(out)!r}); pipe.scheduler = {type(scheduler).__name__}.from_pretrained("
-        f"{str(out)!r}, subfolder='scheduler'); pipe(prompt, num_inference_steps={len(info.times)}, guidance_scale=1)"
+        f"In {out}, for ComfyUI {f'as {KOHYA}' if renamed else 'too'}. Next: pipe = "
+        f"DiffusionPipeline.from_pretrained({info.source!r}); pipe.load_lora_weights({str(out)!r}); pipe.scheduler = "
+        f"{type(scheduler).__name__}.from_pretrained({str(out)!r}, subfolder='scheduler'); "
+        f"pipe({_arguments(info, family.plain)})"
     )
 
 
-def _arguments(info: Info) -> str:
-    """Return the arguments with which a diffusers pipeline makes the images of the student `info`."""
+def _arguments(info: Info, plain: str) -> str:
+    """Return the arguments with which a diffusers pipeline makes the images of the student `info`.
+
+    `plain`: the one with which it does not guide.
+    """
     first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt"]}[info.condition]
-    scale = 1.0 if info.guidance is None else info.guidance[1]
-    guidance = [] if info.condition == "none" else [f"guidance_scale={scale:g}"]
+    scale = plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
+    guidance = [] if info.condition == "none" else [scale]
     return ", ".join([*first, f"num_inference_steps={len(info.times)}", *guidance])
 
 

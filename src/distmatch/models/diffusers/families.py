@@ -9,6 +9,7 @@ from distmatch.models.diffusers.ddpm import PixelDiffusion
 from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import index
+from distmatch.models.diffusers.sd3 import StableDiffusion3
 from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
 from distmatch.system.errors import UserError
 
@@ -18,6 +19,7 @@ FAMILIES: dict[str, DiffusersFamily] = {
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "DiTPipeline": ClassTransformer(),
+    "StableDiffusion3Pipeline": StableDiffusion3(),
 }
 
 NETWORKS: dict[str, type[nn.Module]] = {

@@ -37,6 +37,15 @@ class DiffusersFamily(Family):
     text, latent = True, True
     """Whether it makes images from prompts; whether of latents. See `Info`."""
 
+    scaling: ClassVar[tuple[str, ...]] = ("latents_mean", "latents_std")
+    """Settings of its autoencoder, beside `scaling_factor`, by which its pipeline scales latents."""
+
+    plain: ClassVar[str] = "guidance_scale=1"
+    """The argument with which its pipeline does not guide, as students must be sampled."""
+
+    limits: ClassVar[Mapping[str, int]] = {}
+    """Longest texts in tokens, by tokenizer; default: what each tokenizer says itself."""
+
     untouched: ClassVar[Mapping[str, Any]] = {}
     """Pipeline arguments that leave finished images unchanged."""
 
@@ -83,7 +92,7 @@ class DiffusersFamily(Family):
             name for name in known.parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))
         )
         pipe = self.pipeline(source, **absent)
-        return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known))
+        return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known), self.limits)
 
     def components(self, source: str, device: torch.device | str = "cpu") -> Components:
         parts: dict[str, Any] = {}
@@ -119,5 +128,5 @@ class DiffusersFamily(Family):
         import diffusers
 
         vae = (hub.network if weights else hub.outline)(source, "vae", getattr(diffusers, self.kinds["vae"]))
-        check_scaling(vae.config, source, means=True)
+        check_scaling(vae.config, source, self.scaling)
         return vae

@@ -27,6 +27,7 @@ PUBLISHED = {
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "madebyollin/taesd": "taesd",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",  # put together, see docs/teachers.md
 }
 """Models whose settings are in the package, without weights, for plans: their folders in `published/`, by id."""
 

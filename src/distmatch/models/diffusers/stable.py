@@ -104,8 +104,7 @@ class StableDiffusion(DiffusersFamily):
     untouched: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     scheduler: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     """Settings that its pipeline imposes on the scheduler, whatever the file says."""
-    means = False
-    """Whether its pipeline uses the autoencoder's `latents_mean` and `latents_std`."""
+    scaling = ()
 
     def settings(self, source: str) -> Settings:
         _, parts = index(source)
@@ -118,7 +117,7 @@ class StableDiffusion(DiffusersFamily):
                 raise UserError(f"{source}: the scheduler's {name} {value!r} is not followed; set it to {plain}")
         unet, vae = config(source, "config.json", "unet"), config(source, "config.json", "vae")
         pixels = factor(vae, source)
-        check_scaling(vae, source, self.means)
+        check_scaling(vae, source, self.scaling)
         shape = _latents(unet, vae, source)
         size = (shape[1] * pixels, shape[2] * pixels)
         return Settings(parts, scheduler, schedule, prediction, unet, shape, size)
@@ -181,7 +180,7 @@ class StableDiffusionXL(StableDiffusion):
 
     untouched: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     scheduler: ClassVar[Mapping[str, Any]] = {}
-    means = True
+    scaling = ("latents_mean", "latents_std")
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_sd(folder, kind="sdxl")

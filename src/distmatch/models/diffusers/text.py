@@ -1,6 +1,6 @@
 """Turns prompts into conditions with the text encoders of a diffusers model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ class TextEncoder:
     Args:
         pipeline: diffusers' pipeline with these parts, on the device where they compute.
         states: `(pipeline, prompts, negative) -> Cond`, from the family; `negative`: as the `uncond` of guidance.
+        limits: see `notice_cut`.
     """
 
-    def __init__(self, pipeline: Any, states: Callable[[Any, list[str], bool], Cond]):
-        self.pipeline, self.states = pipeline, states
+    def __init__(
+        self, pipeline: Any, states: Callable[[Any, list[str], bool], Cond], limits: Mapping[str, int] | None = None
+    ):
+        self.pipeline, self.states, self.limits = pipeline, states, limits or {}
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Cond:
@@ -43,20 +46,28 @@ class TextEncoder:
 
     def cut(self, prompts: Sequence[str]) -> int:
         """Return how many of `prompts` are cut, with a warning; see `notice_cut`."""
-        return notice_cut(self.pipeline, prompts)
+        return notice_cut(self.pipeline, prompts, self.limits)
 
 
-def notice_cut(pipeline: Any, prompts: Sequence[str]) -> int:
-    """Warn about prompts that are longer than the tokenizers of `pipeline` accept; return how many there are."""
-    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
-    limit = min((tokenizer.model_max_length for tokenizer in tokenizers), default=0)
+def notice_cut(pipeline: Any, prompts: Sequence[str], limits: Mapping[str, int] | None = None) -> int:
+    """Warn about prompts that are longer than the tokenizers of `pipeline` accept; return how many there are.
+
+    `limits`: the tokenizers that count and how much they accept; default: all of them, and what they say themselves.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part}
+    tokenizers = (
+        {parts[name]: limit for name, limit in limits.items()}
+        if limits
+        else {part: part.model_max_length for part in parts.values()}
+    )
+    limit = min(tokenizers.values(), default=0)
     # A token is at least one byte, and each text gets two extra: only few prompts need to be tokenized.
     long = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > limit - 2]
     cut: set[int] = set()
     if long:
-        for tokenizer in tokenizers:
+        for tokenizer, most in tokenizers.items():
             lengths = map(len, tokenizer([prompts[i] for i in long], truncation=False, verbose=False)["input_ids"])
-            cut |= {i for i, length in zip(long, lengths, strict=True) if length > tokenizer.model_max_length}
+            cut |= {i for i, length in zip(long, lengths, strict=True) if length > most}
     if cut:
         first = min(cut)
         notice(

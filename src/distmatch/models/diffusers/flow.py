@@ -1,0 +1,193 @@
+"""What the families of flow-matching transformers share: network, schedule, loading and export.
+
+Their paths are straight, `x_t = (1 - t) x0 + t eps`, and their networks predict the velocity `eps - x0`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.schedule import Flow
+from distmatch.models.diffusers.autoencoder import check_scaling
+from distmatch.models.diffusers.family import DiffusersFamily
+from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler, own_schedule
+from distmatch.models.diffusers.hub import Count, Settings, config, index, network
+from distmatch.models.info import Info
+from distmatch.system.errors import UserError
+from distmatch.system.extras import need
+from distmatch.system.plain import fitting
+
+
+class FlowTransformer(nn.Module):
+    """`(x f[B,C,h,w], t f[B], cond) -> velocity f[B,C,h,w]`, by one of diffusers' transformers.
+
+    `cond.text f[B,L,C]` are the text encoders' states, and `cond.extra` has the family's other conditions. Without text
+    the network uses its own null condition, that of the empty prompt, so that it can be guided.
+
+    Args:
+        transformer: its configuration, or diffusers' own network.
+        null: shapes of the null condition's tensors without their batch: `text`, and the names in `cond.extra`.
+    """
+
+    kind: ClassVar[str]
+    """The transformer's class in diffusers."""
+
+    adapted: ClassVar[tuple[str, ...]]
+    """The linear layers that get adapters."""
+
+    image_output: ClassVar[int] = 0
+    """Which of the outputs of its blocks is the image's, see `engine.features`."""
+
+    def __init__(self, transformer: Any, null: Mapping[str, Sequence[int]]):
+        super().__init__()
+        need("diffusers", by="a flow-matching transformer")
+        import diffusers
+
+        kind = getattr(diffusers, self.kind)
+        self.transformer: Any = transformer if isinstance(transformer, nn.Module) else kind.from_config(transformer)
+        self.null = {name: tuple(shape) for name, shape in null.items()}
+        for name, shape in self.null.items():
+            self.register_buffer(f"null_{name}", torch.zeros(1, *shape))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        known = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
+        return {"transformer": known, "null": {name: list(shape) for name, shape in self.null.items()}}
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """What is no weight of its own: these come from the text encoders, whose `fingerprint` counts instead."""
+        return tuple(f"null_{name}" for name in self.null)
+
+    def set_null(self, cond: Cond) -> None:
+        """Take over the condition of the empty prompt: one row."""
+        for name, value in {"text": cond.text, **cond.extra}.items():
+            getattr(self, f"null_{name}").copy_(value)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+        if cond is None or cond.text is None:
+            given = {name: getattr(self, f"null_{name}").expand(len(x), *shape) for name, shape in self.null.items()}
+        else:
+            given = {"text": cond.text, **cond.extra}
+        return self.velocity(x, t, **{name: given[name].to(x.dtype) for name in self.null})
+
+    def velocity(self, x: Tensor, t: Tensor, text: Tensor, **extra: Tensor) -> Tensor:
+        """Return the velocity; a family says how its transformer is called."""
+        raise NotImplementedError
+
+
+class FlowFamily(DiffusersFamily):
+    """A family of flow-matching transformers with text encoders and an autoencoder."""
+
+    network = "transformer"
+    sampler = "flow"
+    scaling = ("shift_factor",)
+    net: ClassVar[type[FlowTransformer]]
+    """Our network."""
+
+    passes_sigmas: ClassVar[bool] = False
+    """Whether its pipeline passes levels in equal steps to the scheduler, see `flow_solver.PASSED`."""
+
+    def check(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
+        """Raise `UserError` for settings of transformer and autoencoder that are not followed here."""
+        kind = self.kinds["vae"]
+        if vae.get("_class_name") != kind:
+            raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected {kind}")
+        check_scaling(vae, source, self.scaling)
+
+    def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
+        """Return (C, h, w) of the latents, and the pixels per latent along a side."""
+        raise NotImplementedError
+
+    def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int]) -> int:
+        """Return the image's tokens, on which a dynamic shift depends."""
+        return shape[1] * shape[2] // int(transformer["patch_size"]) ** 2
+
+    def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a condition's tensors without their batch, as `encode` makes them."""
+        raise NotImplementedError
+
+    def settings(self, source: str) -> Settings:
+        _, parts = index(source)
+        transformer, vae = (config(source, "config.json", name) for name in ("transformer", "vae"))
+        self.check(transformer, vae, source)
+        channels, height, width, factor = self.latents(transformer, vae, source)
+        shape = (channels, height, width)
+        scheduler = config(source, "scheduler_config.json", "scheduler")
+        schedule, scheduler = own_schedule(scheduler, self.tokens(transformer, shape), self.passes_sigmas, source)
+        return Settings(parts, scheduler, schedule, "velocity", transformer, shape, (height * factor, width * factor))
+
+    def load(self, source: str) -> tuple[Denoiser, Info]:
+        need("diffusers", "transformers", by=source)
+        import diffusers
+
+        if Path(source).is_dir():
+            source = str(Path(source).resolve())  # students record this path, and are used from anywhere
+        known = self.settings(source)
+        transformer = network(source, self.network, getattr(diffusers, self.net.kind))
+        net = self.net(transformer, self.null_shapes(source, known.network))
+        net.set_null(self.text_encoder(source).null())
+        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
+
+    def outline(self, source: str) -> tuple[Denoiser, Info]:
+        known = self.settings(source)
+        with torch.device("meta"):
+            net = self.net(known.network, self.null_shapes(source, known.network))
+        return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+
+    def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
+        made = {name: torch.empty(n, *shape) for name, shape in self._own(net).null.items()}
+        return Cond(text=made.pop("text"), extra=made)
+
+    def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
+        net, scheduler = self._own(student.net), self.student_scheduler(student, info)
+        theirs = self.settings(source)
+        texts = self.null_shapes(source, theirs.network)
+        if (theirs.shape, texts) != (info.shape, net.null):
+            raise UserError(
+                f"{source} makes latents {theirs.shape} of conditions {texts}, the student {info.shape} of {net.null}; "
+                f"expected the model that it was made from, {info.source}"
+            )
+        pipe = self.pipeline(source, dtype, transformer=net.transformer)
+        pipe.register_modules(scheduler=scheduler)
+        return pipe.to(dtype=dtype)
+
+    def student_scheduler(self, student: Denoiser, info: Info) -> Any:
+        self._own(student.net)
+        if type(student.schedule) is not Flow or not info.times:
+            raise UserError("the student has another schedule than a flow model has; it cannot be exported")
+        return flow_student_scheduler(info.times, self.passes_sigmas)
+
+    def _own(self, net: nn.Module) -> FlowTransformer:
+        if not isinstance(net, self.net):
+            raise UserError(f"the network {type(net).__name__} is not the {self.net.__name__} of this family")
+        return net
+
+
+def square_latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str, factor: int
+) -> tuple[int, int, int, int]:
+    """Return (C, h, w, factor) from the transformer's `in_channels` and `sample_size`.
+
+    Raises `UserError` if the latents are not the autoencoder's.
+    """
+    where = f"{source}: transformer/config.json: in_channels and sample_size"
+    channels, side = fitting(
+        (transformer.get("in_channels"), transformer.get("sample_size")), where, tuple[Count, Count]
+    )
+    made = transformer.get("out_channels") or channels
+    if not channels == made == vae.get("latent_channels"):
+        raise UserError(
+            f"{source}: its transformer takes {channels} channels and makes {made} of latents of "
+            f"{vae.get('latent_channels')}; models that take more than noise and text are not known here"
+        )
+    return channels, side, side, factor
+
+
+def _info(source: str, known: Settings) -> Info:
+    card = {"diffusers": source}
+    return Info(known.shape, source=source, scheduler=known.scheduler, card=card, text=True, latent=True)

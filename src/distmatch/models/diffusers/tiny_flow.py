@@ -1,0 +1,107 @@
+"""Writes tiny random flow-matching transformers in diffusers' format, for tests and for `--scale cpu-smoke`.
+
+The parts have the classes and names of the real ones.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmatch.models.diffusers.small import clip_tokenizer, libraries
+from distmatch.models.diffusers.tiny import MERGES
+
+WORDS = ("▁a", "▁cat", "▁two", "▁dogs", "▁on", "▁the", "▁sofa", "▁sea", "▁at", "▁night", "▁red", "▁bicycle", "▁old")
+"""What the tiny tokenizers of sentence pieces know, beside single letters."""
+
+
+def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed: int = 0) -> Path:
+    """Write a Stable Diffusion 3.5 with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 64x64.
+
+    Args:
+        shift: of the scheduler.
+        dynamic: let the shift depend on the image's size instead.
+    """
+    diffusers, _ = libraries()
+    clip = clip_tokenizer(MERGES, 77)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=40,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        pipe = diffusers.StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic),
+            vae=tiny_vae(scaling_factor=1.5305, shift_factor=0.0609),
+            text_encoder=tiny_clip(clip),
+            tokenizer=clip,
+            text_encoder_2=tiny_clip(clip),
+            tokenizer_2=clip,
+            text_encoder_3=tiny_t5(width=40),
+            tokenizer_3=t5_tokenizer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_vae(channels: int = 4, **scaling: float) -> Any:
+    """Return a random `AutoencoderKL` as the flow models have it: without convolutions around the latents."""
+    diffusers, _ = libraries()
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **scaling,
+    )
+
+
+def tiny_clip(tokenizer: Any) -> Any:
+    """Return a random CLIP text encoder, 16 wide."""
+    _, transformers = libraries()
+    end = tokenizer.eos_token_id
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return transformers.CLIPTextModelWithProjection(config)
+
+
+def tiny_t5(width: int) -> Any:
+    """Return a random T5 encoder."""
+    _, transformers = libraries()
+    config = transformers.T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def t5_tokenizer() -> Any:
+    """Return T5's tokenizer with few pieces."""
+    _, transformers = libraries()
+    letters = ["▁", *map(chr, range(33, 127))]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p, -2.0) for p in WORDS), *((p, -5.0) for p in letters)]
+    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)

@@ -1,0 +1,212 @@
+"""Flow-matching transformers against diffusers' own pipelines, on tiny random models in each family's format."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors import safe_open
+
+from distmatch.diffusion.guidance import guided
+from distmatch.diffusion.sampler import Steps
+from distmatch.diffusion.schedule import VP, Flow
+from distmatch.diffusion.solvers import evaluations, solver
+from distmatch.methods.heads import chosen_blocks, feature_shapes
+from distmatch.models.diffusers.export import export_diffusers, export_lora
+from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler
+from distmatch.models.diffusers.tiny_flow import write_tiny_sd3
+from distmatch.models.folder import save_model
+from distmatch.models.library import components, family_of, find_model, outline
+from distmatch.pipeline import DistilledPipeline, TeacherPipeline
+from distmatch.system import rng
+from distmatch.system.errors import UserError
+from distmatch.training.adapters import Adapted, Adapter
+
+TEXTS = ["a cat", "two dogs on a sofa"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a family's own pipeline is called with."""
+
+    write: Callable[..., Path]
+    steps: int = 5
+    scale: str = "guidance_scale"
+    plain: float = 1.0  # no guidance
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "sd3": Known(write_tiny_sd3),
+    "sd3-dynamic": Known(lambda folder: write_tiny_sd3(folder, dynamic=True)),
+}
+STUDENTS = ("sd3",)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("flow")
+    return {name: known.write(root / name) for name, known in FAMILIES.items()}
+
+
+def stock(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_teacher_with_its_own_solver_is_the_stock_pipeline(folders, name):
+    """Text encoders, empty prompt, transformer, time, sign, guidance, shift and solver; then the decoder."""
+    known, theirs = FAMILIES[name], stock(folders[name])
+    pipe = TeacherPipeline.from_pretrained(f"diffusers:{folders[name]}", steps=known.steps, guidance=4.0)
+    z = rng.noise(0, range(2), pipe.info.shape)
+    calls = []
+    pipe.denoiser.net.register_forward_hook(lambda *_: calls.append(1))
+    cond = pipe.condition(2, prompts=TEXTS)
+    own, schedule = solver("flow", pipe.info.scheduler), pipe.denoiser.schedule
+    with torch.no_grad():
+        x = own(guided(pipe.denoiser, 4.0), schedule, z, cond, known.steps)
+        plain = own(pipe.denoiser, schedule, z, cond, known.steps)
+    assert len(calls) == evaluations("flow", known.steps, 4.0) + known.steps
+    call = {"num_inference_steps": known.steps, known.scale: 4.0, **known.call}
+    y = theirs(TEXTS, latents=z.clone(), output_type="latent", **call).images
+    assert (x - y).abs().max() < 1e-4 * y.abs().max()
+    assert (x - plain).abs().max() > 0.05 * y.abs().max()  # guidance does something here
+    assert (x[0] - x[1]).abs().max() > 0.05
+    images = theirs(TEXTS, latents=z.clone(), output_type="pt", **call).images
+    assert (pipe.sample(z, cond) / 2 + 0.5).clamp(0, 1).sub(images).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_outline_is_the_teacher_without_its_weights(folders, name):
+    source = f"diffusers:{folders[name]}"
+    (thin, known), (teacher, info) = outline(source), find_model(source, "teacher")
+    assert known == info
+    assert all(p.is_meta for p in thin.parameters())
+    assert shapes(thin) == shapes(teacher)
+    assert thin.schedule == teacher.schedule
+    family, parts = family_of(info), components(info)
+    networks = [p for part, p in parts.encode.pipeline.components.items() if part.startswith("text_encoder")]
+    held = sum(p.numel() for network in (*networks, parts.decode) for p in network.parameters())
+    assert family.component_weights(info.source) == held
+    real, example = parts.encode(TEXTS), family.example_cond(teacher.net, info, 2)
+    assert example.text.shape == real.text.shape
+    assert {k: v.shape for k, v in example.extra.items()} == {k: v.shape for k, v in real.extra.items()}
+
+
+def shapes(network):
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def student(folder, out, nfe, **entries):
+    """A student unlike its teacher: the teacher's network with other weights in its last layer."""
+    denoiser, info = find_model(f"diffusers:{folder}", "teacher")
+    with torch.no_grad():
+        list(denoiser.net.transformer.children())[-1].weight.mul_(-0.7)
+    save_model(out, denoiser, replace(info, times=Steps.spaced(denoiser.schedule, nfe).times, **entries))
+    return DistilledPipeline.from_pretrained(out)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 4])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, name, nfe):
+    known = FAMILIES[name]
+    pipe = student(folders[name], tmp_path / "student", nfe)
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    theirs, z = stock(tmp_path / "out"), rng.noise(0, range(2), pipe.info.shape)
+    torch.manual_seed(7)
+    noise = [torch.randn(z.shape) for _ in range(nfe - 1)]
+    x = pipe.sample(z, pipe.condition(2, prompts=TEXTS), lambda step: noise[step - 1])
+    torch.manual_seed(7)
+    call = {"num_inference_steps": nfe, known.scale: known.plain, "output_type": "pt", **known.call}
+    y = theirs(TEXTS, latents=z.clone(), **call).images
+    assert theirs.scheduler.sigmas.tolist()[:-1] == pytest.approx(pipe.info.times, abs=1e-5)
+    assert ((x / 2 + 0.5).clamp(0, 1) - y).abs().max() < 1e-4
+    assert y.std() > 0.05
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_adapters_are_a_lora_of_the_teacher(folders, tmp_path, name):
+    known = FAMILIES[name]
+    denoiser, info = find_model(f"diffusers:{folders[name]}", "teacher")
+    adapter = Adapter(denoiser.net, 2, 3.0, denoiser.net.adapted)
+    for parameter in (p for n, p in adapter.named_parameters() if n.endswith("up.weight")):
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(tmp_path / "student", Adapted(denoiser, adapter), replace(info, times=(1.0,)))
+    pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
+    export_lora(str(tmp_path / "student"), tmp_path / "lora")
+    theirs, z = stock(folders[name]), rng.noise(0, range(2), pipe.info.shape)
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
+    call = {"num_inference_steps": 1, known.scale: known.plain, "output_type": "pt", **known.call}
+    plain = theirs(TEXTS, latents=z.clone(), **call).images
+    theirs.load_lora_weights(tmp_path / "lora")
+    x = (pipe.sample(z, pipe.condition(2, prompts=TEXTS)) / 2 + 0.5).clamp(0, 1)
+    y = theirs(TEXTS, latents=z.clone(), **call).images
+    assert (x - y).abs().max() < 1e-4
+    assert (x - plain).abs().max() > 0.05
+    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:  # as ComfyUI knows them
+        assert all(key.startswith("transformer.") for key in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_gan_judges_by_the_images_tokens(folders, name):
+    """Blocks of texts and images return both."""
+    denoiser, info = find_model(f"diffusers:{folders[name]}", "teacher")
+    cond = family_of(info).example_cond(denoiser.net, info, 1)
+    cond = cond.map(torch.ones_like)
+    found = feature_shapes(denoiser, (torch.zeros(1, *info.shape), torch.ones(1), cond))
+    tokens = family_in(info.source).tokens(denoiser.net.transformer.config, info.shape)
+    (chosen,) = chosen_blocks(found, None, "the teacher")
+    assert found[chosen][0] == tokens
+
+
+def test_long_prompts_are_counted_by_the_encoder_that_reads_most(folders):
+    encoder = family_in(str(folders["sd3"])).text_encoder(str(folders["sd3"]))
+    assert encoder.cut(["a " * 100, "a " * 300]) == 1  # CLIP's 77 tokens do not count: T5 reads 256
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"stochastic_sampling": True}, "stochastic_sampling True is not followed"),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "its scheduler is a DDIMScheduler"),
+        ("scheduler/scheduler_config.json", {"shift": -3.0}, r"Flow: .*expected"),
+        ("scheduler/scheduler_config.json", {"shift": "much"}, "scheduler_config.json: shift"),
+        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "its autoencoder is a AutoencoderTiny"),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
+        ("transformer/config.json", {"in_channels": 8}, "takes 8 channels and makes 4"),
+        ("transformer/config.json", {"sample_size": None}, "in_channels and sample_size"),
+    ],
+)
+def test_settings_that_are_not_followed_are_refused(folders, tmp_path, file, entries, message):
+    folder = shutil.copytree(folders["sd3"], tmp_path / "changed")
+    changed = folder / file
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), **entries}))
+    with pytest.raises(UserError, match=message):
+        outline(f"diffusers:{folder}")
+
+
+def test_times_that_no_scheduler_takes_are_refused():
+    for sigmas in (False, True):
+        for times, message in (((0.9,), "start at 1"), ((1.0, 0.9, 0.2, 0.1), "equal steps before a shift")):
+            with pytest.raises(UserError, match=message):
+                flow_student_scheduler(times, sigmas)
+        for schedule, shift, nfe in ((Flow(shift=3.0), 1.0, 8), (Flow(shift=1.2), 2.5, 3)):
+            times = Steps.spaced(schedule, nfe, shift).times
+            scheduler = flow_student_scheduler(times, sigmas)
+            scheduler.set_timesteps(nfe, sigmas=[1 - i / nfe for i in range(nfe)] if sigmas else None)
+            assert scheduler.sigmas.tolist() == pytest.approx([*times, 0.0], abs=1e-5)
+
+
+def test_the_flow_solver_is_for_flow_models():
+    with pytest.raises(UserError, match="this one has none"):
+        solver("flow", {})
+    with pytest.raises(UserError, match="flow is for flow models; this model's schedule is VP"):
+        solver("flow", {"_class_name": "FlowMatchEulerDiscreteScheduler"})(None, VP(), torch.zeros(1, 1), None, 2)
