@@ -50,7 +50,7 @@ WRONG = {
     "train mnist terms=mtach": "terms=mtach on the command line: unknown term 'mtach' in terms; expected match",
     "train mnist match.wieghting=eq8": "match.wieghting=eq8 on the command line: unknown key 'match.wieghting'; did",
     "train mnist mtach.weighting=eq8": "mtach.weighting=eq8 on the command line: unknown key 'mtach'; did you mean",
-    "train mnist steps=": "steps= on the command line: steps = None: input should be a valid integer",
+    "train mnist steps=": "steps= on the command line: steps = None: expected a whole number",
     "train mnist steps.x=8": "steps.x: steps is a value, not a group of entries",
     "train mnist match=5": "match=5 on the command line: match = 5: expected a group of entries",
     "train mnist student.optimizer.betas=0.9": "student.optimizer.betas = 0.9: expected a list of values",

@@ -39,8 +39,8 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 """Under 500 bytes that stand for 9^9 words."""
 
 WRONG_JSON = {
-    b"[]": "has the wrong form: input should be a valid dictionary, not []",
-    b"null": "has the wrong form: input should be a valid dictionary, not None",
+    b"[]": "has the wrong form: expected `key: value` entries, not []",
+    b"null": "has the wrong form: expected `key: value` entries, not None",
     b"": "is not valid JSON",
     b"\xff\xfe{": "is not valid JSON",
     b"{" * 100_000: "is not valid JSON",
@@ -92,11 +92,11 @@ def test_yaml_is_otherwise_what_it_was():
     ("entry", "message"),
     [
         ("stages: 5", "stages has the wrong form"),
-        ("stages: [5]", "stages has the wrong form: 0: input should be a valid dictionary, not 5"),
-        ("stages: [{until: 9, change: 5}]", "change has the wrong form: input should be a valid dictionary, not 5"),
+        ("stages: [5]", "stages has the wrong form: 0: expected `key: value` entries, not 5"),
+        ("stages: [{until: 9, change: 5}]", "change has the wrong form: expected `key: value` entries, not 5"),
         ("stages: [{until: 9, chnage: {}}]", "unknown key 'chnage' in stage 1; did you mean 'change'?"),
         ("match: 5", "match.batch: match is a value, not a group of entries"),
-        ("match: {guidance: .nan}", "match.guidance = nan: input should be a finite number"),
+        ("match: {guidance: .nan}", "match.guidance = nan: expected a finite number"),
         ("generator: {betas: [1, .inf]}", "student.optimizer.betas.1 = inf"),
         ("pairs: null", "pairs = None"),
         ("1: 2", "1 = 1: keys should be strings"),
@@ -174,7 +174,7 @@ def little_memory(most: int = 50 * limits.MB):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network": 5}, "config.json has the wrong form: network: input should be a valid dictionary, not 5"),
+        ({"network": 5}, "config.json has the wrong form: network: expected `key: value` entries, not 5"),
         (
             {"network": {"type": "unet", "widths": [10**9, 10**9]}},
             "cannot be built: widths is 1000000000, and all",
@@ -195,9 +195,9 @@ def little_memory(most: int = 50 * limits.MB):
         ({"shape": [3, 8, 8]}, "its network is for 1 channels, and it says 3"),
         (
             {"network": "unet"},
-            "config.json has the wrong form: network: input should be a valid dictionary, not 'unet'",
+            "config.json has the wrong form: network: expected `key: value` entries, not 'unet'",
         ),
-        ({"schedule": "edm"}, "config.json has the wrong form: schedule: input should be a valid dictionary"),
+        ({"schedule": "edm"}, "config.json has the wrong form: schedule: expected `key: value` entries"),
         ({"prediction": None}, "config.json has the wrong form: prediction"),
         ({"prediction": {"sigma_data": "x"}}, "config.json: prediction: sigma_data is 'x'; expected a number"),
         ({"prediction": {"sigma_data": 0}}, "config.json: prediction: sigma_data is 0; expected a positive number"),

@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from distmatch.recipe.entry import group_of
+from distmatch.system.plain import expected_by
 from distmatch.system.screen import printable
 
 KINDS = {
@@ -17,7 +18,7 @@ KINDS = {
     "model_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
     "model_attributes_type": "expected a group of entries; set them one by one, as GROUP.ENTRY=VALUE",
 }
-"""Plain words for pydantic's errors about the kind of a value."""
+"""Plain words for the errors about a recipe's value that `plain.EXPECTED` has other words for."""
 
 EXAMPLE = "match.weight: 2"
 """What a stage may change."""
@@ -97,9 +98,7 @@ def _explained(errors: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]
         return f"{key} = {error['input']!r:.80}: expected one value or a list of names" + (
             f"; name the entries of a group one by one{group}" if group else ""
         ), ""
-    expected = ", or ".join(
-        dict.fromkeys(KINDS.get(e["type"]) or f"{e['msg'][0].lower()}{e['msg'][1:]}" for e in errors)
-    )
+    expected = ", or ".join(dict.fromkeys(KINDS.get(e["type"]) or expected_by(e) for e in errors))
     values = re.findall("'([^']*)'", " ".join(e["ctx"]["expected"] for e in errors if e["type"] == "literal_error"))
     close = difflib.get_close_matches(str(error["input"]), values, n=1, cutoff=0.5)
     return f"{key} = {error['input']!r:.80}: {expected}" + (f"; did you mean {close[0]!r}?" if close else ""), ""

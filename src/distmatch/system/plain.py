@@ -20,6 +20,29 @@ T = TypeVar("T")
 SEAL = "sha256"
 """The entry with the digest of all other entries."""
 
+EXPECTED = {
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected a text",
+    "greater_than": "expected more than {gt:g}",
+    "greater_than_equal": "expected {ge:g} or more",
+    "less_than": "expected less than {lt:g}",
+    "less_than_equal": "expected {le:g} or less",
+    "too_short": "expected {min_length} or more values",
+    "too_long": "expected at most {max_length} values",
+    "literal_error": "expected {expected}",
+    "dict_type": "expected `key: value` entries",
+    "list_type": "expected a list",
+    "tuple_type": "expected a list",
+}
+"""Plain words for pydantic's errors about a value, by the type of error; `{...}` is what its context says."""
+
 
 def read_json(file: Path, kind: type[T], remedy: str = "") -> T:
     """Read a JSON file as `kind`: `dict[str, Any]`, or any other type that pydantic can validate.
@@ -52,7 +75,7 @@ def fitting(found: Any, where: str, kind: type[T], remedy: str = "") -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-        reason = f"{place}{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r:.80}"
+        reason = f"{place}{expected_by(first)}, not {first['input']!r:.80}"
         raise UserError(_joined(f"{where} has the wrong form: {reason}", remedy)) from error
 
 
@@ -74,6 +97,12 @@ def yaml_of(text: bytes | str, where: str) -> Any:
     except (RecursionError, yaml.YAMLError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where} is not valid YAML: {reason}") from error
+
+
+def expected_by(error: Any) -> str:
+    """Return what one of pydantic's errors says was expected."""
+    words = EXPECTED.get(error["type"])
+    return words.format(**error.get("ctx", {})) if words else f"{error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 @cache
