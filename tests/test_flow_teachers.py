@@ -20,7 +20,7 @@ from distmatch.methods.heads import chosen_blocks, feature_shapes
 from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler
-from distmatch.models.diffusers.tiny_flow import write_tiny_sd3
+from distmatch.models.diffusers.tiny_flow import write_tiny_sana, write_tiny_sd3
 from distmatch.models.folder import save_model
 from distmatch.models.library import components, family_of, find_model, outline
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
@@ -40,13 +40,21 @@ class Known:
     scale: str = "guidance_scale"
     plain: float = 1.0  # no guidance
     call: dict[str, Any] = field(default_factory=dict)
+    encode: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] = lambda vae: (
+        lambda x: (vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    )
 
 
 FAMILIES = {
     "sd3": Known(write_tiny_sd3),
     "sd3-dynamic": Known(lambda folder: write_tiny_sd3(folder, dynamic=True)),
+    "sana": Known(
+        write_tiny_sana,
+        call={"height": 32, "width": 32, "use_resolution_binning": False},
+        encode=lambda vae: lambda x: vae.encode(x).latent * vae.config.scaling_factor,
+    ),
 }
-STUDENTS = ("sd3",)
+STUDENTS = ("sd3", "sana")
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +218,17 @@ def test_the_flow_solver_is_for_flow_models():
         solver("flow", {})
     with pytest.raises(UserError, match="flow is for flow models; this model's schedule is VP"):
         solver("flow", {"_class_name": "FlowMatchEulerDiscreteScheduler"})(None, VP(), torch.zeros(1, 1), None, 2)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_images_become_the_latents_of_the_stock_autoencoder(folders, name):
+    """And back: shift and scale are undone."""
+    family, source = family_in(str(folders[name])), str(folders[name])
+    known, theirs = family.settings(source), FAMILIES[name].encode(stock(folders[name]).vae)
+    images, zero = torch.rand(2, 3, *known.size) * 2 - 1, torch.zeros(2, *known.shape)
+    encode = family.image_encoder(source)
+    with torch.no_grad():
+        latents, y = encode(images, zero), theirs(images)
+        assert latents.shape == zero.shape
+        assert (latents - y).abs().max() < 1e-5 * y.abs().max()
+    assert encode.stride * known.shape[1] == known.size[0]

@@ -14,6 +14,9 @@ from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.plain import fitting
 
+WIDTHS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
+"""Known classes of autoencoders, and the setting with the width of each level; each level after the first halves."""
+
 
 class Decoder(nn.Module):
     """`(latents f[B,C,h,w]) -> images f[B,3,8h,8w]` in about [-1, 1], not clamped; gradients pass through.
@@ -51,7 +54,8 @@ class Decoder(nn.Module):
 class ImageEncoder:
     """`(images f[B,3,H,W] in [-1, 1], eps f[B,C,h,w]) -> latents f[B,C,h,w]`, scaled as the diffusion model sees them.
 
-    They are samples of the encoder's distribution, as in the model's training, with the standard normal noise `eps`.
+    They are samples of the encoder's distribution, as in the model's training, with the standard normal noise `eps`. An
+    encoder without a distribution (`AutoencoderDC`) ignores it.
 
     Args:
         vae: diffusers' autoencoder; its decoder is deleted.
@@ -60,14 +64,16 @@ class ImageEncoder:
     def __init__(self, vae: Any):
         del vae.decoder
         self.vae: Any = vae.eval().requires_grad_(False)
-        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.stride = factor({**vae.config, "_class_name": type(vae).__name__}, "")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, eps: Tensor) -> Tensor:
         found = []
         for image, noise in zip(images.split(1), eps.split(1), strict=True):  # each takes gigabytes
             latents = self.vae.encode(image.to(self.vae.device), return_dict=False)[0]
-            found.append(scaled(latents.mean + latents.std * noise.to(latents.mean), self.vae.config))
+            if not isinstance(latents, Tensor):
+                latents = latents.mean + latents.std * noise.to(latents.mean)
+            found.append(scaled(latents, self.vae.config))
         return torch.cat(found)
 
     def fingerprint(self) -> str:
@@ -105,12 +111,13 @@ def scaled(z: Tensor, config: Mapping[str, Any]) -> Tensor:
 def factor(vae: Mapping[str, Any], source: str) -> int:
     """Return the pixels per latent, along each side, of an autoencoder with these settings.
 
-    Raises `UserError` unless it is an `AutoencoderKL`.
+    Raises `UserError` unless it is of a known class.
     """
-    if vae.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected AutoencoderKL")
-    where = f"{source}: vae/config.json: block_out_channels"
-    return 2 ** (max(1, len(fitting(vae.get("block_out_channels"), where, tuple[Count, ...]))) - 1)
+    kind = vae.get("_class_name")
+    if kind not in WIDTHS:
+        raise UserError(f"{source}: its autoencoder is a {kind}; expected {' or '.join(WIDTHS)}")
+    name = WIDTHS[kind]
+    return 2 ** (max(1, len(fitting(vae.get(name), f"{source}: vae/config.json: {name}", tuple[Count, ...]))) - 1)
 
 
 def _moments(z: Tensor, config: Mapping[str, Any]) -> tuple[Tensor | float, Tensor | float]:

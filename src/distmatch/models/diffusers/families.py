@@ -9,6 +9,7 @@ from distmatch.models.diffusers.ddpm import PixelDiffusion
 from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import index
+from distmatch.models.diffusers.sana import Sana
 from distmatch.models.diffusers.sd3 import StableDiffusion3
 from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
 from distmatch.system.errors import UserError
@@ -20,6 +21,7 @@ FAMILIES: dict[str, DiffusersFamily] = {
     "DDIMPipeline": PixelDiffusion(),
     "DiTPipeline": ClassTransformer(),
     "StableDiffusion3Pipeline": StableDiffusion3(),
+    "SanaPipeline": Sana(),
 }
 
 NETWORKS: dict[str, type[nn.Module]] = {

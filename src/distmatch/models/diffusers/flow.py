@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.diffusion.schedule import Flow
-from distmatch.models.diffusers.autoencoder import check_scaling
+from distmatch.models.diffusers.autoencoder import check_scaling, factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler, own_schedule
 from distmatch.models.diffusers.hub import Count, Settings, config, index, network
@@ -94,14 +94,26 @@ class FlowFamily(DiffusersFamily):
 
     def check(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
         """Raise `UserError` for settings of transformer and autoencoder that are not followed here."""
-        kind = self.kinds["vae"]
-        if vae.get("_class_name") != kind:
-            raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected {kind}")
+        kind, expected = vae.get("_class_name"), self.kinds["vae"]
+        if kind != expected:
+            raise UserError(f"{source}: its autoencoder is a {kind}; expected {expected}")
         check_scaling(vae, source, self.scaling)
 
     def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
-        """Return (C, h, w) of the latents, and the pixels per latent along a side."""
-        raise NotImplementedError
+        """Return (C, h, w) of the latents, and the pixels per latent along a side.
+
+        Raises `UserError` if the transformer's latents are not the autoencoder's.
+        """
+        where = f"{source}: transformer/config.json: in_channels and sample_size"
+        given = transformer.get("in_channels"), transformer.get("sample_size")
+        channels, side = fitting(given, where, tuple[Count, Count])
+        made = transformer.get("out_channels") or channels
+        if not channels == made == vae.get("latent_channels"):
+            raise UserError(
+                f"{source}: its transformer takes {channels} channels and makes {made} of latents of "
+                f"{vae.get('latent_channels')}; models that take more than noise and text are not known here"
+            )
+        return channels, side, side, factor(vae, source)
 
     def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int]) -> int:
         """Return the image's tokens, on which a dynamic shift depends."""
@@ -166,26 +178,6 @@ class FlowFamily(DiffusersFamily):
         if not isinstance(net, self.net):
             raise UserError(f"the network {type(net).__name__} is not the {self.net.__name__} of this family")
         return net
-
-
-def square_latents(
-    transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str, factor: int
-) -> tuple[int, int, int, int]:
-    """Return (C, h, w, factor) from the transformer's `in_channels` and `sample_size`.
-
-    Raises `UserError` if the latents are not the autoencoder's.
-    """
-    where = f"{source}: transformer/config.json: in_channels and sample_size"
-    channels, side = fitting(
-        (transformer.get("in_channels"), transformer.get("sample_size")), where, tuple[Count, Count]
-    )
-    made = transformer.get("out_channels") or channels
-    if not channels == made == vae.get("latent_channels"):
-        raise UserError(
-            f"{source}: its transformer takes {channels} channels and makes {made} of latents of "
-            f"{vae.get('latent_channels')}; models that take more than noise and text are not known here"
-        )
-    return channels, side, side, factor
 
 
 def _info(source: str, known: Settings) -> Info:

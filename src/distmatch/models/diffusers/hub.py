@@ -28,6 +28,7 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "madebyollin/taesd": "taesd",
     "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",  # put together, see docs/teachers.md
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",  # so is this
 }
 """Models whose settings are in the package, without weights, for plans: their folders in `published/`, by id."""
 

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond
-from distmatch.models.diffusers.autoencoder import factor
-from distmatch.models.diffusers.flow import FlowFamily, FlowTransformer, square_latents
+from distmatch.models.diffusers.flow import FlowFamily, FlowTransformer
 from distmatch.models.diffusers.hub import Settings, config, index
 from distmatch.models.diffusers.tiny_flow import write_tiny_sd3
 from distmatch.system.errors import UserError
@@ -44,9 +43,6 @@ class StableDiffusion3(FlowFamily):
         super().check(transformer, vae, source)
         if "text_encoder_3" not in index(source)[1]:
             raise UserError(f"{source}: it comes without text_encoder_3, T5; its states are part of every text here")
-
-    def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
-        return square_latents(transformer, vae, source, factor(vae, source))
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         clip = config(source, "config.json", "text_encoder").get("max_position_embeddings", 77)

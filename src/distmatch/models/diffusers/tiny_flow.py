@@ -55,6 +55,38 @@ def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed
     return folder
 
 
+def write_tiny_sana(folder: Path, seed: int = 0) -> Path:
+    """Write a Sana with weights from `seed` to `folder`; return `folder`. Latents 4x4x4, images 32x32."""
+    diffusers, _ = libraries()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widths = {"block_types": ("ResBlock",) * 4, "block_out_channels": (8,) * 4, "layers_per_block": (1,) * 4}
+        sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in widths.items()}
+        multiscales = {f"{side}_qkv_multiscales": ((),) * 4 for side in ("encoder", "decoder")}
+        pipe = diffusers.SanaPipeline(
+            transformer=diffusers.SanaTransformer2DModel(
+                sample_size=4,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                num_attention_heads=4,
+                attention_head_dim=8,
+                num_cross_attention_heads=2,
+                cross_attention_head_dim=16,
+                cross_attention_dim=32,
+                caption_channels=24,
+            ),
+            scheduler=diffusers.DPMSolverMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+            vae=diffusers.AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **sides, **multiscales),
+            text_encoder=tiny_gemma(width=24),
+            tokenizer=gemma_tokenizer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def tiny_vae(channels: int = 4, **scaling: float) -> Any:
     """Return a random `AutoencoderKL` as the flow models have it: without convolutions around the latents."""
     diffusers, _ = libraries()
@@ -105,3 +137,25 @@ def t5_tokenizer() -> Any:
     letters = ["▁", *map(chr, range(33, 127))]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p, -2.0) for p in WORDS), *((p, -5.0) for p in letters)]
     return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def tiny_gemma(width: int) -> Any:
+    """Return a random Gemma 2."""
+    _, transformers = libraries()
+    config = transformers.Gemma2Config(
+        vocab_size=len(gemma_tokenizer()),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return transformers.Gemma2Model(config)
+
+
+def gemma_tokenizer() -> Any:
+    """Return Gemma's tokenizer with single letters alone."""
+    _, transformers = libraries()
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "\n", *map(chr, range(33, 127))]
+    return transformers.GemmaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
