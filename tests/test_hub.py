@@ -166,15 +166,6 @@ def test_weights_in_half_precision_alone(sd, sdxl, tmp_path):
     assert torch.equal(text_encoder(str(half))(["a"]).text, text_encoder(str(sd))(["a"]).text)
 
 
-def test_weights_as_pickles_are_refused_by_all_commands(sd):
-    weights = load_file(sd / "unet" / WEIGHTS)
-    torch.save(weights, sd / "unet" / "diffusion_pytorch_model.bin")
-    (sd / "unet" / WEIGHTS).unlink()
-    for command in (lambda: find_model(f"diffusers:{sd}", "teacher"), lambda: pipeline(sd)):
-        with pytest.raises(ValueError, match=r"unet has its weights in diffusion_pytorch_model.bin alone, a pickle"):
-            command()
-
-
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("fault", ["missing", "left over"])
 def test_a_network_that_lacks_weights_is_an_error(sd, part, fault):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network
+from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.info import Info
@@ -75,8 +75,7 @@ class PixelDiffusion(DiffusersFamily):
         need("diffusers", by=source)
         from diffusers.models.unets.unet_2d import UNet2DModel
 
-        if Path(source).is_dir():
-            source = str(Path(source).resolve())  # students record this path, and are used from anywhere
+        source = recorded(source)
         known = self.settings(source)
         net = PixelUNet(_without_variance(network(source, "unet", UNet2DModel), known.shape[0]))
         return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distmatch.models.diffusers.hub import CARD, config
+from distmatch.models.diffusers.hub import CARD, config, place
 from distmatch.system.plain import read_json
 
 NAMES = re.compile(r"turbo|lightning|schnell|hyper-?sd|(?<![a-z])(dmd2?|lcm|tcd|pcm)(?![a-z])", re.IGNORECASE)
@@ -24,7 +24,7 @@ def evidence(source: str, network: str = "unet") -> str | None:
 
 
 def _found(source: str, network: str) -> Iterator[str]:
-    mark = Path(source) / CARD
+    mark = Path(place(source)) / CARD
     if mark.exists() and "kind" in read_json(mark, dict[str, Any]):
         yield f"{mark} says that it is a student exported by distmatch"
     scheduler = config(source, "scheduler_config.json", "scheduler")
@@ -35,7 +35,7 @@ def _found(source: str, network: str) -> Iterator[str]:
         yield f"its scheduler is {kind} with trailing timesteps, as SD-Turbo's and SDXL-Turbo's"
     files = {"model_index.json": None, "config.json": network}
     known = [str(config(source, file, folder).get("_name_or_path", "")) for file, folder in files.items()]
-    for name in (*known, source):
+    for name in (*known, source.removesuffix(".safetensors")):
         own = name if re.fullmatch(r"[^/]+/[^/]+", name) else Path(name).name  # of a place, not the folders above it
         if NAMES.search(own):
             yield f"it is called {name}"

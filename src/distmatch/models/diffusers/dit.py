@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.diffusers.autoencoder import check_scaling, factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network
+from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.info import Info
@@ -82,8 +82,7 @@ class ClassTransformer(DiffusersFamily):
         need("diffusers", by=source)
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-        if Path(source).is_dir():
-            source = str(Path(source).resolve())  # students record this path, and are used from anywhere
+        source = recorded(source)
         known = self.settings(source)
         net = DiT(network(source, "transformer", DiTTransformer2DModel))
         return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)

@@ -8,7 +8,7 @@ from torch import nn
 from distmatch.models.diffusers.ddpm import PixelDiffusion
 from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import index
+from distmatch.models.diffusers.hub import index, place
 from distmatch.models.diffusers.sana import Sana
 from distmatch.models.diffusers.sd3 import StableDiffusion3
 from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
@@ -31,14 +31,17 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 
 def family_in(source: str) -> DiffusersFamily:
-    """Return the family of the model `source`, a folder in diffusers' format or a model id.
+    """Return the family of the model `source`: a folder in diffusers' format, a single file or a model id.
 
     Raises `UserError` if there is no such model, or if its class is not in `FAMILIES`.
     """
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # or a hub would be asked for it
+    if not Path(place(source)).is_dir() and not re.fullmatch(
+        r"[\w.-]+/[\w.-]+", source
+    ):  # or a hub would be asked for it
         raise UserError(
             f"diffusers model {source!r} cannot be loaded: {source!r} is neither a folder here nor a model id, "
-            "OWNER/NAME. Give a folder in diffusers' format, or the name of a model on Hugging Face"
+            "OWNER/NAME. Give a folder in diffusers' format, a .safetensors file, or the name of a model on "
+            "Hugging Face"
         )
     kind = index(source)[0]
     if kind not in FAMILIES:

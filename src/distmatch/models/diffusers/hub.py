@@ -1,18 +1,23 @@
-"""The only reader of models in diffusers' format, from a folder, the cache or the hub.
+"""The only reader of models in diffusers' format, from a folder, a single file, the cache or the hub.
 
 Settings are checked before anything is computed: those that change the mathematics are either followed or refused by
-name. Weights are only read from safetensors, in full or half precision, and all of them must be there.
+name. Weights are read from safetensors, in full or half precision, or from a folder's pickles as data; all of them must
+be there.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any, TypeVar
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from pydantic import Field
 
 from distmatch.diffusion.schedule import Schedule
+from distmatch.models.diffusers.single_file import unpacked
+from distmatch.models.diffusers.small import libraries
 from distmatch.models.layout import at_most
 from distmatch.system import limits
 from distmatch.system.errors import UserError
@@ -65,6 +70,17 @@ class Settings:
     size: tuple[int, int]
 
 
+def place(source: str) -> str:
+    """Return where the files of the model `source` are: the folder that a single file is unpacked to, or `source`."""
+    file = Path(source)
+    return str(unpacked(file)) if file.suffix == ".safetensors" and file.is_file() else source
+
+
+def recorded(source: str) -> str:
+    """Return `source` as students record it, who are used from anywhere: a path in full, a model id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
 def index(source: str) -> tuple[str, dict[str, tuple[str, str]]]:
     """Return the class of the model's pipeline, and library and class of each of its parts, by name."""
     found = config(source, "model_index.json")
@@ -75,6 +91,7 @@ def index(source: str) -> tuple[str, dict[str, tuple[str, str]]]:
 def config(source: str, file: str, folder: str | None = None) -> dict[str, Any]:
     """Return a file of settings as plain data."""
     need("diffusers", by=source)
+    source = place(source)
     from diffusers.configuration_utils import ConfigMixin
 
     class File(ConfigMixin):
@@ -106,10 +123,11 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
 
     Raises `UserError` if it is unavailable, or if weights are missing, left over or not finite.
     """
-    _no_pickles(source, name)
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+    source = place(source)
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": dtype}
+    options["use_safetensors"] = not _only_pickles(source, name)
 
-    def load(half: dict[str, str]) -> Any:
+    def load(half: dict[str, Any]) -> Any:
         return _in_part(source, name, lambda part: kind.from_pretrained(source, **options, **half, **part))
 
     found, info = _in_any_precision(source, load)
@@ -127,6 +145,7 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
 
 def outline(source: str, name: str, kind: Any) -> Any:
     """Build the model's network `name` from its settings, without reading weights. See `network`."""
+    source = place(source)
     part = {"subfolder": name} if name else {}
     if hasattr(kind, "load_config"):  # diffusers' classes; the others are transformers'
         return kind.from_config(fetched(source, lambda: kind.load_config(source, **part)))
@@ -153,6 +172,7 @@ def pipeline(
     import transformers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    source = place(source)
     for name, (_, kind) in listed.items():
         if name in parts:
             continue
@@ -162,8 +182,10 @@ def pipeline(
             parts[name] = network(source, name, getattr(diffusers, kinds[name]), dtype)
         elif name in OPTIONAL and Path(source).is_dir() and not (Path(source) / name).is_dir():
             parts[name] = None
-        elif name == "safety_checker":
-            _no_pickles(source, name)
+        elif name == "safety_checker" and _only_pickles(source, name):
+            from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+            parts[name] = network(source, name, StableDiffusionSafetyChecker, dtype)
     if "safety_checker" in parts and parts["safety_checker"] is None:
         parts["requires_safety_checker"] = False
     options = {**parts, "use_safetensors": True, "dtype": dtype}
@@ -178,20 +200,13 @@ def pipeline(
 
 def fetched(source: str, load: Callable[[], T]) -> T:
     """Return `load()`; an error because `source` is unavailable becomes a `UserError` that says what to do."""
-    need("diffusers", "transformers", by=source)
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # otherwise every caption of more than 77 tokens is printed
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    libraries(by=source)
     for file in [*Path(source).glob("*.json"), *Path(source).glob("*/*config.json")]:
         read_json(file, dict[str, Any])  # diffusers does not check them
     try:
         with at_most(limits.limit(limits.TENSORS)):
             return load()
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"diffusers model {source!r} cannot be loaded: {reason:.300}. Give a folder in diffusers' format (with "
@@ -200,7 +215,7 @@ def fetched(source: str, load: Callable[[], T]) -> T:
         ) from error
 
 
-def _in_part(source: str, name: str | None, load: Callable[[dict[str, str]], T]) -> T:
+def _in_part(source: str, name: str | None, load: Callable[[dict[str, Any]], T]) -> T:
     """Call `load` for the part `name` or, if it has no folder, for the files beside `model_index.json`.
 
     There lies the only network of the oldest pipelines, such as google/ddpm-cifar10-32.
@@ -219,7 +234,7 @@ def _in_part(source: str, name: str | None, load: Callable[[dict[str, str]], T])
             raise error from None
 
 
-def _in_any_precision(source: str, load: Callable[[dict[str, str]], T]) -> T:
+def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T]) -> T:
     """Call `load` for the weights in full precision or, if there are no such files, in half precision."""
 
     def either() -> T:
@@ -234,13 +249,26 @@ def _in_any_precision(source: str, load: Callable[[dict[str, str]], T]) -> T:
     return fetched(source, either)
 
 
-def _no_pickles(source: str, name: str) -> None:
-    """Raise `UserError` if a folder has its weights only as pickles."""
-    files = [file.name for file in (Path(source) / name).glob("*")] if Path(source).is_dir() else []
-    pickles = [file for file in files if file.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-    if pickles and not any(file.endswith(".safetensors") for file in files):
-        raise UserError(
-            f"{Path(source) / name} has its weights in {pickles[0]} alone, a pickle, which is a program. If you trust "
-            'it, convert it: python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained('
-            f"'{source}', use_safetensors=False).save_pretrained('NEW')\""
-        )
+def _only_pickles(source: str, name: str) -> bool:
+    """Return whether a folder has the weights of the part `name` only as pickles.
+
+    They are read with PyTorch's `weights_only`, which builds tensors and runs nothing. Raises `UserError` for files of
+    other kinds, and for compressed ones, whose size would say nothing about that of the tensors.
+    """
+    folder = Path(source) / name if (Path(source) / name).is_dir() else Path(source)
+    files = [file for file in folder.glob("*") if file.is_file()] if folder.is_dir() else []
+    pickles = [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    if not pickles or any(file.suffix == ".safetensors" for file in files):
+        return False
+    for file in pickles:
+        if file.suffix != ".bin" or not is_zipfile(file):
+            raise UserError(
+                f"{file} is no file of weights that is read; expected .safetensors, or .bin by PyTorch 1.6+"
+            )
+        with ZipFile(file) as content:
+            for entry in content.infolist():
+                if entry.compress_type != ZIP_STORED:
+                    raise UserError(f"{file} is compressed; PyTorch writes its weights uncompressed. Get a new copy")
+                if entry.filename.endswith(".pkl"):
+                    limits.check(entry.file_size, limits.SETTINGS, f"{file}: {entry.filename}")
+    return True

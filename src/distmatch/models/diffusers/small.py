@@ -205,10 +205,13 @@ def make_pipeline(network: TextDenoiser, autoencoder: Any, tokenizer: Any) -> An
     return pipe
 
 
-def libraries() -> tuple[Any, Any]:
-    """Import diffusers and transformers."""
-    need("diffusers", "transformers", by="a text-to-image model")
+def libraries(by: str = "a model in diffusers' format") -> tuple[Any, Any]:
+    """Import diffusers and transformers, without their progress bars and warnings; `by` is what needs them."""
+    need("diffusers", "transformers", by=by)
     import diffusers
     import transformers
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # otherwise every caption of more than 77 tokens is printed
     return diffusers, transformers

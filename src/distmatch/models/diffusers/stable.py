@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.diffusers.autoencoder import check_scaling, factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network
+from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network, place, recorded
 from distmatch.models.diffusers.lora import ADAPTED
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -126,8 +126,7 @@ class StableDiffusion(DiffusersFamily):
         need("diffusers", by=source)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-        if Path(source).is_dir():
-            source = str(Path(source).resolve())  # students record this path, and are used from anywhere
+        source = recorded(source)
         known = self.settings(source)
         unet: Any = network(source, "unet", UNet2DConditionModel)
         null = self.text_encoder(source).null()
@@ -214,9 +213,10 @@ def _states(pipe: Any, prompts: list[str], negative: bool) -> Any:
 
 def _info(source: str, known: Settings) -> Info:
     card: dict[str, Any] = {"diffusers": source}
-    made = read_json(Path(source) / CARD, dict[str, Any]) if (Path(source) / CARD).exists() else {}
+    mark = Path(place(source)) / CARD
+    made = read_json(mark, dict[str, Any]) if mark.exists() else {}
     if "teach-text" in made:
-        card["teach-text"] = fitting(made["teach-text"], f"{Path(source) / CARD}: teach-text", dict[str, Any])
+        card["teach-text"] = fitting(made["teach-text"], f"{mark}: teach-text", dict[str, Any])
     return Info(known.shape, source=source, scheduler=known.scheduler, card=card, text=True, latent=True)
 
 
