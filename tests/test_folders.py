@@ -2,20 +2,31 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler
 from ldm_names import single_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from distmatch import DistilledPipeline
+from distmatch.diffusion.guidance import guided
+from distmatch.diffusion.schedule import EDM
+from distmatch.diffusion.solvers import solver
 from distmatch.models.diffusers import single_file as single_files
+from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.folder import save_model
 from distmatch.models.library import components, find_model
+from distmatch.recipe import subjects
+from distmatch.recipe.loading import load_recipe
+from distmatch.system import rng
 from distmatch.system.errors import UserError
+from distmatch.system.plain import read_json
 
 UNET = "diffusion_pytorch_model"
 
@@ -169,3 +180,184 @@ def test_the_packages_settings_with_openclips_tokenizer(tmp_path):
     ]
     first = json.loads((tmp_path / "sdxl" / "tokenizer" / "tokenizer_config.json").read_text())
     assert (first["pad_token"], first["model_max_length"]) == ("<|endoftext|>", 77)
+
+
+def kohya(pipe, rank=2, alpha=3.0, parts=("unet", "text_encoder")):
+    """A random LoRA in kohya's form, and by layer what it adds to the weight."""
+    generator, weights, added = torch.Generator().manual_seed(0), {}, {}
+    chosen = {"unet": ("lora_unet", ".to_q"), "text_encoder": ("lora_te", (".q_proj", ".out_proj"))}
+    for part in parts:
+        prefix, end = chosen[part]
+        for name, layer in getattr(pipe, part).named_modules():
+            if name.endswith(end):
+                down = torch.randn(rank, layer.in_features, generator=generator) / 4
+                up = torch.randn(layer.out_features, rank, generator=generator) / 4
+                long = name if part == "unet" or name.startswith("text_model") else f"text_model.{name}"
+                key = f"{prefix}_{long.replace('.', '_')}"
+                weights |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+                weights[f"{key}.alpha"] = torch.tensor(alpha)
+                added[f"{part}.{name}.weight"] = alpha / rank * up @ down
+    return weights, added
+
+
+def merged(source, file, scale):
+    denoiser, info = find_model(f"diffusers:{source}", "teacher")
+    return denoiser, family_in(str(source)).merged(denoiser, info, str(file), scale)
+
+
+def test_a_lora_is_merged_into_network_and_text_encoder(originals, tmp_path):
+    """By its formula, as diffusers does; the student made of it and its export find it again."""
+    base = str(originals / "sd")
+    weights, added = kohya(stock(base))
+    save_file(weights, tmp_path / "style.safetensors")
+    denoiser, info = merged(base, tmp_path / "style.safetensors", 0.7)
+    plain, _ = find_model(f"diffusers:{base}", "teacher")
+    assert any(name.startswith("text_encoder.") for name in added)
+    for name, value in plain.net.unet.state_dict().items():
+        expected = value + 0.7 * added.get(f"unet.{name}", torch.zeros(()))
+        assert torch.allclose(denoiser.net.unet.state_dict()[name], expected, atol=1e-6), name
+    theirs = stock(base)
+    theirs.load_lora_weights(weights)
+    theirs.fuse_lora(lora_scale=0.7)
+    z, scale = rng.noise(0, range(1), info.shape), 3.0
+    y = theirs("a cat", latents=z, num_inference_steps=4, guidance_scale=scale, output_type="latent").images
+    with torch.no_grad():
+        cond = components(info).encode(["a cat"])
+        x = solver("pndm", info.scheduler)(guided(denoiser, scale), denoiser.schedule, z, cond, 4)
+    assert (x - y).abs().max() < 1e-4 * y.abs().max()
+    save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
+    pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
+    assert torch.equal(pipe.condition(1, prompts="a cat").text, cond.text)
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    image = stock(tmp_path / "out")(
+        "a cat", latents=z, num_inference_steps=1, guidance_scale=1.0, output_type="pt"
+    ).images
+    ours = (pipe.sample(z, cond) / 2 + 0.5).clamp(0, 1)
+    assert (ours - image).abs().max() < 2e-5
+    mark = read_json(tmp_path / "out" / "distmatch.json", dict)
+    assert (mark["base"], mark["lora"]["file"], mark["lora"]["scale"]) == (
+        base,
+        str(tmp_path / "style.safetensors"),
+        0.7,
+    )
+    save_file({k: v * 2 for k, v in weights.items()}, tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match="is not the LoRA that this model was made with; put that file back"):
+        family_in(base).components(info)
+
+
+def test_a_lora_of_the_network_alone_is_not_needed_again(originals, tmp_path):
+    weights, _ = kohya(stock(originals / "sd"), parts=("unet",))
+    save_file(weights, tmp_path / "style.safetensors")
+    denoiser, info = merged(originals / "sd", tmp_path / "style.safetensors", 1.0)
+    (tmp_path / "style.safetensors").unlink()
+    save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
+    plain = components(find_model(f"diffusers:{originals / 'sd'}", "teacher")[1])
+    pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
+    assert torch.equal(pipe.condition(1, prompts="a cat").text, plain.encode(["a cat"]).text)
+
+
+def test_what_is_no_lora_of_the_model_is_refused(originals, tmp_path):
+    file = tmp_path / "x.safetensors"
+    weights, _ = kohya(stock(originals / "sd"), parts=("unet",))
+    for content, message in (
+        (
+            {"transformer.blocks.0.lora_A.weight": torch.zeros(2, 2)},
+            "is no LoRA of a StableDiffusionPipeline: it holds",
+        ),
+        (
+            {k: v[:, :5].clone() if "lora_down" in k else v for k, v in weights.items()},
+            "does not fit the unet of this model: ",
+        ),
+        ({f"{k}x": v for k, v in weights.items()}, "cannot be read as a LoRA|is no LoRA of"),
+        (
+            {k.replace("down_blocks_0", "down_blocks_7"): v for k, v in weights.items()},
+            r"has \d+ layers for the unet; only \d+ of them fit it",
+        ),
+    ):
+        save_file(content, file)
+        with pytest.raises(UserError, match=message):
+            merged(originals / "sd", file, 1.0)
+    with pytest.raises(UserError, match=r"is no .safetensors file; expected one, or its folder"):
+        merged(originals / "sd", tmp_path / "none.bin", 1.0)
+    with pytest.raises(UserError, match=r"teacher_lora.path x: this teacher takes no LoRA"):
+        load_subject("toy2d", ["teacher_lora.path=x"])
+
+
+def load_subject(name, overrides):
+    return subjects.subject(load_recipe(name, overrides))
+
+
+def test_a_recipes_image_size_and_lora(originals, tmp_path):
+    """The text of an SDXL is told the size; pairs, student and export have it."""
+    base = originals / "sdxl"
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    overrides = [f"teacher=diffusers:{base}", f"prompts.path={tmp_path / 'prompts.txt'}"]
+    sized = [*overrides, "image_size=[64, 128]"]
+    subject = load_subject("emoji", sized)
+    assert subject.info.shape == (4, 8, 16)
+    assert subject.conditions.at([0]).extra["size"].tolist() == [[64, 128, 0, 0, 64, 128]]
+    z = rng.noise(0, range(1), subject.info.shape)
+    with torch.no_grad():
+        x = solver("pndm", subject.info.scheduler)(
+            guided(subject.denoiser, 3.0), subject.denoiser.schedule, z, subject.conditions.at([0]), 3
+        )
+    y = stock(base)(
+        "a cat", height=64, width=128, latents=z, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+    ).images
+    assert (x - y).abs().max() < 1e-4 * y.abs().max()
+    save_model(tmp_path / "student", subject.denoiser, replace(subject.info, times=(999.0,)))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
+    image = stock(tmp_path / "out")("a cat", height=64, width=128, latents=z, **how).images
+    pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
+    ours = (pipe.sample(z, pipe.condition(1, prompts="a cat")) / 2 + 0.5).clamp(0, 1)
+    assert ours.shape == (1, 3, 64, 128)
+    assert (ours - image).abs().max() < 2e-5
+    square = load_subject("emoji", [*overrides, "image_size=[96, 96]"])
+    save_model(tmp_path / "student", square.denoiser, replace(square.info, times=(999.0,)))
+    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    assert stock(tmp_path / "out")("a cat", **how).images.shape == (1, 3, 96, 96)
+    with pytest.raises(UserError, match=r"image_size \[60, 128\]: expected multiples of 8, the pixels per latent"):
+        load_subject("emoji", [*overrides, "image_size=[60, 128]"])
+    with pytest.raises(UserError, match=r"image_size \[8, 8\]: this teacher makes images of one size"):
+        load_subject("mnist", ["image_size=[8, 8]"])
+    weights, _ = kohya(stock(originals / "sd"), parts=("unet",))
+    save_file(weights, tmp_path / "lcm-lora.safetensors")
+    lora = [
+        f"teacher=diffusers:{originals / 'sd'}",
+        overrides[1],
+        f"teacher_lora.path={tmp_path / 'lcm-lora.safetensors'}",
+    ]
+    with pytest.raises(UserError, match=r"was distilled itself: it is called .*lcm-lora"):
+        load_subject("emoji", lora)
+    subject = load_subject("emoji", [*lora, "distilled_teacher=true", "teacher_lora.scale=0.5"])
+    assert subject.info.lora.scale == 0.5
+
+
+def test_edm_sigmas_are_followed(originals, tmp_path):
+    """As Playground v2.5 has them: EDM's preconditioning around a Stable Diffusion XL."""
+    folder = shutil.copytree(originals / "sdxl", tmp_path / "edm")
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
+    shutil.rmtree(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
+    edit(folder, "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
+    denoiser, info = find_model(f"diffusers:{folder}", "teacher")
+    assert denoiser.schedule == EDM(0.002, 80.0, 7.0)
+    z = rng.noise(0, range(2), info.shape)
+    with torch.no_grad():
+        cond = components(info).encode(["a cat", "a dog"])
+        x = solver("euler")(guided(denoiser, 3.0), denoiser.schedule, z, cond, 5)
+    exact = z * 80 / (80**2 + 1) ** 0.5  # diffusers starts at sqrt(sigma_max^2 + 1)
+    y = stock(folder)(
+        ["a cat", "a dog"], latents=exact, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+    ).images
+    assert x.std() > 0.1
+    assert (x - y).abs().max() < 1e-4 * y.abs().max()
+    for entries, message in (
+        ({"sigma_data": 1.0}, "EDMEulerScheduler has sigma_data 1.0; expected 0.5"),
+        ({"prediction_type": "v_prediction"}, "has prediction_type 'v_prediction'; expected 'epsilon'"),
+        ({"sigma_max": 0.001}, "sigma_min is 0.002 and sigma_max 0.001"),
+    ):
+        edit(folder, "scheduler/scheduler_config.json", **{"sigma_data": 0.5, "prediction_type": "epsilon", **entries})
+        with pytest.raises(UserError, match=message):
+            find_model(f"diffusers:{folder}", "teacher")

@@ -228,7 +228,7 @@ def test_a_folder_without_its_safety_checker_is_exported(sd, tmp_path, capsys):
     assert stock(tmp_path / "out").safety_checker is None
     write_tiny_sd(tmp_path / "xl", kind="sdxl")
     with pytest.raises(
-        ValueError, match=r"of texts 64 wide, the student .* of 32; expected the model that it was made"
+        ValueError, match=r"from texts 64 wide, the student .* from 32; expected the model that it was made"
     ):
         export_diffusers(str(tmp_path / "student"), tmp_path / "other", str(tmp_path / "xl"))
 

@@ -64,12 +64,29 @@ class Family:
         denoiser, info = self.load(source)
         return denoiser.to("meta"), info
 
-    def components(self, source: str, device: torch.device | str = "cpu") -> Components:
-        """Load the parts of the model `source` other than its network."""
+    def components(self, info: Info, device: torch.device | str = "cpu") -> Components:
+        """Load the parts of the model `info` other than its network."""
         return Components()
 
-    def distilled(self, source: str) -> str | None:
-        """Return what says that the model `source` is a student already, in words; `None` if nothing does."""
+    def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
+        """Return `info` for images of `size`, (height, width); the network is changed in place if it must be.
+
+        Raises `UserError` if the model cannot make them.
+        """
+        raise UserError(f"image_size {list(size)}: this teacher makes images of one size; leave it out")
+
+    def merged(self, denoiser: Denoiser, info: Info, file: str, scale: float) -> Info:
+        """Merge `scale` times the LoRA in `file` into the network, in place; return the model's `info`.
+
+        Raises `UserError` if it is not a LoRA of this model.
+        """
+        raise UserError(f"teacher_lora.path {file}: this teacher takes no LoRA; leave it out")
+
+    def distilled(self, source: str, lora: str = "") -> str | None:
+        """Return what says that the model `source` is a student already, in words; `None` if nothing does.
+
+        `lora`: a file that was merged into it.
+        """
         return None
 
     def component_weights(self, source: str) -> int:

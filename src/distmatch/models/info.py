@@ -7,6 +7,23 @@ from distmatch.system.errors import UserError
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA that was merged into a model.
+
+    Args:
+        file: its path.
+        scale: what its update was multiplied by.
+        sha256: the digest of the file.
+        text: it also changes the text encoders.
+    """
+
+    file: str
+    scale: float
+    sha256: str
+    text: bool
+
+
+@dataclass(frozen=True)
 class Info:
     """The description of a model.
 
@@ -20,6 +37,7 @@ class Info:
         card: how the model was made and measured, as plain JSON data.
         text: it makes images from prompts.
         latent: it makes latents, and `shape` is theirs; an autoencoder turns them into images.
+        lora: a LoRA that was merged into the model `source`, if any.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +49,7 @@ class Info:
     card: dict[str, Any] = field(default_factory=dict)
     text: bool = False
     latent: bool = False
+    lora: Lora | None = None
 
     @property
     def condition(self) -> Literal["none", "classes", "text"]:

@@ -20,7 +20,7 @@ from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.edm.checkpoints import Published
 from distmatch.models.family import Components, Family
 from distmatch.models.folder import load_model
-from distmatch.models.info import Info
+from distmatch.models.info import Info, Lora
 from distmatch.models.mixture import Mixtures
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS, RECIPES, expand, located
@@ -88,13 +88,15 @@ def diffusers_source(name: str) -> str | None:
 
 
 def components(info: Info, device: torch.device | str = "cpu") -> Components:
-    """Return the parts of a model other than its network, loaded once per source and device."""
-    return _components(info.source, str(device)) if info.source else Components()
+    """Return the parts of a model other than its network, loaded once for each way of using it."""
+    if not info.source:
+        return Components()
+    return _components(info.source, info.shape, info.lora, str(device))
 
 
 @cache
-def _components(source: str, device: str) -> Components:
-    return family_in(source).components(source, device)
+def _components(source: str, shape: tuple[int, ...], lora: Lora | None, device: str) -> Components:
+    return family_in(source).components(Info(shape, source=source, lora=lora), device)
 
 
 def _by_scheme(name: str, kind: str) -> tuple[Family | None, str]:

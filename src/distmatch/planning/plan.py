@@ -17,6 +17,7 @@ from distmatch.planning.cost import Cost, cost
 from distmatch.planning.gpus import Gpu
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.subjects import as_used
 from distmatch.system.progress import progress
 from distmatch.system.screen import BYTES, FLOPS, console, duration, size, unit
 from distmatch.training.engine import blocks
@@ -91,6 +92,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
     gpus = cluster.gpus
     recipe = settled(recipe, cluster.gpu)
     denoiser, info = outline(recipe.teacher)
+    info = as_used(recipe, denoiser, info)
     stages = recipe.parts
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     kinds = list(dict.fromkeys(map(_kind, stages)))

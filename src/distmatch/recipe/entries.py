@@ -97,6 +97,19 @@ class Prompts(Strict):
     )
 
 
+class TeacherLora(Strict):
+    """A LoRA for a Stable Diffusion; see `models.diffusers.lora`."""
+
+    path: Place | None = entry(
+        None,
+        "The LoRA: a .safetensors file of diffusers', kohya's or ComfyUI's form, or a folder with "
+        "pytorch_lora_weights.safetensors. null: none.",
+        "ours",
+        pairs=True,
+    )
+    scale: float = entry(1.0, "What the LoRA is multiplied by.", "ours", pairs=True)
+
+
 class Stage(Strict):
     """A part of a run."""
 
@@ -170,6 +183,14 @@ class Recipe(Strict):
         "Diffusion model to distil: a model folder, one in the package, edm:FILE (a published checkpoint), "
         "diffusers:FOLDER_OR_ID, or mixture:NAME.",
         "Appendix B",
+        pairs=True,
+    )
+    teacher_lora: TeacherLora = entry(TeacherLora(), "A LoRA that is merged into the teacher before distillation.")
+    image_size: tuple[Positive, Positive] | None = entry(
+        None,
+        "[height, width] of the images, for a teacher in diffusers' format that makes other sizes than its own. null: "
+        "the teacher's own.",
+        "ours",
         pairs=True,
     )
     distilled_teacher: bool = entry(

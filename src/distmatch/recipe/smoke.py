@@ -38,6 +38,7 @@ def cpu_smoke(recipe: Recipe, folder: Path) -> list[str]:
         overrides.append(f"teacher={folder / 'teacher'}")
     if source := diffusers_source(recipe.teacher):
         overrides += [f"teacher=diffusers:{folder / 'teacher'}", f"regress.tiny={folder / 'tiny'}"]
+        overrides += ["image_size=null", "teacher_lora.path=null"]
         if family_in(without_weights(source)).text:
             overrides += [f"prompts.path={folder / 'prompts.txt'}", "prompts.column=null"]
     if recipe.fake.steps > 2:

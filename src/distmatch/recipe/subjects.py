@@ -64,7 +64,10 @@ class Subject:
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
-    if own is None and not recipe.distilled_teacher and (found := family_of(info).distilled(info.source)):
+    info = as_used(recipe, denoiser, info)
+    lora = recipe.teacher_lora.path or ""
+    found = None if own or recipe.distilled_teacher else family_of(info).distilled(info.source, lora)
+    if found:
         raise UserError(
             f"teacher {recipe.teacher!r} was distilled itself: {found}. The scores of such a model are not those of "
             "the data. Take the model that it was made from; if this one is not a student, set distilled_teacher=true"
@@ -91,6 +94,19 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     if not any("regress" in stage.terms or stage.own_terms for stage in recipe.parts):  # pairs are made by all its bits
         hold(denoiser.requires_grad_(False).net, recipe.base_weights, dev.type)  # before it takes room on the device
     return Subject(frozen(denoiser, dev), info, conditions, print_of, dev, prompts, encoders, cut, real)
+
+
+def as_used(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
+    """Prepare the recipe's teacher, in place, for the recipe's image size and LoRA; return what it then is.
+
+    Raises `UserError` if the teacher does not take them.
+    """
+    lora = recipe.teacher_lora
+    if lora.path is not None:
+        info = family_of(info).merged(denoiser, info, lora.path, lora.scale)
+    if recipe.image_size is not None:
+        info = family_of(info).resized(denoiser, info, recipe.image_size)
+    return info
 
 
 def _scales(recipe: Recipe) -> list[float | None]:

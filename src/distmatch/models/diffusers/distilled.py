@@ -15,15 +15,17 @@ STUDENTS = {"LCMScheduler": "latent consistency models", "TCDScheduler": "trajec
 """Schedulers that only students have."""
 
 
-def evidence(source: str, network: str = "unet") -> str | None:
+def evidence(source: str, network: str = "unet", lora: str = "") -> str | None:
     """Return what says that the model `source` was distilled, in words; `None` if nothing does. Reads settings only.
 
-    `network`: name of its denoising network's part.
+    Args:
+        network: name of its denoising network's part.
+        lora: file that was merged into it.
     """
-    return next(_found(source, network), None)
+    return next(_found(source, network, lora), None)
 
 
-def _found(source: str, network: str) -> Iterator[str]:
+def _found(source: str, network: str, lora: str) -> Iterator[str]:
     mark = Path(place(source)) / CARD
     if mark.exists() and "kind" in read_json(mark, dict[str, Any]):
         yield f"{mark} says that it is a student exported by distmatch"
@@ -35,7 +37,7 @@ def _found(source: str, network: str) -> Iterator[str]:
         yield f"its scheduler is {kind} with trailing timesteps, as SD-Turbo's and SDXL-Turbo's"
     files = {"model_index.json": None, "config.json": network}
     known = [str(config(source, file, folder).get("_name_or_path", "")) for file, folder in files.items()]
-    for name in (*known, source.removesuffix(".safetensors")):
+    for name in (*known, source.removesuffix(".safetensors"), lora.removesuffix(".safetensors")):
         own = name if re.fullmatch(r"[^/]+/[^/]+", name) else Path(name).name  # of a place, not the folders above it
         if NAMES.search(own):
             yield f"it is called {name}"

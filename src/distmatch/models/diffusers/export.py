@@ -3,11 +3,12 @@
 Both come with a scheduler that takes the student's steps: for one, DDIM (arXiv 2010.02502), truncated at the student's
 time `t` so that its one step starts there and returns `x0` unchanged; for several, that of latent consistency models,
 which noises each `x0` to the next time. For flows it is Euler's, whose stochastic sampling does so too.
-An export is written next to its place and then moved.
-Its `distmatch.json` marks it as one, so that it may be replaced, and has the SHA-256 of each of its files.
+An export is written next to its place and then moved. Its `distmatch.json` marks it as one, so that it may be replaced,
+names the model and the LoRA that the student was made from, and has the SHA-256 of each of its files.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     source = source or info.source
     family = family_in(source)
     pipe = family.student_pipeline(student, info, source, torch.float16 if half else torch.float32)
-    _write(out, "diffusers", "model_index.json", pipe.save_pretrained)
+    _write(out, "diffusers", "model_index.json", pipe.save_pretrained, _made_of(source, info))
     if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
         console.print(f"{source} comes without its safety checker, and so does {out}")
     console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info, family.plain)})")
@@ -82,7 +83,7 @@ def export_lora(run: str, out: Path) -> None:
             write_kohya(layers, family.network, folder / KOHYA)
         scheduler.save_pretrained(folder / "scheduler")
 
-    _write(out, "lora", "pytorch_lora_weights.safetensors", write)
+    _write(out, "lora", "pytorch_lora_weights.safetensors", write, _made_of(info.source, info))
     console.print(
         f"In {out}, for ComfyUI {f'as {KOHYA}' if renamed else 'too'}. Next: pipe = "
         f"DiffusionPipeline.from_pretrained({info.source!r}); pipe.load_lora_weights({str(out)!r}); pipe.scheduler = "
@@ -99,7 +100,11 @@ def _arguments(info: Info, plain: str) -> str:
     first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt"]}[info.condition]
     scale = plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     guidance = [] if info.condition == "none" else [scale]
-    return ", ".join([*first, f"num_inference_steps={len(info.times)}", *guidance])
+    size = []
+    if info.latent and info.shape[1] != info.shape[2]:
+        height, width = family_in(info.source).settings(info.source).of_shape(info.shape).size
+        size = [f"height={height}", f"width={width}"]
+    return ", ".join([*first, *size, f"num_inference_steps={len(info.times)}", *guidance])
 
 
 def _parts(out: Path, kind: str) -> set[str]:
@@ -114,14 +119,19 @@ def _parts(out: Path, kind: str) -> set[str]:
     return {name.partition("/")[0] for name in mark.get("files", ())} & {*there}
 
 
-def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any]) -> None:
+def _made_of(source: str, info: Info) -> dict[str, Any]:
+    """Return what the mark says about the model and the LoRA that the student `info` was made from."""
+    return {"base": source, "lora": None if info.lora is None else asdict(info.lora)}
+
+
+def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any], made_of: dict[str, Any]) -> None:
     """Place the export made by `write(folder)` in `out`. Without the file `last`, diffusers does not accept it."""
     before = _parts(out, kind)
     with together(out, last) as beside:
         write(beside)
         files = {file.relative_to(beside).as_posix(): file for file in sorted(beside.rglob("*")) if file.is_file()}
         digests = {name: file_sha256(file) for name, file in files.items()}
-        write_json(beside / MARK, {"format": FORMAT, "kind": kind, "files": digests})
+        write_json(beside / MARK, {"format": FORMAT, "kind": kind, **made_of, "files": digests})
     for name in before - _parts(out, kind):
         remove(out / name)
 

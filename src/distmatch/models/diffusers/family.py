@@ -1,6 +1,7 @@
 """The base of all families in diffusers' format: text encoders, an autoencoder and a pipeline, where it has them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,25 +86,44 @@ class DiffusersFamily(Family):
         """Return diffusers' pipeline of the model; see `hub.pipeline`. Refuses what `settings` refuses."""
         return hub.pipeline(source, self.settings(source).parts, self.kinds, dtype, **parts)
 
-    def text_encoder(self, source: str, device: torch.device | str = "cpu") -> TextEncoder:
-        """Return the model's own text encoders, in fp32 like the networks that use the conditions."""
+    def text_encoder(self, source: str, device: torch.device | str = "cpu", info: Info | None = None) -> TextEncoder:
+        """Return the model's own text encoders, in fp32 like the networks that use the conditions.
+
+        `info`: if it is used at another size than its own, or with a LoRA.
+        """
         known = self.settings(source)
         absent: dict[str, Any] = dict.fromkeys(
             name for name in known.parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))
         )
         pipe = self.pipeline(source, **absent)
+        if info is not None:
+            known = known.of_shape(info.shape)
+            self.merge_text(pipe, known, info)
         return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known), self.limits)
 
-    def components(self, source: str, device: torch.device | str = "cpu") -> Components:
+    def components(self, info: Info, device: torch.device | str = "cpu") -> Components:
         parts: dict[str, Any] = {}
         if self.text:
-            parts["encode"] = self.text_encoder(source, device)
+            parts["encode"] = self.text_encoder(info.source, device, info)
         if self.latent:
-            parts["decode"] = self.decoder(source).to(device)
+            parts["decode"] = self.decoder(info.source).to(device)
         return Components(**parts)
 
-    def distilled(self, source: str) -> str | None:
-        return distilled.evidence(source, self.network)
+    def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
+        pixels = self.settings(info.source).pixels
+        if any(side % pixels for side in size):
+            raise UserError(f"image_size {list(size)}: expected multiples of {pixels}, the pixels per latent")
+        shape = (info.shape[0], size[0] // pixels, size[1] // pixels)
+        if size[0] == size[1]:  # the default of diffusers' pipelines, some of which know only squares
+            network: Any = getattr(denoiser.net, self.network)
+            network.register_to_config(sample_size=shape[1])
+        return replace(info, shape=shape)
+
+    def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
+        """Merge the LoRA of the model `info`, if it has one, into the text encoders of `pipe`, in place."""
+
+    def distilled(self, source: str, lora: str = "") -> str | None:
+        return distilled.evidence(source, self.network, lora)
 
     def component_weights(self, source: str) -> int:
         need("diffusers", "transformers", by=source)

@@ -4,7 +4,6 @@ Their paths are straight, `x_t = (1 - t) x0 + t eps`, and their networks predict
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from distmatch.diffusion.schedule import Flow
 from distmatch.models.diffusers.autoencoder import check_scaling, factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler, own_schedule
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network
+from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
@@ -137,8 +136,7 @@ class FlowFamily(DiffusersFamily):
         need("diffusers", "transformers", by=source)
         import diffusers
 
-        if Path(source).is_dir():
-            source = str(Path(source).resolve())  # students record this path, and are used from anywhere
+        source = recorded(source)
         known = self.settings(source)
         transformer = network(source, self.network, getattr(diffusers, self.net.kind))
         net = self.net(transformer, self.null_shapes(source, known.network))
@@ -150,6 +148,11 @@ class FlowFamily(DiffusersFamily):
         with torch.device("meta"):
             net = self.net(known.network, self.null_shapes(source, known.network))
         return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+
+    def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
+        if info.scheduler.get("use_dynamic_shifting"):
+            raise UserError(f"image_size {list(size)}: this model's levels depend on the size; use its own")
+        return super().resized(denoiser, info, size)
 
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
         made = {name: torch.empty(n, *shape) for name, shape in self._own(net).null.items()}

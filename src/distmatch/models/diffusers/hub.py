@@ -6,7 +6,7 @@ be there.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, TypeVar
@@ -68,6 +68,16 @@ class Settings:
     network: dict[str, Any]
     shape: tuple[int, int, int]
     size: tuple[int, int]
+
+    @property
+    def pixels(self) -> int:
+        """Pixels per latent, along each side."""
+        return self.size[0] // self.shape[1]
+
+    def of_shape(self, shape: tuple[int, ...]) -> "Settings":
+        """Return the settings for outputs of another `shape`."""
+        channels, height, width = shape
+        return replace(self, shape=(channels, height, width), size=(height * self.pixels, width * self.pixels))
 
 
 def place(source: str) -> str:

@@ -4,6 +4,7 @@ Everything is read from the model's own configuration; nothing depends on its na
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.diffusers.autoencoder import check_scaling, factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network, place, recorded
-from distmatch.models.diffusers.lora import ADAPTED
+from distmatch.models.diffusers.lora import ADAPTED, merge_lora, read_lora
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
@@ -133,9 +134,7 @@ class StableDiffusion(DiffusersFamily):
         assert null.text is not None
         pooled = null.extra.get("pooled")
         net = StableUNet(unet, (null.text.shape[1], null.text.shape[2]), 0 if pooled is None else pooled.shape[1])
-        net.null_text.copy_(null.text)
-        if pooled is not None:
-            net.null_pooled.copy_(pooled)
+        _set_null(net, null)
         return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
 
     def outline(self, source: str) -> tuple[Denoiser, Info]:
@@ -146,6 +145,22 @@ class StableDiffusion(DiffusersFamily):
         with torch.device("meta"):
             net = StableUNet(unet, (TOKENS, unet["cross_attention_dim"]), pooled)
         return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+
+    def merged(self, denoiser: Denoiser, info: Info, file: str, scale: float) -> Info:
+        net, known = _stable(denoiser.net), self.settings(info.source)
+        lora = read_lora(file, scale, index(info.source)[0], known.network)
+        if not net.null_text.is_meta:
+            absent: dict[str, Any] = {name: None for name in known.parts if name not in ("unet", "scheduler")}
+            pipe = self.pipeline(info.source, **(absent | {"unet": net.unet}))
+            merge_lora(pipe, lora, known.network, ("unet",))
+        info = replace(info, lora=lora)
+        if lora.text and not net.null_text.is_meta:
+            _set_null(net, self.text_encoder(info.source, info=info).null())
+        return info
+
+    def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
+        if info.lora is not None and info.lora.text:
+            merge_lora(pipe, info.lora, known.network, ("text_encoder", "text_encoder_2"))
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_sd(folder)
@@ -159,12 +174,14 @@ class StableDiffusion(DiffusersFamily):
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
         net, scheduler = _stable(student.net), scheduler_of(student, info)
         theirs, width = self.settings(source), "cross_attention_dim"
-        if (theirs.shape, theirs.network.get(width)) != (info.shape, net.unet.config[width]):
+        here, there = (info.shape[0], net.unet.config[width]), (theirs.shape[0], theirs.network.get(width))
+        if here != there:
             raise UserError(
-                f"{source} makes latents {theirs.shape} of texts {theirs.network.get(width)} wide, the student "
-                f"{info.shape} of {net.unet.config[width]}; expected the model that it was made from, {info.source}"
+                f"{source} makes latents of {there[0]} channels from texts {there[1]} wide, the student of {here[0]} from "
+                f"{here[1]}; expected the model that it was made from, {info.source}"
             )
         pipe = self.pipeline(source, dtype, unet=net.unet)
+        self.merge_text(pipe, theirs, info)
         pipe.register_modules(scheduler=scheduler)
         return pipe.to(dtype=dtype)  # the source's files may mix precisions
 
@@ -196,6 +213,13 @@ class StableDiffusionXL(StableDiffusion):
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
         pooled = torch.empty(n, _stable(net).null_pooled.shape[1])
         return Cond(text=super().example_cond(net, info, n).text, extra={"pooled": pooled, "size": torch.empty(n, 6)})
+
+
+def _set_null(net: StableUNet, null: Cond) -> None:
+    """Let the network use `null`, one row, as the condition of no text."""
+    net.null_text.copy_(null.text)
+    if "pooled" in null.extra:
+        net.null_pooled.copy_(null.extra["pooled"])
 
 
 def _stable(net: nn.Module) -> StableUNet:
