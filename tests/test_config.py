@@ -26,6 +26,8 @@ def test_every_number_of_the_demo_stands_in_its_file():
     latent = {
         "base_weights",
         "distilled_teacher",
+        "image_size",
+        "teacher_lora",
         "gan",
         "guide",
         "prompts",

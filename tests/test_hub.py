@@ -101,7 +101,7 @@ REFUSED = {
         {"_class_name": "AutoencoderDC"},
         "its autoencoder is a AutoencoderDC; expected AutoencoderKL",
     ),
-    "pipeline": ("model_index", {"_class_name": "StableDiffusion3Pipeline"}, "is a StableDiffusion3Pipeline; expected"),
+    "pipeline": ("model_index", {"_class_name": "StableCascadePipeline"}, "is a StableCascadePipeline; expected"),
 }
 
 

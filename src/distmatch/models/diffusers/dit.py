@@ -19,6 +19,8 @@ from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.plain import fitting
 
+ClassCount = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+
 
 class DiT(nn.Module):
     """`(x f[B,4,h,w], t f[B], cond) -> f[B,4 or 8,h,w]`: diffusers' `DiTTransformer2DModel`.
@@ -147,11 +149,8 @@ def write_tiny_dit(folder: Path, *, learned: bool = True, seed: int = 0) -> Path
 
 def _classes(source: str, known: Settings) -> tuple[str, ...]:
     """Return the names of the classes, as `model_index.json` says them, or else their numbers."""
-    count = fitting(
-        known.network.get("num_embeds_ada_norm", 1000),
-        f"{source}: transformer/config.json: num_embeds_ada_norm",
-        Annotated[int, Field(strict=True, ge=1, le=100_000)],
-    )
+    where = f"{source}: transformer/config.json: num_embeds_ada_norm"
+    (count,) = fitting((known.network.get("num_embeds_ada_norm", 1000),), where, tuple[ClassCount])
     names = config(source, "model_index.json").get("id2label") or {}
     return tuple(str(names.get(str(number), number)) for number in range(count))
 

@@ -1,4 +1,4 @@
-"""LoRAs of Stable Diffusion: merged into teachers; which layers get adapters; students', as other programs read them."""
+"""LoRAs of Stable Diffusion: merged into teachers, which layers get adapters, and students' adapters for others."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -177,8 +177,8 @@ class StableDiffusion(DiffusersFamily):
         here, there = (info.shape[0], net.unet.config[width]), (theirs.shape[0], theirs.network.get(width))
         if here != there:
             raise UserError(
-                f"{source} makes latents of {there[0]} channels from texts {there[1]} wide, the student of {here[0]} from "
-                f"{here[1]}; expected the model that it was made from, {info.source}"
+                f"{source} makes latents of {there[0]} channels from texts {there[1]} wide, the student of {here[0]} "
+                f"from {here[1]}; expected the model that it was made from, {info.source}"
             )
         pipe = self.pipeline(source, dtype, unet=net.unet)
         self.merge_text(pipe, theirs, info)
@@ -217,6 +217,7 @@ class StableDiffusionXL(StableDiffusion):
 
 def _set_null(net: StableUNet, null: Cond) -> None:
     """Let the network use `null`, one row, as the condition of no text."""
+    assert null.text is not None
     net.null_text.copy_(null.text)
     if "pooled" in null.extra:
         net.null_pooled.copy_(null.extra["pooled"])
