@@ -143,6 +143,13 @@ class DiffusersFamily(Family):
     def image_encoder(self, source: str) -> Callable[..., Tensor]:
         return ImageEncoder(self._autoencoder(source)) if self.latent else super().image_encoder(source)
 
+    def check_autoencoder(self, vae: Mapping[str, Any], source: str) -> None:
+        """Raise `UserError` unless the settings `vae` are of this family's autoencoder, and scale as its pipeline."""
+        kind = self.kinds["vae"]
+        if vae.get("_class_name") != kind:
+            raise UserError(f"{source}: its autoencoder is a {vae.get('_class_name')}; expected {kind}")
+        check_scaling(vae, source, self.scaling)
+
     def _autoencoder(self, source: str, weights: bool = True) -> Any:
         need("diffusers", by=source)
         import diffusers
