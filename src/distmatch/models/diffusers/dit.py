@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
-from distmatch.models.diffusers.autoencoder import check_scaling, factor
+from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
@@ -68,7 +68,7 @@ class ClassTransformer(DiffusersFamily):
         scheduler = config(source, "scheduler_config.json", "scheduler")
         schedule, prediction = mathematics(scheduler, source)
         net, vae = config(source, "config.json", "transformer"), config(source, "config.json", "vae")
-        check_scaling(vae, source, self.scaling)
+        self.check_autoencoder(vae, source)
         where = f"{source}: transformer/config.json: in_channels and sample_size"
         channels, side = fitting((net.get("in_channels", 4), net.get("sample_size", 32)), where, tuple[Count, Count])
         made = net.get("out_channels") or channels

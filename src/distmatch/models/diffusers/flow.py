@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.diffusion.schedule import Flow
-from distmatch.models.diffusers.autoencoder import check_scaling, factor
+from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler, own_schedule
 from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
@@ -93,10 +93,7 @@ class FlowFamily(DiffusersFamily):
 
     def check(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
         """Raise `UserError` for settings of transformer and autoencoder that are not followed here."""
-        kind, expected = vae.get("_class_name"), self.kinds["vae"]
-        if kind != expected:
-            raise UserError(f"{source}: its autoencoder is a {kind}; expected {expected}")
-        check_scaling(vae, source, self.scaling)
+        self.check_autoencoder(vae, source)
 
     def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
         """Return (C, h, w) of the latents, and the pixels per latent along a side.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
-from distmatch.models.diffusers.autoencoder import check_scaling, factor
+from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network, place, recorded
 from distmatch.models.diffusers.lora import ADAPTED, merge_lora, read_lora
@@ -117,8 +117,8 @@ class StableDiffusion(DiffusersFamily):
                 value = scheduler[name]
                 raise UserError(f"{source}: the scheduler's {name} {value!r} is not followed; set it to {plain}")
         unet, vae = config(source, "config.json", "unet"), config(source, "config.json", "vae")
+        self.check_autoencoder(vae, source)
         pixels = factor(vae, source)
-        check_scaling(vae, source, self.scaling)
         shape = _latents(unet, vae, source)
         size = (shape[1] * pixels, shape[2] * pixels)
         return Settings(parts, scheduler, schedule, prediction, unet, shape, size)
