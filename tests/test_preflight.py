@@ -253,7 +253,7 @@ def test_check_says_what_it_found_and_leaves_nothing(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     found = dict(checks(Flight(load_recipe(str(file)), tmp_path / "runs" / "tiny", tmp_path / "runs")))
     assert [line.split()[:2] for line in told[:-1]] == [["✓", name] for name in found]
-    assert found.keys() == {c.__name__ for c in CHECKS} - {"packages", "trackers", "compiler", "reference"}
+    assert found.keys() == {c.__name__ for c in CHECKS} - {"packages", "trackers", "compiler", "reference", "prompts"}
     assert found["saving"].endswith("equal when read")
     assert sorted(tmp_path.rglob("*")) == before
 

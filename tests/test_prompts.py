@@ -1,6 +1,8 @@
 """Prompt lists: the same prompts from every kind of file, COCO's captions drawn by seed, refusals name the place."""
 
+import csv
 import json
+import shutil
 from collections import Counter
 
 import pyarrow as pa
@@ -23,11 +25,20 @@ def write_coco(file, captions):
     file.write_text(json.dumps({"info": {}, "annotations": entries}))
 
 
+def write_table(file, lines, separator):
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, delimiter=separator).writerows(
+            [["url", "caption"], *([i, line] for i, line in enumerate(lines))]
+        )
+
+
 WRITERS = {
     "p.txt": write_lines,
     "p.jsonl": lambda file, lines: write_lines(file, [json.dumps({"id": 1, "caption": line}) for line in lines]),
     "p.parquet": lambda file, lines: parquet.write_table(pa.table({"url": lines, "text": lines}), file),
     "p.json": write_coco,
+    "p.csv": lambda file, lines: write_table(file, lines, ","),
+    "p.tsv": lambda file, lines: write_table(file, lines, "\t"),
 }
 
 
@@ -57,12 +68,19 @@ def test_the_key_is_the_first_known_one_or_the_one_that_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", b"a", r"p.csv: prompts are read from files called .txt, .jsonl, .parquet, .json"),
+        (
+            "p.doc",
+            b"a",
+            r"p.doc: prompts are read from files called .txt, .jsonl, .parquet, .csv, .tsv, .json, and from",
+        ),
+        ("p.csv", b"a,b\n1,2\n", r"p.csv has none of prompt, caption, text; it has a, b: name a column"),
+        ("p.csv", b"caption\n\xff\n", r"p.csv is no table in UTF-8 text"),
+        ("p.csv", b'caption\n"' + b"a" * 2_000_000, r"p.csv is no table in UTF-8 text: field larger than field limit"),
         ("p.txt", None, r"p.txt does not exist; expected a file of prompts"),
         ("p.txt", b" \n\n", r"p.txt holds no prompts"),
         ("p.txt", b"fine\n\xff\n", r"p.txt, line 2 is not UTF-8 text"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": ', r"p.jsonl, line 3 is not valid JSON"),
-        ("p.jsonl", b'["a"]', r"p.jsonl, line 1 has the wrong form: .* a valid dictionary, not \['a'\]"),
+        ("p.jsonl", b'["a"]', r"p.jsonl, line 1 has the wrong form: expected `key: value` entries, not \['a'\]"),
         ("p.jsonl", b'{"words": "a"}', r"line 1 has none of prompt, caption, text; it has words"),
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', r"line 2 has no 'prompt'; it has text"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}', r"line 2: expected text, found 7"),
@@ -120,3 +138,26 @@ def test_a_list_of_captions_is_as_many_prompts(tmp_path):
     file.write_text('{"text": ["one", 2]}\n')
     with pytest.raises(UserError, match="line 1: expected text, found 2"):
         read_prompts(file)
+
+
+def test_a_folder_of_a_data_set_gives_its_training_captions(tmp_path):
+    """Tables in parts, by the column that is named; without any, the texts beside its pictures."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, captions in {"train-00001": ["c"], "train-00000": ["a", "b"], "test-00000": ["x"]}.items():
+        table = pa.table(
+            {"image": [b"no picture"] * len(captions), "text": captions, "alt": [f"{c}!" for c in captions]}
+        )
+        parquet.write_table(table, data / f"{name}-of-00002.parquet")
+    assert read_prompts(tmp_path) == ["a", "b", "c"]
+    assert read_prompts(tmp_path, "alt") == ["a!", "b!", "c!"]
+    with pytest.raises(UserError, match=r"train-00000-of-00002.parquet has no column 'nil'; it has image, text, alt"):
+        read_prompts(tmp_path, "nil")
+    shutil.rmtree(data)
+    with pytest.raises(UserError, match=r"holds no prompts; expected tables .*, or a .txt beside each picture"):
+        read_prompts(tmp_path)
+    for name, text in {"b.txt": "second", "a.txt": "first", "README.txt": "none of them"}.items():
+        (tmp_path / name).write_text(text)
+    for name in ("a.png", "b.JPG"):
+        (tmp_path / name).write_bytes(b"no picture")
+    assert read_prompts(tmp_path) == ["first", "second"]

@@ -141,6 +141,8 @@ def test_cached_text_trains_as_encoded_text_does(folder, tmp_path):
         a, b = plain.step(index), cached.step(index)
         for name in ("match/student", "regress/student", "match/fake"):
             assert b[name].item() == pytest.approx(a[name].item(), rel=0.02), name  # half precision on disk
+    (file,) = tmp_path.glob("*/text-00000.safetensors")
+    assert 0 <= file.stat().st_size - 3 * 77 * 32 * 2 < 1000  # as the preflight says
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,7 @@ def test_the_preflight_encodes_one_prompt_and_leaves_nothing(folder, tmp_path, c
     assert encoded == ["a cat"]
     assert found["teacher"].endswith("samples [4, 8, 8], 3 prompts")
     assert found["losses"] == f"mse, decoder {recipe.regress.decoder}; the gradient reaches the student"
+    assert found["prompts"] == f"3, whose states take 14.8 kB in {tmp_path / 'cache'}"  # 3 of 77 x 32 in fp16
     assert found["pictures"] == "64 x 64"
     assert list(tmp_path.iterdir()) == []
 

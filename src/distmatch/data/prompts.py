@@ -1,9 +1,11 @@
 """Reads lists of prompts from several kinds of file, and draws random captions of MS-COCO."""
 
+import csv
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from distmatch.data.decode import SUFFIXES
 from distmatch.system import limits, rng
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
@@ -23,7 +25,9 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
             .txt: one prompt per line, UTF-8;
             .jsonl: one JSON object per line, with a text or a list of texts;
             .parquet: a table with a column of strings;
-            .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`.
+            .csv, .tsv: a table with a header, separated by commas or tabs;
+            .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`;
+            a folder of a data set: its tables, else the .txt files beside its pictures; see `in_folder`;
             or the name of a text-to-image teacher in the package, for the captions that it was trained on.
         column: the key of a JSON object or the name of a table's column (default: `prompt`, `caption` or `text`).
 
@@ -32,13 +36,19 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     """
     if str(path).isidentifier() and (ASSETS / path / "prompts.txt").is_file():
         path = ASSETS / path / "prompts.txt"
+    if path.is_dir():
+        found = in_folder(path)
+        whole = sum(file.stat().st_size for file in found if file.suffix != ".parquet")
+        limits.check(whole, limits.PROMPTS, str(path))
+        return [prompt for file in found for prompt in read_prompts(file, column)]
     if path.suffix not in READERS:
-        raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}")
+        raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}, and from folders of them")
     if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)})")
+        raise UserError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)}), or a folder")
     if column is not None and path.suffix == ".txt":
         raise UserError(f"{path} is plain text, which has no column {column!r}; leave the column out")
-    limits.check(path.stat().st_size, limits.PROMPTS, str(path))
+    if path.suffix != ".parquet":  # of which only one column is read
+        limits.check(path.stat().st_size, limits.PROMPTS, str(path))
     prompts = []
     for place, value in READERS[path.suffix](path, column):
         for text in value if isinstance(value, list) else [value]:
@@ -49,6 +59,25 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """Return the files with the captions of the data set in `folder`, sorted: its tables, else its pictures' texts.
+
+    If some of the tables are called after the split `train`, only these. Pictures are not opened. Raises `UserError` if
+    there are neither.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    tables = [file for file in files if file.suffix in TABLES]
+    training = [file for file in tables if "train" in str(file.relative_to(folder)).lower()]
+    pictures = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    texts = [file for file in files if file.suffix == ".txt" and file.with_suffix("") in pictures]
+    found = training or tables or texts
+    if not found:
+        raise UserError(
+            f"{folder} holds no prompts; expected tables ({', '.join(TABLES)}), or a .txt beside each picture"
+        )
+    return found
 
 
 def coco_prompts(path: Path, n: int, seed: int) -> list[str]:
@@ -97,6 +126,21 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
         if column not in record:
             raise UserError(f"{path}, {place} has no {column!r}; it has {_names(record)}")
         yield place, record[column]
+
+
+def _separated(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(limits.limit(limits.PROMPT))
+        try:
+            table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            names = [name for name in table.fieldnames or () if name]
+            column = column or _key(names, str(path))
+            if column not in names:
+                raise UserError(f"{path} has no column {column!r}; it has {_names(names)}")
+            for row in table:
+                yield f"line {table.line_num}", row[column]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no table in UTF-8 text: {printable(error)}") from error
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
@@ -165,5 +209,8 @@ READERS: dict[str, Callable[[Path, Any], Iterator[tuple[str, Any]]]] = {
     ".txt": _plain,
     ".jsonl": _json_lines,
     ".parquet": _parquet,
+    ".csv": _separated,
+    ".tsv": _separated,
     ".json": _coco,
 }
+TABLES = (".parquet", ".jsonl", ".csv", ".tsv")

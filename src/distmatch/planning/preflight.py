@@ -322,6 +322,18 @@ def saving(flight: Flight) -> str | None:
     return f"{size(nbytes)}, equal when read" + (f" (give {' and '.join(own)} to load it)" if own else "")
 
 
+def prompts(flight: Flight) -> str | None:
+    """Say how many there are, and how large their cached states are."""
+    cache, subject = flight.recipe.prompts.cache, flight.subject
+    if not subject.prompts:
+        return None
+    said = f"{len(subject.prompts):,}, encoded batch by batch"
+    if cache is not None:
+        nbytes = subjects.states_bytes(subject.denoiser, subject.info, len(subject.prompts))
+        said = f"{len(subject.prompts):,}, whose states take {size(nbytes)} in {cache}"
+    return said + (f"; {subject.cut:,} are cut" if subject.cut else "")
+
+
 def pairs(flight: Flight) -> str | None:
     """The stages' pair stores do not belong to other settings, and are writable if pairs are missing."""
     recipe, found = flight.recipe, []
@@ -368,6 +380,7 @@ CHECKS: Sequence[Check] = (
     pictures,
     reference,
     saving,
+    prompts,
     pairs,
     disk,
 )
@@ -394,6 +407,11 @@ def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
     for place, spec in flight.pairs().items():
         if not is_url(place):
             yield Path(place), max(0, spec.nbytes - sum(Folder(place).sizes().values()))
+    cache, subject = flight.recipe.prompts.cache, flight.subject
+    if cache is not None and subject.prompts:
+        folder = subjects.states_folder(cache, subject.encoders, subject.prompts)
+        there = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
+        yield folder, max(0, subjects.states_bytes(subject.denoiser, subject.info, len(subject.prompts)) - there)
     state = _state(flight.student, copies=2)
     if objectives.trains_fake(flight.recipe):
         state += sum(p.numel() for p in flight.fake.parameters()) * 3 * FP32

@@ -75,8 +75,9 @@ class Prompts(Strict):
 
     path: Place | None = entry(
         None,
-        "File of prompts: .txt with one per line, .jsonl, .parquet, or MS-COCO captions in .json. null: none, for "
-        "teachers without prompts.",
+        "File of prompts: .txt with one per line, .jsonl, .parquet, .csv, .tsv, or MS-COCO captions in .json; or a "
+        "folder of a data set, whose tables or texts beside pictures are read. null: none, for teachers without "
+        "prompts.",
         "Appendix B.3: LAION-Aesthetics 6.25+",
         unnamed=True,
         pairs=True,
@@ -91,7 +92,8 @@ class Prompts(Strict):
     )
     cache: Place | None = entry(
         None,
-        "Folder for the prompts' text embeddings, computed once. null: they are computed for each batch.",
+        "Folder for the prompts' text embeddings, computed once; `train --check` says how large they are. null: they "
+        "are computed for each batch.",
         "ours",
         unnamed=True,
     )

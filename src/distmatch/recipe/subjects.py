@@ -26,6 +26,9 @@ from distmatch.system.paths import ASSETS
 from distmatch.system.progress import progress
 from distmatch.training.rounded import hold
 
+STATE = 2
+"""Bytes of a number in the prompts' cached states; see `data.computed`."""
+
 
 def device(name: str) -> torch.device:
     """Return the device; `auto` is CUDA if available, else the CPU. Raises `UserError` for an unavailable device."""
@@ -119,17 +122,29 @@ def _scales(recipe: Recipe) -> list[float | None]:
 
 def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
     """Map prompt numbers to conditions: encoded batch by batch, or from the cache, which is filled on first use."""
-    place = recipe.prompts.cache
-    if place is None:
+    if recipe.prompts.cache is None:
         return lambda numbers: encoder([prompts[i] for i in numbers])
+    folder = states_folder(recipe.prompts.cache, encoder.fingerprint(), prompts)
 
     @cache
     def states() -> Embeddings:
-        folder = Path(place) / f"{encoder.fingerprint()[:16]}-{prompts_digest(prompts)[:16]}"
         with progress("prompts", len(prompts), unit="prompt") as advance:
             return embed(folder, prompts, encoder, advance)
 
     return lambda numbers: states()(numbers)
+
+
+def states_folder(cache: str, encoders: str, prompts: Sequence[str]) -> Path:
+    """Return the folder within `cache` for the states of `prompts` by text encoders of this fingerprint."""
+    return Path(cache) / f"{encoders[:16]}-{prompts_digest(prompts)[:16]}"
+
+
+def states_bytes(denoiser: Denoiser, info: Info, count: int) -> int:
+    """Return the bytes of the cached states of `count` prompts."""
+    cond = family_of(info).example_cond(denoiser.net, info, 1)
+    assert cond is not None
+    assert cond.text is not None
+    return STATE * count * sum(value.numel() for value in (cond.text, *cond.extra.values()))
 
 
 def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
