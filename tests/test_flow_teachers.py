@@ -21,6 +21,7 @@ from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler
 from distmatch.models.diffusers.tiny_flow import write_tiny_sana, write_tiny_sd3
+from distmatch.models.diffusers.tiny_patched import write_tiny_flux, write_tiny_qwen_image, write_tiny_z_image
 from distmatch.models.folder import save_model
 from distmatch.models.library import components, family_of, find_model, outline
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
@@ -33,16 +34,29 @@ TEXTS = ["a cat", "two dogs on a sofa"]
 
 @dataclass(frozen=True)
 class Known:
-    """What a family's own pipeline is called with."""
+    """What a family's own pipeline is called with, and how it holds latents."""
 
     write: Callable[..., Path]
     steps: int = 5
-    scale: str = "guidance_scale"
-    plain: float = 1.0  # no guidance
+    guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
+    plain: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     call: dict[str, Any] = field(default_factory=dict)
+    pack: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, z: z.clone()
+    unpack: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, z: z
     encode: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] = lambda vae: (
         lambda x: (vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
     )
+
+
+def qwen_latents(vae):
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return lambda x: ((vae.encode(x[:, :, None]).latent_dist.mean - mean) / std)[:, :, 0]
+
+
+def true_guidance(scale):
+    return {"true_cfg_scale": scale, "negative_prompt": [" ", " "]}
 
 
 FAMILIES = {
@@ -53,8 +67,31 @@ FAMILIES = {
         call={"height": 32, "width": 32, "use_resolution_binning": False},
         encode=lambda vae: lambda x: vae.encode(x).latent * vae.config.scaling_factor,
     ),
+    "z-image": Known(
+        write_tiny_z_image,
+        guided=lambda scale: {"guidance_scale": scale - 1},
+        plain={"guidance_scale": 0.0},
+        call={"height": 64, "width": 64},
+    ),
+    "qwen-image": Known(
+        write_tiny_qwen_image,
+        guided=true_guidance,
+        plain={"true_cfg_scale": 1.0},
+        call={"height": 32, "width": 32},
+        pack=lambda pipe, z: pipe._pack_latents(z, len(z), 4, 8, 8),
+        unpack=lambda pipe, z: pipe._unpack_latents(z, 32, 32, 4)[:, :, 0],
+        encode=qwen_latents,
+    ),
+    "flux": Known(
+        write_tiny_flux,
+        guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ["", ""], "guidance_scale": 3.5},
+        plain={"guidance_scale": 3.5},
+        call={"height": 64, "width": 64},
+        pack=lambda pipe, z: pipe._pack_latents(z, len(z), 4, 8, 8),
+        unpack=lambda pipe, z: pipe._unpack_latents(z, 64, 64, 8),
+    ),
 }
-STUDENTS = ("sd3", "sana")
+STUDENTS = ("sd3", "sana", "z-image", "qwen-image", "flux")
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +120,12 @@ def test_the_teacher_with_its_own_solver_is_the_stock_pipeline(folders, name):
         x = own(guided(pipe.denoiser, 4.0), schedule, z, cond, known.steps)
         plain = own(pipe.denoiser, schedule, z, cond, known.steps)
     assert len(calls) == evaluations("flow", known.steps, 4.0) + known.steps
-    call = {"num_inference_steps": known.steps, known.scale: 4.0, **known.call}
-    y = theirs(TEXTS, latents=z.clone(), output_type="latent", **call).images
+    call = {"num_inference_steps": known.steps, **known.guided(4.0), **known.call}
+    y = known.unpack(theirs, theirs(list(TEXTS), latents=known.pack(theirs, z), output_type="latent", **call).images)
     assert (x - y).abs().max() < 1e-4 * y.abs().max()
     assert (x - plain).abs().max() > 0.05 * y.abs().max()  # guidance does something here
     assert (x[0] - x[1]).abs().max() > 0.05
-    images = theirs(TEXTS, latents=z.clone(), output_type="pt", **call).images
+    images = theirs(list(TEXTS), latents=known.pack(theirs, z), output_type="pt", **call).images
     assert (pipe.sample(z, cond) / 2 + 0.5).clamp(0, 1).sub(images).abs().max() < 1e-4
 
 
@@ -117,7 +154,8 @@ def student(folder, out, nfe, **entries):
     """A student unlike its teacher: the teacher's network with other weights in its last layer."""
     denoiser, info = find_model(f"diffusers:{folder}", "teacher")
     with torch.no_grad():
-        list(denoiser.net.transformer.children())[-1].weight.mul_(-0.7)
+        last = [layer for layer in denoiser.net.transformer.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        last.weight.mul_(-0.7)
     save_model(out, denoiser, replace(info, times=Steps.spaced(denoiser.schedule, nfe).times, **entries))
     return DistilledPipeline.from_pretrained(out)
 
@@ -130,11 +168,12 @@ def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, name, nf
     export_diffusers(str(tmp_path / "student"), tmp_path / "out")
     theirs, z = stock(tmp_path / "out"), rng.noise(0, range(2), pipe.info.shape)
     torch.manual_seed(7)
-    noise = [torch.randn(z.shape) for _ in range(nfe - 1)]
+    shape = known.pack(theirs, z).shape
+    noise = [known.unpack(theirs, torch.randn(shape)) for _ in range(nfe - 1)]
     x = pipe.sample(z, pipe.condition(2, prompts=TEXTS), lambda step: noise[step - 1])
     torch.manual_seed(7)
-    call = {"num_inference_steps": nfe, known.scale: known.plain, "output_type": "pt", **known.call}
-    y = theirs(TEXTS, latents=z.clone(), **call).images
+    call = {"num_inference_steps": nfe, "output_type": "pt", **known.plain, **known.call}
+    y = theirs(list(TEXTS), latents=known.pack(theirs, z), **call).images
     assert theirs.scheduler.sigmas.tolist()[:-1] == pytest.approx(pipe.info.times, abs=1e-5)
     assert ((x / 2 + 0.5).clamp(0, 1) - y).abs().max() < 1e-4
     assert y.std() > 0.05
@@ -152,11 +191,11 @@ def test_adapters_are_a_lora_of_the_teacher(folders, tmp_path, name):
     export_lora(str(tmp_path / "student"), tmp_path / "lora")
     theirs, z = stock(folders[name]), rng.noise(0, range(2), pipe.info.shape)
     theirs.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
-    call = {"num_inference_steps": 1, known.scale: known.plain, "output_type": "pt", **known.call}
-    plain = theirs(TEXTS, latents=z.clone(), **call).images
+    call = {"num_inference_steps": 1, "output_type": "pt", **known.plain, **known.call}
+    plain = theirs(list(TEXTS), latents=known.pack(theirs, z), **call).images
     theirs.load_lora_weights(tmp_path / "lora")
     x = (pipe.sample(z, pipe.condition(2, prompts=TEXTS)) / 2 + 0.5).clamp(0, 1)
-    y = theirs(TEXTS, latents=z.clone(), **call).images
+    y = theirs(list(TEXTS), latents=known.pack(theirs, z), **call).images
     assert (x - y).abs().max() < 1e-4
     assert (x - plain).abs().max() > 0.05
     with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:  # as ComfyUI knows them
@@ -172,6 +211,8 @@ def test_a_gan_judges_by_the_images_tokens(folders, name):
     found = feature_shapes(denoiser, (torch.zeros(1, *info.shape), torch.ones(1), cond))
     tokens = family_in(info.source).tokens(denoiser.net.transformer.config, info.shape)
     (chosen,) = chosen_blocks(found, None, "the teacher")
+    if name == "z-image":  # its blocks hold image and text, each filled up to a multiple of 32
+        tokens = 32 + 512
     assert found[chosen][0] == tokens
 
 

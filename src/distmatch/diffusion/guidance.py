@@ -13,7 +13,7 @@ Model = Callable[[Tensor, Tensor, Cond | None], Tensor]
 
 
 def guided(denoiser: Denoiser, w: float | None, rescale: bool = False) -> Model:
-    """Return `uncond + w * (cond - uncond)`.
+    """Return `uncond + w * (cond - uncond)`, or what the network's own `combine` makes of the two.
 
     `w = 1` is the plain conditional model and costs one evaluation; any other `w` costs two. `None` takes each
     sample's scale from `cond.extra["guidance"] f[B]`. `rescale`: give each result the norm of `cond`, against
@@ -27,7 +27,8 @@ def guided(denoiser: Denoiser, w: float | None, rescale: bool = False) -> Model:
             raise UserError(f"guidance {w} needs a condition; this batch has none. Use guidance 1")
         scale = w if w is not None else expand(cond.extra["guidance"].to(x), x)
         uncond, plain = denoiser(x, t, cond.null()), denoiser(x, t, cond)
-        found = lerp(uncond, plain, scale)
+        combine = getattr(denoiser.net, "combine", None)
+        found = combine(x, t, (uncond, plain), scale) if combine else lerp(uncond, plain, scale)
         return found * expand(plain.flatten(1).norm(dim=1) / found.flatten(1).norm(dim=1), x) if rescale else found
 
     return forward

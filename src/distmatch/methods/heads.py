@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distmatch.methods.averages import Averages
 from distmatch.system.errors import UserError
-from distmatch.training.engine import blocks, features, unwrapped
+from distmatch.training.engine import bare, blocks, features, unwrapped
 
 COARSE = 4
 """Pixels per side down to which features are convolved before they are joined."""
@@ -70,9 +70,14 @@ _KINDS: Mapping[int, Any] = {1: _of_points, 2: _OfTokens, 3: _of_images}
 def feature_shapes(network: nn.Module, inputs: tuple[Any, ...]) -> dict[int, tuple[int, ...]]:
     """Return the shape of one sample's features for each block of `network`, by number, in the order in which they run.
 
-    `inputs`: arguments for one sample.
+    Of a network that names its `main` list of blocks, only these: the others refine texts, or embed patches.
+
+    Args:
+        inputs: arguments for one sample.
     """
-    with features(network, range(len(blocks(unwrapped(network))))) as found:
+    main, members = getattr(bare(network), "main", ""), blocks(unwrapped(network))
+    listed = {id(one) for name, one in bare(network).named_modules() if f".{name}".rpartition(".")[0].endswith(main)}
+    with features(network, [number for number, one in enumerate(members) if id(one) in listed]) as found:
         network(*inputs)
     return {number: tuple(one.shape[1:]) for number, one in found.items()}
 

@@ -25,6 +25,7 @@ from distmatch.methods.adversarial import Adversarial
 from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Start
 from distmatch.models import attention
+from distmatch.models.diffusers import flow
 from distmatch.models.diffusers.autoencoder import Decoder
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
@@ -71,6 +72,7 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
         _in_place(),
         _replaced(Decoder, one_by_one=_alike(ledger)),
         _replaced(guide, cleaner=lambda schedule, bins, t: bins),  # levels without data cannot be compared
+        _longest_texts(),
         ledger,
     ):
         stage = _Stage(recipe, twin, info, parts, sharded)
@@ -103,7 +105,7 @@ def sampling_flops(denoiser: Denoiser, info: Info) -> float:
     """Return the FLOPs of one evaluation of one sample."""
     ready(denoiser)
     twin, ledger = copy.deepcopy(denoiser), Ledger()
-    with _in_place(), ledger, torch.no_grad():
+    with _in_place(), _longest_texts(), ledger, torch.no_grad():
         cond = family_of(info).example_cond(twin.net, info, 1)
         _emptied(twin)(torch.empty(1, *info.shape), torch.empty(1), cond)
     return ledger.flops.total()
@@ -166,6 +168,11 @@ def ready(denoiser: Denoiser) -> None:
 def _in_place() -> AbstractContextManager:
     """Modules stay where they are: PyTorch cannot move modules of tensors without data, and none has to be moved."""
     return _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self)
+
+
+def _longest_texts() -> AbstractContextManager:
+    """Let all texts be as long as they may be: masks without data cannot be counted."""
+    return _replaced(flow, lengths=lambda mask: [mask.shape[1]] * len(mask))
 
 
 def _alike(ledger: Ledger) -> Callable[[Decoder, Tensor], Tensor]:

@@ -255,10 +255,9 @@ def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], T
     else:
         source, make = info.source, family_of(info).decoder
     decoder = _kept(make, source, recipe.gradient_checkpointing).to(subject.device)
-    channels = decoder.vae.config.latent_channels
-    if channels != info.shape[0]:
+    if decoder.channels != info.shape[0]:
         raise UserError(
-            f"{source} decodes latents of {channels} channels; those of {recipe.teacher!r} are {info.shape}"
+            f"{source} decodes latents of {decoder.channels} channels; those of {recipe.teacher!r} are {info.shape}"
         )
     return Decoded(loss, decoder)
 

@@ -158,7 +158,7 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
     Works for any network and needs no argument in its `forward`. Tensors keep their graph.
     """
     found: dict[int, Tensor] = {}
-    image = _image_output(unwrapped(network))
+    image = getattr(bare(network), "image_output", 0)  # transformers of texts and images return the text first
     thread = get_ident()  # several workers may run the network at once, each with its own part of the batch
 
     def keep(number: int) -> Callable[..., None]:
@@ -184,12 +184,10 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
             handle.remove()
 
 
-def _image_output(network: nn.Module) -> int:
-    """Return which of a block's outputs is the image's, if it has several: diffusers' U-Nets also return skips, and
-    transformers of texts and images return the text first.
-    """
-    net = network_of(network) if isinstance(network, Denoiser) else network
-    return getattr(net, "image_output", 0)
+def bare(network: nn.Module) -> nn.Module:
+    """Return the network within a denoiser, adapted or distributed as it may be."""
+    inner = unwrapped(network)
+    return network_of(inner) if isinstance(inner, Denoiser) else inner
 
 
 def replicate(network: nn.Module) -> None:

@@ -14,8 +14,15 @@ from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.plain import fitting
 
-WIDTHS = {"AutoencoderKL": "block_out_channels", "AutoencoderDC": "encoder_block_out_channels"}
+WIDTHS = {
+    "AutoencoderKL": "block_out_channels",
+    "AutoencoderDC": "encoder_block_out_channels",
+    "AutoencoderKLQwenImage": "dim_mult",
+}
 """Known classes of autoencoders, and the setting with the width of each level; each level after the first halves."""
+
+VIDEO = ("AutoencoderKLQwenImage",)
+"""Those of videos: an image is a single frame."""
 
 
 class Decoder(nn.Module):
@@ -31,9 +38,10 @@ class Decoder(nn.Module):
 
     def __init__(self, vae: Any, checkpointing: bool = False):
         super().__init__()
-        del vae.encoder
+        vae.encoder = nn.Module()
         self.vae: Any = vae.eval().requires_grad_(False)
-        self.checkpointing = checkpointing
+        self.checkpointing, self.video = checkpointing, type(vae).__name__ in VIDEO
+        self.channels: int = vae.config.get("latent_channels") or vae.config["z_dim"]
 
     def forward(self, latents: Tensor) -> Tensor:
         z = unscaled(latents, self.vae.config)
@@ -48,6 +56,8 @@ class Decoder(nn.Module):
         return torch.cat([self.decode(one) for one in z.split(1)])
 
     def decode(self, z: Tensor) -> Tensor:
+        if self.video:
+            return self.vae.decode(z.unsqueeze(2), return_dict=False)[0].squeeze(2)
         return self.vae.decode(z, return_dict=False)[0]
 
 
@@ -62,7 +72,8 @@ class ImageEncoder:
     """
 
     def __init__(self, vae: Any):
-        del vae.decoder
+        vae.decoder = nn.Module()
+        self.video = type(vae).__name__ in VIDEO
         self.vae: Any = vae.eval().requires_grad_(False)
         self.stride = factor({**vae.config, "_class_name": type(vae).__name__}, "")
 
@@ -70,9 +81,11 @@ class ImageEncoder:
     def __call__(self, images: Tensor, eps: Tensor) -> Tensor:
         found = []
         for image, noise in zip(images.split(1), eps.split(1), strict=True):  # each takes gigabytes
-            latents = self.vae.encode(image.to(self.vae.device), return_dict=False)[0]
+            image = image.to(self.vae.device)
+            latents = self.vae.encode(image.unsqueeze(2) if self.video else image, return_dict=False)[0]
             if not isinstance(latents, Tensor):
-                latents = latents.mean + latents.std * noise.to(latents.mean)
+                mean, std = (one.squeeze(2) if self.video else one for one in (latents.mean, latents.std))
+                latents = mean + std * noise.to(mean)
             found.append(scaled(latents, self.vae.config))
         return torch.cat(found)
 
@@ -99,13 +112,13 @@ def tiny_decoder(source: str, checkpointing: bool = False, weights: bool = True)
 def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Convert latents f[B,C,h,w] from the diffusion model's scale to the autoencoder's."""
     mean, std = _moments(latents, config)
-    return latents / config["scaling_factor"] * std + mean
+    return latents / config.get("scaling_factor", 1.0) * std + mean
 
 
 def scaled(z: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Convert latents f[B,C,h,w] from the autoencoder's scale to the diffusion model's: the inverse of `unscaled`."""
     mean, std = _moments(z, config)
-    return (z - mean) / std * config["scaling_factor"]
+    return (z - mean) / std * config.get("scaling_factor", 1.0)
 
 
 def factor(vae: Mapping[str, Any], source: str) -> int:

@@ -8,10 +8,13 @@ from torch import nn
 from distmatch.models.diffusers.ddpm import PixelDiffusion
 from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
+from distmatch.models.diffusers.flux import Flux
 from distmatch.models.diffusers.hub import index, place
+from distmatch.models.diffusers.qwen_image import QwenImage
 from distmatch.models.diffusers.sana import Sana
 from distmatch.models.diffusers.sd3 import StableDiffusion3
 from distmatch.models.diffusers.stable import StableDiffusion, StableDiffusionXL
+from distmatch.models.diffusers.z_image import ZImage
 from distmatch.system.errors import UserError
 
 FAMILIES: dict[str, DiffusersFamily] = {
@@ -22,6 +25,9 @@ FAMILIES: dict[str, DiffusersFamily] = {
     "DiTPipeline": ClassTransformer(),
     "StableDiffusion3Pipeline": StableDiffusion3(),
     "SanaPipeline": Sana(),
+    "ZImagePipeline": ZImage(),
+    "QwenImagePipeline": QwenImage(),
+    "FluxPipeline": Flux(),
 }
 
 NETWORKS: dict[str, type[nn.Module]] = {

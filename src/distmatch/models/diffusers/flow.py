@@ -4,21 +4,26 @@ Their paths are straight, `x_t = (1 - t) x0 + t eps`, and their networks predict
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.diffusion.schedule import Flow
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler, own_schedule
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
+from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network, recorded
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
-from distmatch.system.plain import fitting
+from distmatch.system.plain import fitting, read_json
+
+SIDE = 1024
+"""Side of the images that pipelines make by default whose settings name none."""
 
 
 class FlowTransformer(nn.Module):
@@ -38,8 +43,11 @@ class FlowTransformer(nn.Module):
     adapted: ClassVar[tuple[str, ...]]
     """The linear layers that get adapters."""
 
+    main: ClassVar[str] = "transformer_blocks"
+    """Its list of blocks that a GAN judges by, see `heads.feature_shapes`."""
+
     image_output: ClassVar[int] = 0
-    """Which of the outputs of its blocks is the image's, see `engine.features`."""
+    """Which of the outputs of these blocks is the image's, see `engine.features`."""
 
     def __init__(self, transformer: Any, null: Mapping[str, Sequence[int]]):
         super().__init__()
@@ -178,6 +186,66 @@ class FlowFamily(DiffusersFamily):
         if not isinstance(net, self.net):
             raise UserError(f"the network {type(net).__name__} is not the {self.net.__name__} of this family")
         return net
+
+
+class PatchedFamily(FlowFamily):
+    """A family of transformers on patches of 2x2 latents, whose settings do not say how large its images are.
+
+    They are as large as its pipeline makes them by default, `SIDE`, or as `size` in the folder's `distmatch.json` says.
+    """
+
+    passes_sigmas = True
+
+    def channels(self, transformer: Mapping[str, Any]) -> Any:
+        """Return the channels of the latents."""
+        raise NotImplementedError
+
+    def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
+        card, pixels = Path(source) / CARD, factor(vae, source)
+        asked = read_json(card, dict[str, Any]).get("size", SIDE) if card.exists() else SIDE
+        side = fitting(asked, f"{card}: size", Count)
+        channels = fitting(self.channels(transformer), f"{source}: transformer/config.json: channels", Count)
+        held = vae.get("latent_channels", vae.get("z_dim"))
+        if channels != held:
+            raise UserError(
+                f"{source}: its transformer makes latents of {channels} channels; its autoencoder's are {held}"
+            )
+        if side % (2 * pixels):
+            raise UserError(f"{card}: size is {side}; expected a multiple of {2 * pixels}")
+        return channels, side // pixels, side // pixels, pixels
+
+    def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int]) -> int:
+        return shape[1] * shape[2] // 4
+
+
+def packed(x: Tensor) -> Tensor:
+    """Return latents f[B,C,h,w] as tokens f[B,N,4C], one for each patch of 2x2."""
+    return F.pixel_unshuffle(x, 2).flatten(2).mT
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens f[B,N,4C] as latents f[B,C,h,w]: the inverse of `packed`."""
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
+
+
+def positions(rows: int, columns: int, axes: int, like: Tensor) -> Tensor:
+    """Return each token's coordinates f[N,axes]: row and column in the second and third, zero in the others."""
+    found = like.new_zeros(rows, columns, axes)
+    found[..., 1] = torch.arange(rows, device=like.device)[:, None]
+    found[..., 2] = torch.arange(columns, device=like.device)
+    return found.flatten(0, 1)
+
+
+def padded(states: Sequence[Tensor], length: int) -> Cond:
+    """Return `text f[B,length,C]` from states f[L,C] of each text, and `extra["mask"] f[B,length]`, 1 at tokens."""
+    text = torch.stack([F.pad(one, (0, 0, 0, length - len(one))) for one in states])
+    mask = [F.pad(one.new_ones(len(one)), (0, length - len(one))) for one in states]
+    return Cond(text=text, extra={"mask": torch.stack(mask).float()})
+
+
+def lengths(mask: Tensor) -> list[int]:
+    """Return the tokens of each text from `mask f[B,L]`. Plans, whose tensors have no data, replace this function."""
+    return mask.sum(1).long().tolist()
 
 
 def _info(source: str, known: Settings) -> Info:

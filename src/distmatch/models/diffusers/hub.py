@@ -204,7 +204,8 @@ def pipeline(
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and part is not None and part.model_max_length > 1_000_000:  # not set
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
-            part.model_max_length = encoder.config.max_position_embeddings
+            texts = encoder.config.get_text_config()
+            part.model_max_length = getattr(texts, "max_position_embeddings", part.model_max_length)
     return pipe
 
 
