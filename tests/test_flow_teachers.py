@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from safetensors import safe_open
 
 from distmatch.diffusion.guidance import guided
@@ -21,7 +21,12 @@ from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler
 from distmatch.models.diffusers.tiny_flow import write_tiny_sana, write_tiny_sd3
-from distmatch.models.diffusers.tiny_patched import write_tiny_flux, write_tiny_qwen_image, write_tiny_z_image
+from distmatch.models.diffusers.tiny_patched import (
+    write_tiny_flux,
+    write_tiny_flux2,
+    write_tiny_qwen_image,
+    write_tiny_z_image,
+)
 from distmatch.models.folder import save_model
 from distmatch.models.library import components, family_of, find_model, outline
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
@@ -43,6 +48,7 @@ class Known:
     call: dict[str, Any] = field(default_factory=dict)
     pack: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, z: z.clone()
     unpack: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, z: z
+    noise: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     encode: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] = lambda vae: (
         lambda x: (vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
     )
@@ -53,6 +59,11 @@ def qwen_latents(vae):
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return lambda x: ((vae.encode(x[:, :, None]).latent_dist.mean - mean) / std)[:, :, 0]
+
+
+def normalised(vae, latents):
+    mean, variance = (one.view(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
+    return (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
 
 
 def true_guidance(scale):
@@ -90,8 +101,17 @@ FAMILIES = {
         pack=lambda pipe, z: pipe._pack_latents(z, len(z), 4, 8, 8),
         unpack=lambda pipe, z: pipe._unpack_latents(z, 64, 64, 8),
     ),
+    "flux2": Known(
+        write_tiny_flux2,
+        call={"height": 64, "width": 64},
+        unpack=lambda pipe, z: normalised(pipe.vae, pipe._patchify_latents(z)),
+        noise=lambda pipe, z: torch.randn(len(z), 4 * 4, 16).mT.unflatten(2, (4, 4)),
+        encode=lambda vae: (
+            lambda x: normalised(vae, Flux2KleinPipeline._patchify_latents(vae.encode(x).latent_dist.mean))
+        ),
+    ),
 }
-STUDENTS = ("sd3", "sana", "z-image", "qwen-image", "flux")
+STUDENTS = ("sd3", "sana", "z-image", "qwen-image", "flux", "flux2")
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +141,13 @@ def test_the_teacher_with_its_own_solver_is_the_stock_pipeline(folders, name):
         plain = own(pipe.denoiser, schedule, z, cond, known.steps)
     assert len(calls) == evaluations("flow", known.steps, 4.0) + known.steps
     call = {"num_inference_steps": known.steps, **known.guided(4.0), **known.call}
-    y = known.unpack(theirs, theirs(list(TEXTS), latents=known.pack(theirs, z), output_type="latent", **call).images)
+    y = known.unpack(
+        theirs, theirs(prompt=list(TEXTS), latents=known.pack(theirs, z), output_type="latent", **call).images
+    )
     assert (x - y).abs().max() < 1e-4 * y.abs().max()
     assert (x - plain).abs().max() > 0.05 * y.abs().max()  # guidance does something here
     assert (x[0] - x[1]).abs().max() > 0.05
-    images = theirs(list(TEXTS), latents=known.pack(theirs, z), output_type="pt", **call).images
+    images = theirs(prompt=list(TEXTS), latents=known.pack(theirs, z), output_type="pt", **call).images
     assert (pipe.sample(z, cond) / 2 + 0.5).clamp(0, 1).sub(images).abs().max() < 1e-4
 
 
@@ -160,7 +182,7 @@ def student(folder, out, nfe, **entries):
     return DistilledPipeline.from_pretrained(out)
 
 
-@pytest.mark.parametrize("nfe", [1, 2, 4])
+@pytest.mark.parametrize("nfe", [1, 4])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, name, nfe):
     known = FAMILIES[name]
@@ -168,12 +190,12 @@ def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, name, nf
     export_diffusers(str(tmp_path / "student"), tmp_path / "out")
     theirs, z = stock(tmp_path / "out"), rng.noise(0, range(2), pipe.info.shape)
     torch.manual_seed(7)
-    shape = known.pack(theirs, z).shape
-    noise = [known.unpack(theirs, torch.randn(shape)) for _ in range(nfe - 1)]
+    draw = known.noise or (lambda pipe, z: known.unpack(pipe, torch.randn(known.pack(pipe, z).shape)))
+    noise = [draw(theirs, z) for _ in range(nfe - 1)]
     x = pipe.sample(z, pipe.condition(2, prompts=TEXTS), lambda step: noise[step - 1])
     torch.manual_seed(7)
     call = {"num_inference_steps": nfe, "output_type": "pt", **known.plain, **known.call}
-    y = theirs(list(TEXTS), latents=known.pack(theirs, z), **call).images
+    y = theirs(prompt=list(TEXTS), latents=known.pack(theirs, z), **call).images
     assert theirs.scheduler.sigmas.tolist()[:-1] == pytest.approx(pipe.info.times, abs=1e-5)
     assert ((x / 2 + 0.5).clamp(0, 1) - y).abs().max() < 1e-4
     assert y.std() > 0.05
@@ -192,10 +214,10 @@ def test_adapters_are_a_lora_of_the_teacher(folders, tmp_path, name):
     theirs, z = stock(folders[name]), rng.noise(0, range(2), pipe.info.shape)
     theirs.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "lora", subfolder="scheduler")
     call = {"num_inference_steps": 1, "output_type": "pt", **known.plain, **known.call}
-    plain = theirs(list(TEXTS), latents=known.pack(theirs, z), **call).images
+    plain = theirs(prompt=list(TEXTS), latents=known.pack(theirs, z), **call).images
     theirs.load_lora_weights(tmp_path / "lora")
     x = (pipe.sample(z, pipe.condition(2, prompts=TEXTS)) / 2 + 0.5).clamp(0, 1)
-    y = theirs(list(TEXTS), latents=known.pack(theirs, z), **call).images
+    y = theirs(prompt=list(TEXTS), latents=known.pack(theirs, z), **call).images
     assert (x - y).abs().max() < 1e-4
     assert (x - plain).abs().max() > 0.05
     with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:  # as ComfyUI knows them

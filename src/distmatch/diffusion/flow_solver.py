@@ -18,7 +18,8 @@ SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 PASSED = "passed"
 """Entry of the settings, beside diffusers' own: what the model's pipeline passes to its scheduler.
 
-`sigmas: true`, levels from 1 to 1 / steps in equal steps; `mu`, the logarithm of the shift for the image's size.
+`sigmas: true`, levels from 1 to 1 / steps in equal steps; `mu`, the logarithm of the shift for the image's size; or
+`tokens` of the image, of which together with the number of steps FLUX.2's pipelines compute it.
 """
 
 
@@ -58,7 +59,16 @@ def flow(settings: Mapping[str, Any]) -> Sampler:
     return sample
 
 
+def log_shift(asked: Mapping[str, Any], steps: int) -> float | None:
+    """Return `mu`, the logarithm of the shift for so many steps; `None` for a scheduler with a shift of its own."""
+    if "tokens" not in asked:
+        return asked.get("mu")
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    return compute_empirical_mu(asked["tokens"], steps)
+
+
 def _passed(asked: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Return the arguments of `set_timesteps`."""
-    found: dict[str, Any] = {"mu": asked["mu"]} if "mu" in asked else {}
+    found: dict[str, Any] = {} if (mu := log_shift(asked, steps)) is None else {"mu": mu}
     return {**found, "sigmas": np.linspace(1, 1 / steps, steps)} if asked.get("sigmas") else found

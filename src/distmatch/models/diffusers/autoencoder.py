@@ -16,6 +16,7 @@ from distmatch.system.plain import fitting
 
 WIDTHS = {
     "AutoencoderKL": "block_out_channels",
+    "AutoencoderKLFlux2": "block_out_channels",
     "AutoencoderDC": "encoder_block_out_channels",
     "AutoencoderKLQwenImage": "dim_mult",
 }
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
         self.channels: int = vae.config.get("latent_channels") or vae.config["z_dim"]
 
     def forward(self, latents: Tensor) -> Tensor:
-        z = unscaled(latents, self.vae.config)
+        z = self.unscaled(latents)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.decode, z, use_reentrant=False)  # pyright: ignore[reportReturnType]
         if torch.is_grad_enabled():
@@ -54,6 +55,10 @@ class Decoder(nn.Module):
     def one_by_one(self, z: Tensor) -> Tensor:
         """Decode images one after another: the full decoder uses gigabytes for each."""
         return torch.cat([self.decode(one) for one in z.split(1)])
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Convert latents from the diffusion model's scale to the autoencoder's."""
+        return unscaled(latents, self.vae.config)
 
     def decode(self, z: Tensor) -> Tensor:
         if self.video:
@@ -79,15 +84,20 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, eps: Tensor) -> Tensor:
-        found = []
-        for image, noise in zip(images.split(1), eps.split(1), strict=True):  # each takes gigabytes
-            image = image.to(self.vae.device)
-            latents = self.vae.encode(image.unsqueeze(2) if self.video else image, return_dict=False)[0]
-            if not isinstance(latents, Tensor):
-                mean, std = (one.squeeze(2) if self.video else one for one in (latents.mean, latents.std))
-                latents = mean + std * noise.to(mean)
-            found.append(scaled(latents, self.vae.config))
-        return torch.cat(found)
+        pairs = zip(images.to(self.vae.device).split(1), eps.to(self.vae.device).split(1), strict=True)
+        return torch.cat([self.encode(image, noise) for image, noise in pairs])  # each takes gigabytes
+
+    def encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Return the latents f[1,C,h,w] of one image."""
+        return scaled(self.sample(image, noise), self.vae.config)
+
+    def sample(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Return the latents of one image on the autoencoder's own scale."""
+        latents = self.vae.encode(image.unsqueeze(2) if self.video else image, return_dict=False)[0]
+        if isinstance(latents, Tensor):
+            return latents
+        mean, std = (one.squeeze(2) if self.video else one for one in (latents.mean, latents.std))
+        return mean + std * noise.to(mean)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that determines the latents."""

@@ -39,7 +39,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     """Write the student `run` as a folder that `DiffusionPipeline.from_pretrained` opens (`distmatch export
     diffusers`).
 
-    `pipe(prompt, num_inference_steps=K, guidance_scale=1)`, with the student's number of steps for K (and with
+    `pipe(prompt=prompt, num_inference_steps=K, guidance_scale=1)`, with the student's number of steps for K (and with
     `class_labels`, or nothing, in place of the prompt), makes the student's image from its noise, adapters merged.
     Raises `UserError` if the student does not come from a model in diffusers' format, or if `out` holds anything but an
     older export of this kind, which is replaced.
@@ -97,7 +97,7 @@ def _arguments(info: Info, plain: str) -> str:
 
     `plain`: the one with which it does not guide.
     """
-    first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt"]}[info.condition]
+    first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt=prompt"]}[info.condition]
     scale = plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     guidance = [] if info.condition == "none" else [scale]
     size = []

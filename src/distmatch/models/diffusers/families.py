@@ -9,6 +9,7 @@ from distmatch.models.diffusers.ddpm import PixelDiffusion
 from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flux import Flux
+from distmatch.models.diffusers.flux2 import Flux2Klein
 from distmatch.models.diffusers.hub import index, place
 from distmatch.models.diffusers.qwen_image import QwenImage
 from distmatch.models.diffusers.sana import Sana
@@ -28,6 +29,7 @@ FAMILIES: dict[str, DiffusersFamily] = {
     "ZImagePipeline": ZImage(),
     "QwenImagePipeline": QwenImage(),
     "FluxPipeline": Flux(),
+    "Flux2KleinPipeline": Flux2Klein(),
 }
 
 NETWORKS: dict[str, type[nn.Module]] = {

@@ -114,8 +114,8 @@ class DiffusersFamily(Family):
         if any(side % pixels for side in size):
             raise UserError(f"image_size {list(size)}: expected multiples of {pixels}, the pixels per latent")
         shape = (info.shape[0], size[0] // pixels, size[1] // pixels)
-        if size[0] == size[1]:  # the default of diffusers' pipelines, some of which know only squares
-            network: Any = getattr(denoiser.net, self.network)
+        network: Any = getattr(denoiser.net, self.network)
+        if size[0] == size[1] and "sample_size" in network.config:  # the default of pipelines, some of squares only
             network.register_to_config(sample_size=shape[1])
         return replace(info, shape=shape)
 

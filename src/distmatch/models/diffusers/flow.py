@@ -4,6 +4,7 @@ Their paths are straight, `x_t = (1 - t) x0 + t eps`, and their networks predict
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.flow_solver import PASSED
 from distmatch.diffusion.schedule import Flow
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.flow_schedulers import flow_student_scheduler, own_schedule
+from distmatch.models.diffusers.flow_schedulers import dynamic, flow_student_scheduler, own_schedule
 from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network, recorded
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
@@ -99,6 +101,9 @@ class FlowFamily(DiffusersFamily):
     passes_sigmas: ClassVar[bool] = False
     """Whether its pipeline passes levels in equal steps to the scheduler, see `flow_solver.PASSED`."""
 
+    empirical: ClassVar[int | None] = None
+    """Steps for which the shift is taken, if it depends on their number, see `flow_solver.PASSED`."""
+
     def check(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
         """Raise `UserError` for settings of transformer and autoencoder that are not followed here."""
         self.check_autoencoder(vae, source)
@@ -119,9 +124,13 @@ class FlowFamily(DiffusersFamily):
             )
         return channels, side, side, factor(vae, source)
 
+    def patch(self, transformer: Mapping[str, Any]) -> int:
+        """Return the side of a token, in latents."""
+        return int(transformer.get("patch_size", 1))
+
     def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int]) -> int:
         """Return the image's tokens, on which a dynamic shift depends."""
-        return shape[1] * shape[2] // int(transformer["patch_size"]) ** 2
+        return shape[1] * shape[2] // self.patch(transformer) ** 2
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a condition's tensors without their batch, as `encode` makes them."""
@@ -134,8 +143,15 @@ class FlowFamily(DiffusersFamily):
         channels, height, width, factor = self.latents(transformer, vae, source)
         shape = (channels, height, width)
         scheduler = config(source, "scheduler_config.json", "scheduler")
-        schedule, scheduler = own_schedule(scheduler, self.tokens(transformer, shape), self.passes_sigmas, source)
+        schedule, scheduler = self.levels(scheduler, self.tokens(transformer, shape), source)
         return Settings(parts, scheduler, schedule, "velocity", transformer, shape, (height * factor, width * factor))
+
+    def levels(self, scheduler: Mapping[str, Any], tokens: int, source: str) -> tuple[Flow, dict[str, Any]]:
+        """Return the schedule for an image of `tokens`, and the scheduler's settings with what the pipeline passes."""
+        passed: dict[str, Any] = {"sigmas": True} if self.passes_sigmas else {}
+        if scheduler.get("use_dynamic_shifting"):
+            passed |= dynamic(scheduler, tokens, self.empirical, source)
+        return own_schedule(scheduler, passed, self.empirical, source), {**scheduler, PASSED: passed}
 
     def load(self, source: str) -> tuple[Denoiser, Info]:
         need("diffusers", "transformers", by=source)
@@ -155,9 +171,12 @@ class FlowFamily(DiffusersFamily):
         return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
-        if info.scheduler.get("use_dynamic_shifting"):
-            raise UserError(f"image_size {list(size)}: this model's levels depend on the size; use its own")
-        return super().resized(denoiser, info, size)
+        found, transformer = super().resized(denoiser, info, size), self._own(denoiser.net).transformer.config
+        if any(side % self.patch(transformer) for side in found.shape[1:]):
+            raise UserError(f"image_size {list(size)}: its latents {found.shape} don't divide into patches")
+        schedule, scheduler = self.levels(info.scheduler, self.tokens(transformer, found.shape), info.source)
+        denoiser.schedule = schedule
+        return replace(found, scheduler=scheduler)
 
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
         made = {name: torch.empty(n, *shape) for name, shape in self._own(net).null.items()}
@@ -167,7 +186,7 @@ class FlowFamily(DiffusersFamily):
         net, scheduler = self._own(student.net), self.student_scheduler(student, info)
         theirs = self.settings(source)
         texts = self.null_shapes(source, theirs.network)
-        if (theirs.shape, texts) != (info.shape, net.null):
+        if (theirs.shape[0], texts) != (info.shape[0], net.null):
             raise UserError(
                 f"{source} makes latents {theirs.shape} of conditions {texts}, the student {info.shape} of {net.null}; "
                 f"expected the model that it was made from, {info.source}"
@@ -191,7 +210,8 @@ class FlowFamily(DiffusersFamily):
 class PatchedFamily(FlowFamily):
     """A family of transformers on patches of 2x2 latents, whose settings do not say how large its images are.
 
-    They are as large as its pipeline makes them by default, `SIDE`, or as `size` in the folder's `distmatch.json` says.
+    They are as large as its pipeline makes them by default, `SIDE`. In a tiny model's folder, `distmatch.json` says how
+    large its images are.
     """
 
     passes_sigmas = True
@@ -214,8 +234,8 @@ class PatchedFamily(FlowFamily):
             raise UserError(f"{card}: size is {side}; expected a multiple of {2 * pixels}")
         return channels, side // pixels, side // pixels, pixels
 
-    def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int]) -> int:
-        return shape[1] * shape[2] // 4
+    def patch(self, transformer: Mapping[str, Any]) -> int:
+        return 2
 
 
 def packed(x: Tensor) -> Tensor:

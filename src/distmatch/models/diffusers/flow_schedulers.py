@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distmatch.diffusion.flow_solver import PASSED, SCHEDULERS
+from distmatch.diffusion.flow_solver import SCHEDULERS, log_shift
 from distmatch.diffusion.schedule import Flow
 from distmatch.diffusion.spacing import shifted
 from distmatch.system.errors import UserError
@@ -41,12 +41,12 @@ SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.
 """diffusers' settings for a shift that depends on the image's size."""
 
 
-def own_schedule(scheduler: Mapping[str, Any], tokens: int, sigmas: bool, source: str) -> tuple[Flow, dict[str, Any]]:
-    """Return the schedule of a flow model, and its scheduler's settings as `flow_solver.flow` takes them.
+def own_schedule(scheduler: Mapping[str, Any], passed: Mapping[str, Any], steps: int | None, source: str) -> Flow:
+    """Return the schedule of a flow model.
 
     Args:
-        tokens: of the image, for a shift that depends on its size.
-        sigmas: whether the model's pipeline passes levels in equal steps.
+        passed: what its pipeline passes to the scheduler, see `flow_solver.PASSED`.
+        steps: for which a shift is taken that depends on their number.
 
     Raises `UserError` for a scheduler or a setting that is not followed.
     """
@@ -57,24 +57,26 @@ def own_schedule(scheduler: Mapping[str, Any], tokens: int, sigmas: bool, source
         value = scheduler.get(name, DEFAULTS[name])
         if value != plain:
             raise UserError(f"{source}: the scheduler's {name} {value!r} is not followed; expected {plain}")
-    passed: dict[str, Any] = {"sigmas": True} if sigmas else {}
-    if scheduler.get("use_dynamic_shifting"):
-        passed["mu"] = log_shift(scheduler, tokens, source)
-        linear = scheduler.get("time_shift_type") == "linear"
-        shift = passed["mu"] if linear else math.exp(passed["mu"])
-    else:
+    mu = log_shift(passed, steps or 1)
+    if mu is None:
         shift = _number(scheduler, "shift" if kind.startswith("Flow") else "flow_shift", 1.0, source)
+    else:
+        shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
     lowest = scheduler.get("shift_terminal") or shifted(1 / LEVELS, shift)
     try:
-        return Flow(lowest, 1.0, shift), {**scheduler, PASSED: passed}
+        return Flow(lowest, 1.0, shift)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def log_shift(scheduler: Mapping[str, Any], tokens: int, source: str) -> float:
-    """Return `mu`, which is linear in the image's tokens; the shift is its exponential."""
+def dynamic(scheduler: Mapping[str, Any], tokens: int, steps: int | None, source: str) -> dict[str, Any]:
+    """Return what a pipeline passes for a shift that depends on the image's `tokens`: `mu`, linear in them; or, if it
+    also depends on the number of steps, the tokens themselves.
+    """
+    if steps is not None:
+        return {"tokens": tokens}
     few, many, low, high = (_number(scheduler, name, default, source) for name, default in SHIFTS.items())
-    return low + (high - low) * (tokens - few) / (many - few)
+    return {"mu": low + (high - low) * (tokens - few) / (many - few)}
 
 
 def _number(scheduler: Mapping[str, Any], name: str, default: float, source: str) -> float:

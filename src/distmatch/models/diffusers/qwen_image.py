@@ -41,7 +41,7 @@ class QwenImageTransformer(FlowTransformer):
         made = self.transformer(packed(x), text, mask.bool(), t, shapes, return_dict=False)[0]
         return unpacked(made, height, width)
 
-    def combine(self, x: Tensor, t: Tensor, x0: tuple[Tensor, Tensor], scale: Tensor | float) -> Tensor:
+    def combine(self, x: Tensor, t: Tensor, x0: tuple[Tensor, Tensor], scale: Any) -> Tensor:
         """Return the guided `x0`: each token's velocity keeps the norm that it has without guidance.
 
         Args:

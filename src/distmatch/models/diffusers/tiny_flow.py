@@ -15,6 +15,16 @@ WORDS = ("▁a", "▁cat", "▁two", "▁dogs", "▁on", "▁the", "▁sofa", "�
 """What the tiny tokenizers of sentence pieces know, beside single letters."""
 
 
+KL: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+"""Widths of the tiny autoencoders."""
+
+
 def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed: int = 0) -> Path:
     """Write a Stable Diffusion 3.5 with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 64x64.
 
@@ -90,18 +100,8 @@ def write_tiny_sana(folder: Path, seed: int = 0) -> Path:
 def tiny_vae(channels: int = 4, **scaling: float) -> Any:
     """Return a random `AutoencoderKL` as the flow models have it: without convolutions around the latents."""
     diffusers, _ = libraries()
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=channels,
-        sample_size=64,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **scaling,
-    )
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return diffusers.AutoencoderKL(**KL, **plain, latent_channels=channels, sample_size=64, **scaling)
 
 
 def tiny_clip(tokenizer: Any) -> Any:

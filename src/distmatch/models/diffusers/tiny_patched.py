@@ -9,7 +9,7 @@ from torch import nn
 from distmatch.models.diffusers.hub import CARD
 from distmatch.models.diffusers.small import clip_tokenizer, libraries
 from distmatch.models.diffusers.tiny import MERGES
-from distmatch.models.diffusers.tiny_flow import t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+from distmatch.models.diffusers.tiny_flow import KL, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
 from distmatch.system.files import write_json
 
 CHAT = (
@@ -66,9 +66,7 @@ def write_tiny_qwen_image(folder: Path, seed: int = 0) -> Path:
             joint_attention_dim=24,
             axes_dims_rope=(8, 4, 4),
         )
-        with torch.no_grad():  # so that texts make a difference
-            for parameter in transformer.transformer_blocks.parameters():
-                parameter.mul_(2)
+        _listening(transformer, 2)
         vae = diffusers.AutoencoderKLQwenImage(
             base_dim=12,
             z_dim=4,
@@ -124,6 +122,39 @@ def write_tiny_flux(folder: Path, seed: int = 0) -> Path:
     return _saved(pipe, folder, 64)
 
 
+def write_tiny_flux2(folder: Path, seed: int = 0) -> Path:
+    """Write a FLUX.2 klein with weights from `seed` to `folder`; return `folder`. Latents 16x4x4, images 64x64."""
+    diffusers, transformers = libraries()
+    tokenizer = qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            guidance_embeds=False,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        _listening(transformer, 4)
+        vae = diffusers.AutoencoderKLFlux2(**KL, latent_channels=4)
+        nn.init.normal_(vae.bn.running_mean)
+        nn.init.uniform_(vae.bn.running_var, 0.5, 2)
+        # The pipeline reads the states of layer 27.
+        layers = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28, "head_dim": 4}
+        text_encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**_language(tokenizer), **layers}))
+        pipe = diffusers.Flux2KleinPipeline(
+            transformer=transformer,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+    return _saved(pipe, folder, 64)
+
+
 def qwen_tokenizer() -> Any:
     """Return Qwen's tokenizer with single bytes alone."""
     _, transformers = libraries()
@@ -145,6 +176,13 @@ def _language(tokenizer: Any) -> dict[str, Any]:
         "num_key_value_heads": 1,
         "max_position_embeddings": 4096,
     }
+
+
+@torch.no_grad()
+def _listening(transformer: Any, factor: float) -> None:
+    """Multiply the weights of the blocks, so that texts make a difference."""
+    for parameter in transformer.transformer_blocks.parameters():
+        parameter.mul_(factor)
 
 
 def _saved(pipe: Any, folder: Path, size: int) -> Path:
