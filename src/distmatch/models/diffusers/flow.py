@@ -223,8 +223,8 @@ class PatchedFamily(FlowFamily):
     def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
         card, pixels = Path(source) / CARD, factor(vae, source)
         asked = read_json(card, dict[str, Any]).get("size", SIDE) if card.exists() else SIDE
-        side = fitting(asked, f"{card}: size", Count)
-        channels = fitting(self.channels(transformer), f"{source}: transformer/config.json: channels", Count)
+        where = f"{source}: size in distmatch.json, and the transformer's channels"
+        side, channels = fitting((asked, self.channels(transformer)), where, tuple[Count, Count])
         held = vae.get("latent_channels", vae.get("z_dim"))
         if channels != held:
             raise UserError(

@@ -34,10 +34,12 @@ class Flux2Transformer(FlowTransformer):
     )
 
     def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        size, places = x.shape[-2:], x.new_zeros(text.shape[1], 4)
+        rows, columns = x.shape[-2:]
+        places = x.new_zeros(text.shape[1], 4)
         places[:, 3] = torch.arange(text.shape[1], device=x.device)
-        made = self.transformer(x.flatten(2).mT, text, t, positions(*size, 4, x), places, return_dict=False)[0]
-        return made.mT.unflatten(2, size)
+        image = positions(rows, columns, 4, x)
+        made = self.transformer(x.flatten(2).mT, text, t, image, places, return_dict=False)[0]
+        return made.mT.unflatten(2, (rows, columns))
 
 
 class Flux2Klein(PatchedFamily):
