@@ -172,6 +172,21 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(folder, planner, changes
     assert made.checkpoint == pytest.approx(saved, rel=0.02)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_previews_are_planned_with_a_decoder_that_comes_for_them(folder, planner, offload):
+    """Where a step is small, they are what takes the most. All that can be off a card is off it."""
+    changes = (*(change.format(folder) for change in SD), "terms=match", "match.batch=1", f"offload={offload}")
+    made = planner(planned, str(folder / "tiny.yaml"), changes)
+    real, _ = distiller(folder, changes)
+    temporary = made.memory["gradients"] + made.memory["activations"]
+    decoder = size(real.decode.part if offload else real.decode)  # on a CPU it need not come
+    shown = peak(real.preview) + offload * decoder
+    assert temporary + made.memory["previews, prompts"] == pytest.approx(shown, rel=0.1)
+    assert made.memory["previews, prompts"] > 0
+    held = 4 * family_of(real.info).component_weights(real.info.source)
+    assert made.memory["text encoder, decoder"] == (0 if offload else held)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -267,10 +282,11 @@ def test_traffic_and_memory_are_those_of_real_processes(folder, planner, process
     assert made.traffic.processes == processes
     # DDP's buckets were there before the step.
     buckets = 0 if sharded else made.memory["optimizer"] / 2
-    temporary = {"gradients", "gathered blocks", "activations"}
+    temporary = {"gradients", "gathered blocks", "activations", "previews, prompts"}
     held = sum(value for part, value in made.memory.items() if part not in temporary)
     # What FSDP2 has gathered is planned as a bound.
-    assert made.peak == pytest.approx(held + buckets + found["peak"], rel=0.15 if sharded else 0.03)
+    planned_peak = made.peak - made.memory["previews, prompts"]
+    assert planned_peak == pytest.approx(held + buckets + found["peak"], rel=0.15 if sharded else 0.03)
 
 
 def test_a_ring_sends_what_the_closed_form_says():

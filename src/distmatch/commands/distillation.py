@@ -13,7 +13,6 @@ from distmatch.evaluation.measure import evaluate as measure
 from distmatch.methods.distill import Distiller
 from distmatch.models.folder import how_to_sample
 from distmatch.models.info import Info
-from distmatch.models.library import components
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline, side_by_side
 from distmatch.planning.preflight import Flight, checks, cleared
 from distmatch.recipe import build, objectives, subjects
@@ -113,7 +112,7 @@ def _train(
 
         def frechet() -> dict[str, float]:
             student = DistilledPipeline(
-                distiller.ema.network, distiller.info, components(subject.info, distiller.device)
+                distiller.ema.network, distiller.info, subjects.components_of(recipe, subject.info, distiller.device)
             )
             n, seed = recipe.evaluate.images, recipe.seed + 1
             batch = 4 if subject.info.latent else 256
@@ -138,7 +137,7 @@ def _teacher_student(recipe: Recipe, subject: subjects.Subject, distiller: Disti
     """Write `teacher-student.png`: the images of both from the same noise."""
     p, info = recipe.pairs, subject.info
     guidance = p.guidance if recipe.student.guidance is None else None
-    parts = components(info, distiller.device)
+    parts = subjects.components_of(recipe, info, distiller.device)
     slow = TeacherPipeline(subject.denoiser, info, parts, sampler=p.sampler, steps=p.steps, guidance=guidance)
     fast = DistilledPipeline(distiller.ema.network, distiller.info, parts)
     columns, rows, zoom = (4, 2, 1) if info.latent else (10, 4, 2)

@@ -5,10 +5,11 @@ Names are `mnist` and other models of the package, a model or run folder, `edm:F
 """
 
 import difflib
+from dataclasses import fields, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from distmatch.models.family import Components, Family
 from distmatch.models.folder import load_model
 from distmatch.models.info import Info, Lora
 from distmatch.models.mixture import Mixtures
+from distmatch.models.offload import Visitor
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS, RECIPES, expand, located
 from distmatch.system.terminal import command
@@ -87,16 +89,27 @@ def diffusers_source(name: str) -> str | None:
     return next((folder for folder in folders if (Path(folder) / "model_index.json").exists()), None)
 
 
-def components(info: Info, device: torch.device | str = "cpu") -> Components:
-    """Return the parts of a model other than its network, loaded once for each way of using it."""
+def components(info: Info, device: torch.device | str = "cpu", offload: bool = False) -> Components:
+    """Return the parts of a model other than its network, loaded once for each way of using it.
+
+    `offload`: they are in the host's memory, and on the device only while they compute.
+    """
     if not info.source:
         return Components()
-    return _components(info.source, info.shape, info.lora, str(device))
+    return _components(info.source, info.shape, info.lora, str(device), offload)
 
 
 @cache
-def _components(source: str, shape: tuple[int, ...], lora: Lora | None, device: str) -> Components:
-    return family_in(source).components(Info(shape, source=source, lora=lora), device)
+def _components(source: str, shape: tuple[int, ...], lora: Lora | None, device: str, offload: bool) -> Components:
+    parts = family_in(source).components(Info(shape, source=source, lora=lora), "cpu" if offload else device)
+    if not offload:
+        return parts
+    moved: dict[str, Any] = {
+        field.name: Visitor(part, device)
+        for field in fields(parts)
+        if (part := getattr(parts, field.name)) not in (None, field.default)
+    }
+    return replace(parts, **moved)
 
 
 def _by_scheme(name: str, kind: str) -> tuple[Family | None, str]:

@@ -15,6 +15,7 @@ from distmatch.models.library import family_of
 from distmatch.planning.ledger import LOSSES
 from distmatch.planning.rehearsal import rehearse
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.subjects import offloaded
 from distmatch.system.errors import UserError
 from distmatch.training.adapters import Adapted
 from distmatch.training.engine import blocks
@@ -47,6 +48,7 @@ class Traffic:
 class Cost:
     """The cost of one step: FLOPs of all processes, by network; peak bytes of one process, by part; traffic.
 
+    What previews and prompts take between steps counts as far as it exceeds the gradients and activations of a step.
     `checkpoint` is the size of one checkpoint in bytes, over all processes.
     """
 
@@ -98,7 +100,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
         )
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
-    memory["text encoder, decoder"] = FP32 * family_of(info).component_weights(info.source)
+    others = FP32 * family_of(info).component_weights(info.source)
+    memory["text encoder, decoder"] = 0 if offloaded(recipe) else others
     if processes == 1:
         memory["gradients"], memory["activations"] = done.gradients, done.activations
     elif not sharded:  # DDP never frees its buckets; sums over parts are held in addition until the last part
@@ -112,6 +115,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1) -> 
         memory["activations"] = done.most_activations
     if processes > 1:
         memory["gradients"] += FP32 * head
+    between = max(done.pictures, others - memory["text encoder, decoder"])  # prompts are encoded then, too
+    memory["previews, prompts"] = max(0, between - memory["gradients"] - memory["activations"])
     average = numel(done.networks["average"])
     states = sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
     checkpoint = FP32 * (average + states + 3 * head)

@@ -159,6 +159,12 @@ class Ledger(TorchDispatchMode):
         self.gradients = 0
         self._have.clear()
 
+    def most(self, work: Callable[[], Any]) -> int:
+        """Return the most bytes alive at once during `work`, which has no gradients; it counts in `peak` as well."""
+        self._update_peak = self.alive
+        work()
+        return self._update_peak
+
     def enter(self, name: str, block: nn.Module) -> None:
         """Let a backward pass enter the network `name` through what its `block` returns, as from a head on features."""
 

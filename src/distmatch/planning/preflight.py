@@ -30,7 +30,7 @@ from distmatch.evaluation.measure import Space
 from distmatch.methods.terms import Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info
-from distmatch.models.library import components, diffusers_source
+from distmatch.models.library import diffusers_source
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.system import parallel
@@ -98,7 +98,8 @@ class Flight:
     @cached_property
     def cond(self) -> Cond | None:
         """The condition of the first sample. A prompt is encoded directly; `prompts.cache` is filled later."""
-        encode, scales = components(self.subject.info, self.device).encode, self.recipe.student.guidance
+        encode = subjects.components_of(self.recipe, self.subject.info, self.device).encode
+        scales = self.recipe.student.guidance
         cond = self.subject.conditions.at([0]) if encode is None else encode(self.subject.prompts[:1])
         if encode is not None and scales is not None:
             cond = with_guidance(cond, torch.tensor([scales[0]]))
@@ -118,8 +119,9 @@ class Flight:
     @cached_property
     def pixels(self) -> Tensor:
         """The student's sample as an image u8[1,C,H,W]."""
+        decode = subjects.components_of(self.recipe, self.subject.info, self.device).decode
         with torch.no_grad():
-            return imaging.picture(components(self.subject.info, self.device).decode(self.sample))
+            return imaging.picture(decode(self.sample))
 
     def pairs(self) -> dict[str, PairSpec]:
         """Return the largest pair store that the stages need at each place."""

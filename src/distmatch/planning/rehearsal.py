@@ -47,6 +47,7 @@ class Rehearsal:
         gradients, activations: bytes at the time of peak memory; activations are everything that is neither a gradient
             nor was there before the step.
         most_activations: the largest value of these at any time.
+        pictures: bytes at the peak of a preview, when there is neither; with the decoder, unless it is always there.
     """
 
     networks: dict[str, nn.Module]
@@ -55,6 +56,7 @@ class Rehearsal:
     gradients: int
     activations: int
     most_activations: int
+    pictures: int
 
 
 def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool = False) -> Rehearsal:
@@ -87,10 +89,11 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
                     ledger.enter(judge, blocks(networks[judge])[number])
         with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
             flops = stage.run(ledger)
-    drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
-    peak, gradients = ledger.peak, ledger.gradients_then
-    if recipe.accumulate > 1:
-        peak, gradients = ledger.later_peak, ledger.later_gradients
+        drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
+        peak, gradients = ledger.peak, ledger.gradients_then
+        if recipe.accumulate > 1:
+            peak, gradients = ledger.later_peak, ledger.later_gradients
+        pictures = stage.pictures(ledger)
     return Rehearsal(
         {**networks, "average": stage.distiller.ema.network},
         stage.losses,
@@ -98,6 +101,7 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
         gradients,
         drawn + peak - gradients - held,
         drawn + ledger.peak_without_gradients - held,
+        pictures,
     )
 
 
@@ -266,6 +270,16 @@ class _Stage:
             rolls = self.rolled * (self.recipe.fake.steps if self.distiller.fake is not None else 1)
             flops["student"] += round(rolls * (ledger.flops - before)["student"])
         return flops
+
+    def pictures(self, ledger: Ledger) -> int:
+        """Return the most bytes alive at once, besides those that are now, while a preview is made and decoded."""
+        if len(self.info.shape) != 3:
+            return 0
+        before = ledger.alive
+        if self.info.latent:
+            self.distiller.decode = _emptied(family_of(self.info).decoder(self.info.source, weights=False))
+        held = 0 if subjects.offloaded(self.recipe) else ledger.alive - before
+        return ledger.most(self.distiller.preview) - before - held
 
     def example(self, n: int) -> Cond | None:
         return subjects.example_cond(self.recipe, self.teacher, self.info, n)

@@ -17,13 +17,13 @@ from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import GuidanceInput, with_guidance
 from distmatch.models.info import Info
-from distmatch.models.library import components, find_model
+from distmatch.models.library import find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
 from distmatch.recipe.network_entries import Adapter as AdapterEntries
 from distmatch.recipe.objectives import objective, optimizer, trains_fake
 from distmatch.recipe.steps import student_steps
-from distmatch.recipe.subjects import Subject, example
+from distmatch.recipe.subjects import Subject, components_of, example
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
@@ -166,7 +166,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
             precision=recipe.precision,
             process=(parallel.rank(), parallel.world()),
             conditions=subject.conditions,
-            decode=components(info, dev).decode if info.latent else None,
+            decode=components_of(recipe, info, dev).decode if info.latent else None,
         ),
     )
 

@@ -255,6 +255,13 @@ class Recipe(Strict):
         "ours; int8: LLM.int8, arXiv 2208.07339, with all values as integers",
         small="fp32",
     )
+    offload: bool = entry(
+        False,
+        "Keep the text encoders, and the decoder of previews, in the host's memory, and copy them to the device for "
+        "each use. So they always are with prompts.cache, except with the term gan, which encodes captions.",
+        "ours",
+        free=True,
+    )
     workers: Positive | Literal["auto"] = entry(
         "auto",
         "Threads that share each batch on a CPU, each with its part of the cores and gradients of its own. auto: as "

@@ -15,6 +15,7 @@ from distmatch.data.reals import Describe, Reals
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
+from distmatch.models.offload import visiting
 from distmatch.recipe.entries import Recipe
 from distmatch.system import rng
 from distmatch.system.digests import digest
@@ -125,7 +126,6 @@ def _latents(recipe: Recipe, info: Info, images: Images, device: torch.device) -
     """Return what reads latents: each image is encoded when it is drawn, or all once, to a folder of `real.cache`."""
     assert recipe.real.images is not None
     encoder: Any = family_of(info).image_encoder(info.source)
-    encoder.vae.to(device)
     _, height, width = info.shape
     check_shape(images, (3, height * encoder.stride, width * encoder.stride), recipe.real.images, recipe.teacher)
 
@@ -134,13 +134,14 @@ def _latents(recipe: Recipe, info: Info, images: Images, device: torch.device) -
         return encoder(x, rng.noise(0, numbers, info.shape))
 
     if recipe.real.cache is None:
+        encoder.vae.to(device)
         return lambda numbers: encoded(numbers.tolist())
     name = sha256(f"{digest(images.pixels)}{encoder.fingerprint()}".encode()).hexdigest()
     folder, made = Path(recipe.real.cache) / name[:32], []
 
     def read(numbers: Tensor) -> Tensor:
         if not made:  # on first use: a run is checked before anything long begins
-            with progress("latents", len(images), unit="image") as advance:
+            with visiting([encoder.vae], device), progress("latents", len(images), unit="image") as advance:
                 made.append(compute(folder, "latents", len(images), lambda part: {"x": encoded(part)}, advance))
         return made[0](numbers.tolist())["x"]
 

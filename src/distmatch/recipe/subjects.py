@@ -1,6 +1,7 @@
 """What a recipe distils: the teacher on its device, with the conditions and prompts of its samples."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,10 @@ from distmatch.diffusion.conditions import Classes, Conditions, Guided, Prompts,
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.evaluation.measure import Space
 from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
-from distmatch.models.family import Encoder
+from distmatch.models.family import Components, Encoder
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
+from distmatch.models.offload import Visitor, visiting
 from distmatch.recipe.entries import Evaluation, Recipe
 from distmatch.recipe.real_images import real_images
 from distmatch.system.errors import UserError
@@ -86,13 +88,13 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
                 f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
             )
         prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
-        encoder = components(info, dev).encode
+        encoder = components_of(recipe, info, dev).encode
         assert encoder is not None
         encoders, cut = encoder.fingerprint(), encoder.cut(prompts)
         conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
-    real = real_images(recipe, info, components(info, dev).encode, dev) if recipe.needs_images else None
+    real = real_images(recipe, info, components_of(recipe, info, dev).encode, dev) if recipe.needs_images else None
     print_of = fingerprint(denoiser)
     if not any("regress" in stage.terms or stage.own_terms for stage in recipe.parts):  # pairs are made by all its bits
         hold(denoiser.requires_grad_(False).net, recipe.base_weights, dev.type)  # before it takes room on the device
@@ -112,6 +114,16 @@ def as_used(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
     return info
 
 
+def components_of(recipe: Recipe, info: Info, device: torch.device) -> Components:
+    """Return the teacher's text encoders and decoder as the recipe holds them."""
+    return components(info, device, offloaded(recipe))
+
+
+def offloaded(recipe: Recipe) -> bool:
+    """Return whether text encoders and decoder are in the host's memory: prompts that are cached need none on a GPU."""
+    return recipe.offload or (recipe.prompts.cache is not None and not recipe.needs_images)
+
+
 def _scales(recipe: Recipe) -> list[float | None]:
     """Return the scales with which the recipe guides its teacher; `None` stands for a range."""
     if recipe.student.guidance is not None:
@@ -128,7 +140,8 @@ def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callabl
 
     @cache
     def states() -> Embeddings:
-        with progress("prompts", len(prompts), unit="prompt") as advance:
+        here = visiting(encoder.networks, encoder.device) if isinstance(encoder, Visitor) else nullcontext()
+        with here, progress("prompts", len(prompts), unit="prompt") as advance:  # there once, not for each batch
             return embed(folder, prompts, encoder, advance)
 
     return lambda numbers: states()(numbers)
