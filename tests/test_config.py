@@ -30,6 +30,8 @@ def test_every_number_of_the_demo_stands_in_its_file():
         "teacher_lora",
         "gan",
         "guide",
+        "memory",
+        "offload",
         "prompts",
         "real",
         "stages",

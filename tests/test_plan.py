@@ -42,6 +42,7 @@ from distmatch.models.perceptual import write_random_weights
 from distmatch.planning import rehearsal
 from distmatch.planning.cost import Cost, Traffic, cost, numel
 from distmatch.planning.gpus import GPUS, Gpu
+from distmatch.planning.ladder import Ladder
 from distmatch.planning.plan import Cluster, bill, pace, settled, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
@@ -337,8 +338,7 @@ def told(file: str, share: float, changes: tuple[str, ...], gpus: int) -> tuple[
     recipe = load_recipe(file, changes)
     denoiser, info = outline(recipe.teacher)
     made = cost(recipe, denoiser, info, gpus)
-    cluster = Cluster(gpus, Gpu(share * made.peak / 0.9, 1e15, 1e15, 1e11), 1e9, 0.4)
-    return verdict(recipe, made, denoiser, info, cluster), share * made.peak
+    return verdict(Ladder(recipe, denoiser, info, gpus), share * made.peak / 0.9), share * made.peak
 
 
 def test_the_nearest_setting_that_fits_is_told(folder, planner):
@@ -350,7 +350,7 @@ def test_the_nearest_setting_that_fits_is_told(folder, planner):
     assert planner(planned, file, (*changes, f"accumulate={fewer}")).peak > room
     assert "larger GPUs" in planner(told, file, 0.01, changes, 1)[0]
     # Where weights are most of it, slices are what helps.
-    assert "parallel=fsdp" in planner(told, file, 0.8, ("terms=regress", "regress.batch=2"), 2)[0]
+    assert "parallel=fsdp" in planner(told, file, 0.85, ("terms=regress", "regress.batch=2"), 2)[0]
 
 
 def published(source: str) -> tuple[list[int], str]:

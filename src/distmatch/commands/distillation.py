@@ -18,7 +18,7 @@ from distmatch.planning.preflight import Flight, checks, cleared
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.settle import settled
-from distmatch.system import parallel
+from distmatch.system import machine, parallel
 from distmatch.system.files import write_atomic
 from distmatch.system.ownership import owns_out
 from distmatch.system.screen import console, size
@@ -40,7 +40,7 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         runs: the folder where pair stores are shared.
         teacher: your own denoiser, with its image shape and classes; `recipe.teacher` then only names it.
     """
-    recipe = _settled(recipe, out)
+    recipe = _settled(recipe, out, teacher)
     with using(build.workers(recipe)):
         _distil(recipe, out, runs, teacher)
 
@@ -80,15 +80,25 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
 @parallel.process_group()
 def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """Run `distmatch train --check`: only the checks that `distil` makes first, one line per result."""
-    recipe = _settled(recipe, out)
+    recipe = _settled(recipe, out, teacher)
     for name, found in checks(Flight(recipe, out, runs, teacher)):
         _say(f"✓ {name:<10} {found}")
     _say("Nothing stands in the way of this run")
 
 
-def _settled(recipe: Recipe, out: Path) -> Recipe:
+def in_memory(recipe: Recipe, began: Recipe | None, teacher: tuple[Denoiser, Info] | None = None) -> tuple[Recipe, str]:
+    """Return `recipe` with what `memory` chooses on this machine, and the choice in a line; see `planning.ladder`."""
+    from distmatch.planning.ladder import fitted
+
+    return fitted(recipe, began, machine.memory(subjects.device(recipe.device)), parallel.world(), teacher)
+
+
+def _settled(recipe: Recipe, out: Path, teacher: tuple[Denoiser, Info] | None = None) -> Recipe:
     """Return `recipe` without `auto`. Raise `UserError` if the run in `out` began with a different one."""
     began = parallel.on_first(lambda: binding.begun(out))
+    if recipe.memory is not None:
+        recipe, said = parallel.on_first(lambda: in_memory(recipe, began, teacher))
+        _say(f"On this machine: {said}")
     found = settled(recipe, began)
     parallel.on_first(lambda: binding.same_recipe(found.recipe, began, out))
     if found.said:

@@ -16,6 +16,7 @@ def plan(
     utilisation: Annotated[float, Parameter(validator=Range(0, 1, open="("))] = 0.4,
     network: Rate = 50.0,
     price: Rate | None = None,
+    ladder: bool = False,
 ) -> None:
     """Estimate what a recipe costs: arithmetic, memory, traffic, disk and time, and whether it fits.
 
@@ -38,10 +39,13 @@ def plan(
         GB/s per GPU and direction between machines of eight GPUs; 50 is one 400 Gb/s card per GPU.
     price
         Dollars per GPU-hour, to see what pairs and training cost. No prices are built in.
+    ladder
+        List which settings make a step fit on cards of 12 to 80 GB, the cheapest of them first: a step is tried with
+        each, which takes seconds.
     """
     from distmatch.planning.gpus import GPUS
     from distmatch.planning.plan import Cluster, show
     from distmatch.recipe.loading import load_recipe
 
     cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
-    show(load_recipe(recipe, overrides), gpu, cluster, price)
+    show(load_recipe(recipe, overrides), gpu, cluster, price, ladder)

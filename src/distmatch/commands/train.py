@@ -40,6 +40,7 @@ def train(
     """
     from distmatch.recipe.docs import commented
     from distmatch.recipe.loading import load_recipe, run_name
+    from distmatch.system.terminal import notice
 
     resolved = load_recipe(recipe, overrides)
     name = run_name(load_recipe(recipe), resolved)
@@ -51,6 +52,12 @@ def train(
         if not dry_run:
             make_networks(full, runs)
     if dry_run:
+        if resolved.memory is not None:
+            from distmatch.commands.binding import begun
+            from distmatch.commands.distillation import in_memory
+
+            resolved, said = in_memory(resolved, begun(out or runs / name))
+            notice(f"On this machine: {said}")
         print(commented(resolved), end="")
         return
     starting(f"Loading PyTorch, then checking what {name} needs")

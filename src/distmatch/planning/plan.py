@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -15,6 +14,7 @@ from distmatch.models.info import Info
 from distmatch.models.library import outline
 from distmatch.planning.cost import Cost, cost
 from distmatch.planning.gpus import Gpu
+from distmatch.planning.ladder import Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.subjects import as_used
@@ -28,8 +28,8 @@ MACHINE = 8
 LAUNCHED = 0.01
 """Seconds of arithmetic per step below which a GPU waits for Python to launch its kernels."""
 
-SPARE = 0.1
-"""Share of a GPU's memory reserved for fragmentation, libraries and the driver."""
+SIZES = (12, 16, 24, 48, 80)
+"""GB of the cards that a ladder is shown for."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
     return Pace(arithmetic, made.traffic.sent / cluster.bandwidth)
 
 
-def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None) -> None:
+def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None, ladder: bool = False) -> None:
     """Print the tables of `distmatch plan` and whether the recipe fits.
 
     Args:
         gpu: the name of the cluster's GPUs.
         price: dollars per GPU-hour, to print what the pairs and the training cost.
+        ladder: print what has to be set on cards of several sizes, too.
     """
     gpus = cluster.gpus
     recipe = settled(recipe, cluster.gpu)
@@ -95,19 +96,20 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
     info = as_used(recipe, denoiser, info)
     stages = recipe.parts
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
-    kinds = list(dict.fromkeys(map(_kind, stages)))
+    kinds = list(dict.fromkeys(map(kind, stages)))
     both = bool(blocks(denoiser)) and recipe.student.network is None
     with progress("steps rehearsed", len(kinds) + both, unit="step") as advance:
         costs = {}
         for stage in stages:
-            if _kind(stage) not in costs:
-                costs[_kind(stage)] = cost(stage, denoiser, info, gpus)
+            if kind(stage) not in costs:
+                costs[kind(stage)] = cost(stage, denoiser, info, gpus)
                 advance(1)
-        heaviest = max(stages, key=lambda stage: costs[_kind(stage)].peak)
-        made = costs[_kind(heaviest)]
+        heaviest = max(stages, key=lambda stage: costs[kind(stage)].peak)
+        made = costs[kind(heaviest)]
         other = None
         if both:
-            other = cost(_changed(heaviest, checkpointing=not recipe.gradient_checkpointing), denoiser, info, gpus)
+            opposite = changed(heaviest, {"gradient_checkpointing": not recipe.gradient_checkpointing})
+            other = cost(opposite, denoiser, info, gpus)
             advance(1)
     name, value = unit(made.parameters, {"": 1, "k": 1e3, "M": 1e6})
     parameters = f"{made.parameters / value:,.1f} {name} parameters" if made.parameters else "an exact teacher"
@@ -118,13 +120,16 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None)
     console.print(_memory(made, other, recipe.gradient_checkpointing, f"one {gpu}, {cluster.gpu.memory / 1e9:.0f} GB"))
     speed = pace(made, recipe, cluster)
     _tell_pace(made, speed, cluster)
-    training = _tell_training(recipe, [costs[_kind(stage)] for stage in stages], ends, cluster)
+    training = _tell_training(recipe, [costs[kind(stage)] for stage in stages], ends, cluster)
     _tell_disk(recipe, made)
     paired = [stage for stage in stages if "regress" in stage.terms]
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
         console.print(bill(price, gpus, pairs, training))
-    console.print(verdict(heaviest, made, denoiser, info, cluster))
+    steps = Ladder(heaviest, denoiser, info, gpus, known={(): made})
+    console.print(verdict(steps, cluster.gpu.memory))
+    if ladder:
+        console.print(rungs(steps))
 
 
 def settled(recipe: Recipe, gpu: Gpu) -> Recipe:
@@ -135,23 +140,6 @@ def settled(recipe: Recipe, gpu: Gpu) -> Recipe:
         pairs = pairs.model_copy(update={"precision": faster})
     precision = faster if recipe.precision == "auto" else recipe.precision
     return recipe.model_copy(update={"precision": precision, "pairs": pairs})
-
-
-def _kind(recipe: Recipe) -> str:
-    """Return a key that is equal for stages of equal cost."""
-    m, r = recipe.match, recipe.regress
-    matching = (m.batch, m.guidance == 1, m.pairs, m.sid is None, m.divergence == "reverse_kl")
-    return str((recipe.terms, *matching, r.batch, r.loss, r.size, r.decoder, r.tiny))
-
-
-def _changed(recipe: Recipe, checkpointing: bool, parallel: str | None = None, accumulate: int | None = None) -> Recipe:
-    return recipe.model_copy(
-        update={
-            "gradient_checkpointing": checkpointing,
-            "parallel": parallel or recipe.parallel,
-            "accumulate": accumulate or recipe.accumulate,
-        }
-    )
 
 
 def _work(made: Cost) -> Table:
@@ -248,45 +236,24 @@ def _dollars(*amounts: float) -> str:
     return " to ".join(dict.fromkeys(shown))
 
 
-def verdict(recipe: Recipe, made: Cost, denoiser: Denoiser, info: Info, cluster: Cluster) -> str:
-    """Say whether a step fits, leaving `SPARE` of the memory free, or else name the nearest setting that does.
-
-    A larger `accumulate` is tried first, because it costs next to nothing, then recomputed activations, then sharding.
-    """
-    room = (1 - SPARE) * cluster.gpu.memory
-    if made.peak < room:
+def verdict(ladder: Ladder, memory: float) -> str:
+    """Say whether a step fits, or else name the nearest settings with which it does."""
+    found = ladder.fitting(memory)
+    if found is None:
+        return "it does not fit, whatever is set; take more or larger GPUs"
+    if not found.changes:
         return "it fits"
-    for checkpointing, parallel in _settings(recipe, cluster.gpus, bool(blocks(denoiser))):
-        own = (checkpointing, parallel) == (recipe.gradient_checkpointing, recipe.parallel)
-        base = made if own else cost(_changed(recipe, checkpointing, parallel), denoiser, info, cluster.gpus)
-        for accumulate in _divisors(recipe, cluster.gpus):
-            saved = base.memory["activations"] * (1 - recipe.accumulate / accumulate)
-            if base.peak - saved >= room:
-                continue
-            found = cost(_changed(recipe, checkpointing, parallel, accumulate), denoiser, info, cluster.gpus)
-            if found.peak < room:
-                entries = []
-                if accumulate != recipe.accumulate:
-                    entries.append(f"accumulate={accumulate}")
-                if checkpointing != recipe.gradient_checkpointing:
-                    entries.append("gradient_checkpointing=true")
-                if parallel != recipe.parallel:
-                    entries.append(f"parallel={parallel}")
-                return f"it does not fit; {' '.join(entries)} does, with {size(found.peak)}"
-    return "it does not fit, whatever accumulate, gradient_checkpointing and parallel are; take more or larger GPUs"
+    new = "; adapters learn at rates of their own" if "student.adapter.rank" in found.changes else ""
+    return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}"
 
 
-def _settings(recipe: Recipe, gpus: int, has_blocks: bool) -> Iterator[tuple[bool, str]]:
-    """Yield `(gradient_checkpointing, parallel)`: the recipe's own, then settings that use less memory."""
-    ways = ["ddp", "fsdp"] if gpus > 1 and recipe.parallel == "ddp" else [recipe.parallel]
-    for parallel in ways:
-        for checkpointing in dict.fromkeys(
-            (recipe.gradient_checkpointing, recipe.gradient_checkpointing or has_blocks)
-        ):
-            yield checkpointing, parallel
-
-
-def _divisors(recipe: Recipe, gpus: int) -> list[int]:
-    """Return the possible values of `accumulate`, from the recipe's own upwards."""
-    batches = [b for b, t in ((recipe.match.batch, "match"), (recipe.regress.batch, "regress")) if t in recipe.terms]
-    return [n for n in range(recipe.accumulate, min(batches) + 1) if not any(batch % (n * gpus) for batch in batches)]
+def rungs(ladder: Ladder) -> Table:
+    """Return a table of what has to be set on cards of several sizes."""
+    with progress("cards", len(SIZES), unit="card") as advance:
+        table = Table("GB of a card", "a step takes, GB", "settings", box=None)
+        for gigabytes in SIZES:
+            found = ladder.fitting(1e9 * gigabytes)
+            row = ("-", "nothing fits") if found is None else (f"{found.cost.peak / 1e9:.1f}", str(found))
+            table.add_row(str(gigabytes), *row)
+            advance(1)
+    return table

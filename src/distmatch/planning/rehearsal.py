@@ -59,12 +59,15 @@ class Rehearsal:
     pictures: int
 
 
-def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool = False) -> Rehearsal:
+def rehearse(
+    recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded: bool = False, once: bool = False
+) -> Rehearsal:
     """Run a step of `recipe` in one process, on one of `parts` equal parts of its batches at a time.
 
     Args:
         denoiser: the teacher; its weights are not used.
         sharded: give the weights of student and fake score the precision in which FSDP2 gathers them.
+        once: leave out what takes no more memory: further updates of the fake score, and the student's rollout.
     """
     ledger = Ledger()
     ready(denoiser)
@@ -88,7 +91,7 @@ def rehearse(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int, sharded
                 for number in term.blocks:
                     ledger.enter(judge, blocks(networks[judge])[number])
         with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
-            flops = stage.run(ledger)
+            flops = stage.run(ledger, once)
         drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
         peak, gradients = ledger.peak, ledger.gradients_then
         if recipe.accumulate > 1:
@@ -240,8 +243,8 @@ class _Stage:
                 for parameter in network.parameters():
                     replace_data(parameter, parameter.data.bfloat16())
 
-    def run(self, ledger: Ledger) -> Counter[str]:
-        """Run one step; return the FLOPs of one part of it, by network."""
+    def run(self, ledger: Ledger, once: bool) -> Counter[str]:
+        """Run one step; return the FLOPs of one part of it, by network. See `rehearse`."""
         before = ledger.alive
         parts = [self.distiller.draw(0, WHOLE)]
         images_too = 4 * (self.match + self.regress) * math.prod(self.info.shape)
@@ -252,7 +255,7 @@ class _Stage:
         if self.distiller.fake is not None:
             self.distiller.update_fake(0, parts, images)
             ledger.updated()
-            if self.recipe.fake.steps > 1:  # further updates are like the second, which makes new images
+            if self.recipe.fake.steps > 1 and not once:  # further updates are like the second, which makes new images
                 before = Counter(ledger.flops)
                 for part, made in zip(parts, images, strict=True):
                     self.distiller.renew(part, made, 0, 1, WHOLE)
@@ -264,7 +267,7 @@ class _Stage:
         names = dict.fromkeys([*ledger.flops, *again])
         more = self.recipe.fake.steps - 1
         flops = Counter({name: ledger.flops[name] + more * again[name] for name in names})
-        if self.rolled:
+        if self.rolled and not once:
             before = Counter(ledger.flops)
             self.distiller.generate(parts[0].starts["noise"])
             rolls = self.rolled * (self.recipe.fake.steps if self.distiller.fake is not None else 1)

@@ -262,6 +262,15 @@ class Recipe(Strict):
         "ours",
         free=True,
     )
+    memory: Literal["fit"] | Annotated[float, Field(gt=0)] | None = entry(
+        None,
+        "Choose accumulate, gradient_checkpointing, offload, parallel, and with adapters base_weights, so that a step "
+        "fits: into so many GB per device, or with fit into the one at hand. What is trained stays the same. A run "
+        "that continues keeps the choice. null: as they are given.",
+        "ours",
+        free=True,
+        small="null",
+    )
     workers: Positive | Literal["auto"] = entry(
         "auto",
         "Threads that share each batch on a CPU, each with its part of the cores and gradients of its own. auto: as "

@@ -1,8 +1,9 @@
-"""Finds out by trying which way of computing is faster on this machine. It takes about a second, once per process.
+"""What this machine has, and which way of computing is faster on it, by trying: about a second, once per process.
 
 What is tried is a small convolutional network, forward and backward: the kind of work that the choice matters for.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +78,15 @@ def faster_workers(most: int) -> Choice:
     if best == 1:
         return Choice(1, f"one worker on all {cores} cores ({max(counts)} are no faster)")
     return Choice(best, f"{best} workers on {cores} cores ({gains[best]:.2g} times as fast as one)")
+
+
+def memory(device: torch.device) -> int:
+    """Return the bytes of memory that `device` has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _network() -> nn.Module:

@@ -1,0 +1,190 @@
+"""Which settings make a recipe fit into a GPU's memory: a ladder of them, from those that cost least."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.models.info import Info
+from distmatch.models.library import family_of, outline
+from distmatch.planning.cost import Cost, cost
+from distmatch.recipe.entries import Recipe, parse_recipe
+from distmatch.recipe.entry import flat, set_entry
+from distmatch.recipe.objectives import trains_fake
+from distmatch.recipe.subjects import offloaded
+from distmatch.system.errors import UserError
+from distmatch.system.screen import size
+from distmatch.training.engine import blocks
+
+SPARE = 0.1
+"""Share of a GPU's memory reserved for fragmentation, libraries and the driver."""
+
+RANK = 64
+"""Of adapters, in DMD2 (arXiv 2405.14867) and LightX2V."""
+
+CHOSEN = ("accumulate", "gradient_checkpointing", "offload", "parallel", "precision", "base_weights")
+"""The entries that `memory` chooses."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Changes of a recipe's entries, by dotted name, with which it fits; what a step of its costliest stage costs."""
+
+    changes: dict[str, Any]
+    cost: Cost
+
+    def __str__(self) -> str:
+        said = (f"{name}={str(value).lower()}" for name, value in self.changes.items())
+        return " ".join(said) or "as it is"
+
+
+@dataclass
+class Ladder:
+    """A recipe on `gpus` GPUs, and what its steps cost with more and more settings that save memory.
+
+    Args:
+        retrain: change what is trained, too: adapters instead of whole networks, another decoder in the loss.
+        known: costs by the changes made, `()` for none.
+    """
+
+    recipe: Recipe
+    denoiser: Denoiser
+    info: Info
+    gpus: int = 1
+    retrain: bool = True
+    known: dict[tuple[tuple[str, Any], ...], Cost] = field(default_factory=dict)
+
+    def cost(self, changes: dict[str, Any]) -> Cost:
+        """Return the cost of the stage that takes the most memory, with the arithmetic of one update per network."""
+        key = tuple(sorted(changes.items()))
+        if key not in self.known:
+            stages = {kind(stage): stage for stage in changed(self.recipe, changes).parts}.values()
+            costs = (cost(stage, self.denoiser, self.info, self.gpus, once=True) for stage in stages)
+            self.known[key] = max(costs, key=lambda made: made.peak)
+        return self.known[key]
+
+    def fitting(self, memory: float) -> Fit | None:
+        """Return the first changes with which a step leaves `SPARE` of `memory` bytes free; None if nothing does.
+
+        At each rung `accumulate` is raised as far as it must, because it costs next to nothing.
+        """
+        room, own, changes = (1 - SPARE) * memory, flat(self.recipe.model_dump()), {}
+        if () in self.known and self.known[()].peak < room:
+            return Fit({}, self.known[()])
+        divisors = self._divisors()
+        if not divisors:
+            self.cost({})  # says so
+        first, last = divisors[0], divisors[-1]
+        for rung in ({}, *self.rungs):
+            changes |= rung
+            least = self.cost(_new({"accumulate": last} | changes, own))
+            if least.peak >= room:
+                continue
+            most = self.cost(_new(changes, own))
+            for n in divisors:
+                share = (1 / n - 1 / last) / (1 / first - 1 / last) if n != last else 0
+                if least.peak + share * (most.peak - least.peak) < room:  # about linear in the size of a part
+                    all_changes = _new({"accumulate": n} | changes, own)
+                    found = self.cost(all_changes)
+                    if found.peak < room:
+                        return Fit(all_changes, found)
+        return None
+
+    @cached_property
+    def rungs(self) -> list[dict[str, Any]]:
+        """What each rung changes, besides those below it."""
+        return list(self._rungs())
+
+    def _rungs(self) -> Iterator[dict[str, Any]]:
+        recipe = self.recipe
+        if blocks(self.denoiser) and recipe.student.network is None and not recipe.gradient_checkpointing:
+            yield {"gradient_checkpointing": True}
+        if family_of(self.info).component_weights(self.info.source) and not offloaded(recipe):
+            yield {"offload": True}
+        adapted = bool(recipe.student.adapter.rank and recipe.fake.adapter.rank)
+        if self.gpus > 1 and recipe.parallel == "ddp" and not (adapted and "gan" in recipe.terms):
+            yield {"parallel": "fsdp"}
+        if self.retrain and "regress" in recipe.terms and recipe.regress.decoder == "full":
+            yield {"regress.decoder": "tiny"}
+        if not adapted and (not self.retrain or not self._adaptable()):
+            return
+        if not adapted:
+            roles = {"student": recipe.student, "fake": recipe.fake}
+            yield {f"{name}.adapter.rank": RANK for name, role in roles.items() if not role.adapter.rank}
+        if recipe.precision == "fp32" and not self.retrain:
+            return
+        if recipe.base_weights == "fp32":
+            yield {"precision": "bf16", "base_weights": "bf16"}
+        plain = recipe.match.sid is None and recipe.student.guidance is None and self.gpus == 1
+        if recipe.base_weights != "int8" and plain:
+            yield {"parallel": "ddp", "precision": "bf16", "base_weights": "int8"}
+
+    def _adaptable(self) -> bool:
+        """Whether adapters may take the place of whole networks."""
+        recipe, student = self.recipe, self.recipe.student
+        if student.init is not None or student.network is not None or recipe.compile or not trains_fake(recipe):
+            return False
+        return bool(blocks(self.denoiser)) and not recipe.fake.ida and not (self.gpus > 1 and "gan" in recipe.terms)
+
+    def _divisors(self) -> list[int]:
+        """Return the possible values of `accumulate`, from the recipe's own upwards."""
+        batches = {
+            batch
+            for stage in self.recipe.parts
+            for term, batch in (("match", stage.match.batch), ("regress", stage.regress.batch))
+            if term in stage.terms
+        }
+        own = self.recipe.accumulate
+        return [n for n in range(own, min(batches) + 1) if not any(batch % (n * self.gpus) for batch in batches)]
+
+
+def kind(recipe: Recipe) -> str:
+    """Return a key that is equal for stages of equal cost."""
+    m, r = recipe.match, recipe.regress
+    matching = (m.batch, m.guidance == 1, m.pairs, m.sid is None, m.divergence == "reverse_kl")
+    return str((recipe.terms, *matching, r.batch, r.loss, r.size, r.decoder, r.tiny))
+
+
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """Return the recipe with other entries, by dotted name."""
+    tree = recipe.model_dump()
+    for name, value in changes.items():
+        set_entry(tree, name, value)
+    return parse_recipe(tree, recipe.name)
+
+
+def fitted(
+    recipe: Recipe, began: Recipe | None, memory: float, gpus: int = 1, own: tuple[Denoiser, Info] | None = None
+) -> tuple[Recipe, str]:
+    """Replace what `recipe.memory` leaves to the machine; return also what was chosen, in a line.
+
+    Args:
+        began: the recipe with which the run began, whose choice is kept.
+        memory: bytes of the device; a number in the recipe counts instead.
+        own: your own teacher.
+
+    Raises `UserError` if nothing fits.
+    """
+    if began is not None and began.memory is not None:
+        before = flat(began.model_dump())
+        return changed(recipe, {name: before[name] for name in CHOSEN}), "memory as when the run began"
+    if not isinstance(recipe.memory, str):
+        memory = 1e9 * (recipe.memory or 0)
+    denoiser, info = own or outline(recipe.teacher)
+    ladder = Ladder(recipe, denoiser, info, gpus, retrain=False)
+    found = ladder.fitting(memory)
+    if found is None:
+        least = min(made.peak for made in ladder.known.values())
+        whole = not (recipe.student.adapter.rank and recipe.fake.adapter.rank)
+        hint = f"train adapters, student.adapter.rank={RANK} fake.adapter.rank={RANK}, or " if whole else ""
+        raise UserError(
+            f"memory {recipe.memory}: a step takes {size(least)} or more, and may take {1 - SPARE:.0%} of "
+            f"{size(memory)}; {hint}take a larger GPU. `distmatch plan RECIPE --ladder` lists what fits where"
+        )
+    return changed(recipe, found.changes), f"{size(found.cost.peak)} of {size(memory)} planned: {found}"
+
+
+def _new(changes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return those of `changes` that are not a recipe's `own` entries already."""
+    return {name: value for name, value in changes.items() if own[name] != value}

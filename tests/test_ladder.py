@@ -1,0 +1,115 @@
+"""Settings that make a recipe fit a card: in their order, no more than are needed, and kept by a run that continues.
+
+Memory is that of a made-up network here, of which each setting saves a known part; `test_plan.py` is about real steps.
+"""
+
+import pytest
+import tiny
+import yaml
+
+from distmatch.commands.train import train
+from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.library import outline
+from distmatch.planning import ladder
+from distmatch.planning.cost import Cost, Traffic
+from distmatch.planning.plan import verdict
+from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.subjects import offloaded
+from distmatch.system.errors import UserError
+
+RUNGS = [
+    {"gradient_checkpointing": True},
+    {"offload": True},
+    {"student.adapter.rank": 64, "fake.adapter.rank": 64},
+    {"precision": "bf16", "base_weights": "bf16"},
+    {"base_weights": "int8"},
+]
+LEAST = [176, 152, 142, 52, 32, 22]
+"""Bytes at each rung, with parts of one image."""
+
+
+def formula(recipe, denoiser, info, processes=1, once=False):
+    """Networks of 40 bytes, encoders of 10, and for each image of a part 32 bytes of activations."""
+    teacher = {"fp32": 40, "bf16": 20, "int8": 10}[recipe.base_weights]
+    trained = sum(2 if role.adapter.rank else 47 for role in (recipe.student, recipe.fake))
+    activations = recipe.match.batch / recipe.accumulate / processes * (8 if recipe.gradient_checkpointing else 32)
+    if recipe.parallel == "fsdp":
+        teacher, trained = teacher / processes, trained / processes
+    memory = {"networks": teacher + trained, "encoders": 0 if offloaded(recipe) else 10, "activations": activations}
+    return Cost(1, {}, memory, Traffic(processes), 0)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "cost", formula)
+    made = tiny.recipe_file(tmp_path, terms=["match"], match={"batch": 8})
+    tree = yaml.safe_load(made.read_text()) | {"teacher": f"diffusers:{write_tiny_sd(tmp_path / 'sd')}"}
+    made.write_text(yaml.safe_dump(tree))
+    return str(made)
+
+
+def steps_of(file, *changes, **how):
+    recipe = load_recipe(file, changes)
+    return ladder.Ladder(recipe, *outline(recipe.teacher), **how)
+
+
+def test_each_rung_is_tried_after_those_below_it_with_no_smaller_parts_than_it_takes(file):
+    steps, changes = steps_of(file), {}
+    assert steps.rungs[:4] == RUNGS[:4]
+    for rung, least in zip(({}, *RUNGS), LEAST, strict=True):
+        changes |= rung
+        found = steps.fitting((least + 0.1) / 0.9)
+        assert found.changes == {"accumulate": 8} | changes
+        assert found.cost.peak == least
+    for parts, peak in ((4, 60), (2, 76)):  # of two and four images, with adapters
+        found = steps.fitting((peak + 0.1) / 0.9)
+        assert (found.changes["accumulate"], found.cost.peak) == (parts, peak)
+    assert steps.fitting((LEAST[-1] - 0.1) / 0.9) is None
+    assert steps.fitting(1000).changes == {}
+
+
+def test_the_verdict_names_the_first_that_fits(file):
+    assert verdict(steps_of(file), 1000) == "it fits"
+    assert verdict(steps_of(file), 240).startswith("it does not fit; accumulate=4 does, with 208 bytes")
+    said = verdict(steps_of(file), 60)
+    assert said.startswith(
+        "it does not fit; accumulate=8 gradient_checkpointing=true offload=true student.adapter.rank=64"
+    )
+    assert said.endswith("adapters learn at rates of their own")
+    assert verdict(steps_of(file), 20) == "it does not fit, whatever is set; take more or larger GPUs"
+    # Several GPUs share networks before any are replaced.
+    found = steps_of(file, gpus=4).fitting(50)
+    assert found.changes == {"accumulate": 2, "gradient_checkpointing": True, "offload": True, "parallel": "fsdp"}
+
+
+def test_what_is_trained_stays_where_a_recipe_leaves_the_choice_to_the_memory(file):
+    recipe = load_recipe(file, ["memory=1.7e-7"])
+    found, said = ladder.fitted(recipe, None, 0)
+    assert (found.accumulate, found.gradient_checkpointing, found.offload) == (8, True, False)
+    assert said == "152 bytes of 170 bytes planned: accumulate=8 gradient_checkpointing=true"
+    with pytest.raises(UserError, match=r"memory 5e-08: a step takes 142 bytes .*90% of 50 bytes; train adapt"):
+        ladder.fitted(load_recipe(file, ["memory=5e-8"]), None, 0)
+    adapters = ["student.adapter.rank=2", "fake.adapter.rank=2", "precision=bf16", "memory=fit"]
+    found, _ = ladder.fitted(load_recipe(file, adapters), None, 25)
+    assert (found.base_weights, found.student.adapter.rank) == ("int8", 2)
+    with pytest.raises(UserError, match="a step takes 22 bytes or more, and may take 90% of 20 bytes; take a larger"):
+        ladder.fitted(load_recipe(file, adapters), None, 20)
+    no_bf16 = [change for change in adapters if "precision" not in change]
+    with pytest.raises(UserError, match="a step takes 52 bytes or more"):
+        ladder.fitted(load_recipe(file, no_bf16), None, 25)
+
+
+def test_the_choice_is_shown_saved_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ladder, "cost", formula)
+    file = str(tiny.recipe_file(tmp_path, terms=["match"], match={"batch": 4}, steps=1))
+    out, memory = tmp_path / "run", "memory=2.4e-7"
+    with pytest.warns(UserWarning, match="208 bytes of 240 bytes planned: accumulate=2"):
+        train(file, memory, out=out, dry_run=True)
+    assert yaml.safe_load(capsys.readouterr().out)["accumulate"] == 2
+    train(file, memory, out=out, runs=tmp_path)
+    assert "On this machine: 208 bytes of 240 bytes planned: accumulate=2" in capsys.readouterr().out
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["accumulate"] == 2
+    monkeypatch.setattr(ladder, "cost", None)  # nothing is planned again
+    train(file, "memory=9e-7", out=out, runs=tmp_path)
+    assert "memory as when the run began" in capsys.readouterr().out
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["accumulate"] == 2
