@@ -1,5 +1,6 @@
 """Which settings make a recipe fit into a GPU's memory: a ladder of them, from those that cost least."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from distmatch.planning.cost import Cost, cost
 from distmatch.recipe.entries import Recipe, parse_recipe
 from distmatch.recipe.entry import flat, set_entry
 from distmatch.recipe.objectives import trains_fake
-from distmatch.recipe.subjects import offloaded
+from distmatch.recipe.subjects import as_used, offloaded
 from distmatch.system.errors import UserError
 from distmatch.system.screen import size
 from distmatch.training.engine import blocks
@@ -171,7 +172,8 @@ def fitted(
         return changed(recipe, {name: before[name] for name in CHOSEN}), "memory as when the run began"
     if not isinstance(recipe.memory, str):
         memory = 1e9 * (recipe.memory or 0)
-    denoiser, info = own or outline(recipe.teacher)
+    denoiser, info = (copy.deepcopy(own[0]).to("meta"), own[1]) if own else outline(recipe.teacher)
+    info = as_used(recipe, denoiser, info)
     ladder = Ladder(recipe, denoiser, info, gpus, retrain=False)
     found = ladder.fitting(memory)
     if found is None:
