@@ -1,4 +1,4 @@
-"""A recipe: all its entries, those of networks and terms included, and what must hold between them.
+"""A recipe: all its entries, those of networks and terms included.
 
 Each entry has a type, a range, a default, a description and its source, and facts for the program.
 """
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from distmatch.recipe import consistency
 from distmatch.recipe.earlier import present_name, renamed
 from distmatch.recipe.entry import entry, marked, set_entry, walk
 from distmatch.recipe.kinds import Factor, Natural, Place, Positive, Strict
@@ -161,10 +162,6 @@ class Evaluation(Strict):
     )
 
 
-TERMS = ("match", "guide", "regress", "gan")
-"""The terms of the package."""
-
-
 def _unique(terms: list[str]) -> list[str]:
     if len(set(terms)) < len(terms):
         raise UserError(f"a term is named twice: {', '.join(terms)}")
@@ -298,145 +295,8 @@ class Recipe(Strict):
     )
 
     @model_validator(mode="after")
-    def _terms_are_known(self) -> Self:
-        known = (*TERMS, *self.own_terms)
-        if unknown := [term for term in self.terms if term not in known]:
-            raise UserError(
-                f"unknown term {unknown[0]!r} in terms; expected {', '.join(known)}, or a name in own_terms"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _own_terms_are_used(self) -> Self:
-        for name in self.own_terms:
-            if name in TERMS:
-                raise UserError(f"own_terms.{name} has the name of a term of the package; choose another")
-            if name not in self.terms:
-                raise UserError(
-                    f"own_terms.{name} is not in terms, {', '.join(self.terms)}; add it there, or remove it"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _gan_fits(self) -> Self:
-        m, g = self.match, self.gan
-        if "gan" not in self.terms:
-            if m.divergence != "reverse_kl" and "match" in self.terms:
-                raise UserError(
-                    f"match.divergence {m.divergence} needs the term gan, whose head estimates density ratios; use "
-                    "terms=match,gan or match.divergence=reverse_kl"
-                )
-            return self
-        if "match" not in self.terms:
-            raise UserError("the term gan goes with match, which trains the fake score; use terms=match,gan")
-        if self.compile:
-            raise UserError("the term gan reads features of blocks, which compiled ones do not show; use compile=false")
-        end = m.bins if g.max_step is None else g.max_step
-        if not g.min_step < end <= m.bins:
-            raise UserError(f"expected gan.min_step < gan.max_step <= match.bins, not {g.min_step}, {end}, {m.bins}")
-        if m.divergence != "reverse_kl":
-            if m.sid is not None:
-                raise UserError(f"match.divergence {m.divergence} is for Algorithm 2; with match.sid use reverse_kl")
-            if g.min_step > m.min_step or end < m.max_step:
-                raise UserError(
-                    f"match.divergence {m.divergence} needs the head at all levels of match, bins {m.min_step} to "
-                    f"{m.max_step}; gan has {g.min_step} to {end}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_are_of_the_first_step(self) -> Self:
-        several, taken = self.student.several, self.pairs.taken
-        if several and "regress" in self.terms and taken is None:
-            raise UserError(
-                "the regression to the teacher's images works only for one-step students. With several steps, use "
-                "terms=match, or anchor the first step to a part of the teacher's trajectory: pairs.sampler=euler "
-                "pairs.taken=6 pairs.steps=30 regress.weight=0.05"
-            )
-        if taken is not None and not several:
-            raise UserError(
-                f"pairs.taken {taken} makes pairs for the first of several steps; this student has one: use null, or "
-                "student.nfe"
-            )
-        if taken is not None and (self.pairs.sampler not in ("heun", "euler") or taken > self.pairs.steps):
-            raise UserError(
-                f"pairs.taken {taken} of {self.pairs.steps} steps of {self.pairs.sampler}: expected at most pairs.steps"
-                ", of euler or heun"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _several_steps(self) -> Self:
-        if self.student.several and self.match.pairs:
-            raise UserError("match.pairs matches images of one step from the pairs' noise; with several, use false")
-        if self.match.intervals and not self.student.several:
-            raise UserError("match.intervals is for students of several steps; this one has one: use false")
-        return self
-
-    @model_validator(mode="after")
-    def _later_steps_start_from_data(self) -> Self:
-        if self.student.inputs == "data" and not self.student.several:
-            raise UserError(
-                "student.inputs=data is for students of several steps; the only step of this one starts from noise: "
-                "use rollout"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _guided_once(self) -> Self:
-        if "guide" not in self.terms:
-            return self
-        if "match" not in self.terms:
-            raise UserError("the term guide only goes with match, which keeps the student near the data: add it")
-        if self.match.guidance != 1 and self.student.guidance is None:
-            raise UserError(
-                f"match.guidance {self.match.guidance:g} and the term guide would guide twice; use match.guidance=1 "
-                f"and guide.guidance={self.match.guidance:g}"
-            )
-        if self.guide.guidance == 1 and self.student.guidance is None:
-            raise UserError("guide.guidance 1 is no guidance; give a larger one, or leave the term guide out")
-        if self.match.rescale:
-            raise UserError("match.rescale is for a guided real score, which the term guide replaces; use false")
-        if self.guide.max_step > self.match.bins:
-            raise UserError(f"guide.max_step {self.guide.max_step}: expected at most match.bins, {self.match.bins}")
-        return self
-
-    @model_validator(mode="after")
-    def _fake_score_stays(self) -> Self:
-        if self.match.shared and self.fake.ida:
-            raise UserError(
-                f"fake.ida {self.fake.ida:g} moves the fake score between the two losses that match.shared gives one "
-                "pass; expected one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_share_the_teacher(self) -> Self:
-        if self.student.adapter.rank and self.student.init is not None:
-            raise UserError("student.adapter is for the teacher's weights, student.init has others; use one of them")
-        if self.fake.ida and self.fake.adapter != self.student.adapter:
-            raise UserError("fake.ida needs a student and a fake score of one kind: give both one adapter, or none")
-        return self
-
-    @model_validator(mode="after")
-    def _base_is_shared(self) -> Self:
-        held = self.base_weights
-        if held == "fp32":
-            return self
-        if not (self.student.adapter.rank and self.fake.adapter.rank):
-            raise UserError(
-                f"base_weights={held} is for frozen weights: give student and fake score adapters, "
-                "student.adapter.rank and fake.adapter.rank"
-            )
-        if self.precision != "bf16":
-            raise UserError(f"base_weights={held} needs precision=bf16, not {self.precision}")
-        other = {
-            "match.sid, whose gradient passes through both scores": self.match.sid is not None,
-            "student.guidance, whose base is another network": self.student.guidance is not None,
-            "parallel=fsdp, which shards no integers": self.parallel == "fsdp",
-        }
-        if held == "int8" and (clash := next((name for name, used in other.items() if used), None)):
-            raise UserError(f"base_weights=int8 does not go with {clash}; use base_weights=bf16")
+    def _consistent(self) -> Self:
+        consistency.check(self)
         return self
 
     @model_validator(mode="before")
