@@ -79,3 +79,8 @@ def test_the_ends_of_a_range():
 def test_a_recipes_number_beyond_its_range_is_refused(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("mnist", [override])
+
+
+def test_a_card_is_named_in_any_case():
+    read = [app.parse_args(f"plan mnist --gpu {name}", exit_on_error=False)[1] for name in ("RTX4090", "rtx4090")]
+    assert [bound.arguments["gpu"] for bound in read] == ["rtx4090", "rtx4090"]

@@ -1,10 +1,18 @@
 """`distmatch plan`: estimates the cost of a recipe on given GPUs; `planning.plan` does the work."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token, convert
 
 from distmatch.system.options import Count, Name, Range, Rate
+
+Gpu = Literal["a10", "a100", "b200", "h100", "h200", "l40s", "mi300x", "rtx4090", "rtx5090", "t4"]
+
+
+def _in_any_case(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Read the name of a card as its maker writes it, or in small letters."""
+    return convert(kind, [token.evolve(value=token.value.lower()) for token in tokens])
 
 
 def plan(
@@ -12,7 +20,7 @@ def plan(
     /,
     *overrides: str,
     gpus: Count = 1,
-    gpu: Literal["a10", "a100", "b200", "h100", "h200", "l40s", "mi300x", "rtx4090", "rtx5090", "t4"] = "a100",
+    gpu: Annotated[Gpu, Parameter(converter=_in_any_case)] = "a100",
     utilisation: Annotated[float, Parameter(validator=Range(0, 1, open="("))] = 0.4,
     network: Rate = 50.0,
     price: Rate | None = None,
