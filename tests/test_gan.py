@@ -146,6 +146,43 @@ def test_gradients_go_where_they_must_and_nowhere_else(tmp_path, features):
     assert not torch.equal(weights(gan.head), before["head"])
 
 
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_adapters_get_the_gradients_of_whole_networks_and_the_shared_weights_get_none(tmp_path, features):
+    """Updates begin at zero, `up` being zero: its gradient is that of the weight times `down`, and `down` has none."""
+    found = []
+    for adapters in ([], ["student.adapter.rank=3", "fake.adapter.rank=3"]):
+        d = distiller(tmp_path, f"gan.features={features}", "gan.r1=1", *adapters)
+        gan, part = d.terms[1], d.draw(0, WHOLE)
+        samples = d.generate_all(part.starts)["noise"]
+        gan.student_loss(part.drawn["gan"], samples).backward()
+        assert (next(iter(d.fake.parameters())).grad is not None) == (features == "fake")
+        for network in (d.fake, gan.head):
+            network.zero_grad()
+        gan.fake_loss(part.drawn["gan"], samples.detach()).backward()
+        found.append((d, gan.head))
+    (whole, head), (low, other) = found
+    for a, b in zip(head.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    base = low.student.base
+    assert base is low.fake.base is low.terms[0].teacher
+    assert all(p.grad is None for p in base.parameters())
+    seen = 0
+    for role in ("student", "fake") if features == "fake" else ("student",):
+        layers = dict(getattr(whole, role).net.named_modules())
+        for name, one in getattr(low, role).adapter.layers.items():
+            gradient = layers[name.replace("/", ".")].weight.grad
+            if gradient is None:  # behind the features
+                assert one.up.weight.grad is None
+                continue
+            expected = one.scale * gradient.flatten(1) @ one.down.weight.flatten(1).T
+            torch.testing.assert_close(one.up.weight.grad.flatten(1), expected, rtol=1e-4, atol=1e-7)
+            assert not one.down.weight.grad.any()
+            seen += gradient.any().item()
+    assert seen > 5
+    if features == "teacher":
+        assert all(p.grad is None for p in low.fake.parameters())
+
+
 def test_its_losses_are_softplus_of_the_logits(tmp_path):
     d = distiller(tmp_path, "gan.r1=3", "gan.r1_noise=0.5", "gan.head_weight=0.7")
     gan, part = d.terms[1], d.draw(0, WHOLE)

@@ -134,6 +134,7 @@ SETTINGS = [
     (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "base_weights=int8", "precision=bf16"),
     (*GAN, "gan.r1=1", "gan.balance=1", "match.divergence=js", "fake.steps=2"),
     (*GAN, "gan.features=teacher", "match.sid=1.2", "gradient_checkpointing=true"),
+    (*GAN, "student.adapter.rank=4"),
 ]
 
 

@@ -173,7 +173,7 @@ class Ledger(TorchDispatchMode):
 
         def done(module: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            if first.requires_grad:
+            if first.requires_grad and self.network == name:  # other networks may share the block
                 first.register_hook(computes)
 
         block.register_forward_hook(done)
