@@ -1,6 +1,7 @@
 """Flow-matching transformers against diffusers' own pipelines, on tiny random models in each family's format."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -314,3 +315,43 @@ def test_another_size_has_its_own_shift(folders, name):
     assert (x - y).abs().max() < 1e-4 * y.abs().max()
     with pytest.raises(UserError, match=r"image_size \[40, 32\]: "):
         family.resized(denoiser, info, (40, 32))
+
+
+def test_settings_put_together_have_the_weights_that_their_makers_name():
+    """In millions: 2.5 billion less 226 of position embeddings; 1.6, 6, 20, 12 and 4 billion."""
+    named = {
+        "stabilityai/stable-diffusion-3.5-medium": 2243,
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1604,
+        "Tongyi-MAI/Z-Image": 6154,
+        "Qwen/Qwen-Image": 20430,
+        "black-forest-labs/FLUX.1-dev": 11901,
+        "black-forest-labs/FLUX.2-klein-base-4B": 3875,
+    }
+    made = {source: outline(f"diffusers:{source}")[0] for source in named}
+    assert {name: sum(p.numel() for p in one.parameters()) // 10**6 for name, one in made.items()} == named
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "entries", "message"),
+    [
+        (
+            "flux",
+            "transformer/config.json",
+            {"guidance_embeds": False},
+            r"takes no guidance scale .* as FLUX.1 schnell",
+        ),
+        ("flux2", "model_index.json", {"is_distilled": True}, "says is_distilled"),
+        (
+            "z-image",
+            "transformer/config.json",
+            {"_name_or_path": "Tongyi-MAI/Z-Image-Turbo"},
+            "is called .*Z-Image-Turbo",
+        ),
+    ],
+)
+def test_students_are_told_from_teachers(folders, tmp_path, name, file, entries, message):
+    assert family_in(str(folders[name])).distilled(str(folders[name])) is None
+    folder = shutil.copytree(folders[name], tmp_path / "changed")
+    changed = folder / file
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), **entries}))
+    assert re.search(message, family_in(str(folder)).distilled(str(folder)))

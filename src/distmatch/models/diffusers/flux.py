@@ -70,10 +70,10 @@ class Flux(PatchedFamily):
     def channels(self, transformer: Mapping[str, Any]) -> Any:
         return transformer.get("in_channels", 64) // 4
 
-    def distilled(self, source: str) -> str | None:
+    def distilled(self, source: str, lora: str = "") -> str | None:
         if not config(source, "config.json", self.network).get("guidance_embeds"):
             return "its transformer takes no guidance scale (guidance_embeds), as FLUX.1 schnell's"
-        return super().distilled(source)
+        return super().distilled(source, lora)
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {

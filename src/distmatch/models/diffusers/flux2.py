@@ -68,10 +68,10 @@ class Flux2Klein(PatchedFamily):
     def patch(self, transformer: Mapping[str, Any]) -> int:
         return 1  # its latents are patches already
 
-    def distilled(self, source: str) -> str | None:
+    def distilled(self, source: str, lora: str = "") -> str | None:
         if config(source, "model_index.json").get("is_distilled"):
             return "its model_index.json says is_distilled"
-        return super().distilled(source)
+        return super().distilled(source, lora)
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {"text": (TOKENS, transformer["joint_attention_dim"])}

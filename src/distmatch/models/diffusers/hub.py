@@ -32,8 +32,13 @@ PUBLISHED = {
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "madebyollin/taesd": "taesd",
-    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",  # put together, see docs/teachers.md
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",  # so is this
+    # Put together from other sources than the models' own files, see docs/teachers.md:
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Qwen/Qwen-Image": "qwen-image",
+    "black-forest-labs/FLUX.1-dev": "flux1-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein",
 }
 """Models whose settings are in the package, without weights, for plans: their folders in `published/`, by id."""
 
