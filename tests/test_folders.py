@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EDMEulerScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler
 from ldm_names import single_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
@@ -361,3 +361,21 @@ def test_edm_sigmas_are_followed(originals, tmp_path):
         edit(folder, "scheduler/scheduler_config.json", **{"sigma_data": 0.5, "prediction_type": "epsilon", **entries})
         with pytest.raises(UserError, match=message):
             find_model(f"diffusers:{folder}", "teacher")
+
+
+def test_any_schedulers_betas_are_followed(originals, tmp_path):
+    """DPM-Solver++ by the model's own scheduler, and PNDM and DDIM by the same betas."""
+    folder = shutil.copytree(originals / "v", tmp_path / "dpm")
+    shutil.rmtree(folder / "scheduler")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DPMSolverMultistepScheduler(**betas, prediction_type="v_prediction", use_karras_sigmas=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    edit(folder, "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    (denoiser, info), (plain, _) = (find_model(f"diffusers:{name}", "teacher") for name in (folder, originals / "v"))
+    assert denoiser.schedule == plain.schedule
+    z = rng.noise(0, range(1), info.shape)
+    with torch.no_grad():
+        cond = components(info).encode(["a cat"])
+        x = solver("dpm", info.scheduler)(guided(denoiser, 3.0), denoiser.schedule, z, cond, 6)
+    y = stock(folder)("a cat", latents=z, num_inference_steps=6, guidance_scale=3.0, output_type="latent").images
+    assert (x - y).abs().max() < 1e-4 * y.abs().max()

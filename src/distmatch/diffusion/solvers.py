@@ -1,7 +1,6 @@
 """Samplers by name: our own, and diffusers' with the settings of a model's own scheduler: DDIM, PNDM, and of flows."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +13,8 @@ from distmatch.diffusion.schedule import VP, Schedule, expand
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 
-DISCRETE = ("ddim", "pndm")
-"""Samplers of diffusers, which follow the settings of a model's scheduler."""
+DISCRETE = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler"}
+"""Samplers of diffusers, which follow the settings of a model's scheduler, and their classes."""
 
 NAMES = (*SAMPLERS, *DISCRETE, "flow")
 
@@ -33,7 +32,7 @@ def solver(name: str, scheduler: Mapping[str, Any] | None = None, taken: int | N
         scheduler: the settings of the model's diffusers scheduler, for diffusers' samplers.
         taken: take only this many of its steps, see `partial.first_steps`; for `euler` and `heun`.
 
-    Raises `UserError` for an unknown name and, when sampling, for `ddim` and `pndm` on a schedule other than `VP`.
+    Raises `UserError` for an unknown name and, when sampling, for `DISCRETE` ones on a schedule other than `VP`.
     """
     if name not in NAMES:
         raise UserError(f"sampler {name!r} is unknown; expected one of {', '.join(NAMES)}")
@@ -50,15 +49,15 @@ def evaluations(name: str, steps: int, guidance: float | None = 1.0, taken: int 
     Guidance other than 1 needs two per step, and so does a guidance range, `None`. `taken`: only the first steps.
     """
     pndm = steps + 1 if steps > 1 else 1
-    calls = {"euler": steps, "heun": 2 * steps - 1, "ddim": steps, "pndm": pndm, "flow": steps}[name]
+    calls = {"euler": steps, "heun": 2 * steps - 1, "ddim": steps, "dpm": steps, "pndm": pndm, "flow": steps}[name]
     if taken is not None and taken < steps:
         calls = {"euler": taken, "heun": 2 * taken}[name]
     return calls if guidance == 1 else 2 * calls
 
 
 def discrete(name: str, settings: Mapping[str, Any]) -> Sampler:
-    """Return `ddim` (Song et al. 2020, arXiv 2010.02502) or `pndm` (pseudo numerical methods, Liu et al. 2022, arXiv
-    2202.09778), as implemented in diffusers.
+    """Return a solver of diffusers: `ddim` (Song et al. 2020, arXiv 2010.02502), `dpm` (DPM-Solver++, Lu et al. 2022,
+    arXiv 2211.01095) or `pndm` (pseudo numerical methods, Liu et al. 2022, arXiv 2202.09778).
 
     The solver works on what the settings' `prediction_type` names, made from `x0` in `x`'s precision. DDIM without
     noise; it clips `x0` as the settings say (`clip_sample`, `thresholding`).
@@ -77,8 +76,8 @@ def discrete(name: str, settings: Mapping[str, Any]) -> Sampler:
         scheduler = _scheduler(name, {**settings, "prediction_type": predicted}, schedule)
         scheduler.set_timesteps(steps)
         times = scheduler.timesteps.tolist()
-        if name == "pndm" and not schedule.alpha(z.new_tensor([float(times[0])])):
-            raise UserError(f"pndm divides by alpha, which is 0 at this model's step {times[0]}; use ddim")
+        if name != "ddim" and not schedule.alpha(z.new_tensor([float(times[0])])):
+            raise UserError(f"{name} divides by alpha, which is 0 at this model's step {times[0]}; use ddim")
         x = schedule.prior_std * z
         for i, step in enumerate(times):
             t = z.new_full((len(z),), float(step))
@@ -97,10 +96,13 @@ def discrete(name: str, settings: Mapping[str, Any]) -> Sampler:
 def _scheduler(name: str, settings: Mapping[str, Any], schedule: VP) -> Any:
     """Return diffusers' scheduler called `name`, with the betas of `schedule`."""
     need("diffusers", by=name)
-    kind = getattr(import_module(f"diffusers.schedulers.scheduling_{name}"), f"{name.upper()}Scheduler")
+    import diffusers
+
+    kind = getattr(diffusers, DISCRETE[name])
     betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": schedule.spacing}
     if schedule.betas is not None or schedule.spacing == "sigmoid":  # these solvers do not know sigmoid by name
         betas = {"trained_betas": schedule.table().tolist(), "rescale_betas_zero_snr": False}
-    plain = STABLE_DIFFUSION if name == "pndm" else {"clip_sample": settings.get("_class_name") in CLIPPING}
+    clips = {"clip_sample": settings.get("_class_name") in CLIPPING}
+    plain = {"pndm": STABLE_DIFFUSION, "ddim": clips}.get(name, {})
     known = {key: value for key, value in settings.items() if not key.startswith("_")}
     return kind.from_config({**plain, **known, **betas, "num_train_timesteps": schedule.steps})

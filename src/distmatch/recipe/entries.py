@@ -30,10 +30,10 @@ class Pairs(Strict):
     count: Positive = entry(
         100_000, "Number of pairs; raising it adds pairs.", "Appendix B: 25,000 to 12,000,000", pairs=True, small=4
     )
-    sampler: Literal["heun", "euler", "ddim", "pndm", "flow"] = entry(
+    sampler: Literal["heun", "euler", "ddim", "dpm", "pndm", "flow"] = entry(
         "heun",
-        "Deterministic sampler for the teacher; ddim, pndm and flow, by diffusers, are for models in its format, whose "
-        "scheduler's settings they follow; flow is for flow models such as Stable Diffusion 3.",
+        "Deterministic sampler for the teacher; ddim, dpm (DPM-Solver++), pndm and flow, by diffusers, are for models "
+        "in its format, whose scheduler's settings they follow; flow is for flow models such as Stable Diffusion 3.",
         "Section 3.3: heun, pndm for LAION",
         pairs=True,
     )

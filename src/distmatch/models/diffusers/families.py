@@ -11,6 +11,7 @@ from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flux import Flux
 from distmatch.models.diffusers.flux2 import Flux2Klein
 from distmatch.models.diffusers.hub import index, place
+from distmatch.models.diffusers.pixart import PixArt, PixArtSigma
 from distmatch.models.diffusers.qwen_image import QwenImage
 from distmatch.models.diffusers.sana import Sana
 from distmatch.models.diffusers.sd3 import StableDiffusion3
@@ -24,6 +25,8 @@ FAMILIES: dict[str, DiffusersFamily] = {
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "DiTPipeline": ClassTransformer(),
+    "PixArtAlphaPipeline": PixArt(),
+    "PixArtSigmaPipeline": PixArtSigma(),
     "StableDiffusion3Pipeline": StableDiffusion3(),
     "SanaPipeline": Sana(),
     "ZImagePipeline": ZImage(),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond
-from distmatch.models.diffusers.flow import FlowTransformer, PatchedFamily, packed, positions, unpacked
+from distmatch.models.diffusers.flow import PatchedFamily, packed, positions, unpacked
 from distmatch.models.diffusers.hub import Settings, config
+from distmatch.models.diffusers.prompted import PromptedTransformer
 from distmatch.models.diffusers.tiny_patched import write_tiny_flux
 from distmatch.system.errors import UserError
 
@@ -24,7 +25,7 @@ pipeline's `true_cfg_scale`.
 """
 
 
-class FluxTransformer(FlowTransformer):
+class FluxTransformer(PromptedTransformer):
     """diffusers' `FluxTransformer2DModel`: T5's states, and CLIP's `pooled f[B,P]`."""
 
     kind = "FluxTransformer2DModel"
@@ -35,7 +36,7 @@ class FluxTransformer(FlowTransformer):
         *("proj_mlp", "proj_out"),  # of the one-stream blocks
     )
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         guided = self.transformer.config.guidance_embeds
         made = self.transformer(

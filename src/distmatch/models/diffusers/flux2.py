@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers.autoencoder import Decoder, ImageEncoder
-from distmatch.models.diffusers.flow import FlowTransformer, PatchedFamily, positions
+from distmatch.models.diffusers.flow import PatchedFamily, positions
 from distmatch.models.diffusers.hub import Settings, config
+from distmatch.models.diffusers.prompted import PromptedTransformer
 from distmatch.models.diffusers.tiny_patched import write_tiny_flux2
 from distmatch.system.errors import UserError
 
@@ -22,7 +23,7 @@ CHAT = 16
 """Tokens of Qwen3's chat around a prompt, at most."""
 
 
-class Flux2Transformer(FlowTransformer):
+class Flux2Transformer(PromptedTransformer):
     """diffusers' `Flux2Transformer2DModel` without a guidance scale: `x f[B,128,h,w]`, patches of 2x2 latents."""
 
     kind = "Flux2Transformer2DModel"
@@ -33,7 +34,7 @@ class Flux2Transformer(FlowTransformer):
         *("to_qkv_mlp_proj", "attn.to_out"),  # of the one-stream blocks
     )
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         rows, columns = x.shape[-2:]
         places = x.new_zeros(text.shape[1], 4)
         places[:, 3] = torch.arange(text.shape[1], device=x.device)

@@ -39,6 +39,7 @@ PUBLISHED = {
     "Qwen/Qwen-Image": "qwen-image",
     "black-forest-labs/FLUX.1-dev": "flux1-dev",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
 }
 """Models whose settings are in the package, without weights, for plans: their folders in `published/`, by id."""
 

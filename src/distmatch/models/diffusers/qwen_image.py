@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, lerp, nn
 
 from distmatch.diffusion.denoiser import Cond
-from distmatch.models.diffusers.flow import FlowTransformer, PatchedFamily, packed, padded, unpacked
+from distmatch.models.diffusers.flow import PatchedFamily, packed, padded, unpacked
 from distmatch.models.diffusers.hub import Settings
+from distmatch.models.diffusers.prompted import PromptedTransformer
 from distmatch.models.diffusers.tiny_patched import write_tiny_qwen_image
 from distmatch.system.errors import UserError
 
@@ -25,7 +26,7 @@ UNKNOWN = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer
 """Settings of the transformers of other pipelines: distilled, editing, layers."""
 
 
-class QwenImageTransformer(FlowTransformer):
+class QwenImageTransformer(PromptedTransformer):
     """diffusers' `QwenImageTransformer2DModel`: states, and `mask f[B,L]`, 1 at tokens of the text."""
 
     kind = "QwenImageTransformer2DModel"
@@ -35,7 +36,7 @@ class QwenImageTransformer(FlowTransformer):
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         shapes = [[(1, height // 2, width // 2)]] * len(x)
         made = self.transformer(packed(x), text, mask.bool(), t, shapes, return_dict=False)[0]

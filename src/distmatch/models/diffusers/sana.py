@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond
-from distmatch.models.diffusers.flow import FlowFamily, FlowTransformer
+from distmatch.models.diffusers.flow import FlowFamily
 from distmatch.models.diffusers.hub import Settings
+from distmatch.models.diffusers.prompted import PromptedTransformer
 from distmatch.models.diffusers.tiny_flow import write_tiny_sana
 from distmatch.system.errors import UserError
 
@@ -17,7 +18,7 @@ TOKENS = 300
 """Length of a text, in tokens: the pipeline's `max_sequence_length`."""
 
 
-class SanaTransformer(FlowTransformer):
+class SanaTransformer(PromptedTransformer):
     """diffusers' `SanaTransformer2DModel`: Gemma's states, and `mask f[B,L]`, 1 at tokens of the text."""
 
     kind = "SanaTransformer2DModel"
@@ -26,7 +27,7 @@ class SanaTransformer(FlowTransformer):
         *("ff.conv_inverted", "ff.conv_point"),  # its feed-forward layers
     )
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         time = 1000 * t * self.transformer.config.timestep_scale
         return self.transformer(x, text, time, encoder_attention_mask=mask, return_dict=False)[0]
 

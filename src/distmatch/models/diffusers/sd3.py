@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond
-from distmatch.models.diffusers.flow import FlowFamily, FlowTransformer
+from distmatch.models.diffusers.flow import FlowFamily
 from distmatch.models.diffusers.hub import Settings, config, index
+from distmatch.models.diffusers.prompted import PromptedTransformer
 from distmatch.models.diffusers.tiny_flow import write_tiny_sd3
 from distmatch.system.errors import UserError
 
@@ -16,7 +17,7 @@ T5_TOKENS = 256
 """Length of T5's part of a text, in tokens: the pipeline's `max_sequence_length`."""
 
 
-class SD3Transformer(FlowTransformer):
+class SD3Transformer(PromptedTransformer):
     """diffusers' `SD3Transformer2DModel`: states of the three texts, and CLIP's `pooled f[B,P]`."""
 
     kind = "SD3Transformer2DModel"
@@ -26,7 +27,7 @@ class SD3Transformer(FlowTransformer):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         return self.transformer(x, text, pooled, 1000 * t, return_dict=False)[0]
 
 

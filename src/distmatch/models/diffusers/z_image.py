@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers import flow
-from distmatch.models.diffusers.flow import FlowTransformer, PatchedFamily, padded
+from distmatch.models.diffusers.flow import PatchedFamily, padded
 from distmatch.models.diffusers.hub import Settings
+from distmatch.models.diffusers.prompted import PromptedTransformer
 from distmatch.models.diffusers.tiny_patched import write_tiny_z_image
 from distmatch.system.errors import UserError
 
@@ -21,7 +22,7 @@ CHAT = 12
 """Tokens of Qwen3's chat around a prompt, at most."""
 
 
-class ZImageTransformer(FlowTransformer):
+class ZImageTransformer(PromptedTransformer):
     """diffusers' `ZImageTransformer2DModel`: Qwen3's states, and `mask f[B,L]`, 1 at tokens of the text.
 
     Its time runs the other way, from noise 0 to data 1, and so does its velocity. Positions of the image follow those
@@ -35,7 +36,7 @@ class ZImageTransformer(FlowTransformer):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         texts = [row[:length] for row, length in zip(text, flow.lengths(mask), strict=True)]
         made = self.transformer(list(x.unsqueeze(2)), 1 - t, texts, return_dict=False)[0]
         return -torch.stack(made).squeeze(2)
