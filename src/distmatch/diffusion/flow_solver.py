@@ -63,6 +63,7 @@ def log_shift(asked: Mapping[str, Any], steps: int) -> float | None:
     """Return `mu`, the logarithm of the shift for so many steps; `None` for a scheduler with a shift of its own."""
     if "tokens" not in asked:
         return asked.get("mu")
+    need("diffusers", by="the shift of FLUX.2")
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
     return compute_empirical_mu(asked["tokens"], steps)
