@@ -39,6 +39,8 @@ LINES: dict[str, tuple[list[str], str | None]] = {
     "distmatch train emoji": ([], DIFFUSERS),
     "distmatch report runs/mnist runs/no-regress": ([], WORKS),
     "distmatch plan imagenet64-cond": ([], METRICS),
+    "distmatch plan sdxl-lora-4step": ([], DIFFUSERS),
+    "distmatch train sd35-medium-4step": ([], DIFFUSERS),
     "distmatch train cifar10-cond --scale cpu-smoke": ([], METRICS),
     "distmatch train sd15-laion-6.25": ([], DIFFUSERS),
     "distmatch export diffusers": ([], DIFFUSERS),
