@@ -151,7 +151,7 @@ def _noise(recipe: Recipe, subject: Subject, pairs: PairStore | None) -> Stream:
     shape, dev = subject.info.shape, subject.device
     if recipe.student.inputs == "data":
         assert subject.real is not None
-        return RealStream(subject.real, shape, subject.conditions, recipe.match.batch, dev)
+        return RealStream(shape, subject.conditions, recipe.match.batch, dev, reals=subject.real)
     return NoiseStream(shape, subject.conditions, recipe.match.batch, dev)
 
 
