@@ -186,10 +186,13 @@ def student(folder, out, nfe, **entries):
 
 
 @pytest.mark.parametrize(("name", "nfe"), [("sd3", 1), ("sd3", 2), *((name, 4) for name in STUDENTS)])
-def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, name, nfe):
+def test_the_stock_pipeline_takes_the_students_steps(folders, tmp_path, capsys, name, nfe):
     known = FAMILIES[name]
     pipe = student(folders[name], tmp_path / "student", nfe)
     export_diffusers(str(tmp_path / "student"), tmp_path / "out")
+    told = "".join(capsys.readouterr().out.split())
+    for argument, value in {**known.plain, **known.call}.items():
+        assert argument == "use_resolution_binning" or f"{argument}={value:g}" in told
     theirs, z = stock(tmp_path / "out"), rng.noise(0, range(2), pipe.info.shape)
     torch.manual_seed(7)
     draw = known.noise or (lambda pipe, z: known.unpack(pipe, torch.randn(known.pack(pipe, z).shape)))
@@ -233,7 +236,7 @@ def test_a_gan_judges_by_the_images_tokens(folders, name):
     cond = family_of(info).example_cond(denoiser.net, info, 1)
     cond = cond.map(torch.ones_like)
     found = feature_shapes(denoiser, (torch.zeros(1, *info.shape), torch.ones(1), cond))
-    tokens = family_in(info.source).tokens(denoiser.net.transformer.config, info.shape)
+    tokens = family_in(info.source).tokens(denoiser.net.transformer.config, info.shape, "")
     (chosen,) = chosen_blocks(found, None, "the teacher")
     if name == "z-image":  # its blocks hold image and text, each filled up to a multiple of 32
         tokens = 32 + 512
@@ -256,6 +259,9 @@ def test_long_prompts_are_counted_by_the_encoder_that_reads_most(folders):
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
         ("transformer/config.json", {"in_channels": 8}, "takes 8 channels and makes 4"),
         ("transformer/config.json", {"sample_size": None}, "in_channels and sample_size"),
+        ("transformer/config.json", {"joint_attention_dim": "wide"}, "config.json: joint_attention_dim"),
+        ("transformer/config.json", {"patch_size": 0}, "config.json: patch_size"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor 0"),
     ],
 )
 def test_settings_that_are_not_followed_are_refused(folders, tmp_path, file, entries, message):

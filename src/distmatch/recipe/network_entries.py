@@ -49,7 +49,7 @@ class Adapter(Strict):
     targets: list[str] | None = entry(
         None,
         "Names of the layers that get adapters, or the ends of their names, such as to_q. null: those that the model's "
-        "family names (the transformer blocks of Stable Diffusion), else all linear layers and convolutions.",
+        "family names (in diffusers' format, of the transformer blocks), else all linear layers and convolutions.",
         "ours",
     )
 

@@ -16,6 +16,7 @@ import torch
 
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import index
 from distmatch.models.diffusers.lora import peft_layers, write_kohya
 from distmatch.models.folder import load_adapter, load_model
@@ -53,7 +54,7 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     _write(out, "diffusers", "model_index.json", pipe.save_pretrained, _made_of(source, info))
     if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
         console.print(f"{source} comes without its safety checker, and so does {out}")
-    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info, family.plain)})")
+    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info, family)})")
 
 
 @owns_out
@@ -88,21 +89,18 @@ def export_lora(run: str, out: Path) -> None:
         f"In {out}, for ComfyUI {f'as {KOHYA}' if renamed else 'too'}. Next: pipe = "
         f"DiffusionPipeline.from_pretrained({info.source!r}); pipe.load_lora_weights({str(out)!r}); pipe.scheduler = "
         f"{type(scheduler).__name__}.from_pretrained({str(out)!r}, subfolder='scheduler'); "
-        f"pipe({_arguments(info, family.plain)})"
+        f"pipe({_arguments(info, family)})"
     )
 
 
-def _arguments(info: Info, plain: str) -> str:
-    """Return the arguments with which a diffusers pipeline makes the images of the student `info`.
-
-    `plain`: the one with which it does not guide.
-    """
+def _arguments(info: Info, family: DiffusersFamily) -> str:
+    """Return the arguments with which a diffusers pipeline makes the images of the student `info`."""
     first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt=prompt"]}[info.condition]
-    scale = plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
+    scale = family.plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     guidance = [] if info.condition == "none" else [scale]
     size = []
-    if info.latent and info.shape[1] != info.shape[2]:
-        height, width = family_in(info.source).settings(info.source).of_shape(info.shape).size
+    if info.latent and (info.shape[1] != info.shape[2] or not family.squares):
+        height, width = family.settings(info.source).of_shape(info.shape).size
         size = [f"height={height}", f"width={width}"]
     return ", ".join([*first, *size, f"num_inference_steps={len(info.times)}", *guidance])
 

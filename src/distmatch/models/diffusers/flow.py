@@ -17,7 +17,7 @@ from distmatch.diffusion.flow_solver import PASSED
 from distmatch.diffusion.schedule import Flow, Schedule
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.flow_schedulers import dynamic, flow_student_scheduler, own_schedule
-from distmatch.models.diffusers.hub import CARD, Count
+from distmatch.models.diffusers.hub import CARD
 from distmatch.models.diffusers.prompted import PromptedFamily
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
@@ -31,6 +31,7 @@ class FlowFamily(PromptedFamily):
     """A family of flow-matching transformers: they predict the velocity."""
 
     sampler = "flow"
+    squares = False
     scaling = ("shift_factor",)
 
     passes_sigmas: ClassVar[bool] = False
@@ -39,14 +40,14 @@ class FlowFamily(PromptedFamily):
     empirical: ClassVar[int | None] = None
     """Steps for which the shift is taken, if it depends on their number, see `flow_solver.PASSED`."""
 
-    def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int]) -> int:
+    def tokens(self, transformer: Mapping[str, Any], shape: Sequence[int], source: str) -> int:
         """Return the image's tokens, on which a dynamic shift depends."""
-        return shape[1] * shape[2] // self.patch(transformer) ** 2
+        return shape[1] * shape[2] // self.patch(transformer, source) ** 2
 
     def diffusion(
         self, scheduler: Mapping[str, Any], transformer: Mapping[str, Any], shape: Sequence[int], source: str
     ) -> tuple[Schedule, str, dict[str, Any]]:
-        schedule, settings = self.levels(scheduler, self.tokens(transformer, shape), source)
+        schedule, settings = self.levels(scheduler, self.tokens(transformer, shape, source), source)
         return schedule, "velocity", settings
 
     def levels(self, scheduler: Mapping[str, Any], tokens: int, source: str) -> tuple[Flow, dict[str, Any]]:
@@ -58,7 +59,8 @@ class FlowFamily(PromptedFamily):
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
         found, transformer = super().resized(denoiser, info, size), self._own(denoiser.net).transformer.config
-        schedule, scheduler = self.levels(info.scheduler, self.tokens(transformer, found.shape), info.source)
+        tokens = self.tokens(transformer, found.shape, info.source)
+        schedule, scheduler = self.levels(info.scheduler, tokens, info.source)
         denoiser.schedule = schedule
         return replace(found, scheduler=scheduler)
 
@@ -78,25 +80,24 @@ class PatchedFamily(FlowFamily):
 
     passes_sigmas = True
 
-    def channels(self, transformer: Mapping[str, Any]) -> Any:
+    def channels(self, transformer: Mapping[str, Any], source: str) -> int:
         """Return the channels of the latents."""
         raise NotImplementedError
 
     def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
         card, pixels = Path(source) / CARD, factor(vae, source)
         asked = read_json(card, dict[str, Any]).get("size", SIDE) if card.exists() else SIDE
-        where = f"{source}: size in distmatch.json, and the transformer's channels"
-        side, channels = fitting((asked, self.channels(transformer)), where, tuple[Count, Count])
+        side, channels = fitting(asked, f"{card}: size", int), self.channels(transformer, source)
         held = vae.get("latent_channels", vae.get("z_dim"))
         if channels != held:
             raise UserError(
                 f"{source}: its transformer makes latents of {channels} channels; its autoencoder's are {held}"
             )
-        if side % (2 * pixels):
+        if side < 1 or side % (2 * pixels):
             raise UserError(f"{card}: size is {side}; expected a multiple of {2 * pixels}")
         return channels, side // pixels, side // pixels, pixels
 
-    def patch(self, transformer: Mapping[str, Any]) -> int:
+    def patch(self, transformer: Mapping[str, Any], source: str) -> int:
         return 2
 
 

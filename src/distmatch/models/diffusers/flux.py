@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers.flow import PatchedFamily, packed, positions, unpacked
 from distmatch.models.diffusers.hub import Settings, config
-from distmatch.models.diffusers.prompted import PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedTransformer, numbers
 from distmatch.models.diffusers.tiny_patched import write_tiny_flux
 from distmatch.system.errors import UserError
 
@@ -68,8 +68,8 @@ class Flux(PatchedFamily):
         if made not in (None, channels):
             raise UserError(f"{source}: its transformer takes {channels} channels and makes {made}; expected the same")
 
-    def channels(self, transformer: Mapping[str, Any]) -> Any:
-        return transformer.get("in_channels", 64) // 4
+    def channels(self, transformer: Mapping[str, Any], source: str) -> int:
+        return numbers(transformer, source, "in_channels")[0] // 4
 
     def distilled(self, source: str, lora: str = "") -> str | None:
         if not config(source, "config.json", self.network).get("guidance_embeds"):
@@ -77,10 +77,8 @@ class Flux(PatchedFamily):
         return super().distilled(source, lora)
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {
-            "text": (TOKENS, transformer["joint_attention_dim"]),
-            "pooled": (transformer["pooled_projection_dim"],),
-        }
+        width, pooled = numbers(transformer, source, "joint_attention_dim", "pooled_projection_dim")
+        return {"text": (TOKENS, width), "pooled": (pooled,)}
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_flux(folder)

@@ -12,7 +12,7 @@ from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers.autoencoder import Decoder, ImageEncoder
 from distmatch.models.diffusers.flow import PatchedFamily, positions
 from distmatch.models.diffusers.hub import Settings, config
-from distmatch.models.diffusers.prompted import PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedTransformer, numbers
 from distmatch.models.diffusers.tiny_patched import write_tiny_flux2
 from distmatch.system.errors import UserError
 
@@ -59,14 +59,14 @@ class Flux2Klein(PatchedFamily):
         if transformer.get("guidance_embeds", True):
             raise UserError(f"{source}: its transformer takes a guidance scale (guidance_embeds); klein's does not")
 
-    def channels(self, transformer: Mapping[str, Any]) -> Any:
-        return transformer.get("in_channels", 128) // 4
+    def channels(self, transformer: Mapping[str, Any], source: str) -> int:
+        return numbers(transformer, source, "in_channels")[0] // 4
 
     def latents(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int, int]:
         channels, height, width, pixels = super().latents(transformer, vae, source)
         return 4 * channels, height // 2, width // 2, 2 * pixels
 
-    def patch(self, transformer: Mapping[str, Any]) -> int:
+    def patch(self, transformer: Mapping[str, Any], source: str) -> int:
         return 1  # its latents are patches already
 
     def distilled(self, source: str, lora: str = "") -> str | None:
@@ -75,7 +75,7 @@ class Flux2Klein(PatchedFamily):
         return super().distilled(source, lora)
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"text": (TOKENS, transformer["joint_attention_dim"])}
+        return {"text": (TOKENS, *numbers(transformer, source, "joint_attention_dim"))}
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_flux2(folder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.schedule import Schedule
 from distmatch.models.diffusers.hub import Settings
-from distmatch.models.diffusers.prompted import PromptedFamily, PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedFamily, PromptedTransformer, numbers
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.diffusers.tiny_flow import t5_tokenizer, tiny_t5, tiny_vae
@@ -58,7 +58,7 @@ class PixArt(PromptedFamily):
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         length = self.limits["tokenizer"]
-        return {"text": (length, transformer["caption_channels"]), "mask": (length,)}
+        return {"text": (length, *numbers(transformer, source, "caption_channels")), "mask": (length,)}
 
     def student_scheduler(self, student: Denoiser, info: Info) -> Any:
         self._own(student.net)

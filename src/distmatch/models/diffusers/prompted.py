@@ -1,9 +1,10 @@
 """What the families of transformers on latents that are conditioned on prompts share: network, loading and export."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
@@ -78,6 +79,16 @@ class PromptedTransformer(nn.Module):
         raise NotImplementedError
 
 
+Width = Annotated[int, Field(strict=True, ge=1, le=65536)]
+"""A number in a transformer's settings."""
+
+
+def numbers(transformer: Mapping[str, Any], source: str, *names: str) -> tuple[int, ...]:
+    """Return settings of a transformer. Raises `UserError` if one is missing or not a positive whole number."""
+    found = tuple(transformer.get(name) for name in names)
+    return fitting(found, f"{source}: transformer/config.json: {', '.join(names)}", tuple[Width, ...])
+
+
 class PromptedFamily(DiffusersFamily):
     """A family of such transformers, with text encoders and an autoencoder."""
 
@@ -108,9 +119,9 @@ class PromptedFamily(DiffusersFamily):
             )
         return channels, side, side, factor(vae, source)
 
-    def patch(self, transformer: Mapping[str, Any]) -> int:
+    def patch(self, transformer: Mapping[str, Any], source: str) -> int:
         """Return the side of a token, in latents."""
-        return int(transformer.get("patch_size", 1))
+        return numbers(transformer, source, "patch_size")[0]
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a condition's tensors without their batch, as `encode` makes them."""
@@ -151,7 +162,7 @@ class PromptedFamily(DiffusersFamily):
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
         found, transformer = super().resized(denoiser, info, size), self._own(denoiser.net).transformer.config
-        if any(side % self.patch(transformer) for side in found.shape[1:]):
+        if any(side % self.patch(transformer, info.source) for side in found.shape[1:]):
             raise UserError(f"image_size {list(size)}: its latents {found.shape} don't divide into patches")
         return found
 

@@ -10,7 +10,7 @@ from torch import Tensor, lerp, nn
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers.flow import PatchedFamily, packed, padded, unpacked
 from distmatch.models.diffusers.hub import Settings
-from distmatch.models.diffusers.prompted import PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedTransformer, numbers
 from distmatch.models.diffusers.tiny_patched import write_tiny_qwen_image
 from distmatch.system.errors import UserError
 
@@ -70,11 +70,11 @@ class QwenImage(PatchedFamily):
             if transformer.get(name):
                 raise UserError(f"{source}: its transformer has {name} {transformer[name]!r}; expected false")
 
-    def channels(self, transformer: Mapping[str, Any]) -> Any:
-        return transformer.get("out_channels", 16)
+    def channels(self, transformer: Mapping[str, Any], source: str) -> int:
+        return numbers(transformer, source, "out_channels")[0]
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"text": (TOKENS, transformer["joint_attention_dim"]), "mask": (TOKENS,)}
+        return {"text": (TOKENS, *numbers(transformer, source, "joint_attention_dim")), "mask": (TOKENS,)}
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_qwen_image(folder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers.flow import FlowFamily
 from distmatch.models.diffusers.hub import Settings
-from distmatch.models.diffusers.prompted import PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedTransformer, numbers
 from distmatch.models.diffusers.tiny_flow import write_tiny_sana
 from distmatch.system.errors import UserError
 
@@ -51,7 +51,7 @@ class Sana(FlowFamily):
             )
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"text": (TOKENS, transformer["caption_channels"]), "mask": (TOKENS,)}
+        return {"text": (TOKENS, *numbers(transformer, source, "caption_channels")), "mask": (TOKENS,)}
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_sana(folder)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers.flow import FlowFamily
 from distmatch.models.diffusers.hub import Settings, config, index
-from distmatch.models.diffusers.prompted import PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedTransformer, numbers
 from distmatch.models.diffusers.tiny_flow import write_tiny_sd3
 from distmatch.system.errors import UserError
+from distmatch.system.plain import fitting
 
 T5_TOKENS = 256
 """Length of T5's part of a text, in tokens: the pipeline's `max_sequence_length`."""
@@ -47,7 +48,8 @@ class StableDiffusion3(FlowFamily):
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         clip = config(source, "config.json", "text_encoder").get("max_position_embeddings", 77)
-        width, pooled = transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
+        clip = fitting(clip, f"{source}: text_encoder/config.json: max_position_embeddings", int)
+        width, pooled = numbers(transformer, source, "joint_attention_dim", "pooled_projection_dim")
         return {"text": (clip + T5_TOKENS, width), "pooled": (pooled,)}
 
     def write_tiny(self, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from distmatch.diffusion.denoiser import Cond
 from distmatch.models.diffusers import flow
 from distmatch.models.diffusers.flow import PatchedFamily, padded
 from distmatch.models.diffusers.hub import Settings
-from distmatch.models.diffusers.prompted import PromptedTransformer
+from distmatch.models.diffusers.prompted import PromptedTransformer, numbers
 from distmatch.models.diffusers.tiny_patched import write_tiny_z_image
 from distmatch.system.errors import UserError
 
@@ -55,17 +55,17 @@ class ZImage(PatchedFamily):
     def check(self, transformer: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
         super().check(transformer, vae, source)
         patches = transformer.get("all_patch_size", [2]), transformer.get("all_f_patch_size", [1])
-        if [list(sizes) for sizes in patches] != [[2], [1]] or transformer.get("siglip_feat_dim") is not None:
+        if patches != ([2], [1]) or transformer.get("siglip_feat_dim") is not None:
             raise UserError(
                 f"{source}: its transformer has patches {patches} and siglip_feat_dim "
                 f"{transformer.get('siglip_feat_dim')}; expected ([2], [1]) and none, as for images of prompts"
             )
 
-    def channels(self, transformer: Mapping[str, Any]) -> Any:
-        return transformer.get("in_channels", 16)
+    def channels(self, transformer: Mapping[str, Any], source: str) -> int:
+        return numbers(transformer, source, "in_channels")[0]
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"text": (TOKENS, transformer["cap_feat_dim"]), "mask": (TOKENS,)}
+        return {"text": (TOKENS, *numbers(transformer, source, "cap_feat_dim")), "mask": (TOKENS,)}
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_z_image(folder)
