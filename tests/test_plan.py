@@ -291,6 +291,20 @@ def test_traffic_and_memory_are_those_of_real_processes(folder, planner, process
     assert planned_peak == pytest.approx(held + buckets + found["peak"], rel=0.15 if sharded else 0.03)
 
 
+def _planned_among_others(file, out) -> None:
+    torch.set_num_threads(1)
+    with parallel.process_group():
+        found = parallel.on_first(lambda: planned(file, ("parallel=fsdp",), 2).peak)
+        if parallel.rank() == 0:
+            out.write_text(str(found))
+
+
+def test_the_first_of_several_processes_can_plan_while_the_others_wait(folder, planner, tmp_path):
+    file = str(folder / "tiny.yaml")
+    together(2, _planned_among_others, file, tmp_path / "peak")
+    assert float((tmp_path / "peak").read_text()) == planner(planned, file, ("parallel=fsdp",), 2).peak
+
+
 def test_a_ring_sends_what_the_closed_form_says():
     assert Traffic(4, reduced=100).sent == 150  # 2 (N - 1) / N
     assert Traffic(4, gathered=100, scattered=20).sent == 90

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,6 +77,7 @@ def rehearse(
         _no_collection(),
         _in_place(),
         _replaced(Decoder, one_by_one=_alike(ledger)),
+        _replaced(dist, is_initialized=lambda: False),  # processes that share a run do not share its rehearsal
         _replaced(guide, cleaner=lambda schedule, bins, t: bins),  # levels without data cannot be compared
         _longest_texts(),
         ledger,
