@@ -225,6 +225,18 @@ def test_a_rounded_base_is_planned_as_it_is_held(folder, planner, weights, share
     assert made.memory["activations"] <= plain.memory["activations"]
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_base_that_takes_a_guidance_scale_is_planned_unless_it_is_the_teachers(folder, planner, way):
+    adapters = ("student.adapter.rank=2", "fake.adapter.rank=2", "student.guidance=[1, 4]")
+    changes = ("terms=match", f"parallel={way}", *adapters)
+    made = planner(planned, str(folder / "tiny.yaml"), changes)
+    real, teacher = distiller(folder, changes)
+    more = {*map(id, real.student.base.parameters())} - {*map(id, teacher.parameters())}
+    assert len(more) == (1 if way == "ddp" else len(list(real.student.base.parameters())))
+    held = sum(t.numel() * t.element_size() for t in (*real.student.base.parameters(), *real.student.base.buffers()))
+    assert made.memory.get("base of adapters", 0) == (0 if way == "ddp" else held)
+
+
 def _tensors(state):
     return [t for t in tree_iter(state) if isinstance(t, torch.Tensor)]
 

@@ -95,11 +95,14 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     spread = {name: sharded and name != "GAN head" and not adapted(n) for name, n in done.networks.items()}
     cuts = {name: processes if spread[name] else 1 for name in spread}
     memory: dict[str, float] = {name: FP32 * slices(network, cuts[name]) for name, network in done.networks.items()}
+    teacher = done.networks["teacher"]
     if recipe.base_weights != "fp32":
-        base = done.networks["teacher"]
-        memory["teacher"] = (
-            sum(t.numel() * t.element_size() for t in (*base.parameters(), *base.buffers())) / cuts["teacher"]
-        )
+        memory["teacher"] = _stored(teacher) / cuts["teacher"]
+    bases = [n.base for n in trained.values() if isinstance(n, Adapted)]
+    if bases and next(bases[0].parameters()) is not next(
+        teacher.parameters(), None
+    ):  # one of its own; see `build.start`
+        memory["base of adapters"] = _stored(bases[0]) / cuts["teacher"]
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     others = FP32 * family_of(info).component_weights(info.source)
@@ -123,10 +126,15 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     states = sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
     checkpoint = FP32 * (average + states + 3 * head)
     flops: dict[str, float] = {name: parts * value for name, value in done.flops.items() if value}
-    traffic = _traffic(recipe, trained, done.networks["teacher"], processes)
+    traffic = _traffic(recipe, trained, teacher, processes)
     if processes > 1:
         traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+
+
+def _stored(network: nn.Module) -> int:
+    """Return the bytes of a network's weights and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
 
 
 def adapted(network: nn.Module) -> bool:
