@@ -418,7 +418,7 @@ def test_a_folder_and_a_cached_model_win_over_published_settings(tmp_path, monke
 
 
 def test_gpus_are_those_of_the_command():
-    gpus = inspect.signature(plan).parameters["gpu"].annotation
+    gpus, _ = get_args(inspect.signature(plan).parameters["gpu"].annotation)
     assert sorted(GPUS) == sorted(get_args(gpus))
     t4, a100 = GPUS["t4"], GPUS["a100"]
     assert [t4.rate(precision) for precision in ("fp32", "bf16", "fp16")] == [8.1e12, 8.1e12, 65e12]  # no bf16
