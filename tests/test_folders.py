@@ -20,7 +20,7 @@ from distmatch.models.diffusers import single_file as single_files
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.tiny import write_tiny_sd
-from distmatch.models.folder import save_model
+from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import components, find_model
 from distmatch.recipe import subjects
 from distmatch.recipe.loading import load_recipe
@@ -126,11 +126,11 @@ def test_a_single_file_is_the_folder(originals, tmp_path):
     save_file(single_file(stock(originals / "sd")), file)
     settings_alone(originals / "sd", tmp_path / "fine-tune")
     assert_equal(file, originals / "sd")
-    _, info = find_model(f"diffusers:{file}", "teacher")
-    assert info.source == str(file)
     (folder,) = (tmp_path / "cache" / "single-files").iterdir()
     shutil.rmtree(folder)  # it is only a cache
-    assert_equal(file, originals / "sd")
+    denoiser, info = find_model(f"diffusers:{file}", "teacher")
+    save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
+    assert load_model(tmp_path / "student")[1].source == str(file)
 
 
 def test_a_single_file_says_that_it_predicts_v(originals, tmp_path):
@@ -251,9 +251,10 @@ def test_a_lora_of_the_network_alone_is_not_needed_again(originals, tmp_path):
     denoiser, info = merged(originals / "sd", tmp_path / "style.safetensors", 1.0)
     (tmp_path / "style.safetensors").unlink()
     save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
-    plain = components(find_model(f"diffusers:{originals / 'sd'}", "teacher")[1])
-    pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
-    assert torch.equal(pipe.condition(1, prompts="a cat").text, plain.encode(["a cat"]).text)
+    _, back = load_model(tmp_path / "student")
+    assert back.lora == info.lora
+    plain = family_in(info.source).text_encoder(info.source)
+    assert torch.equal(components(back).encode(["a cat"]).text, plain(["a cat"]).text)
 
 
 def test_what_is_no_lora_of_the_model_is_refused(originals, tmp_path):
@@ -287,51 +288,46 @@ def load_subject(name, overrides):
     return subjects.subject(load_recipe(name, overrides))
 
 
-def test_a_recipes_image_size_and_lora(originals, tmp_path):
-    """The text of an SDXL is told the size; pairs, student and export have it."""
-    base = originals / "sdxl"
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    overrides = [f"teacher=diffusers:{base}", f"prompts.path={tmp_path / 'prompts.txt'}"]
-    sized = [*overrides, "image_size=[64, 128]"]
-    subject = load_subject("emoji", sized)
-    assert subject.info.shape == (4, 8, 16)
-    assert subject.conditions.at([0]).extra["size"].tolist() == [[64, 128, 0, 0, 64, 128]]
-    z = rng.noise(0, range(1), subject.info.shape)
+def test_another_size_than_the_models_own(originals, tmp_path):
+    """The text of an SDXL is told the size; the student and its export have it."""
+    base = str(originals / "sdxl")
+    denoiser, info = find_model(f"diffusers:{base}", "teacher")
+    info = family_in(base).resized(denoiser, info, (64, 128))
+    assert info.shape == (4, 8, 16)
+    cond, z = components(info).encode(["a cat"]), rng.noise(0, range(1), info.shape)
+    assert cond.extra["size"].tolist() == [[64, 128, 0, 0, 64, 128]]
     with torch.no_grad():
-        x = solver("pndm", subject.info.scheduler)(
-            guided(subject.denoiser, 3.0), subject.denoiser.schedule, z, subject.conditions.at([0]), 3
-        )
-    y = stock(base)(
-        "a cat", height=64, width=128, latents=z, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
-    ).images
+        x = solver("pndm", info.scheduler)(guided(denoiser, 3.0), denoiser.schedule, z, cond, 3)
+    how = {"height": 64, "width": 128, "latents": z}
+    y = stock(base)("a cat", num_inference_steps=3, guidance_scale=3.0, output_type="latent", **how).images
     assert (x - y).abs().max() < 1e-4 * y.abs().max()
-    save_model(tmp_path / "student", subject.denoiser, replace(subject.info, times=(999.0,)))
+    save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
     export_diffusers(str(tmp_path / "student"), tmp_path / "out")
-    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
-    image = stock(tmp_path / "out")("a cat", height=64, width=128, latents=z, **how).images
+    image = stock(tmp_path / "out")("a cat", num_inference_steps=1, guidance_scale=1.0, output_type="pt", **how).images
     pipe = DistilledPipeline.from_pretrained(tmp_path / "student")
     ours = (pipe.sample(z, pipe.condition(1, prompts="a cat")) / 2 + 0.5).clamp(0, 1)
     assert ours.shape == (1, 3, 64, 128)
     assert (ours - image).abs().max() < 2e-5
-    square = load_subject("emoji", [*overrides, "image_size=[96, 96]"])
-    save_model(tmp_path / "student", square.denoiser, replace(square.info, times=(999.0,)))
-    export_diffusers(str(tmp_path / "student"), tmp_path / "out")
-    assert stock(tmp_path / "out")("a cat", **how).images.shape == (1, 3, 96, 96)
     with pytest.raises(UserError, match=r"image_size \[60, 128\]: expected multiples of 8, the pixels per latent"):
-        load_subject("emoji", [*overrides, "image_size=[60, 128]"])
-    with pytest.raises(UserError, match=r"image_size \[8, 8\]: this teacher makes images of one size"):
-        load_subject("mnist", ["image_size=[8, 8]"])
-    weights, _ = kohya(stock(originals / "sd"), parts=("unet",))
-    save_file(weights, tmp_path / "lcm-lora.safetensors")
-    lora = [
+        family_in(base).resized(denoiser, info, (60, 128))
+
+
+def test_a_recipes_image_size_and_lora(originals, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    save_file(kohya(stock(originals / "sd"), parts=("unet",))[0], tmp_path / "lcm-lora.safetensors")
+    overrides = [
         f"teacher=diffusers:{originals / 'sd'}",
-        overrides[1],
+        f"prompts.path={tmp_path / 'prompts.txt'}",
         f"teacher_lora.path={tmp_path / 'lcm-lora.safetensors'}",
+        "teacher_lora.scale=0.5",
+        "image_size=[32, 64]",
     ]
     with pytest.raises(UserError, match=r"was distilled itself: it is called .*lcm-lora"):
-        load_subject("emoji", lora)
-    subject = load_subject("emoji", [*lora, "distilled_teacher=true", "teacher_lora.scale=0.5"])
-    assert subject.info.lora.scale == 0.5
+        load_subject("emoji", overrides)
+    info = load_subject("emoji", [*overrides, "distilled_teacher=true"]).info
+    assert (info.lora.scale, info.shape) == (0.5, (4, 4, 8))
+    with pytest.raises(UserError, match=r"image_size \[8, 8\]: this teacher makes images of one size"):
+        load_subject("mnist", ["image_size=[8, 8]"])
 
 
 def test_edm_sigmas_are_followed(originals, tmp_path):

@@ -168,6 +168,8 @@ def test_the_classes_have_the_folders_names(folders, tmp_path):
 )
 def test_the_stock_pipeline_makes_the_students_image(folders, tmp_path, kind, times):
     denoiser, info = teacher(folders / kind)
+    if kind == "learned":
+        info = family_of(info).resized(denoiser, info, (16, 32))
     for parameter in list(denoiser.net.parameters())[-1:]:  # a student unlike its teacher
         parameter.data.add_(0.3)
     save_model(tmp_path / "student", denoiser, replace(info, times=times))
@@ -199,6 +201,12 @@ def test_what_cannot_be_exported_is_named(folders, tmp_path):
     with pytest.raises(UserError, match=r"makes latents \(4, 8, 8\) of 1000 classes, the student .* of 10"):
         export_diffusers(str(tmp_path / "dit"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dit_makes_images_of_one_size(folders):
+    denoiser, info = teacher(folders / "dit")
+    with pytest.raises(UserError, match=r"image_size \[64, 64\]: diffusers' DiT makes images of one size"):
+        family_of(info).resized(denoiser, info, (64, 64))
 
 
 RECIPE = {"steps": 2, "match.batch": 2, "regress.batch": 2, "pairs.count": 3, "pairs.sampler": "ddim", "pairs.steps": 3}

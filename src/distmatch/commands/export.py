@@ -11,10 +11,11 @@ app = App(name="export", help="Turn students into other libraries' formats.")
 
 @app.command
 def diffusers(run: Name, /, *, out: Out = None, source: Name | None = None, half: bool = False) -> None:
-    """Write a text-to-image student as a folder that DiffusionPipeline.from_pretrained opens.
+    """Write a student of a model in diffusers' format as a folder that DiffusionPipeline.from_pretrained opens.
 
-    The pipeline makes the student's image with num_inference_steps=1, guidance_scale=1: the student's time and
-    prediction are in the scheduler's settings. A student trained on a range of guidance takes guidance_scale from it.
+    The pipeline makes the student's image with num_inference_steps=1, and where it is guided guidance_scale=1: the
+    student's time and prediction are in the scheduler's settings. A student trained on a range of guidance takes
+    guidance_scale from it.
 
     Parameters
     ----------

@@ -98,13 +98,14 @@ class PixelDiffusion(DiffusersFamily):
                 f"diffusers has no pipeline for a {type(student.net).__name__} with classes, so this student cannot be "
                 "exported; use distmatch.DistilledPipeline"
             )
-        if (theirs := self.settings(source).shape) != info.shape:
+        if (theirs := self.settings(source).shape[0]) != info.shape[0]:
             raise UserError(
-                f"{source} makes images of {theirs}, the student of {info.shape}; expected the model that it was made "
-                f"from, {info.source}"
+                f"{source} makes images of {theirs} channels, the student of {info.shape[0]}; expected the model that "
+                f"it was made from, {info.source}"
             )
         # DDIMPipeline would replace the scheduler of a student of several steps.
         net: Any = student.net
+        net.unet.register_to_config(sample_size=list(info.shape[1:]))  # what the pipeline makes
         return DDPMPipeline(unet=net.unet, scheduler=scheduler_of(student, info)).to(dtype=dtype)
 
 

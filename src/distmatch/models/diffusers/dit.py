@@ -96,9 +96,7 @@ class ClassTransformer(DiffusersFamily):
         return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
-        if size[0] != size[1]:
-            raise UserError(f"image_size {list(size)}: a DiT makes squares; expected one side twice")
-        return super().resized(denoiser, info, size)
+        raise UserError(f"image_size {list(size)}: diffusers' DiT makes images of one size; leave it out")
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_dit(folder)

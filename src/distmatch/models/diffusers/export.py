@@ -98,9 +98,9 @@ def _arguments(info: Info, family: DiffusersFamily) -> str:
     first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt=prompt"]}[info.condition]
     scale = family.plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     guidance = [] if info.condition == "none" else [scale]
-    size = []
-    if info.latent and (info.shape[1] != info.shape[2] or not family.squares):
-        height, width = family.settings(info.source).of_shape(info.shape).size
+    theirs, size = family.settings(info.source), []
+    if info.text and (info.shape != theirs.shape or not family.squares):
+        height, width = theirs.of_shape(info.shape).size
         size = [f"height={height}", f"width={width}"]
     return ", ".join([*first, *size, f"num_inference_steps={len(info.times)}", *guidance])
 

@@ -116,11 +116,8 @@ class DiffusersFamily(Family):
         pixels = self.settings(info.source).pixels
         if any(side % pixels for side in size):
             raise UserError(f"image_size {list(size)}: expected multiples of {pixels}, the pixels per latent")
-        shape = (info.shape[0], size[0] // pixels, size[1] // pixels)
-        network: Any = getattr(denoiser.net, self.network)
-        if size[0] == size[1] and "sample_size" in network.config:  # the default of pipelines, some of squares only
-            network.register_to_config(sample_size=shape[1])
-        return replace(info, shape=shape)
+        # The network's own `sample_size` stays: positions in transformers are relative to it.
+        return replace(info, shape=(info.shape[0], size[0] // pixels, size[1] // pixels))
 
     def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
         """Merge the LoRA of the model `info`, if it has one, into the text encoders of `pipe`, in place."""
