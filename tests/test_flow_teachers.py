@@ -234,7 +234,6 @@ def test_a_gan_judges_by_the_images_tokens(folders, name):
     """Blocks of texts and images return both."""
     denoiser, info = find_model(f"diffusers:{folders[name]}", "teacher")
     cond = family_of(info).example_cond(denoiser.net, info, 1)
-    cond = cond.map(torch.ones_like)
     found = feature_shapes(denoiser, (torch.zeros(1, *info.shape), torch.ones(1), cond))
     tokens = family_in(info.source).tokens(denoiser.net.transformer.config, info.shape, "")
     (chosen,) = chosen_blocks(found, None, "the teacher")

@@ -96,7 +96,7 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
 
 def _write_images(folder: Path, info: Info) -> None:
     """Write pictures of noise like the images of the teacher `info`: one of each class, or with captions."""
-    channels, height, width = (3, 64, 64) if info.latent else info.shape
+    channels, height, width = (3, *family_in(info.source).settings(info.source).size) if info.latent else info.shape
     captions = PROMPTS if info.text else ()
     generator = np.random.default_rng(0)
     for number, name in enumerate(info.classes or ("",) * len(PROMPTS)):

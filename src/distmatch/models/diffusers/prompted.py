@@ -167,7 +167,7 @@ class PromptedFamily(DiffusersFamily):
         return found
 
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
-        made = {name: torch.empty(n, *shape) for name, shape in self._own(net).null.items()}
+        made = {name: torch.ones(n, *shape) for name, shape in self._own(net).null.items()}  # a mask of all tokens
         return Cond(text=made.pop("text"), extra=made)
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
