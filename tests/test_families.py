@@ -10,6 +10,7 @@ import torch
 
 from distmatch.evaluation.baselines import digest
 from distmatch.models.diffusers.families import FAMILIES, family_in
+from distmatch.models.diffusers.pixart import write_tiny_pixart
 from distmatch.models.diffusers.stable import StableDiffusion
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model, save_model
@@ -79,6 +80,18 @@ def test_a_further_family_is_found_by_its_class(sd, tmp_path, monkeypatch):
     z = torch.randn(1, 4, 8, 8)
     cond = dim.condition(1, prompts="a cat")
     assert torch.equal(dim.sample(z, cond), bright.sample(z, cond) / 2)
+
+
+def test_conditions_are_told_apart_if_only_the_way_to_make_them_differs(tmp_path):
+    """Cached states are found by this fingerprint: XL is told the image's size, and families share text encoders."""
+    xl = f"diffusers:{write_tiny_sd(tmp_path / 'xl', kind='sdxl')}"
+    info = find_model(xl, "teacher")[1]
+    wide = replace(info, shape=(4, 8, 16))
+    own, same, other = (components(one).encode.fingerprint() for one in (info, replace(info), wide))
+    assert own == same != other
+    alpha, sigma = (write_tiny_pixart(tmp_path / str(one), sigma=one) for one in (False, True))
+    made = {family_in(str(one)).text_encoder(str(one)).fingerprint() for one in (alpha, sigma)}
+    assert len(made) == 2  # Sigma's texts are longer
 
 
 def test_the_encoders_fingerprint_is_that_of_earlier_versions(sd):

@@ -218,6 +218,14 @@ def test_embeddings_are_computed_once_and_are_the_encoders(folders, tmp_path, mo
     assert encoder.fingerprint() == text_encoder(str(folders / kind)).fingerprint() != other.fingerprint()
 
 
+def test_states_that_half_precision_cannot_hold_are_kept_in_full(tmp_path, monkeypatch):
+    """The inner states of language models have single numbers beyond its 65,504."""
+    monkeypatch.setattr("distmatch.data.computed.SHARD", 1)
+    large = torch.tensor([[[1.0, 70_000.0]], [[1.0, 2.0]]])
+    cond = embed(tmp_path, ["0", "1"], lambda texts: Cond(text=large[list(map(int, texts))]))([0, 1])
+    assert torch.equal(cond.text, large)
+
+
 # Pairs
 
 

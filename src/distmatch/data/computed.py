@@ -31,7 +31,7 @@ class Computed:
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         rows = [(self._shard(_name(self.kind, i // SHARD)), i % SHARD) for i in numbers]
-        return {name: torch.stack([shard[name][row] for shard, row in rows]).float() for name in rows[0][0]}
+        return {name: torch.stack([shard[name][row].float() for shard, row in rows]) for name in rows[0][0]}
 
     def _shard(self, name: str) -> dict[str, Tensor]:
         if name not in self._shards:
@@ -58,7 +58,8 @@ def compute(
 
     Args:
         kind: what the entries are; the files are named `KIND-00000.safetensors` and so on.
-        tensors: returns the tensors of a range of entries by name, f[len(range),...]; they are kept in half precision.
+        tensors: returns the tensors of a range of entries by name, f[len(range),...]; they are kept in half precision
+            where it holds their largest numbers.
         progress: called with numbers of entries done.
     """
     parts = {_name(kind, start // SHARD): range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)}
@@ -66,7 +67,7 @@ def compute(
 
     def make(name: str) -> None:
         file = folder / name
-        made = {k: v.cpu().half().contiguous() for k, v in tensors(parts[name]).items()}
+        made = {k: _kept(v.cpu()) for k, v in tensors(parts[name]).items()}
         write_atomic(file, lambda path: save_file(made, path, {"place": _place(file)}))
 
     def make_new(name: str) -> None:
@@ -78,6 +79,12 @@ def compute(
 
     make_together(Folder(folder), list(parts), lambda name, sizes: name in sizes, make_new, found)
     return Computed(folder, kind, make)
+
+
+def _kept(value: Tensor) -> Tensor:
+    """Return `value` in half precision; in full if that is too narrow, as for inner states of language models."""
+    half = value.half().contiguous()
+    return half if torch.equal(half.isfinite(), value.isfinite()) else value.float().contiguous()
 
 
 def _name(kind: str, shard: int) -> str:

@@ -71,6 +71,10 @@ class DiffusersFamily(Family):
         """
         raise NotImplementedError
 
+    def way_of_encoding(self, known: Settings) -> str:
+        """Return what determines conditions besides encoders and tokenizers, for the fingerprint of cached ones."""
+        return type(self).__name__
+
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
         """Return the pipeline of `source` with the student in it, whose scheduler takes the student's steps.
 
@@ -102,7 +106,8 @@ class DiffusersFamily(Family):
         if info is not None:
             known = known.of_shape(info.shape)
             self.merge_text(pipe, known, info)
-        return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known), self.limits)
+        way = self.way_of_encoding(known)
+        return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known), self.limits, way)
 
     def components(self, info: Info, device: torch.device | str = "cpu") -> Components:
         parts: dict[str, Any] = {}

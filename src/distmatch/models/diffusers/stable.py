@@ -168,6 +168,9 @@ class StableDiffusion(DiffusersFamily):
     def encode(self, known: Settings, pipe: Any, prompts: list[str], negative: bool) -> Cond:
         return Cond(text=_states(pipe, prompts, negative)[negative])
 
+    def way_of_encoding(self, known: Settings) -> str:
+        return ""  # as earlier versions counted it
+
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
         return Cond(text=torch.empty(n, *_stable(net).null_text.shape[1:]))
 
@@ -209,6 +212,9 @@ class StableDiffusionXL(StableDiffusion):
         if negative:
             return Cond(text=negative_text, extra={"pooled": negative_pooled, "size": size})
         return Cond(text=text, extra={"pooled": pooled, "size": size})
+
+    def way_of_encoding(self, known: Settings) -> str:
+        return str(known.size)
 
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
         pooled = torch.empty(n, _stable(net).null_pooled.shape[1])

@@ -17,12 +17,17 @@ class TextEncoder:
         pipeline: diffusers' pipeline with these parts, on the device where they compute.
         states: `(pipeline, prompts, negative) -> Cond`, from the family; `negative`: as the `uncond` of guidance.
         limits: see `notice_cut`.
+        way: what determines the conditions besides the parts: models of several families share text encoders.
     """
 
     def __init__(
-        self, pipeline: Any, states: Callable[[Any, list[str], bool], Cond], limits: Mapping[str, int] | None = None
+        self,
+        pipeline: Any,
+        states: Callable[[Any, list[str], bool], Cond],
+        limits: Mapping[str, int] | None = None,
+        way: str = "",
     ):
-        self.pipeline, self.states, self.limits = pipeline, states, limits or {}
+        self.pipeline, self.states, self.limits, self.way = pipeline, states, limits or {}, way
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Cond:
@@ -34,7 +39,7 @@ class TextEncoder:
         return self.states(self.pipeline, [""], True)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of everything that determines the conditions: encoder weights and tokenizer sizes."""
+        """Return the SHA-256 of everything that determines the conditions: encoder weights, tokenizer sizes, `way`."""
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
         encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
         states = {  # without the prefix that the names have in some versions of transformers
@@ -42,7 +47,8 @@ class TextEncoder:
             for name, part in encoders.items()
             for key, value in part.state_dict().items()
         }
-        return weights_digest(states, str({name: len(p) for name, p in parts.items() if name.startswith("tokenizer")}))
+        sizes = {name: len(part) for name, part in parts.items() if name.startswith("tokenizer")}
+        return weights_digest(states, f"{sizes}{self.way}")
 
     def cut(self, prompts: Sequence[str]) -> int:
         """Return how many of `prompts` are cut, with a warning; see `notice_cut`."""
