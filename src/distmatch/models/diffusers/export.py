@@ -54,7 +54,8 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     _write(out, "diffusers", "model_index.json", pipe.save_pretrained, _made_of(source, info))
     if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
         console.print(f"{source} comes without its safety checker, and so does {out}")
-    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({_arguments(info, family)})")
+    call = _arguments(info, family, source)
+    console.print(f"In {out}. Next: DiffusionPipeline.from_pretrained({str(out)!r})({call})")
 
 
 @owns_out
@@ -89,20 +90,19 @@ def export_lora(run: str, out: Path) -> None:
         f"In {out}, for ComfyUI {f'as {KOHYA}' if renamed else 'too'}. Next: pipe = "
         f"DiffusionPipeline.from_pretrained({info.source!r}); pipe.load_lora_weights({str(out)!r}); pipe.scheduler = "
         f"{type(scheduler).__name__}.from_pretrained({str(out)!r}, subfolder='scheduler'); "
-        f"pipe({_arguments(info, family)})"
+        f"pipe({_arguments(info, family, info.source)})"
     )
 
 
-def _arguments(info: Info, family: DiffusersFamily) -> str:
-    """Return the arguments with which a diffusers pipeline makes the images of the student `info`."""
+def _arguments(info: Info, family: DiffusersFamily, source: str) -> str:
+    """Return the arguments with which the pipeline of `source` makes the images of the student `info`."""
     first = {"none": [], "classes": ["class_labels=[0]"], "text": ["prompt=prompt"]}[info.condition]
+    if info.text:  # what a pipeline makes by default may be of another size
+        height, width = family.settings(source).of_shape(info.shape).size
+        first += [f"height={height}", f"width={width}"]
     scale = family.plain if info.guidance is None else f"guidance_scale={info.guidance[1]:g}"
     guidance = [] if info.condition == "none" else [scale]
-    theirs, size = family.settings(info.source), []
-    if info.text and (info.shape != theirs.shape or not family.squares):
-        height, width = theirs.of_shape(info.shape).size
-        size = [f"height={height}", f"width={width}"]
-    return ", ".join([*first, *size, f"num_inference_steps={len(info.times)}", *guidance])
+    return ", ".join([*first, f"num_inference_steps={len(info.times)}", *guidance])
 
 
 def _parts(out: Path, kind: str) -> set[str]:

@@ -44,9 +44,6 @@ class DiffusersFamily(Family):
     plain: ClassVar[str] = "guidance_scale=1"
     """The argument with which its pipeline does not guide, as students must be sampled."""
 
-    squares: ClassVar[bool] = True
-    """Whether its pipeline makes squares as large as its network's `sample_size` unless told a size."""
-
     limits: ClassVar[Mapping[str, int]] = {}
     """Longest texts in tokens, by tokenizer; default: what each tokenizer says itself."""
 

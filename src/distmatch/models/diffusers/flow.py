@@ -31,7 +31,6 @@ class FlowFamily(PromptedFamily):
     """A family of flow-matching transformers: they predict the velocity."""
 
     sampler = "flow"
-    squares = False
     scaling = ("shift_factor",)
 
     passes_sigmas: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class Sana(FlowFamily):
     """`SanaPipeline`. Sana-Sprint is a student already, and has a pipeline of its own."""
 
     steps = 20  # the pipeline's default
+    plain = "guidance_scale=1, use_resolution_binning=False"  # which makes images of the nearest size it lists
     scaling = ()
     net = SanaTransformer
     networks: ClassVar[Mapping[str, type[nn.Module]]] = {"sana": SanaTransformer}
