@@ -20,7 +20,7 @@ from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.hub import network
 from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import save_model
-from distmatch.models.library import find_model
+from distmatch.models.library import find_model, outline
 from distmatch.recipe import subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
@@ -285,6 +285,8 @@ def test_a_student_is_no_teacher_unless_one_insists(sd, name):
         UserError, match=f"was distilled itself: .*{message}.*; if this one is not .* distilled_teacher=true"
     ):
         subjects.subject(load_recipe("emoji", overrides))
+    with pytest.raises(UserError, match="was distilled itself: "):
+        subjects.as_used(load_recipe("emoji", overrides), *outline(f"diffusers:{sd}"))  # as plans do
     assert subjects.subject(load_recipe("emoji", [*overrides, "distilled_teacher=true"])).info.latent
 
 

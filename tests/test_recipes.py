@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from distmatch.commands.train import train
+from distmatch.data.images import load_images
 from distmatch.models.folder import load_adapter, load_model
 from distmatch.models.library import find_model
 from distmatch.recipe.loading import load_recipe, recipes
+from distmatch.recipe.smoke import make_networks
 from distmatch.recipe.steps import student_steps
 
 # Appendix B: teacher, pairs, sampler steps, learning rate, batch, lambda, iterations.
@@ -105,6 +107,11 @@ def test_the_stages_are_table_5():
         assert stage.regress.decoder == decoder
         assert (stage.match.batch, stage.regress.batch) == (80 * int(match), 80 * int(regress))
         assert stage.match.guidance == 8
+
+
+def test_real_images_at_smoke_scale_are_as_large_as_the_teachers(tmp_path):
+    make_networks(load_recipe("sana-1step", ["terms=match,gan"]), tmp_path)
+    assert load_images(tmp_path / "images").pixels.shape[1:] == (3, 32, 32)
 
 
 @pytest.mark.parametrize("name", list(recipes()))

@@ -186,7 +186,8 @@ class Pipeline:
         if isinstance(labels, str):
             numbered = labels.removeprefix("-").isdecimal() and not any(name.isdecimal() for name in names)
             if labels not in names and not numbered:
-                raise UserError(f"label {labels!r} is unknown; expected one of {', '.join(names)}")
+                known = f"one of {', '.join(names[:20])}" + (f", ... {names[-1]}" if len(names) > 20 else "")
+                raise UserError(f"label {labels!r} is unknown; expected {known}")
             labels = int(labels) if numbered else names.index(labels)
         label = torch.as_tensor(labels).long().reshape(-1)
         label = label.expand(n) if len(label) == 1 else label

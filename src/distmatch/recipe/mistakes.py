@@ -89,6 +89,8 @@ def _explained(errors: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]
         where = f"in {within}" if parents else "at the top level"
         known = f"{where} there are {', '.join(fields)}"
         return f"unknown key {key!r}{_nearest(last, fields)}", known
+    if kind == "missing" and isinstance(error["input"], list | tuple):
+        return f"{key} = {list(error['input'])!r:.80}: expected more values than these", ""
     if kind == "missing":
         return f"{last!r} is missing in {within}" if within.startswith("stage ") else f"{key!r} is missing", ""
     if kind == "value_error":  # raised by us, and already says what it is about

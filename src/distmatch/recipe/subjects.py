@@ -70,13 +70,6 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
     info = as_used(recipe, denoiser, info)
-    lora = recipe.teacher_lora.path or ""
-    found = None if own or recipe.distilled_teacher else family_of(info).distilled(info.source, lora)
-    if found:
-        raise UserError(
-            f"teacher {recipe.teacher!r} was distilled itself: {found}. The scores of such a model are not those of "
-            "the data. Take the model that it was made from; if this one is not a student, set distilled_teacher=true"
-        )
     for stage in recipe.parts:
         for scale in _scales(stage):
             info.check_guidance(scale)
@@ -104,9 +97,14 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
 def as_used(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
     """Prepare the recipe's teacher, in place, for the recipe's image size and LoRA; return what it then is.
 
-    Raises `UserError` if the teacher does not take them.
+    Raises `UserError` if the teacher does not take them, or if it is a student already.
     """
     lora = recipe.teacher_lora
+    if not recipe.distilled_teacher and (found := family_of(info).distilled(info.source, lora.path or "")):
+        raise UserError(
+            f"teacher {recipe.teacher!r} was distilled itself: {found}. The scores of such a model are not those of "
+            "the data. Take the model that it was made from; if this one is not a student, set distilled_teacher=true"
+        )
     if lora.path is not None:
         info = family_of(info).merged(denoiser, info, lora.path, lora.scale)
     if recipe.image_size is not None:

@@ -146,7 +146,7 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
     def load(half: dict[str, Any]) -> Any:
         return _in_part(source, name, lambda part: kind.from_pretrained(source, **options, **half, **part))
 
-    found, info = _in_any_precision(source, load)
+    found, info = _in_any_precision(source, load, name)
     wrong = [str(key) for faults in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in info[faults]]
     wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # present in older files, without effect
     if wrong:
@@ -215,8 +215,10 @@ def pipeline(
     return pipe
 
 
-def fetched(source: str, load: Callable[[], T]) -> T:
-    """Return `load()`; an error because `source` is unavailable becomes a `UserError` that says what to do."""
+def fetched(source: str, load: Callable[[], T], part: str = "") -> T:
+    """Return `load()`; an error because `source`, or a `part` of it, is unavailable becomes a `UserError` that says
+    what to do.
+    """
     libraries(by=source)
     for file in [*Path(source).glob("*.json"), *Path(source).glob("*/*config.json")]:
         read_json(file, dict[str, Any])  # diffusers does not check them
@@ -226,9 +228,9 @@ def fetched(source: str, load: Callable[[], T]) -> T:
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"diffusers model {source!r} cannot be loaded: {reason:.300}. Give a folder in diffusers' format (with "
-            "model_index.json and .safetensors), or a model id that the cache has or the hub can give "
-            "(`hf download ID`)"
+            f"diffusers model {source!r} cannot be loaded: {part and f'{part}: '}{reason.rstrip('.'):.300}. Give a "
+            "folder in diffusers' format (with model_index.json and the weights of each part), or a model id that the "
+            "cache has or the hub can give (`hf download ID`)"
         ) from error
 
 
@@ -251,7 +253,7 @@ def _in_part(source: str, name: str | None, load: Callable[[dict[str, Any]], T])
             raise error from None
 
 
-def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T]) -> T:
+def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T], part: str = "") -> T:
     """Call `load` for the weights in full precision or, if there are no such files, in half precision."""
 
     def either() -> T:
@@ -263,7 +265,7 @@ def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T]) -> T:
             except (OSError, ValueError):
                 raise error from None
 
-    return fetched(source, either)
+    return fetched(source, either, part)
 
 
 def _only_pickles(source: str, name: str) -> bool:

@@ -101,7 +101,9 @@ def _layers(file: str, pipeline: str, unet: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """Return the first line of a message; PyTorch's about weights says what is wrong in its second."""
+    first, *others = map(str.strip, str(error).strip().splitlines() or [type(error).__name__])
+    return (f"{first} {others[0]}" if first.endswith(":") and others else first)[:300]
 
 
 def peft_layers(updates: Mapping[str, tuple[Tensor, Tensor]], network: str) -> dict[str, Tensor]:
