@@ -379,9 +379,7 @@ def test_refusals(teacher, tmp_path, quick):
     refused("come without a reference; name one with --reference", features="inception:w.pth")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    refused(
-        "odd is a FluxPipeline; expected StableDiffusionPipeline or StableDiffusionXLPipeline", str(tmp_path / "odd")
-    )
+    refused("odd is a FluxPipeline; compare runs the solvers of Stable Diffusion", str(tmp_path / "odd"))
 
 
 def test_a_students_column_is_its_pipeline(teacher, tmp_path, quick):

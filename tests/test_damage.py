@@ -416,7 +416,7 @@ def test_an_export_over_an_older_one_is_one_of_them_or_none(tmp_path, killed):
                 (folder / part / "weights").write_text(value)
             (folder / "model_index.json").write_text(value)
 
-        _write(tmp_path / "out", "diffusers", "model_index.json", write)
+        _write(tmp_path / "out", "diffusers", "model_index.json", write, {})
 
     def state() -> set[str]:
         """The values of the parts that the index names; nothing without an index."""
@@ -449,7 +449,7 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path):
     (tmp_path / "model_index.json").touch()  # a model of someone's
     with pytest.raises(ValueError, match=r"holds model_index.json; only an older export diffusers of distmatch is"):
         export_diffusers("mnist", tmp_path)
-    _write(tmp_path / "out", "lora", "last", write)
-    _write(tmp_path / "out", "lora", "last", write)
+    _write(tmp_path / "out", "lora", "last", write, {})
+    _write(tmp_path / "out", "lora", "last", write, {})
     with pytest.raises(ValueError, match=r"holds distmatch.json, last; only an older export diffusers"):
         export_diffusers("mnist", tmp_path / "out")

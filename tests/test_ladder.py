@@ -76,7 +76,7 @@ def test_the_verdict_names_the_first_that_fits(file):
         "it does not fit; accumulate=8 gradient_checkpointing=true offload=true student.adapter.rank=64"
     )
     assert said.endswith("adapters learn at rates of their own")
-    assert verdict(steps_of(file), 20) == "it does not fit, whatever is set; take more or larger GPUs"
+    assert verdict(steps_of(file), 20) == "it fits with no setting that is tried here; take more or larger GPUs"
     # Several GPUs share networks before any are replaced.
     found = steps_of(file, gpus=4).fitting(50)
     assert found.changes == {"accumulate": 2, "gradient_checkpointing": True, "offload": True, "parallel": "fsdp"}

@@ -351,7 +351,7 @@ def test_a_renamed_teacher_is_the_same_teacher(teacher, store):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "dpm"}, "sampler 'dpm' is unknown; expected euler or heun"),
+        ({"sampler": "dopri"}, "sampler 'dopri' is unknown; expected euler or heun"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; expected float32 or float16"),
         ({"count": 0}, "count is 0; expected at least 1"),
     ],

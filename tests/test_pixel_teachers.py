@@ -255,5 +255,5 @@ def test_pndm_cannot_start_where_alpha_is_0():
 
 
 def test_a_comparison_is_for_prompts(folders):
-    with pytest.raises(UserError, match="makes no images of prompts; compare is for text-to-image teachers"):
+    with pytest.raises(UserError, match="compare runs the solvers of Stable Diffusion"):
         load_teacher(str(folders / "dit"), torch.device("cpu"), torch.float32)

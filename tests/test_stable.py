@@ -311,7 +311,7 @@ def test_pairs_of_their_own_guidance(folders, tmp_path):
 def test_pndm_is_for_discrete_diffusions():
     with pytest.raises(ValueError, match="pndm is for the schedules of discrete diffusions"):
         solver("pndm")(lambda x, t, cond: x, EDM(), torch.zeros(1, 1), None, 3)
-    with pytest.raises(ValueError, match="sampler 'plms' is unknown; expected one of euler, heun, ddim, pndm"):
+    with pytest.raises(ValueError, match="sampler 'plms' is unknown; expected one of euler, heun, ddim, dpm, pndm"):
         solver("plms")
 
 

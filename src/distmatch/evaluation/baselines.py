@@ -16,6 +16,8 @@ from torch import Tensor
 from distmatch.data.imaging import to_uint8
 from distmatch.diffusion.solvers import STABLE_DIFFUSION
 from distmatch.models.diffusers.families import family_in
+from distmatch.models.diffusers.hub import index
+from distmatch.models.diffusers.stable import StableDiffusion
 from distmatch.pipeline import NoiseOf, Pipeline
 from distmatch.system import digests, rng
 from distmatch.system.errors import UserError
@@ -70,11 +72,14 @@ def methods(
 def load_teacher(teacher: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the diffusers pipeline called `teacher`, without progress bars or changes to finished images.
 
-    Raises `UserError` for a model without prompts.
+    Raises `UserError` for a family whose own solvers are not those of `SOLVERS`.
     """
     family = family_in(teacher)
-    if not family.text:
-        raise UserError(f"{teacher} makes no images of prompts; compare is for text-to-image teachers. Use eval")
+    if not isinstance(family, StableDiffusion):
+        raise UserError(
+            f"{teacher} is a {index(teacher)[0]}; compare runs the solvers of Stable Diffusion (1.x, 2.x, XL). Look at "
+            "the images of others with `distmatch sample`, with and without --teacher"
+        )
     return family.pipeline(teacher, dtype, **family.untouched).to(device)
 
 

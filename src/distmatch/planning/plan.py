@@ -240,7 +240,7 @@ def verdict(ladder: Ladder, memory: float) -> str:
     """Say whether a step fits, or else name the nearest settings with which it does."""
     found = ladder.fitting(memory)
     if found is None:
-        return "it does not fit, whatever is set; take more or larger GPUs"
+        return "it fits with no setting that is tried here; take more or larger GPUs"
     if not found.changes:
         return "it fits"
     new = "; adapters learn at rates of their own" if "student.adapter.rank" in found.changes else ""
