@@ -111,5 +111,5 @@ def test_the_choice_is_shown_saved_and_kept(tmp_path, monkeypatch, capsys):
     assert yaml.safe_load((out / "recipe.yaml").read_text())["accumulate"] == 2
     monkeypatch.setattr(ladder, "cost", None)  # nothing is planned again
     train(file, "memory=9e-7", out=out, runs=tmp_path)
-    assert "memory as when the run began" in capsys.readouterr().out
+    assert "memory as when the run began: accumulate=2" in capsys.readouterr().out
     assert yaml.safe_load((out / "recipe.yaml").read_text())["accumulate"] == 2

@@ -36,8 +36,7 @@ class Fit:
     cost: Cost
 
     def __str__(self) -> str:
-        said = (f"{name}={str(value).lower()}" for name, value in self.changes.items())
-        return " ".join(said) or "as it is"
+        return _words(self.changes)
 
 
 @dataclass
@@ -168,8 +167,9 @@ def fitted(
     Raises `UserError` if nothing fits.
     """
     if began is not None and began.memory is not None:
-        before = flat(began.model_dump())
-        return changed(recipe, {name: before[name] for name in CHOSEN}), "memory as when the run began"
+        before, now = flat(began.model_dump()), flat(recipe.model_dump())
+        kept = {name: before[name] for name in CHOSEN}
+        return changed(recipe, kept), f"memory as when the run began: {_words(_new(kept, now))}"
     if not isinstance(recipe.memory, str):
         memory = 1e9 * (recipe.memory or 0)
     denoiser, info = (copy.deepcopy(own[0]).to("meta"), own[1]) if own else outline(recipe.teacher)
@@ -185,6 +185,10 @@ def fitted(
             f"{size(memory)}; {hint}take a larger GPU. `distmatch plan RECIPE --ladder` lists what fits where"
         )
     return changed(recipe, found.changes), f"{size(found.cost.peak)} of {size(memory)} planned: {found}"
+
+
+def _words(changes: dict[str, Any]) -> str:
+    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items()) or "as it is"
 
 
 def _new(changes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
