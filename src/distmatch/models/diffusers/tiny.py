@@ -4,7 +4,7 @@ The parts have the classes and names of the real ones, with a million parameters
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,14 @@ MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
 """The merges that the tokenizer knows in addition to single bytes."""
 
 VAE_WIDTHS = (8, 16, 16, 16)
+
+KL: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+"""Blocks of the tiny `AutoencoderKL`s, of four levels."""
 
 
 def write_tiny_sd(
@@ -27,18 +35,7 @@ def write_tiny_sd(
     """
     diffusers, transformers = libraries()
     tokenizer = clip_tokenizer(MERGES, 77)
-    end = tokenizer.eos_token_id
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=32,
-        bos_token_id=end - 1,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+    text = clip_config(tokenizer, 32)
     scheduler = diffusers.PNDMScheduler(**SCHEDULER, prediction_type=prediction)
     size = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
     blocks = {
@@ -48,11 +45,8 @@ def write_tiny_sd(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
+            **KL,
             block_out_channels=VAE_WIDTHS,
-            layers_per_block=1,
-            norm_num_groups=4,
             latent_channels=4,
             sample_size=64,
             scaling_factor=0.18215 if kind == "sd" else 0.13025,
@@ -92,6 +86,23 @@ def write_tiny_sd(
             )
     pipe.save_pretrained(folder)
     return folder
+
+
+def clip_config(tokenizer: Any, width: int) -> Any:
+    """Return the settings of a CLIP text encoder for the texts of `tokenizer`."""
+    _, transformers = libraries()
+    end = tokenizer.eos_token_id
+    return transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
 
 
 def write_tiny_vae(folder: Path, seed: int = 0) -> Path:

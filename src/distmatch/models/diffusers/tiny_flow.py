@@ -9,20 +9,13 @@ from typing import Any
 import torch
 
 from distmatch.models.diffusers.small import clip_tokenizer, libraries
-from distmatch.models.diffusers.tiny import MERGES
+from distmatch.models.diffusers.tiny import KL, MERGES, clip_config
 
 WORDS = ("▁a", "▁cat", "▁two", "▁dogs", "▁on", "▁the", "▁sofa", "▁sea", "▁at", "▁night", "▁red", "▁bicycle", "▁old")
 """What the tiny tokenizers of sentence pieces know, beside single letters."""
 
-
-KL: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (8, 8, 16, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-"""Widths of the tiny autoencoders."""
+FLOW_KL: dict[str, Any] = {**KL, "block_out_channels": (8, 8, 16, 16)}
+"""Settings of the tiny autoencoders."""
 
 
 def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed: int = 0) -> Path:
@@ -101,25 +94,13 @@ def tiny_vae(channels: int = 4, **scaling: float) -> Any:
     """Return a random `AutoencoderKL` as the flow models have it: without convolutions around the latents."""
     diffusers, _ = libraries()
     plain = {"use_quant_conv": False, "use_post_quant_conv": False}
-    return diffusers.AutoencoderKL(**KL, **plain, latent_channels=channels, sample_size=64, **scaling)
+    return diffusers.AutoencoderKL(**FLOW_KL, **plain, latent_channels=channels, sample_size=64, **scaling)
 
 
 def tiny_clip(tokenizer: Any) -> Any:
     """Return a random CLIP text encoder, 16 wide."""
     _, transformers = libraries()
-    end = tokenizer.eos_token_id
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        bos_token_id=end - 1,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    return transformers.CLIPTextModelWithProjection(config)
+    return transformers.CLIPTextModelWithProjection(clip_config(tokenizer, 16))
 
 
 def tiny_t5(width: int) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 from distmatch.models.diffusers.hub import CARD
 from distmatch.models.diffusers.small import clip_tokenizer, libraries
 from distmatch.models.diffusers.tiny import MERGES
-from distmatch.models.diffusers.tiny_flow import KL, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+from distmatch.models.diffusers.tiny_flow import FLOW_KL, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
 from distmatch.system.files import write_json
 
 CHAT = (
@@ -139,7 +139,7 @@ def write_tiny_flux2(folder: Path, seed: int = 0) -> Path:
             axes_dims_rope=(4, 4, 4, 4),
         )
         _listening(transformer, 4)
-        vae = diffusers.AutoencoderKLFlux2(**KL, latent_channels=4)
+        vae = diffusers.AutoencoderKLFlux2(**FLOW_KL, latent_channels=4)
         nn.init.normal_(vae.bn.running_mean)
         nn.init.uniform_(vae.bn.running_var, 0.5, 2)
         # The pipeline reads the states of layer 27.
