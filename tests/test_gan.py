@@ -27,6 +27,7 @@ from distmatch.models.mlp import MLP
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel, rng
+from distmatch.training.engine import blocks, compile_blocks
 from distmatch.training.optim import Optimizer
 
 SCHEDULE = EDM(sigma_min=0.05, sigma_max=3.0)
@@ -34,10 +35,10 @@ DATA = mixture(SCHEDULE, [[1.0], [-1.5]], [0.5, 0.3], [2.0, 1.0])
 STUDENT = mixture(SCHEDULE, [[0.3]], [1.2])
 
 
-def adversarial(**settings):
+def adversarial(judge=None, **settings):
     """A small network for points, and a head on its features, against real samples of `DATA`."""
     torch.manual_seed(0)
-    judge = Denoiser(MLP(dim=1, width=32, depth=2), SCHEDULE, DATA.prediction)
+    judge = judge or Denoiser(MLP(dim=1, width=32, depth=2), SCHEDULE, DATA.prediction)
     sample = DATA.sample(20_000, torch.Generator().manual_seed(1)).float()
     return judge, Adversarial(
         judge,
@@ -181,6 +182,24 @@ def test_adapters_get_the_gradients_of_whole_networks_and_the_shared_weights_get
     assert seen > 5
     if features == "teacher":
         assert all(p.grad is None for p in low.fake.parameters())
+
+
+def test_only_the_blocks_that_the_head_reads_are_not_compiled():
+    """The backend only traces: to generate code takes a minute."""
+    x, t = torch.randn(4, 1), torch.full((4,), 0.5)
+    found = []
+    for compiled in (False, True):
+        judge, gan = adversarial(blocks=[1])
+        if compiled:
+            compile_blocks(judge, backend="eager")  # before the head is made: a stage may be the first to have one
+            judge(x, t, None)
+            judge, gan = adversarial(blocks=[1], judge=judge)
+            assert [one._compiled_call_impl is None for one in blocks(judge)] == [False, False]
+        gan.logits(x, t, None).sum().backward()
+        found.append([p.grad for p in judge.parameters() if p.grad is not None])
+        assert len(found[0]) > 4
+    assert [one._compiled_call_impl is None for one in blocks(judge)] == [False, True]
+    torch.testing.assert_close(*found)
 
 
 def test_its_losses_are_softplus_of_the_logits(tmp_path):
@@ -396,7 +415,6 @@ def test_the_factors_have_mean_one_in_each_range_of_levels(taught):
         (["match.divergence=js", "match.sid=1.2"], r"match.divergence js is for Algorithm 2"),
         (["match.divergence=js", "gan.min_step=100"], r"head at all levels of match, bins 20 to 980; gan has"),
         (["gan.min_step=900", "gan.max_step=900"], r"expected gan.min_step < gan.max_step <= match.bins"),
-        (["compile=true"], r"reads features of blocks, .* use compile=false"),
         (['stages=[{until: 12, change: {terms: [match]}}]'], r"stage 1 has the terms \[\] in addition .* weight of 0"),
         (['stages=[{until: 12, change: {"match.divergence": js}}]'], r"stage 1 changes 'match.divergence'"),
     ],

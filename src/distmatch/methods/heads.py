@@ -77,8 +77,11 @@ def feature_shapes(network: nn.Module, inputs: tuple[Any, ...]) -> dict[int, tup
     """
     main, members = getattr(bare(network), "main", ""), blocks(unwrapped(network))
     listed = {id(one) for name, one in bare(network).named_modules() if f".{name}".rpartition(".")[0].endswith(main)}
+    compiled = [one._compiled_call_impl for one in members]
     with features(network, [number for number, one in enumerate(members) if id(one) in listed]) as found:
         network(*inputs)
+    for one, call in zip(members, compiled, strict=True):  # all but those that will be chosen stay compiled
+        one._compiled_call_impl = call
     return {number: tuple(one.shape[1:]) for number, one in found.items()}
 
 

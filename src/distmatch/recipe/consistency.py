@@ -50,8 +50,6 @@ def _gan_fits(recipe: "Recipe") -> None:
         return
     if "match" not in recipe.terms:
         raise UserError("the term gan goes with match, which trains the fake score; use terms=match,gan")
-    if recipe.compile:
-        raise UserError("the term gan reads features of blocks, which compiled ones do not show; use compile=false")
     end = m.bins if g.max_step is None else g.max_step
     if not g.min_step < end <= m.bins:
         raise UserError(f"expected gan.min_step < gan.max_step <= match.bins, not {g.min_step}, {end}, {m.bins}")

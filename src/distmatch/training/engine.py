@@ -155,7 +155,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Yield what the blocks `numbers` of `network` (see `blocks`) last returned, by number: for a GAN's head.
 
-    Works for any network and needs no argument in its `forward`. Tensors keep their graph.
+    Works for any network and needs no argument in its `forward`. Tensors keep their graph. From then on
+    these blocks are not compiled: each new hook would compile them again.
     """
     found: dict[int, Tensor] = {}
     image = getattr(bare(network), "image_output", 0)  # transformers of texts and images return the text first
@@ -174,6 +175,8 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
             found.update({number: one + 0 * output.sum() for number, one in found.items()})
 
     members = blocks(unwrapped(network))
+    for number in numbers:
+        members[number]._compiled_call_impl = None
     handles = [members[number].register_forward_hook(keep(number)) for number in numbers]
     if _is_sharded(unwrapped(network)):
         handles.append(unwrapped(network).register_forward_hook(tie))
