@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
+from distmatch.models.diffusers.hub import Count, Settings, config, index
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.info import Info
@@ -71,20 +71,12 @@ class PixelDiffusion(DiffusersFamily):
         unet["out_channels"] = shape[0]
         return Settings(parts, scheduler, schedule, prediction, unet, shape, shape[1:])
 
-    def load(self, source: str) -> tuple[Denoiser, Info]:
-        need("diffusers", by=source)
-        from diffusers.models.unets.unet_2d import UNet2DModel
+    def build(self, source: str, known: Settings, network: Any) -> PixelUNet:
+        whole = isinstance(network, nn.Module)
+        return PixelUNet(_without_variance(network, known.shape[0]) if whole else network)
 
-        source = recorded(source)
-        known = self.settings(source)
-        net = PixelUNet(_without_variance(network(source, "unet", UNet2DModel), known.shape[0]))
-        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
-
-    def outline(self, source: str) -> tuple[Denoiser, Info]:
-        known = self.settings(source)
-        with torch.device("meta"):
-            net = PixelUNet(known.network)
-        return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+    def classes(self, source: str, known: Settings) -> tuple[str, ...]:
+        return tuple(str(i) for i in range(known.network.get("num_class_embeds") or 0))
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_ddpm(folder)
@@ -167,8 +159,3 @@ def _without_variance(unet: Any, channels: int) -> Any:
         unet.conv_out.load_state_dict({name: value[:channels] for name, value in last.state_dict().items()})
         unet.register_to_config(out_channels=channels)
     return unet
-
-
-def _info(source: str, known: Settings) -> Info:
-    classes = tuple(str(i) for i in range(known.network.get("num_class_embeds") or 0))
-    return Info(known.shape, classes, source=source, scheduler=known.scheduler, card={"diffusers": source})

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
+from distmatch.models.diffusers.hub import Count, Settings, config, index
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.info import Info
@@ -80,20 +80,15 @@ class ClassTransformer(DiffusersFamily):
         size = side * factor(vae, source)
         return Settings(parts, scheduler, schedule, prediction, net, (channels, side, side), (size, size))
 
-    def load(self, source: str) -> tuple[Denoiser, Info]:
-        need("diffusers", by=source)
-        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+    def build(self, source: str, known: Settings, network: Any) -> DiT:
+        return DiT(network)
 
-        source = recorded(source)
-        known = self.settings(source)
-        net = DiT(network(source, "transformer", DiTTransformer2DModel))
-        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
-
-    def outline(self, source: str) -> tuple[Denoiser, Info]:
-        known = self.settings(source)
-        with torch.device("meta"):
-            net = DiT(known.network)
-        return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+    def classes(self, source: str, known: Settings) -> tuple[str, ...]:
+        """Return their names as `model_index.json` says them, or else their numbers."""
+        where = f"{source}: transformer/config.json: num_embeds_ada_norm"
+        (count,) = fitting((known.network.get("num_embeds_ada_norm", 1000),), where, tuple[ClassCount])
+        names = config(source, "model_index.json").get("id2label") or {}
+        return tuple(str(names.get(str(number), number)) for number in range(count))
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
         raise UserError(f"image_size {list(size)}: diffusers' DiT makes images of one size; leave it out")
@@ -103,7 +98,7 @@ class ClassTransformer(DiffusersFamily):
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
         theirs, net = self.settings(source), student.net
-        names = _classes(source, theirs)
+        names = self.classes(source, theirs)
         if not isinstance(net, DiT) or (theirs.shape, len(names)) != (info.shape, len(info.classes)):
             raise UserError(
                 f"{source} makes latents {theirs.shape} of {len(names)} classes, the student {info.shape} of "
@@ -143,17 +138,3 @@ def write_tiny_dit(folder: Path, *, learned: bool = True, seed: int = 0) -> Path
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler).save_pretrained(folder)
     return folder
-
-
-def _classes(source: str, known: Settings) -> tuple[str, ...]:
-    """Return the names of the classes, as `model_index.json` says them, or else their numbers."""
-    where = f"{source}: transformer/config.json: num_embeds_ada_norm"
-    (count,) = fitting((known.network.get("num_embeds_ada_norm", 1000),), where, tuple[ClassCount])
-    names = config(source, "model_index.json").get("id2label") or {}
-    return tuple(str(names.get(str(number), number)) for number in range(count))
-
-
-def _info(source: str, known: Settings) -> Info:
-    card = {"diffusers": source}
-    classes = _classes(source, known)
-    return Info(known.shape, classes, source=source, scheduler=known.scheduler, card=card, latent=True)

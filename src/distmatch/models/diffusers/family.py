@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distmatch.diffusion.denoiser import Cond, Denoiser
+from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.diffusers import distilled, hub
 from distmatch.models.diffusers.autoencoder import Decoder, ImageEncoder, check_scaling
 from distmatch.models.diffusers.hub import Settings
@@ -50,6 +50,29 @@ class DiffusersFamily(Family):
     untouched: ClassVar[Mapping[str, Any]] = {}
     """Pipeline arguments that leave finished images unchanged."""
 
+    def build(self, source: str, known: Settings, network: Any) -> Any:
+        """Return our network around `network`: its configuration, or diffusers' own network.
+
+        Networks of families of `text` have a method `set_null`, see `PromptedTransformer`.
+        """
+        raise NotImplementedError
+
+    def info(self, source: str, known: Settings) -> Info:
+        """Return what is stored about the model."""
+        return Info(
+            known.shape,
+            self.classes(source, known),
+            source=source,
+            scheduler=known.scheduler,
+            card={"diffusers": source},
+            text=self.text,
+            latent=self.latent,
+        )
+
+    def classes(self, source: str, known: Settings) -> tuple[str, ...]:
+        """Return the names of its classes."""
+        return ()
+
     def settings(self, source: str) -> Settings:
         """Return the settings in the model's files, without reading weights.
 
@@ -71,6 +94,23 @@ class DiffusersFamily(Family):
     def way_of_encoding(self, known: Settings) -> str:
         """Return what determines conditions besides encoders and tokenizers, for the fingerprint of cached ones."""
         return type(self).__name__
+
+    def load(self, source: str) -> tuple[Denoiser, Info]:
+        need("diffusers", *(["transformers"] if self.text else []), by=source)
+        import diffusers
+
+        source = hub.recorded(source)
+        known, kind = self.settings(source), getattr(diffusers, self.kinds[self.network])
+        net = self.build(source, known, hub.network(source, self.network, kind))
+        if self.text:
+            net.set_null(self.text_encoder(source).null())
+        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), self.info(source, known)
+
+    def outline(self, source: str) -> tuple[Denoiser, Info]:
+        known = self.settings(source)
+        with torch.device("meta"):
+            net = self.build(source, known, known.network)
+        return Denoiser(net, known.schedule, Prediction(known.prediction)), self.info(source, known)
 
     def student_pipeline(self, student: Denoiser, info: Info, source: str, dtype: torch.dtype) -> Any:
         """Return the pipeline of `source` with the student in it, whose scheduler takes the student's steps.

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.schedule import Schedule
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import Count, Settings, config, index, network, recorded
+from distmatch.models.diffusers.hub import Count, Settings, config, index
 from distmatch.models.info import Info
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
@@ -143,22 +143,8 @@ class PromptedFamily(DiffusersFamily):
         """Return the schedule for latents of `shape`, what the network predicts, and the scheduler's settings."""
         raise NotImplementedError
 
-    def load(self, source: str) -> tuple[Denoiser, Info]:
-        need("diffusers", "transformers", by=source)
-        import diffusers
-
-        source = recorded(source)
-        known = self.settings(source)
-        transformer = network(source, self.network, getattr(diffusers, self.net.kind))
-        net = self.net(transformer, self.null_shapes(source, known.network))
-        net.set_null(self.text_encoder(source).null())
-        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
-
-    def outline(self, source: str) -> tuple[Denoiser, Info]:
-        known = self.settings(source)
-        with torch.device("meta"):
-            net = self.net(known.network, self.null_shapes(source, known.network))
-        return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+    def build(self, source: str, known: Settings, network: Any) -> PromptedTransformer:
+        return self.net(network, self.null_shapes(source, known.network))
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
         found, transformer = super().resized(denoiser, info, size), self._own(denoiser.net).transformer.config
@@ -187,8 +173,3 @@ class PromptedFamily(DiffusersFamily):
         if not isinstance(net, self.net):
             raise UserError(f"the network {type(net).__name__} is not the {self.net.__name__} of this family")
         return net
-
-
-def _info(source: str, known: Settings) -> Info:
-    card = {"diffusers": source}
-    return Info(known.shape, source=source, scheduler=known.scheduler, card=card, text=True, latent=True)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
+from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, network, place, recorded
+from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, place
 from distmatch.models.diffusers.lora import ADAPTED, merge_lora, read_lora
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -82,6 +82,13 @@ class StableUNet(nn.Module):
         text, pooled = list(self.null_text.shape[1:]), self.null_pooled.shape[1]
         return {"unet": unet, "text": text, "pooled": pooled, "guidance": self.guidance}
 
+    def set_null(self, cond: Cond) -> None:
+        """Take over the condition of the empty prompt: one row."""
+        assert cond.text is not None
+        self.null_text = cond.text.to(self.null_text)  # in the encoder's own length
+        if "pooled" in cond.extra:
+            self.null_pooled = cond.extra["pooled"].to(self.null_pooled)
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         cond = cond or Cond()
         absent = cond.text is None
@@ -123,28 +130,19 @@ class StableDiffusion(DiffusersFamily):
         size = (shape[1] * pixels, shape[2] * pixels)
         return Settings(parts, scheduler, schedule, prediction, unet, shape, size)
 
-    def load(self, source: str) -> tuple[Denoiser, Info]:
-        need("diffusers", by=source)
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-        source = recorded(source)
-        known = self.settings(source)
-        unet: Any = network(source, "unet", UNet2DConditionModel)
-        null = self.text_encoder(source).null()
-        assert null.text is not None
-        pooled = null.extra.get("pooled")
-        net = StableUNet(unet, (null.text.shape[1], null.text.shape[2]), 0 if pooled is None else pooled.shape[1])
-        _set_null(net, null)
-        return Denoiser(net, known.schedule, Prediction(known.prediction)).eval(), _info(source, known)
-
-    def outline(self, source: str) -> tuple[Denoiser, Info]:
-        known = self.settings(source)
+    def build(self, source: str, known: Settings, network: Any) -> StableUNet:
         unet = known.network
         time = unet.get("addition_time_embed_dim")
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * time if time else 0
-        with torch.device("meta"):
-            net = StableUNet(unet, (TOKENS, unet["cross_attention_dim"]), pooled)
-        return Denoiser(net, known.schedule, Prediction(known.prediction)), _info(source, known)
+        return StableUNet(network, (TOKENS, unet.get("cross_attention_dim", 1280)), pooled)
+
+    def info(self, source: str, known: Settings) -> Info:
+        found = super().info(source, known)
+        mark = Path(place(source)) / CARD
+        made = read_json(mark, dict[str, Any]) if mark.exists() else {}
+        if "teach-text" in made:
+            found.card["teach-text"] = fitting(made["teach-text"], f"{mark}: teach-text", dict[str, Any])
+        return found
 
     def merged(self, denoiser: Denoiser, info: Info, file: str, scale: float) -> Info:
         net, known = _stable(denoiser.net), self.settings(info.source)
@@ -155,7 +153,7 @@ class StableDiffusion(DiffusersFamily):
             merge_lora(pipe, lora, known.network, ("unet",))
         info = replace(info, lora=lora)
         if lora.text and not net.null_text.is_meta:
-            _set_null(net, self.text_encoder(info.source, info=info).null())
+            net.set_null(self.text_encoder(info.source, info=info).null())
         return info
 
     def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
@@ -221,14 +219,6 @@ class StableDiffusionXL(StableDiffusion):
         return Cond(text=super().example_cond(net, info, n).text, extra={"pooled": pooled, "size": torch.empty(n, 6)})
 
 
-def _set_null(net: StableUNet, null: Cond) -> None:
-    """Let the network use `null`, one row, as the condition of no text."""
-    assert null.text is not None
-    net.null_text.copy_(null.text)
-    if "pooled" in null.extra:
-        net.null_pooled.copy_(null.extra["pooled"])
-
-
 def _stable(net: nn.Module) -> StableUNet:
     if not isinstance(net, StableUNet):
         raise UserError(f"the network {type(net).__name__} is none of Stable Diffusion's")
@@ -240,15 +230,6 @@ def _states(pipe: Any, prompts: list[str], negative: bool) -> Any:
     return pipe.encode_prompt(
         prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=negative
     )
-
-
-def _info(source: str, known: Settings) -> Info:
-    card: dict[str, Any] = {"diffusers": source}
-    mark = Path(place(source)) / CARD
-    made = read_json(mark, dict[str, Any]) if mark.exists() else {}
-    if "teach-text" in made:
-        card["teach-text"] = fitting(made["teach-text"], f"{mark}: teach-text", dict[str, Any])
-    return Info(known.shape, source=source, scheduler=known.scheduler, card=card, text=True, latent=True)
 
 
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> tuple[int, int, int]:
