@@ -317,7 +317,7 @@ def test_another_size_has_its_own_shift(folders, name):
     call = {**known.call, "height": 96, "width": 32, "num_inference_steps": 3, **known.plain}
     y = known.unpack(theirs, theirs(prompt=list(TEXTS), latents=z.clone(), output_type="latent", **call).images)
     assert (x - y).abs().max() < 1e-4 * y.abs().max()
-    with pytest.raises(UserError, match=r"image_size \[40, 32\]: "):
+    with pytest.raises(UserError, match=r"image_size \[40, 32\]: expected multiples of 16 pixels"):
         family.resized(denoiser, info, (40, 32))
 
 

@@ -155,11 +155,16 @@ class DiffusersFamily(Family):
         return Components(**parts)
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
-        pixels = self.settings(info.source).pixels
-        if any(side % pixels for side in size):
-            raise UserError(f"image_size {list(size)}: expected multiples of {pixels}, the pixels per latent")
+        known = self.settings(info.source)
+        pixels, step = known.pixels, known.pixels * self.patch(known.network, info.source)
+        if any(side % step for side in size):
+            raise UserError(f"image_size {list(size)}: expected multiples of {step} pixels")
         # The network's own `sample_size` stays: positions in transformers are relative to it.
         return replace(info, shape=(info.shape[0], size[0] // pixels, size[1] // pixels))
+
+    def patch(self, network: Mapping[str, Any], source: str) -> int:
+        """Return the side of what the network, with these settings, takes as one: in latents."""
+        return 1
 
     def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
         """Merge the LoRA of the model `info`, if it has one, into the text encoders of `pipe`, in place."""

@@ -96,7 +96,7 @@ class PatchedFamily(FlowFamily):
             raise UserError(f"{card}: size is {side}; expected a multiple of {2 * pixels}")
         return channels, side // pixels, side // pixels, pixels
 
-    def patch(self, transformer: Mapping[str, Any], source: str) -> int:
+    def patch(self, network: Mapping[str, Any], source: str) -> int:
         return 2
 
 

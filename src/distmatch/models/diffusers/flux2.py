@@ -66,7 +66,7 @@ class Flux2Klein(PatchedFamily):
         channels, height, width, pixels = super().latents(transformer, vae, source)
         return 4 * channels, height // 2, width // 2, 2 * pixels
 
-    def patch(self, transformer: Mapping[str, Any], source: str) -> int:
+    def patch(self, network: Mapping[str, Any], source: str) -> int:
         return 1  # its latents are patches already
 
     def distilled(self, source: str, lora: str = "") -> str | None:

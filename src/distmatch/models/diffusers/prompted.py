@@ -119,9 +119,8 @@ class PromptedFamily(DiffusersFamily):
             )
         return channels, side, side, factor(vae, source)
 
-    def patch(self, transformer: Mapping[str, Any], source: str) -> int:
-        """Return the side of a token, in latents."""
-        return numbers(transformer, source, "patch_size")[0]
+    def patch(self, network: Mapping[str, Any], source: str) -> int:
+        return numbers(network, source, "patch_size")[0]
 
     def null_shapes(self, source: str, transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a condition's tensors without their batch, as `encode` makes them."""
@@ -145,12 +144,6 @@ class PromptedFamily(DiffusersFamily):
 
     def build(self, source: str, known: Settings, network: Any) -> PromptedTransformer:
         return self.net(network, self.null_shapes(source, known.network))
-
-    def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
-        found, transformer = super().resized(denoiser, info, size), self._own(denoiser.net).transformer.config
-        if any(side % self.patch(transformer, info.source) for side in found.shape[1:]):
-            raise UserError(f"image_size {list(size)}: its latents {found.shape} don't divide into patches")
-        return found
 
     def example_cond(self, net: nn.Module, info: Info, n: int) -> Cond:
         made = {name: torch.ones(n, *shape) for name, shape in self._own(net).null.items()}  # a mask of all tokens
