@@ -1,13 +1,14 @@
 """Every kind of Stable Diffusion that a user has: pickles, shards, single files, other schedulers, sizes and LoRAs."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler
 from ldm_names import single_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
@@ -17,7 +18,7 @@ from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.schedule import EDM
 from distmatch.diffusion.solvers import solver
 from distmatch.models.diffusers import single_file as single_files
-from distmatch.models.diffusers.export import export_diffusers
+from distmatch.models.diffusers.export import export_diffusers, export_lora
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model, save_model
@@ -27,6 +28,7 @@ from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.plain import read_json
+from distmatch.training.adapters import Adapted, Adapter
 
 UNET = "diffusion_pytorch_model"
 
@@ -48,6 +50,17 @@ def sd(originals, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(single_files, "CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def said():
+    """What diffusers writes to the screen beside our own messages."""
+    records, logger = [], logging.getLogger("diffusers")
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
 
 
 def stock(folder):
@@ -257,7 +270,36 @@ def test_a_lora_of_the_network_alone_is_not_needed_again(originals, tmp_path):
     assert torch.equal(components(back).encode(["a cat"]).text, plain(["a cat"]).text)
 
 
-def test_what_is_no_lora_of_the_model_is_refused(originals, tmp_path):
+def test_a_students_lora_is_used_beside_its_teachers(originals, tmp_path, capsys):
+    """By the very lines that the export shows. It is a student's, and makes no teacher."""
+    weights, _ = kohya(stock(originals / "sd"))
+    save_file(weights, tmp_path / "style.safetensors")
+    denoiser, info = merged(originals / "sd", tmp_path / "style.safetensors", 0.7)
+    adapter = Adapter(denoiser.net, 2, 3.0, denoiser.net.adapted)
+    for parameter in (value for name, value in adapter.named_parameters() if name.endswith("up.weight")):
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(tmp_path / "student", Adapted(denoiser, adapter), replace(info, times=(999.0,)))
+    pipe, out = DistilledPipeline.from_pretrained(tmp_path / "student"), tmp_path / "lora"
+    export_lora(str(tmp_path / "student"), out)
+    *lines, call = capsys.readouterr().out.replace("\n", "").partition("Next: ")[2].split("; ")
+    made = {"DiffusionPipeline": DiffusionPipeline, "DDIMScheduler": DDIMScheduler}
+    exec("\n".join(lines), made)
+    z = rng.noise(0, range(1), info.shape)
+    asked = eval(f"dict({call.removeprefix('pipe(')}", {"prompt": "a cat"})
+    y = made["pipe"](latents=z, output_type="pt", **asked).images
+    x = (pipe.sample(z, pipe.condition(1, prompts="a cat")) / 2 + 0.5).clamp(0, 1)
+    assert (x - y).abs().max() < 2e-5
+    made["pipe"].set_adapters("student")
+    assert (x - made["pipe"](latents=z, output_type="pt", **asked).images).abs().max() > 0.05
+    source, family = str(originals / "sd"), family_in(str(originals / "sd"))
+    assert family.distilled(source, str(tmp_path / "style.safetensors")) is None
+    for lora in (out, out / "kohya.safetensors"):
+        assert f"{lora} is of a student exported by distmatch" in (family.distilled(source, str(lora)) or "")
+    shutil.copy(tmp_path / "style.safetensors", out)
+    assert family.distilled(source, str(out / "style.safetensors")) is None
+
+
+def test_what_is_no_lora_of_the_model_is_refused(originals, tmp_path, said):
     file = tmp_path / "x.safetensors"
     weights, _ = kohya(stock(originals / "sd"), parts=("unet",))
     for content, message in (
@@ -282,6 +324,7 @@ def test_what_is_no_lora_of_the_model_is_refused(originals, tmp_path):
         merged(originals / "sd", tmp_path / "none.bin", 1.0)
     with pytest.raises(UserError, match=r"teacher_lora.path x: this teacher takes no LoRA"):
         load_subject("toy2d", ["teacher_lora.path=x"])
+    assert said == []
 
 
 def load_subject(name, overrides):
@@ -308,7 +351,7 @@ def test_another_size_than_the_models_own(originals, tmp_path):
     ours = (pipe.sample(z, pipe.condition(1, prompts="a cat")) / 2 + 0.5).clamp(0, 1)
     assert ours.shape == (1, 3, 64, 128)
     assert (ours - image).abs().max() < 2e-5
-    with pytest.raises(UserError, match=r"image_size \[60, 128\]: expected multiples of 8, the pixels per latent"):
+    with pytest.raises(UserError, match=r"image_size \[60, 128\]: expected multiples of 8 pixels"):
         family_in(base).resized(denoiser, info, (60, 128))
 
 

@@ -200,6 +200,8 @@ def test_what_cannot_be_exported_is_named(folders, tmp_path):
     save_model(tmp_path / "dit", denoiser, replace(info, times=(999.0,), classes=info.classes[:10]))
     with pytest.raises(UserError, match=r"makes latents \(4, 8, 8\) of 1000 classes, the student .* of 10"):
         export_diffusers(str(tmp_path / "dit"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"classes is a DDPMPipeline, the student a DiT; expected .*, .*dit$"):
+        export_diffusers(str(tmp_path / "dit"), tmp_path / "out", source=str(folders / "classes"))
     assert not (tmp_path / "out").exists()
 
 

@@ -29,6 +29,10 @@ def _found(source: str, network: str, lora: str) -> Iterator[str]:
     mark = Path(place(source)) / CARD
     if mark.exists() and "kind" in read_json(mark, dict[str, Any]):
         yield f"{mark} says that it is a student exported by distmatch"
+    mark = (Path(lora) if Path(lora).is_dir() else Path(lora).parent) / CARD
+    files = read_json(mark, dict[str, Any]).get("files", ()) if lora and mark.exists() else ()
+    if files and (Path(lora).is_dir() or Path(lora).name in files):
+        yield f"{mark} says that {lora} is of a student exported by distmatch"
     scheduler = config(source, "scheduler_config.json", "scheduler")
     kind = str(scheduler.get("_class_name"))
     if kind in STUDENTS:

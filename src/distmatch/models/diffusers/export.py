@@ -50,6 +50,11 @@ def export_diffusers(run: str, out: Path, source: str | None = None, half: bool 
     student, info = _student(run)
     source = source or info.source
     family = family_in(source)
+    if not isinstance(student.net, tuple(family.networks.values())):
+        raise UserError(
+            f"{source} is a {index(source)[0]}, the student a {type(student.net).__name__}; expected the model that it "
+            f"was made from, {info.source}"
+        )
     pipe = family.student_pipeline(student, info, source, torch.float16 if half else torch.float32)
     _write(out, "diffusers", "model_index.json", pipe.save_pretrained, _made_of(source, info))
     if "safety_checker" in index(source)[1] and pipe.safety_checker is None:
@@ -88,9 +93,20 @@ def export_lora(run: str, out: Path) -> None:
     _write(out, "lora", "pytorch_lora_weights.safetensors", write, _made_of(info.source, info))
     console.print(
         f"In {out}, for ComfyUI {f'as {KOHYA}' if renamed else 'too'}. Next: pipe = "
-        f"DiffusionPipeline.from_pretrained({info.source!r}); pipe.load_lora_weights({str(out)!r}); pipe.scheduler = "
+        f"DiffusionPipeline.from_pretrained({info.source!r}); {_loading(out, info)}pipe.scheduler = "
         f"{type(scheduler).__name__}.from_pretrained({str(out)!r}, subfolder='scheduler'); "
         f"pipe({_arguments(info, family, info.source)})"
+    )
+
+
+def _loading(out: Path, info: Info) -> str:
+    """Return the lines that load the LoRA in `out` of the student `info`, beside the one of its teacher, if any."""
+    if info.lora is None:
+        return f"pipe.load_lora_weights({str(out)!r}); "
+    return (
+        f"pipe.load_lora_weights({info.lora.file!r}, adapter_name='teacher'); "
+        f"pipe.load_lora_weights({str(out)!r}, adapter_name='student'); "
+        f"pipe.set_adapters(['teacher', 'student'], [{info.lora.scale:g}, 1]); "
     )
 
 

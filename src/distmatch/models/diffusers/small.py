@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from logging import CRITICAL
 from typing import Any
 
 import torch
@@ -214,4 +215,5 @@ def libraries(by: str = "a model in diffusers' format") -> tuple[Any, Any]:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # otherwise every caption of more than 77 tokens is printed
+    diffusers.utils.logging.set_verbosity(CRITICAL)  # what it logs as an error, it also raises
     return diffusers, transformers
