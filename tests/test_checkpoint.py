@@ -15,7 +15,7 @@ from test_parallel import together
 
 from distmatch.system import parallel
 from distmatch.system.files import write_atomic
-from distmatch.training import checkpoint, engine, shards
+from distmatch.training import checkpoint, engine, shards, single
 from distmatch.training.checkpoint import Checkpoints
 from distmatch.training.optim import Optimizer
 
@@ -160,13 +160,13 @@ def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
 @contextmanager
 def held(monkeypatch):
     """Whatever is saved within it is not written before its end."""
-    go, write = threading.Event(), shards.save_file
+    go, write = threading.Event(), single.save_file
 
     def waiting(*arguments):
         assert go.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(shards, "save_file", waiting)
+    monkeypatch.setattr(single, "save_file", waiting)
     try:
         yield
     finally:
@@ -236,14 +236,32 @@ def test_slices_and_tied_weights_are_tensors_of_their_own(tmp_path):
     assert equal(parts, found)
 
 
+def test_a_single_process_writes_what_pytorch_would_and_reads_it(tmp_path):
+    """To the byte: a run goes on in a group of processes, and the other way round."""
+    network, optimizer = trained(2)
+    tensors, _ = Checkpoints(tmp_path, {"network": network, "optimizer": optimizer})._state()
+    files = []
+    for how in (single, shards):
+        how.save(tensors, tmp_path / how.__name__ / ".step-00000002", lambda: None).result()
+        (file,) = (tmp_path / how.__name__ / ".step-00000002").iterdir()
+        files.append(file)
+    assert files[0].name == files[1].name
+    assert files[0].read_bytes() == files[1].read_bytes()
+    found = [{name: torch.full_like(value, 7) for name, value in tensors.items()} for _ in files]
+    single.read(found[0], files[1], None)
+    shards.read(found[1], files[0].parent)
+    assert equal(found[0], tensors)
+    assert equal(found[1], tensors)
+
+
 def _slowly(seconds: float) -> None:
-    write = shards.save_file
+    write = single.save_file
 
     def slow(*arguments):
         time.sleep(seconds)
         write(*arguments)
 
-    shards.save_file = slow
+    single.save_file = slow
 
 
 def _sharded(folder, how: str) -> None:
@@ -355,7 +373,7 @@ def _one_disk_is_full(folder) -> None:
         checkpoints.save(1)
         if parallel.rank() == 1:
             checkpoints.wait()
-            shards.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            single.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         checkpoints.save(2)
         with pytest.raises(ValueError, match=r"step-00000002 could not be saved \(.*No space left"):
             checkpoints.save(3)

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import (
 
 from distmatch.commands import distillation
 from distmatch.recipe.loading import load_recipe
-from distmatch.training import checkpoint, shards
+from distmatch.training import checkpoint, shards, single
 from distmatch.training.checkpoint import Checkpoints
 
 STEPS = 9
@@ -38,18 +38,18 @@ SHORT = {
     "log": {"every": 1},
     "checkpoint": {"every": 1, "keep": 1},
 }
-MOMENTS = ["plan", "shard", "half a shard", "state", "to be moved", "moved", "half deleted", "done"]
+MOMENTS = ["begun", "shard", "half a shard", "state", "to be moved", "moved", "half deleted", "done"]
 """Where the writing thread is, in this order; from "moved" on there is a new checkpoint."""
 
 
 def announce(tell: Callable[[str, Path], None]) -> None:
     """Have `tell(moment, folder of the checkpoints)` called, in this process, whenever a save reaches a moment."""
-    write_file, write_json, to_disk = shards.save_file, checkpoint.write_json, checkpoint._to_disk
-    plan, rmtree, prune = shards.Writer.prepare_global_plan, shutil.rmtree, Checkpoints._prune
+    write_file, write_json, to_disk = single.save_file, checkpoint.write_json, checkpoint._to_disk
+    begin, rmtree, prune = single.begin, shutil.rmtree, Checkpoints._prune
 
-    def planned(self, plans):
-        tell("plan", self._folder.parent)
-        return plan(self, plans)
+    def begun(folder):
+        begin(folder)
+        tell("begun", folder.parent)
 
     def filed(tensors, path, meta):
         if not path.parent.name.startswith(".step-"):  # a model's
@@ -83,8 +83,9 @@ def announce(tell: Callable[[str, Path], None]) -> None:
         tell("done", self.folder)
         return gone
 
-    shards.save_file, checkpoint.write_json, checkpoint._to_disk = filed, noted, synced
-    shards.Writer.prepare_global_plan, shutil.rmtree, Checkpoints._prune = planned, removed, pruned
+    single.save_file, checkpoint.write_json, checkpoint._to_disk = filed, noted, synced
+    single.begin = shards.begin = begun
+    shutil.rmtree, Checkpoints._prune = removed, pruned
 
 
 def _train(folder: Path, name: str, tell: Callable[[str, Path], None] | None) -> None:

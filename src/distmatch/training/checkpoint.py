@@ -21,6 +21,7 @@ from distmatch.system.digests import Damaged, known_digest, load_file
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_json
 from distmatch.system.plain import read_json
+from distmatch.training import single
 
 DAMAGE = (Damaged, SafetensorError, OSError, KeyError, TypeError, AttributeError)
 """What reading a damaged checkpoint raises."""
@@ -96,9 +97,8 @@ class Checkpoints:
         self.wait()
         tensors, tree = self._state()
         header = {"step": step, "meta": dict(meta or {}), "tree": tree, "shapes": _shapes(tensors)}
-        from distmatch.training import shards  # takes seconds to import
-
-        saving = shards.save(tensors, self._unfinished(step), lambda: self._finish(step, header, best))
+        how = _together() if parallel.grouped() else single
+        saving = how.save(tensors, self._unfinished(step), lambda: self._finish(step, header, best))
         self._saving = step, saving
 
     def wait(self) -> None:
@@ -110,9 +110,7 @@ class Checkpoints:
         self._saving = None
         if error is None:
             return
-        from distmatch.training.shards import failure
-
-        cause = failure(error)
+        cause = _together().failure(error) if parallel.grouped() else error
         if not isinstance(cause, OSError | SafetensorError):  # not caused by the disk
             raise error
         if parallel.rank() == 0:
@@ -190,8 +188,6 @@ class Checkpoints:
             if not steps:
                 return None
             step = steps[-1]
-        from distmatch.training import shards
-
         path = self.path(step)
         try:
             header = _header(path)
@@ -202,10 +198,9 @@ class Checkpoints:
                 )
             tensors, _ = self._state()
             _same_shapes(path, header["shapes"], _shapes(tensors))
-            parallel.agreed(lambda: _compare(path, header))
-            shards.read(tensors, path)
-        except (*DAMAGE, shards.CheckpointException, IndexError) as error:
-            raise UserError(_damaged(path, shards.failure(error))) from error
+            _read(path, header, tensors)
+        except (*DAMAGE, IndexError) as error:
+            raise UserError(_damaged(path, error)) from error
         for name, part in self.parts.items():
             part.load_state_dict(_unflatten(header["tree"][name], tensors))
         return header["step"], header["meta"]
@@ -260,6 +255,24 @@ def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
     for name in sorted({*there} ^ {*written}):
         raise Damaged(f"{name} is missing" if name in written else f"{name} does not belong to it")
     return written
+
+
+def _together() -> Any:
+    """Return the module for processes of a group."""
+    from distmatch.training import shards  # takes seconds to import
+
+    return shards
+
+
+def _read(path: Path, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` with what the files in `path` have under their names, once these are verified."""
+    files = _shards(path, header)
+    if parallel.grouped() or len(files) > 1:
+        parallel.agreed(lambda: _compare(path, header))
+        _together().read(tensors, path)
+    else:
+        for name, digest in files.items():
+            single.read(tensors, path / name, digest)
 
 
 def _compare(path: Path, header: Mapping[str, Any]) -> None:

@@ -1,10 +1,9 @@
 """Saves a checkpoint's tensors in safetensors files, one per process, with `torch.distributed.checkpoint`.
 
-Any number of processes can read them, sharded in any way. Importing this module takes seconds, because of PyTorch.
+Any number of processes can read them, sharded in any way. Importing this module takes seconds, because of PyTorch: a
+process of no group has `single`.
 """
 
-import json
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -24,8 +23,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from distmatch.system import parallel
-from distmatch.system.digests import save_file
-from distmatch.system.files import remove, write_atomic
+from distmatch.system.digests import Damaged
+from distmatch.training.single import begin, write_shard
 
 
 def save(tensors: Mapping[str, Tensor], folder: Path, finish: Callable[[], None]) -> Future:
@@ -46,11 +45,15 @@ def save(tensors: Mapping[str, Tensor], folder: Path, finish: Callable[[], None]
 
 
 def read(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill `tensors` with what `folder` has under their names. `failure` names the cause of what it raises."""
+    """Fill `tensors` with what `folder` has under their names. Raises `Damaged` for the first error of any process."""
     reader = HuggingFaceStorageReader(path=str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is only one process, or that the interface may change
-        load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
+        try:
+            load(tensors, storage_reader=reader, no_dist=parallel.world() == 1)
+        except CheckpointException as error:
+            cause = failure(error)
+            raise Damaged(str(cause) or type(cause).__name__) from error
 
 
 def failure(error: BaseException) -> BaseException:
@@ -71,29 +74,20 @@ class Writer(HuggingFaceStorageWriter):
         self._finish = finish
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for left in self._folder.parent.glob(".step-*"):
-            if re.fullmatch(r"\.step-\d+", left.name):  # left by processes that were killed
-                for file in left.iterdir():
-                    remove(file)
-                if left != self._folder:
-                    left.rmdir()
+        begin(self._folder)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """Write the same file as PyTorch would, but by `save_file`: `safetensors.save` holds the GIL, and so stalls the
-        training loop, for a second or more per GB."""
         tensors, offsets, seen = {}, {}, set()
         for item in plan.items:
             name, value = item.index.fqn, cast(Tensor, planner.resolve_data(item))
             storage = value.untyped_storage()
             own = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
             tensors[name] = value if own else value.clone()  # safetensors allows no views and no tied weights
-            offsets[name] = {"saved_offsets": cast(TensorWriteData, item.tensor_data).chunk.offsets}
+            offsets[name] = cast(TensorWriteData, item.tensor_data).chunk.offsets
             seen.add(storage.data_ptr())
         if tensors:
-            shard = self._folder / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            meta = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-            write_atomic(shard, lambda p: save_file(tensors, p, meta))
+            write_shard(self._folder, plan.storage_data["shard_index"], tensors, offsets)
         written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         written.set_result([])
         return written
