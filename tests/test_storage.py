@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 
 import bucket
 import pytest
+from filelock import FileLock
 
 from distmatch.system import storage
 from distmatch.system.files import write_atomic
@@ -175,6 +177,36 @@ def test_what_is_being_fetched_counts_too(home, monkeypatch):
         time.sleep(0.01)
     assert sorted(bucket.fetched(home)) == ["x", "y", "z"]
     assert most == 2000
+
+
+def test_who_looks_for_room_finds_a_fetched_copy_or_what_was_reserved_for_it(home, monkeypatch):
+    """While the copies are counted, none takes the place of its reservation: it would be missed under both names."""
+    Folder("bucket://a").write("x", lambda path: path.write_bytes(b"x" * 100))
+    monkeypatch.setenv("DISTMATCH_CACHE_GB", "150e-9")
+    counting, fetched, get_file = threading.Event(), threading.Event(), bucket.Bucket.get_file
+
+    def fetch(self, *arguments, **named):
+        assert counting.wait(10)
+        get_file(self, *arguments, **named)
+        fetched.set()
+
+    monkeypatch.setattr(bucket.Bucket, "get_file", fetch)
+    thread = threading.Thread(target=local, args=("bucket://a/x",))
+    thread.start()
+    while thread.is_alive() and not list(storage.COPIES.glob(".*.reserved")):
+        time.sleep(0.001)
+    with FileLock(storage.COPIES / ".lock"):
+        counting.set()
+        assert fetched.wait(10)
+        thread.join(0.3)
+        assert [file.stat().st_size for file in storage.COPIES.glob(".*.reserved")] == [100]
+        assert storage._make_room(0)
+        (there,) = storage.COPIES.glob("[!.]*")
+        assert "-" not in there.name, "neither a copy yet, nor deleted to make room"
+    thread.join(10)
+    assert not list(storage.COPIES.glob(".*.reserved"))
+    (there,) = storage.COPIES.glob("[!.]*-*")
+    assert there.read_bytes() == b"x" * 100
 
 
 def test_what_a_killed_fetch_left_goes_and_what_a_living_one_holds_stays(home):

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -253,17 +253,22 @@ def copied(fs: Any, path: str) -> Path:
         if copy is None:
             reserved = _reserve(file.stem, info["size"], path)
             try:
-                copy = keep(file, lambda p: _fetch(fs, path, info, p))
+                copy = keep(file, lambda p: _fetch(fs, path, info, p), _replacing(reserved))
             finally:
                 reserved.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
     return copy
 
 
-def keep(file: Path, fetch: Callable[[Path], Any]) -> Path:
-    """Have `fetch(temporary_path)` write a copy, and keep it beside `file` under a name with its SHA-256."""
+def keep(file: Path, fetch: Callable[[Path], Any], appearing: AbstractContextManager[object] | None = None) -> Path:
+    """Have `fetch(temporary_path)` write a copy, and keep it beside `file` under a name with its SHA-256.
+
+    It takes this name within `appearing`.
+    """
     write_atomic(file, fetch)
-    copy = file.replace(file.with_stem(f"{file.stem}-{file_sha256(file)}"))
+    copy = file.with_stem(f"{file.stem}-{file_sha256(file)}")
+    with appearing or nullcontext():
+        file.replace(copy)
     _compared.add(copy)
     return copy
 
@@ -327,6 +332,14 @@ def _reserve(stem: str, size: int | None, path: str) -> Path:
         time.sleep(0.1)
 
 
+@contextmanager
+def _replacing(reserved: Path) -> Iterator[None]:
+    """Have a copy appear in the place of `reserved`: who looks for room at this moment must find one of the two."""
+    with FileLock(COPIES / ".lock"):
+        yield
+        reserved.unlink()
+
+
 def _make_room(size: int) -> bool:
     """Delete the least recently used copies until `size` more bytes are within the limit.
 
@@ -336,10 +349,10 @@ def _make_room(size: int) -> bool:
     for file in COPIES.iterdir():
         with suppress(FileNotFoundError):
             found = file.stat()
-            if not file.name.startswith("."):
-                copies.append((found.st_mtime, found.st_size, file))
-            elif file.suffix == ".reserved":
+            if file.suffix == ".reserved":
                 fetching += found.st_size
+            elif "-" in file.stem and not file.name.startswith("."):  # without its digest it is still reserved
+                copies.append((found.st_mtime, found.st_size, file))
     if size + fetching > limit():
         return False
     taken = size + fetching + sum(bytes_ for _, bytes_, _ in copies)
@@ -354,5 +367,5 @@ def _sweep(own: str) -> None:
     """Delete reservations and partial files of killed processes. A live one holds its file's lock; `own` is ours."""
     for stem in {file.name[1:].partition(".")[0] for file in COPIES.glob(".?*.*")} - {own}:
         with suppress(Timeout), FileLock(COPIES / f".{stem}.lock", blocking=False):
-            for file in COPIES.glob(f".{stem}.*"):
+            for file in (COPIES / stem, *COPIES.glob(f"{stem}.*"), *COPIES.glob(f".{stem}.*")):
                 file.unlink(missing_ok=True)
