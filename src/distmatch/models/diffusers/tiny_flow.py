@@ -3,6 +3,7 @@
 The parts have the classes and names of the real ones.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,12 @@ def tiny_gemma(width: int) -> Any:
 
 
 def gemma_tokenizer() -> Any:
-    """Return Gemma's tokenizer with single letters alone."""
-    _, transformers = libraries()
+    """Return Gemma's tokenizer with letters, and with pieces of the instruction that Sana puts before every prompt.
+
+    By letters alone, it would have a thousand tokens, whose attention takes most of a test's time.
+    """
+    diffusers, transformers = libraries()
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "\n", *map(chr, range(33, 127))]
-    return transformers.GemmaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    letters = transformers.GemmaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    instruction = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return letters.train_new_from_iterator(instruction, 500)

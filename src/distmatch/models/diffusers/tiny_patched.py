@@ -143,7 +143,8 @@ def write_tiny_flux2(folder: Path, seed: int = 0) -> Path:
         nn.init.normal_(vae.bn.running_mean)
         nn.init.uniform_(vae.bn.running_var, 0.5, 2)
         # The pipeline reads the states of layer 27.
-        layers = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28, "head_dim": 4}
+        layers = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28}
+        layers |= {"head_dim": 4, "num_attention_heads": 1}
         text_encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**_language(tokenizer), **layers}))
         pipe = diffusers.Flux2KleinPipeline(
             transformer=transformer,
