@@ -6,10 +6,7 @@ import signal
 os.environ["OMP_NUM_THREADS"] = "1"  # spinning OpenMP threads cost more than they save
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every new process would compile torch for seconds
 
-import torch
-
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have jobs in the background ignore
-torch.set_num_threads(1)  # also where a plugin has imported torch before
 
 SLOW = {
     *("test_checkpoint", "test_cli", "test_compare", "test_damage", "test_disk_full", "test_distill", "test_engine"),
@@ -25,6 +22,9 @@ LONGEST = ["test_recipes", "test_networks_spread", "test_engine", "test_plan", "
 
 
 def pytest_collection_modifyitems(items):
+    import torch  # not above: the process that only hands out tests to others would wait for it, and they for that one
+
+    torch.set_num_threads(1)  # also where a plugin has imported torch before
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
