@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import load_model
 from distmatch.models.library import find_model
 from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
 from distmatch.training.engine import blocks
 
-STEPS = 6
+STEPS = 4
 FULL = {
     "match": {"batch": 12, "pairs": True},
     "regress": {"batch": 6, "weight": 1.0},
@@ -33,26 +35,21 @@ FULL = {
 }
 
 
-def _train(file: str, changes: list[str], out, stop: int | None) -> None:
+def _train(file: str, runs: list[tuple[tuple[str, ...], Path, int | None]]) -> None:
     torch.set_num_threads(1)
-    if stop is not None:  # leave after so many steps, as a killed run would
-        step = distillation.Distiller.step
-
-        def stops(self, index):
-            if index == stop:
-                raise SystemExit(0)
-            return step(self, index)
-
-        distillation.Distiller.step = stops
-    distillation.distil(load_recipe(file, changes), out, out.parent)
+    with parallel.process_group():
+        for changes, out, stop in runs:
+            with nullcontext() if stop is None else tiny.stopped_before(stop):
+                distillation.distil(load_recipe(file, changes), out, out.parent)
 
 
-def train(folder, out, *changes, world=1, stop=None) -> None:
-    """A run of the tiny recipe in `world` processes, each forked."""
+def train(folder: Path, *runs: tuple, world: int = 1) -> None:
+    """Runs of the tiny recipe, one after another in forked processes: name, changes, the step before which it stops."""
     file = folder / "tiny.yaml"
     if not file.exists():
         tiny.recipe_file(folder, **FULL, steps=STEPS)
-    together(world, _train, str(file), [f"pairs.path={folder / 'pairs'}", *changes], out, stop)
+    pairs = f"pairs.path={folder / 'pairs'}"
+    together(world, _train, str(file), [((pairs, *changes), folder / name, stop) for name, changes, stop in runs])
 
 
 def losses(out) -> list[dict]:
@@ -75,41 +72,57 @@ def same(a, b, rel: float, atol: float) -> None:
     assert (weights(a) - torch.cat([p.flatten() for p in start.values()])).abs().max() > 100 * atol
 
 
+OFTEN, LONGER = "checkpoint.every=1", ("steps=9", "checkpoint.every=3", "log.every=3")
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
+    """The run `alone` in one process."""
     folder = tmp_path_factory.mktemp("engine")
-    train(folder, folder / "alone")
+    train(folder, ("alone", (), None))
     return folder
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_follow_one(alone, how):
-    """Half of each batch each, both terms and `concat(x, x_ref)`, two updates of the fake score: six steps."""
-    train(alone, alone / how, f"parallel={how}", world=2)
-    same(alone / "alone", alone / how, rel=2e-3, atol=3e-5)
+@pytest.fixture(scope="module")
+def two(alone):
+    """Besides, runs in two processes."""
+    hows = ("ddp", "fsdp")
+    train(
+        alone,
+        *((how, (f"parallel={how}",), None) for how in hows),
+        *((f"{how}3", (f"parallel={how}", "accumulate=3"), None) for how in hows),
+        ("moving", ("parallel=fsdp", OFTEN), 2),
+        ("straight", LONGER, None),
+        world=2,
+    )
+    return alone
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_accumulation_in_two_processes(alone, how):
-    train(alone, alone / f"{how}3", f"parallel={how}", "accumulate=3", world=2)
-    same(alone / "alone", alone / f"{how}3", rel=2e-3, atol=3e-5)
+def test_two_processes_follow_one(two, how):
+    """Half of each batch each, both terms and `concat(x, x_ref)`, two updates of the fake score: four steps."""
+    same(two / "alone", two / how, rel=2e-3, atol=3e-5)
 
 
-def test_a_run_goes_on_with_other_processes_and_another_way_of_spreading(alone):
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_accumulation_in_two_processes(two, how):
+    same(two / "alone", two / f"{how}3", rel=2e-3, atol=3e-5)
+
+
+def test_a_run_goes_on_with_other_processes_and_another_way_of_spreading(two):
     """Two sharded, one alone, three replicated: as the undisturbed run."""
-    out, often = alone / "moving", "checkpoint.every=2"
-    train(alone, out, "parallel=fsdp", often, world=2, stop=3)
+    out = two / "moving"
     assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 2
     assert len(list((out / "checkpoints" / "step-00000002").glob("*.safetensors"))) == 2
-    train(alone, out, "parallel=ddp", often, world=1, stop=5)
-    assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 4
-    train(alone, out, "parallel=ddp", often, world=3)
-    same(alone / "alone", out, rel=2e-3, atol=3e-5)
+    train(two, ("moving", ("parallel=ddp", OFTEN), 3))
+    assert max(distillation.Checkpoints(out / "checkpoints", {}).steps()) == 3
+    train(two, ("moving", ("parallel=ddp", OFTEN), None), world=3)
+    same(two / "alone", out, rel=2e-3, atol=3e-5)
 
 
 def test_batches_that_cannot_be_shared_are_named(alone):
     with pytest.raises(Exception, match=r"regress.batch 6 is not a multiple of accumulate 1 times 4 processes"):
-        train(alone, alone / "four", world=4)
+        train(alone, ("four", (), None), world=4)
 
 
 def test_blocks_are_the_networks_own(tmp_path):
@@ -146,20 +159,18 @@ def workers(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
-def test_a_killed_process_ends_the_job_with_a_message_and_a_restart_finishes_it(alone):
+def test_a_killed_process_ends_the_job_with_a_message_and_a_restart_finishes_it(two):
     """Without restarts the job is down at once; with one it goes on from the checkpoint to the undisturbed weights."""
-    longer = ("steps=12", "checkpoint.every=4", "log.every=4")
-    train(alone, alone / "straight", *longer, world=2)
     for restarts in (0, 1):
-        out = alone / f"killed{restarts}"
-        job = launch(alone, out, longer, restarts)
+        out = two / f"killed{restarts}"
+        job = launch(two, out, LONGER, restarts)
         job.wait(lambda out=out: list((out / "checkpoints").glob("step-*/state.json")))
         os.kill(workers(job.pid)[-1], signal.SIGKILL)
         began = time.monotonic()
         status, errors = job.end(), job.stderr
         if restarts:
             assert status == 0, errors
-            assert torch.equal(weights(out), weights(alone / "straight"))
+            assert torch.equal(weights(out), weights(two / "straight"))
         else:
             assert status != 0
             assert time.monotonic() - began < 60

@@ -228,9 +228,9 @@ def test_killed_at_random(alone):
 
 def test_two_processes_killed_at_once(tmp_path):
     """Each has half of every checkpoint."""
-    tiny.recipe_file(tmp_path, **SHORT, steps=5)
+    tiny.recipe_file(tmp_path, **SHORT, steps=4)
     train(tmp_path, "two", world=2)
-    killed(tmp_path, "two-killed", seed=2, kills=3, world=2)
+    killed(tmp_path, "two-killed", seed=2, kills=2, world=2)
     assert len(list((tmp_path / "two-killed" / "checkpoints").glob("step-*/*.safetensors"))) == 2
     same(tmp_path, "two-killed", "two")
 

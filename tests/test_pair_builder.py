@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import time
 
 import bucket
@@ -112,21 +113,27 @@ def test_windows_use_few_shards_at_a_time_and_have_every_pair_once():
     assert rng.shuffled(5, size, 0, size, 11, block).tolist() == rng.shuffled(5, size, 0, size).tolist()
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """96 pairs in 24 shards."""
+    teacher, folder = tiny.teacher(), tmp_path_factory.mktemp("pairs") / "disk"
+    build(folder, spec(teacher, count=96, shard_size=4), teacher, batch=4)
+    return folder
+
+
 @pytest.fixture
-def remote(home, teacher, tmp_path, monkeypatch):
-    """The same 96 pairs in 24 shards on the disk and in the bucket, in windows of 3 shards; room for 8 copies."""
-    settings = spec(teacher, count=96, shard_size=4)
-    for place in (tmp_path / "disk", "bucket://a"):
-        build(place, settings, teacher, batch=4)
+def remote(home, store, monkeypatch):
+    """The store in the bucket as well, in windows of 3 shards; room for 8 copies."""
+    shutil.copytree(store, home / "a")
     monkeypatch.setattr(pairs, "WINDOW", 3)
     size = Folder("bucket://a").sizes()["shard-00003.safetensors"]
     monkeypatch.setenv("DISTMATCH_CACHE_GB", str(8 * size / 1e9))
     return home, size
 
 
-def test_a_store_at_a_url_gives_what_the_one_on_the_disk_gives(remote, tmp_path):
+def test_a_store_at_a_url_gives_what_the_one_on_the_disk_gives(remote, store):
     home, size = remote
-    here, there = PairStore.open(tmp_path / "disk"), PairStore.open("bucket://a")
+    here, there = PairStore.open(store), PairStore.open("bucket://a")
     for position in range(0, 192, 6):
         one, other = here.draw(7, position, 6), there.draw(7, position, 6)
         assert one.index == other.index
