@@ -166,6 +166,25 @@ def test_weights_in_half_precision_alone(sd, sdxl, tmp_path):
     assert torch.equal(text_encoder(str(half))(["a"]).text, text_encoder(str(sd))(["a"]).text)
 
 
+def test_a_model_of_the_cache_in_shards_without_the_hub(sd, tmp_path, monkeypatch):
+    """As large models are, and as `hf download` leaves it. Its students record the id."""
+    cached = tmp_path / "hub" / "models--its--model"
+    folder = cached / "snapshots" / ("0" * 40)
+    stock(sd).save_pretrained(folder, max_shard_size="200KB")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    denoiser, info = find_model("diffusers:its/model", "teacher")
+    whole, _ = find_model(f"diffusers:{sd}", "teacher")
+    assert info.source == "its/model"
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in denoiser.state_dict().items())
+    assert torch.equal(text_encoder("its/model")(["a"]).text, text_encoder(str(sd))(["a"]).text)
+    with pytest.raises(UserError, match="diffusers model 'its/other' cannot be loaded: "):
+        find_model("diffusers:its/other", "teacher")
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("fault", ["missing", "left over"])
 def test_a_network_that_lacks_weights_is_an_error(sd, part, fault):

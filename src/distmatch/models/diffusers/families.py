@@ -10,7 +10,7 @@ from distmatch.models.diffusers.dit import ClassTransformer
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.flux import Flux
 from distmatch.models.diffusers.flux2 import Flux2Klein
-from distmatch.models.diffusers.hub import index, place
+from distmatch.models.diffusers.hub import MODEL_ID, index, place
 from distmatch.models.diffusers.pixart import PixArt, PixArtSigma
 from distmatch.models.diffusers.qwen_image import QwenImage
 from distmatch.models.diffusers.sana import Sana
@@ -46,9 +46,7 @@ def family_in(source: str) -> DiffusersFamily:
 
     Raises `UserError` if there is no such model, or if its class is not in `FAMILIES`.
     """
-    if not Path(place(source)).is_dir() and not re.fullmatch(
-        r"[\w.-]+/[\w.-]+", source
-    ):  # or a hub would be asked for it
+    if not Path(place(source)).is_dir() and not re.fullmatch(MODEL_ID, source):  # or a hub would be asked for it
         raise UserError(
             f"diffusers model {source!r} cannot be loaded: {source!r} is neither a folder here nor a model id, "
             "OWNER/NAME. Give a folder in diffusers' format, a .safetensors file, or the name of a model on "

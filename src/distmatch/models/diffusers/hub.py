@@ -5,6 +5,7 @@ name. Weights are read from safetensors, in full or half precision, or from a fo
 be there.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from distmatch.system.finite import check_weights
 from distmatch.system.plain import read_json
 
 T = TypeVar("T")
+
+MODEL_ID = r"[\w.-]+/[\w.-]+"
 
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -87,9 +90,28 @@ class Settings:
 
 
 def place(source: str) -> str:
-    """Return where the files of the model `source` are: the folder that a single file is unpacked to, or `source`."""
+    """Return where the files of the model `source` are: the folder that a single file is unpacked to, the cache's of a
+    model id where `HF_HUB_OFFLINE` forbids to ask the hub, or `source`.
+    """
     file = Path(source)
-    return str(unpacked(file)) if file.suffix == ".safetensors" and file.is_file() else source
+    if file.suffix == ".safetensors" and file.is_file():
+        return str(unpacked(file))
+    return source if file.exists() or not re.fullmatch(MODEL_ID, source) else _cached(source)
+
+
+def _cached(source: str) -> str:
+    """Return the cache's folder of a model id if the hub is not to be asked, and `source` otherwise or without one.
+
+    diffusers asks the hub for the shards of a network even then.
+    """
+    need("huggingface_hub", by=source)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(source, local_files_only=True) if constants.HF_HUB_OFFLINE else source
+    except LocalEntryNotFoundError:
+        return source
 
 
 def recorded(source: str) -> str:
