@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from safetensors import safe_open
 
 from distmatch.diffusion.guidance import guided
@@ -122,11 +123,7 @@ def folders(tmp_path_factory):
     return {name: known.write(root / name) for name, known in FAMILIES.items()}
 
 
-@cache
-def stock(folder):
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+stock = cache(tiny.stock)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

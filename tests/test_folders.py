@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler
 from ldm_names import single_file
 from safetensors.torch import load_file, save_file
+from tiny import stock
 from transformers import CLIPTokenizer
 
 from distmatch import DistilledPipeline
@@ -61,12 +62,6 @@ def said():
     logger.addHandler(handler)
     yield records
     logger.removeHandler(handler)
-
-
-def stock(folder):
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def edit(folder, file, **entries):

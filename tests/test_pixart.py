@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from tiny import stock
+from tiny import stored as teacher
 
 from distmatch import DistilledPipeline
 from distmatch.diffusion.guidance import guided
@@ -12,7 +13,7 @@ from distmatch.diffusion.solvers import evaluations, solver
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.pixart import write_tiny_pixart
 from distmatch.models.folder import save_model
-from distmatch.models.library import components, family_of, find_model, outline
+from distmatch.models.library import components, family_of, outline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 
@@ -27,16 +28,6 @@ def folders(tmp_path_factory):
     write_tiny_pixart(root / "large", side=128)
     write_tiny_pixart(root / "sigma", sigma=True)
     return root
-
-
-def teacher(folder):
-    return find_model(f"diffusers:{folder}", "teacher")
-
-
-def stock(folder):
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(("kind", "size"), [("alpha", (64, 64)), ("large", (64, 96)), ("sigma", (64, 64))])

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors.torch import load_file
+from tiny import stock
+from tiny import stored as teacher
 
 from distmatch import DistilledPipeline
 from distmatch.commands.distillation import distil
@@ -19,7 +21,7 @@ from distmatch.models.diffusers.ddpm import write_tiny_ddpm
 from distmatch.models.diffusers.dit import write_tiny_dit
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.folder import save_model
-from distmatch.models.library import components, family_of, find_model, outline
+from distmatch.models.library import components, family_of, outline
 from distmatch.pipeline import TeacherPipeline
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import UserError
@@ -40,16 +42,6 @@ def folders(tmp_path_factory):
         write_tiny_ddpm(root / kind, **how)
     write_tiny_dit(root / "dit")
     return root
-
-
-def teacher(folder):
-    return find_model(f"diffusers:{folder}", "teacher")
-
-
-def stock(folder, kind=DiffusionPipeline):
-    pipe = kind.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def noise(seed, n, shape):

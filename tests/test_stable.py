@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from tiny import text_encoder
+from tiny import stock, text_encoder
+from tiny import stored as teacher
 
 from distmatch.data.embeddings import embed
 from distmatch.data.pair_builder import build
@@ -23,7 +23,6 @@ from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.lora import ADAPTED
 from distmatch.models.diffusers.tiny import write_tiny_sd, write_tiny_vae
 from distmatch.models.folder import load_model, save_model
-from distmatch.models.library import find_model
 from distmatch.pipeline import DistilledPipeline, TeacherPipeline
 from distmatch.system import rng
 from distmatch.system.digests import save_file
@@ -39,16 +38,6 @@ def folders(tmp_path_factory):
     write_tiny_sd(root / "xl", kind="sdxl")
     write_tiny_vae(root / "tiny")
     return root
-
-
-def teacher(folder):
-    return find_model(f"diffusers:{folder}", "teacher")
-
-
-def stock(folder):
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "xl"])

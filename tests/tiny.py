@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from distmatch.diffusion.schedule import EDM
 from distmatch.methods.distill import Distiller
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import Info, save_model
+from distmatch.models.library import find_model
 from distmatch.models.unet import UNet
 from distmatch.system.errors import Stopped
 
@@ -22,6 +24,20 @@ from distmatch.system.errors import Stopped
 def text_encoder(source: str):
     """The text encoders of a model in diffusers' format."""
     return family_in(source).text_encoder(source)
+
+
+def stored(folder: Path) -> tuple[Denoiser, Info]:
+    """The teacher in diffusers' format in `folder`."""
+    return find_model(f"diffusers:{folder}", "teacher")
+
+
+def stock(folder: Path, kind: Any = None) -> Any:
+    """Diffusers' own pipeline, of the class `kind` or of the one that `folder` names, without progress bars."""
+    import diffusers
+
+    pipe = (kind or diffusers.DiffusionPipeline).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 INFO = Info(shape=(1, 8, 8), classes=("a", "b", "c"))
