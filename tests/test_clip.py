@@ -2,7 +2,6 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +21,14 @@ PIXELS = torch.randint(0, 256, (3, 3, 50, 40), generator=torch.Generator().manua
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def open_clip():
+    import open_clip  # seconds, which only the process of these tests need spend
+
+    return open_clip
+
+
+@pytest.fixture(scope="module")
+def model(open_clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
     (folder / f"{MODEL}.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(folder)
@@ -31,7 +37,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(model):
+def expected(open_clip, model):
     """Cosines by OpenCLIP's own API, picture by picture."""
     _, _, preprocess = open_clip.create_model_and_transforms(MODEL)
     tokens = open_clip.get_tokenizer(MODEL)([f"A photo depicts {prompt}" for prompt in PROMPTS])

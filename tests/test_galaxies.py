@@ -12,7 +12,6 @@ import pytest
 import torch
 from forked import script
 from PIL import Image
-from scipy.stats import ks_2samp
 
 from distmatch import EDM, Denoiser, Prediction
 from distmatch.system.errors import UserError
@@ -128,6 +127,8 @@ def test_statistics_of_a_tilted_gaussian(galaxies):
 
 
 def test_kolmogorov_smirnov_is_scipys(galaxies):
+    from scipy.stats import ks_2samp  # seconds, which only the process of this test need spend
+
     generator = torch.Generator().manual_seed(0)
     a, b = ((mean + torch.randn(n, generator=generator)).round(decimals=1) for mean, n in ((0, 50), (0.3, 70)))
     # in double precision: newer releases of SciPy return the statistic in the precision of the samples

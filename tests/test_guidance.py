@@ -77,7 +77,7 @@ def test_the_students_distribution_follows_the_guided_one(tmp_path):
         Objective(
             {
                 "noise": NoiseStream((2,), conditions, batch=192),
-                "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=192),
+                "pairs": PairStream(PairStore.open(tmp_path), conditions, batch=48),
             },
             [
                 Match(teacher, fake, weighting=WEIGHTINGS["algorithm2"], steps=(20, 800), real=guided(teacher, None)),

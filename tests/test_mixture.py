@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from scipy.stats import multivariate_normal
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.schedule import EDM, VP, Flow
@@ -62,6 +61,8 @@ def test_densities_integrate_to_one(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES, **ids)
 def test_densities_in_three_dimensions_are_scipys(schedule):
     """Components of unequal width: a wrong power of the normaliser shows."""
+    from scipy.stats import multivariate_normal  # seconds, which only the process of this test need spend
+
     means, stds, weights = [[-1.0, 0.3, 0.1], [1.0, 0.5, -0.7]], [0.2, 0.9], [0.7, 0.3]
     model = mixture(schedule, means, stds, weights)
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
