@@ -6,12 +6,13 @@ distributed over several processes, and the traffic between these, are computed 
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 from torch import nn
 
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.info import Info
-from distmatch.models.library import family_of
+from distmatch.models.library import family_in
 from distmatch.planning.ledger import LOSSES
 from distmatch.planning.rehearsal import rehearse
 from distmatch.recipe.entries import Recipe
@@ -105,7 +106,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
         memory["base of adapters"] = _stored(bases[0]) / cuts["teacher"]
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
-    others = FP32 * family_of(info).component_weights(info.source)
+    others = FP32 * _components(info.source) if info.source else 0
     memory["text encoder, decoder"] = 0 if offloaded(recipe) else others
     if processes == 1:
         memory["gradients"], memory["activations"] = done.gradients, done.activations
@@ -130,6 +131,12 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     if processes > 1:
         traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+
+
+@cache
+def _components(source: str) -> int:
+    """Return the number of weights of a model's text encoders and decoder, whose networks take long to build."""
+    return family_in(source).component_weights(source)
 
 
 def _stored(network: nn.Module) -> int:

@@ -72,24 +72,29 @@ class Ladder:
         room, own, changes = (1 - SPARE) * memory, flat(self.recipe.model_dump()), {}
         if () in self.known and self.known[()].peak < room:
             return Fit({}, self.known[()])
-        divisors = self._divisors()
-        if not divisors:
-            self.cost({})  # says so
-        first, last = divisors[0], divisors[-1]
         for rung in ({}, *self.rungs):
             changes |= rung
-            least = self.cost(_new({"accumulate": last} | changes, own))
-            if least.peak >= room:
-                continue
-            most = self.cost(_new(changes, own))
+            whole = self.cost(_new(changes, own))
+            fixed, divisors = _fixed(whole), self._divisors()
             for n in divisors:
-                share = (1 / n - 1 / last) / (1 / first - 1 / last) if n != last else 0
-                if least.peak + share * (most.peak - least.peak) < room:  # about linear in the size of a part
-                    all_changes = _new({"accumulate": n} | changes, own)
-                    found = self.cost(all_changes)
-                    if found.peak < room:
-                        return Fit(all_changes, found)
+                if fixed + (whole.peak - fixed) * divisors[0] / n >= room:  # in larger parts it does not fit, either
+                    continue
+                all_changes = _new({"accumulate": n} | changes, own)
+                found = self.cost(all_changes)
+                if found.peak < room:
+                    return Fit(all_changes, found)
+                # Memory is convex in the size of a part, so smaller ones take no less than the line through both says.
+                share = divisors[0] / n
+                if share < 1:
+                    fixed = max(fixed, (found.peak - share * whole.peak) / (1 - share))
         return None
+
+    def least(self) -> float:
+        """Return the bytes that a step takes at the top of the ladder."""
+        changes: dict[str, Any] = {"accumulate": self._divisors()[-1]}
+        for rung in self.rungs:
+            changes |= rung
+        return self.cost(_new(changes, flat(self.recipe.model_dump()))).peak
 
     @cached_property
     def rungs(self) -> list[dict[str, Any]]:
@@ -177,14 +182,20 @@ def fitted(
     ladder = Ladder(recipe, denoiser, info, gpus, retrain=False)
     found = ladder.fitting(memory)
     if found is None:
-        least = min(made.peak for made in ladder.known.values())
         whole = not (recipe.student.adapter.rank and recipe.fake.adapter.rank)
         hint = f"train adapters, student.adapter.rank={RANK} fake.adapter.rank={RANK}, or " if whole else ""
         raise UserError(
-            f"memory {recipe.memory}: a step takes {size(least)} or more, and may take {1 - SPARE:.0%} of "
+            f"memory {recipe.memory}: a step takes {size(ladder.least())} or more, and may take {1 - SPARE:.0%} of "
             f"{size(memory)}; {hint}take a larger GPU. `distmatch plan RECIPE --ladder` lists what fits where"
         )
     return changed(recipe, found.changes), f"{size(found.cost.peak)} of {size(memory)} planned: {found}"
+
+
+def _fixed(made: Cost) -> float:
+    """Return the bytes of a step, at least, that do not shrink with the parts of a batch."""
+    if made.memory.get("previews, prompts"):  # which take the place of what shrinks
+        return made.peak
+    return made.peak - made.memory["activations"]
 
 
 def _words(changes: dict[str, Any]) -> str:

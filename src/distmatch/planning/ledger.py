@@ -5,8 +5,9 @@ step of Stable Diffusion. Here each operation is worked out once for arguments o
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Hollow(Tensor):
         raise RuntimeError(f"{func}: a tensor without data is used outside of its ledger")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied = self.detach().clone()
+        copied = torch.empty_like(self, requires_grad=False)
         if isinstance(self, nn.Parameter):
             copied = nn.Parameter(copied, requires_grad=self.requires_grad)
         memo[id(self)] = copied
@@ -78,11 +79,10 @@ class Answer:
 
 
 _aten = torch.ops.aten
-OF_A_DEVICE = {_aten.convolution.default, _aten.convolution_backward.default, _aten.lift_fresh.default}
-"""Operations that do something else on the meta device: convolutions choose another layout there."""
+CONVOLUTIONS = {_aten.convolution.default: 0, _aten.convolution_backward.default: 1}
+"""Operations that choose another layout on the meta device, and where their input stands among their arguments."""
 
 _answers: dict[Any, Answer] = {}
-_fakes = FakeTensorMode()
 
 
 class Ledger(TorchDispatchMode):
@@ -109,8 +109,10 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler" or data_needed():
             return func(*args, **kwargs)
+        if func is _aten.detach.default:  # a quarter of all operations
+            return self._make(Made(_layout(args[0]), base=0), args, [])
         tensors: list[Tensor] = []
-        key = (func, _described(args, tensors), _described(tuple(kwargs.items()), tensors))
+        key = (func, _described(args, tensors), _described(kwargs.items(), tensors) if kwargs else ())
         answer = _answers.get(key)
         if answer is None:
             answer = _answers[key] = _ask(func, args, kwargs)
@@ -121,7 +123,7 @@ class Ledger(TorchDispatchMode):
             outputs.append(self._make(made, tensors, outputs) if isinstance(made, Made) else made)
         return outputs[0] if answer.series is None else answer.series(outputs)
 
-    def _make(self, made: Made, tensors: list[Tensor], outputs: list[Any]) -> Tensor:
+    def _make(self, made: Made, tensors: Sequence[Tensor], outputs: list[Any]) -> Tensor:
         if made.same is not None:
             return tensors[made.same]
         size, stride, offset, dtype = made.layout
@@ -209,20 +211,27 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def _described(value: Any, tensors: list[Tensor]) -> Any:
-    """Return what an operation's result depends on, hashable; add the tensors in `value` to `tensors`."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _layout(value)
-    if isinstance(value, tuple | list):
-        return tuple([_described(each, tensors) for each in value])
-    return type(value), value  # 1, 1.0 and True are equal
+def _described(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """Return what an operation's result depends on, hashable; add the tensors in `values` to `tensors`."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is int:
+            found.append(value)
+        elif kind is Hollow or isinstance(value, Tensor):
+            tensors.append(value)
+            found.append(_layout(value))
+        elif kind is tuple or isinstance(value, tuple | list):
+            found.append(_described(value, tensors))
+        else:
+            found.append((kind, value))  # 1, 1.0 and True are equal
+    return tuple(found)
 
 
 def _ask(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
     """Ask PyTorch what `func` does: its meta device, which is quick, or its fake tensors."""
-    route = _by_fakes if func in OF_A_DEVICE else _by_meta
-    return route(func, args, kwargs)
+    one_axis = func in CONVOLUTIONS and args[CONVOLUTIONS[func]].ndim < 4  # made two inside, which needs a tensor's data
+    return (_by_fakes if one_axis or func is _aten.lift_fresh.default else _by_meta)(func, args, kwargs)
 
 
 def _by_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
@@ -230,14 +239,33 @@ def _by_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ans
     given, named = _replaced((args, dict(kwargs)), _empty, tensors)
     if named.get("device") is not None:
         named["device"] = torch.device("meta")
-    return _answer(func, given, named, tensors, func(*given, **named))
+    out = func(*given, **named)
+    if func is _aten.convolution.default:
+        out = out.to(memory_format=_convolved(*args))
+    elif func is _aten.convolution_backward.default:
+        _, x, weight, sizes, *how, _ = args
+        layout = _convolved(x, weight, None, *how, sizes)
+        out = (*(None if one is None else one.to(memory_format=layout) for one in out[:2]), out[2])
+    return _answer(func, given, named, tensors, out)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> torch.memory_format:
+    """Return the layout in which the CPU's convolution of these arguments returns its results."""
+    backend = torch._C._select_conv_backend(x, weight, bias, *how)
+    return torch._C._conv_determine_backend_memory_format(x, weight, backend)
 
 
 def _by_fakes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
     tensors: list[Tensor] = []
-    given, named = _replaced((args, dict(kwargs)), lambda t: FakeTensor(_fakes, _empty(t), CPU), tensors)
-    with _fakes:
+    fakes = _fakes()
+    given, named = _replaced((args, dict(kwargs)), lambda t: FakeTensor(fakes, _empty(t), CPU), tensors)
+    with fakes:
         return _answer(func, given, named, tensors, func(*given, **named))
+
+
+@cache
+def _fakes() -> FakeTensorMode:
+    return FakeTensorMode()  # imports torch.compile's machinery, which takes seconds
 
 
 def _replaced(values: Any, twin: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Any:

@@ -109,7 +109,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         other = None
         if both:
             opposite = changed(heaviest, {"gradient_checkpointing": not recipe.gradient_checkpointing})
-            other = cost(opposite, denoiser, info, gpus)
+            other = cost(opposite, denoiser, info, gpus, once=True)
             advance(1)
     name, value = unit(made.parameters, {"": 1, "k": 1e3, "M": 1e6})
     parameters = f"{made.parameters / value:,.1f} {name} parameters" if made.parameters else "an exact teacher"
@@ -126,7 +126,10 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
         console.print(bill(price, gpus, pairs, training))
-    steps = Ladder(heaviest, denoiser, info, gpus, known={(): made})
+    known = {(): made}
+    if other is not None and not recipe.gradient_checkpointing:
+        known[("gradient_checkpointing", True),] = other
+    steps = Ladder(heaviest, denoiser, info, gpus, known=known)
     console.print(verdict(steps, cluster.gpu.memory))
     if ladder:
         console.print(rungs(steps))
