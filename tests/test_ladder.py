@@ -16,10 +16,11 @@ from distmatch.planning.plan import verdict
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import offloaded
 from distmatch.system.errors import UserError
+from distmatch.system.screen import size
 
 RUNGS = [
     {"gradient_checkpointing": True},
-    {"offload": True},
+    {"prompts.cache": "runs/prompts"},
     {"student.adapter.rank": 64, "fake.adapter.rank": 64},
     {"precision": "bf16", "base_weights": "bf16"},
     {"base_weights": "int8"},
@@ -68,18 +69,47 @@ def test_each_rung_is_tried_after_those_below_it_with_no_smaller_parts_than_it_t
     assert steps.fitting(1000).changes == {}
 
 
-def test_the_verdict_names_the_first_that_fits(file):
+def test_where_a_part_of_a_step_does_not_shrink_the_same_is_found_as_by_trying_all(file, monkeypatch):
+    """Memory is convex in the size of a part: the largest of several moments of a step."""
+    tried = []
+
+    def convex(recipe, *_, **__):
+        tried.append(recipe.accumulate)
+        part = 64 / recipe.accumulate
+        return Cost(1, {}, {"networks": 40, "activations": max(30 + part, 4 * part)}, Traffic(1), 0)
+
+    monkeypatch.setattr(ladder, "cost", convex)
+    peaks = {n: convex(load_recipe(file, [f"accumulate={n}"])).peak for n in (1, 2, 4, 8, 16, 32, 64)}
+    monkeypatch.setattr(ladder.Ladder, "rungs", [])
+    steps = steps_of(file, "match.batch=64")
+    for room in range(60, 300, 5):
+        tried.clear()
+        steps.known.clear()
+        found = steps.fitting(room / 0.9)
+        expected = next((n for n, peak in peaks.items() if peak < room), None)
+        assert (found and found.changes.get("accumulate", 1)) == expected, room
+        assert len(tried) <= 4
+
+
+def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na house\n")
     assert verdict(steps_of(file), 1000) == "it fits"
     assert verdict(steps_of(file), 240).startswith("it does not fit; accumulate=4 does, with 208 bytes")
     said = verdict(steps_of(file), 60)
     assert said.startswith(
-        "it does not fit; accumulate=8 gradient_checkpointing=true offload=true student.adapter.rank=64"
+        "it does not fit; accumulate=8 gradient_checkpointing=true prompts.cache=runs/prompts student.adapter"
     )
-    assert said.endswith("adapters learn at rates of their own")
+    each = 2 * 77 * 32  # bytes in half precision of the tiny model's texts
+    assert f"adapters learn at rates of their own; states of prompts take {size(each)} each on the disk; off" in said
+    assert "each on the disk, 14.8 kB for 3; offload=true" in verdict(steps_of(file, f"prompts.path={prompts}"), 60)
     assert verdict(steps_of(file), 20) == "it fits with no setting that is tried here; take more or larger GPUs"
     # Several GPUs share networks before any are replaced.
     found = steps_of(file, gpus=4).fitting(50)
-    assert found.changes == {"accumulate": 2, "gradient_checkpointing": True, "offload": True, "parallel": "fsdp"}
+    assert found.changes == {"accumulate": 2, "gradient_checkpointing": True, **RUNGS[1], "parallel": "fsdp"}
+    # A GAN encodes the captions of its images in every step.
+    gan = steps_of(file, "terms=match,gan", "real.images=images")
+    assert gan.rungs[1] == {"offload": True}
 
 
 def test_what_is_trained_stays_where_a_recipe_leaves_the_choice_to_the_memory(file):

@@ -24,6 +24,9 @@ SPARE = 0.1
 RANK = 64
 """Of adapters, in DMD2 (arXiv 2405.14867) and LightX2V."""
 
+CACHE, STATES = "prompts.cache", "runs/prompts"
+"""The entry for cached prompts, and the folder that is proposed for it: beside the pairs' default."""
+
 CHOSEN = ("accumulate", "gradient_checkpointing", "offload", "parallel", "precision", "base_weights")
 """The entries that `memory` chooses."""
 
@@ -44,7 +47,8 @@ class Ladder:
     """A recipe on `gpus` GPUs, and what its steps cost with more and more settings that save memory.
 
     Args:
-        retrain: change what is trained, too: adapters instead of whole networks, another decoder in the loss.
+        retrain: change what is trained, too: adapters instead of whole networks, another decoder in the loss. And use
+            the disk, for the prompts' states.
         known: costs by the changes made, `()` for none.
     """
 
@@ -74,19 +78,19 @@ class Ladder:
             return Fit({}, self.known[()])
         for rung in ({}, *self.rungs):
             changes |= rung
-            whole = self.cost(_new(changes, own))
-            fixed, divisors = _fixed(whole), self._divisors()
+            made, divisors = self.cost(_new(changes, own)), self._divisors()
+            part, fixed = 1.0, _fixed(made)
             for n in divisors:
-                if fixed + (whole.peak - fixed) * divisors[0] / n >= room:  # in larger parts it does not fit, either
+                smaller = divisors[0] / n
+                if fixed + (made.peak - fixed) * smaller / part >= room:  # it takes no less than that
                     continue
                 all_changes = _new({"accumulate": n} | changes, own)
                 found = self.cost(all_changes)
                 if found.peak < room:
                     return Fit(all_changes, found)
-                # Memory is convex in the size of a part, so smaller ones take no less than the line through both says.
-                share = divisors[0] / n
-                if share < 1:
-                    fixed = max(fixed, (found.peak - share * whole.peak) / (1 - share))
+                if smaller < part:  # memory is convex in the size of a part, so the line through both bounds the rest
+                    line = (part * found.peak - smaller * made.peak) / (part - smaller)
+                    part, made, fixed = smaller, found, max(line, _fixed(found))
         return None
 
     def least(self) -> float:
@@ -106,7 +110,8 @@ class Ladder:
         if blocks(self.denoiser) and recipe.student.network is None and not recipe.gradient_checkpointing:
             yield {"gradient_checkpointing": True}
         if family_of(self.info).component_weights(self.info.source) and not offloaded(recipe):
-            yield {"offload": True}
+            # The cache takes the encoders' visits, too; with real images, they are needed in every step.
+            yield {CACHE: STATES} if self.retrain and self._cacheable() else {"offload": True}
         adapted = bool(recipe.student.adapter.rank and recipe.fake.adapter.rank)
         if self.gpus > 1 and recipe.parallel == "ddp" and not (adapted and "gan" in recipe.terms):
             yield {"parallel": "fsdp"}
@@ -124,6 +129,10 @@ class Ladder:
         plain = recipe.match.sid is None and recipe.student.guidance is None and self.gpus == 1
         if recipe.base_weights != "int8" and plain:
             yield {"parallel": "ddp", "precision": "bf16", "base_weights": "int8"}
+
+    def _cacheable(self) -> bool:
+        """Whether the states of prompts in a cache take the place of the text encoders."""
+        return self.info.text and not any(stage.needs_images for stage in (self.recipe, *self.recipe.parts))
 
     def _adaptable(self) -> bool:
         """Whether adapters may take the place of whole networks."""

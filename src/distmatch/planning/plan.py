@@ -5,19 +5,21 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 
+from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.solvers import evaluations
 from distmatch.models.info import Info
 from distmatch.models.library import outline
 from distmatch.planning.cost import Cost, cost
 from distmatch.planning.gpus import Gpu
-from distmatch.planning.ladder import Ladder, changed, kind
+from distmatch.planning.ladder import CACHE, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
-from distmatch.recipe.subjects import as_used
+from distmatch.recipe.subjects import as_used, states_bytes
 from distmatch.system.progress import progress
 from distmatch.system.screen import BYTES, FLOPS, console, duration, size, unit
 from distmatch.training.engine import blocks
@@ -122,6 +124,8 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
     _tell_pace(made, speed, cluster)
     training = _tell_training(recipe, [costs[kind(stage)] for stage in stages], ends, cluster)
     _tell_disk(recipe, made)
+    if recipe.prompts.cache is not None and info.text:
+        console.print(states(recipe, denoiser, info))
     paired = [stage for stage in stages if "regress" in stage.terms]
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
@@ -247,15 +251,32 @@ def verdict(ladder: Ladder, memory: float) -> str:
     if not found.changes:
         return "it fits"
     new = "; adapters learn at rates of their own" if "student.adapter.rank" in found.changes else ""
-    return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}"
+    disk = f"; {_cached(ladder)}" if CACHE in found.changes else ""
+    return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}{disk}"
+
+
+def _cached(ladder: Ladder) -> str:
+    return f"{states(ladder.recipe, ladder.denoiser, ladder.info)}; offload=true in its place takes time instead"
+
+
+def states(recipe: Recipe, denoiser: Denoiser, info: Info) -> str:
+    """Say how much of a disk the cached states of prompts take: each of them, and all if the recipe names them."""
+    path, each = recipe.prompts.path, states_bytes(denoiser, info, 1)
+    told = f"states of prompts take {size(each)} each on the disk"
+    if path is None:
+        return told
+    count = len(read_prompts(Path(path), recipe.prompts.column))
+    return f"{told}, {size(count * each)} for {count:,}"
 
 
 def rungs(ladder: Ladder) -> Table:
     """Return a table of what has to be set on cards of several sizes."""
     with progress("cards", len(SIZES), unit="card") as advance:
-        table = Table("GB of a card", "a step takes, GB", "settings", box=None)
+        table = Table("GB of a card", "a step takes, GB", "settings", box=None, caption_justify="left")
         for gigabytes in SIZES:
             found = ladder.fitting(1e9 * gigabytes)
+            if found is not None and CACHE in found.changes:
+                table.caption = _cached(ladder)
             row = ("-", "nothing fits") if found is None else (f"{found.cost.peak / 1e9:.1f}", str(found))
             table.add_row(str(gigabytes), *row)
             advance(1)
