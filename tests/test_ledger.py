@@ -127,6 +127,11 @@ def asked_twice() -> tuple[int, list[str]]:
             denoiser = Denoiser(net, EDM(), Prediction("edm"))
             denoiser(torch.randn(2, 3, 16, 16), torch.ones(2), None).mean().backward()
             passed(Ledger(), False)
+            x, weight = (torch.randn(4, 8, 9, 9, requires_grad=True) for _ in range(2))
+            for layout in (torch.contiguous_format, torch.channels_last):
+                y = F.conv2d(x.contiguous(memory_format=layout), weight[:, :2, :3, :3], stride=2, groups=4)
+                F.conv_transpose2d(y, weight.contiguous(memory_format=layout)[:, :, :2, :2], stride=2).mean().backward()
+            assert F.conv1d(x[0, :, 0].detach()[None], weight[:, :, 0, :3].detach()).shape == (1, 4, 7)
     return count, differ
 
 

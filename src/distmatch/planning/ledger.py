@@ -230,7 +230,8 @@ def _described(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
 
 def _ask(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Answer:
     """Ask PyTorch what `func` does: its meta device, which is quick, or its fake tensors."""
-    one_axis = func in CONVOLUTIONS and args[CONVOLUTIONS[func]].ndim < 4  # made two inside, which needs a tensor's data
+    # Convolutions along one axis are made ones along two by an operation of their own, which must not meet our tensors.
+    one_axis = func in CONVOLUTIONS and args[CONVOLUTIONS[func]].ndim < 4
     return (_by_fakes if one_axis or func is _aten.lift_fresh.default else _by_meta)(func, args, kwargs)
 
 
