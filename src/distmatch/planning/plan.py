@@ -6,6 +6,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -130,7 +131,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
         console.print(bill(price, gpus, pairs, training))
-    known = {(): made}
+    known: dict[tuple[tuple[str, Any], ...], Cost] = {(): made}
     if other is not None and not recipe.gradient_checkpointing:
         known[("gradient_checkpointing", True),] = other
     steps = Ladder(heaviest, denoiser, info, gpus, known=known)
