@@ -17,7 +17,7 @@ import torch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import index
+from distmatch.models.diffusers.hub import CARD, index
 from distmatch.models.diffusers.lora import peft_layers, write_kohya
 from distmatch.models.folder import load_adapter, load_model
 from distmatch.models.info import Info
@@ -30,7 +30,6 @@ from distmatch.system.ownership import owns_out
 from distmatch.system.plain import read_json
 from distmatch.system.screen import console
 
-MARK = "distmatch.json"
 FORMAT = "distmatch-export-1"
 KOHYA = "kohya.safetensors"
 
@@ -124,7 +123,7 @@ def _arguments(info: Info, family: DiffusersFamily, source: str) -> str:
 def _parts(out: Path, kind: str) -> set[str]:
     """Return the parts of an export of this kind in `out`, if any. Raises `UserError` for anything else there."""
     there = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
-    mark = read_json(out / MARK, dict[str, Any]) if MARK in there else {}
+    mark = read_json(out / CARD, dict[str, Any]) if CARD in there else {}
     if there and (mark.get("format"), mark.get("kind")) != (FORMAT, kind):
         raise UserError(
             f"{out} holds {', '.join(there)[:200]}; only an older export {kind} of distmatch is replaced. Choose "
@@ -145,7 +144,7 @@ def _write(out: Path, kind: str, last: str, write: Callable[[Path], Any], made_o
         write(beside)
         files = {file.relative_to(beside).as_posix(): file for file in sorted(beside.rglob("*")) if file.is_file()}
         digests = {name: file_sha256(file) for name, file in files.items()}
-        write_json(beside / MARK, {"format": FORMAT, "kind": kind, **made_of, "files": digests})
+        write_json(beside / CARD, {"format": FORMAT, "kind": kind, **made_of, "files": digests})
     for name in before - _parts(out, kind):
         remove(out / name)
 
