@@ -220,7 +220,7 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
     nbytes = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
     flops = count * evaluations(p.sampler, p.steps, guidance, p.taken) * sampling_flops(denoiser, info)
     seconds = cluster.arithmetic(flops, p.precision)
-    console.print(f"pairs: {size(nbytes)}, {_of_all(cluster, seconds)}")
+    console.print(f"pairs: {size(nbytes)}" + (f", {_of_all(cluster, seconds)}" if seconds else ""))  # exact teachers
     return seconds
 
 
