@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from distmatch.data.imaging import png
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
 from distmatch.models.diffusers.families import family_in
@@ -102,7 +102,8 @@ def _write_images(folder: Path, info: Info) -> None:
     for number, name in enumerate(info.classes or ("",) * len(PROMPTS)):
         file = folder / "train" / name / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(generator.integers(0, 256, (height, width, channels), dtype=np.uint8)))
+        pixels = generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze()).save(file, compress_level=0)  # noise does not get smaller
         if captions:
             file.with_suffix(".txt").write_text(captions[number])
 
