@@ -3,6 +3,7 @@
 In a process of their own, see `test_plan`.
 """
 
+import copy
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from distmatch.diffusion.schedule import EDM
 from distmatch.models.edm.networks import SongUNet
 from distmatch.planning import ledger
 from distmatch.planning.ledger import Ledger
+from distmatch.planning.rehearsal import _emptied, _light_copies
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +141,14 @@ def test_the_meta_device_answers_like_fake_tensors(alone):
     count, differ = alone(asked_twice)
     assert not differ
     assert count > 100
+
+
+def test_tensors_of_a_network_that_are_no_weights_are_shared_by_its_copies():
+    """Qwen-Image has such tables of positions; copied inside a ledger they would lose their data."""
+    net = nn.Linear(2, 2)
+    net.table = torch.arange(3)
+    with _light_copies(), Ledger():
+        copied = copy.deepcopy(_emptied(net))
+    assert copied.table is net.table
+    assert copied.weight.shape == net.weight.shape
+    assert copied.weight is not net.weight

@@ -166,13 +166,20 @@ def _in_place() -> AbstractContextManager:
 
 
 def _light_copies() -> AbstractContextManager:
-    """Copy modules without a deep copy of each of the dozen empty containers in each, which takes most of the time."""
+    """Copy modules without a deep copy of each of the dozen empty containers in each, which takes most of the time.
+
+    Tensors that are neither parameters nor buffers, such as tables of positions, are shared: they do not change.
+    """
 
     def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         memo[id(module)] = made = module.__class__.__new__(module.__class__)
         for name, value in vars(module).items():
-            bare = not value if type(value) in (dict, OrderedDict) else False
-            made.__dict__[name] = type(value)() if bare else copy.deepcopy(value, memo)
+            if type(value) is Tensor:
+                made.__dict__[name] = value
+            elif type(value) in (dict, OrderedDict) and not value:
+                made.__dict__[name] = type(value)()
+            else:
+                made.__dict__[name] = copy.deepcopy(value, memo)
         return made
 
     return _replaced(nn.Module, __deepcopy__=copied)
