@@ -14,8 +14,9 @@ from forked import command
 from test_parallel import together
 
 from distmatch.system import parallel
-from distmatch.system.digests import known_digest, read_file
-from distmatch.system.files import write_atomic
+from distmatch.system.digests import known_digest, load_file, read_file, save_file
+from distmatch.system.files import write_atomic, write_json
+from distmatch.system.plain import read_json
 from distmatch.training import checkpoint, engine, shards, single
 from distmatch.training.checkpoint import Checkpoints
 from distmatch.training.optim import Optimizer
@@ -85,6 +86,57 @@ def test_damage_is_named_with_what_to_do(tmp_path):
     (checkpoints.path(8) / "state.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         checkpoints.load()
+
+
+def test_what_is_missing_in_a_checkpoint_without_digests_is_damage(tmp_path):
+    """As earlier versions wrote them: no tensor may stay as it is."""
+    checkpoints = Checkpoints(tmp_path, {"network": torch.nn.Linear(4, 4)})
+    checkpoints.save(7)
+    checkpoints.wait()
+    header = read_json(checkpoints.path(7) / "state.json", dict)
+    write_json(checkpoints.path(7) / "state.json", {name: header[name] for name in ("step", "meta", "tree", "shapes")})
+    assert checkpoints.load() == (7, {})
+    (shard,) = checkpoints.path(7).glob("*.safetensors")
+    save_file({"network/weight": load_file(shard)["network/weight"]}, shard)
+    with pytest.raises(ValueError, match=r"is damaged \(network/bias is missing\)"):
+        checkpoints.load()
+    shard.unlink()
+    for read in (checkpoints.load, lambda: checkpoints.verify(7)):
+        with pytest.raises(ValueError, match=r"is damaged \(its tensors are missing\)"):
+            read()
+
+
+def test_every_type_and_form_of_tensor_goes_through_either_way(tmp_path, monkeypatch):
+    """Written by one process alone or by a group, and read by either."""
+    whole = torch.arange(24.0).view(4, 6)
+    tensors = {
+        **{str(dtype): torch.arange(3).to(dtype) for dtype in (torch.bfloat16, torch.int8, torch.uint8, torch.bool)},
+        **{"number": torch.tensor(3.5), "none": torch.empty(0, 4), "view": whole[2:], "turned": whole.t()},
+        "tied": whole[2:],
+    }
+    for writes in (False, True):
+        monkeypatch.setattr(parallel, "grouped", lambda writes=writes: writes)
+        saved = Checkpoints(tmp_path / str(writes), {"part": Held(tensors)})
+        saved.save(1)
+        saved.close()
+        for reads in (False, True):
+            monkeypatch.setattr(parallel, "grouped", lambda reads=reads: reads)
+            found = Held({name: torch.zeros_like(value) for name, value in tensors.items()})
+            Checkpoints(tmp_path / str(writes), {"part": found}).load()
+            assert equal(found.tensors, tensors)
+
+
+class Held:
+    """A part of a checkpoint that is nothing but its tensors."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+    def load_state_dict(self, tensors):
+        self.tensors = tensors
 
 
 def test_a_save_that_was_killed_is_none(tmp_path):

@@ -35,10 +35,10 @@ class Stateful(Protocol):
 class Checkpoints:
     """The checkpoints of one run: the folders `folder/step-00001000/`, ...
 
-    Each holds the tensors in safetensors files, one per process that wrote it (see `shards`), and `state.json` with
-    everything else and the digests of the tensor files, which `load` verifies before it changes anything. Any number of
-    processes can read it, sharded in any way. All processes must take part in `save` and `load`. The folder appears,
-    complete, once all have written.
+    Each holds the tensors in safetensors files, one per process that wrote it (see `single` and `shards`), and
+    `state.json` with everything else and the digests of the tensor files, which `load` verifies before it changes
+    anything. Any number of processes can read it, sharded in any way. All processes must take part in `save` and
+    `load`. The folder appears, complete, once all have written.
 
     `save` copies and returns; a thread writes. Only one such thread runs at a time, and every method that depends on
     its result waits for it: `save`, `load`, `steps`, `improves`, `prune`, `close`. They raise `UserError` if it failed.
@@ -254,6 +254,8 @@ def _shards(path: Path, header: Mapping[str, Any]) -> dict[str, str | None]:
     written = header.get("shards", dict.fromkeys(there))
     for name in sorted({*there} ^ {*written}):
         raise Damaged(f"{name} is missing" if name in written else f"{name} does not belong to it")
+    if header["shapes"] and not written:
+        raise Damaged("its tensors are missing")
     return written
 
 

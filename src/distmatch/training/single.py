@@ -1,6 +1,7 @@
 """Saves a checkpoint's tensors in one file and reads them, in a single process.
 
-A group of processes has `shards`, which reads and writes the same, but takes seconds to import and longer for a tensor.
+A group of processes has `shards`, which reads and writes the same files, but takes seconds to import, and longer for
+each tensor.
 """
 
 import json
@@ -35,6 +36,8 @@ def read(tensors: Mapping[str, Tensor], file: Path, digest: str | None) -> None:
     """Fill `tensors` with what `file` has under their names, once all of it is verified. Raises as `load_file` does."""
     found = load_file(file, digest)
     for name, value in tensors.items():
+        if name not in found:
+            raise Damaged(f"{name} is missing")
         if found[name].shape != value.shape:
             raise Damaged(f"{name} is {list(found[name].shape)}, not {list(value.shape)}")
     for name, value in tensors.items():
@@ -58,7 +61,7 @@ def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], offsets: 
     It is the file that `torch.distributed.checkpoint` would write, but by `save_file`: `safetensors.save` holds the
     GIL, and so stalls the training loop, for a second or more per GB.
     """
-    about = {name: {"saved_offsets": begin} for name, begin in offsets.items()}
+    about = {name: {"saved_offsets": start} for name, start in offsets.items()}
     meta = {"DCP_SHARDING_INFO": json.dumps(about), "DCP_VERSION": "1.0", "format": "pt"}
     file = folder / f"shard-{number:05d}-model-00001-of-00001.safetensors"
     write_atomic(file, lambda p: save_file(tensors, p, meta))
