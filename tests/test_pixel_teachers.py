@@ -203,6 +203,15 @@ def test_a_dit_makes_images_of_one_size(folders):
         family_of(info).resized(denoiser, info, (64, 64))
 
 
+def test_a_models_levels_divide_a_size(folders):
+    """There are two: an odd side would be rounded, and come back even."""
+    denoiser, info = teacher(folders / "eps")
+    found = family_of(info).resized(denoiser, info, (18, 24))
+    assert denoiser(noise(0, 1, found.shape), torch.ones(1), None).shape == (1, 3, 18, 24)
+    with pytest.raises(UserError, match=r"image_size \[17, 24\]: expected multiples of 2 pixels"):
+        family_of(info).resized(denoiser, info, (17, 24))
+
+
 RECIPE = {"steps": 2, "match.batch": 2, "regress.batch": 2, "pairs.count": 3, "pairs.sampler": "ddim", "pairs.steps": 3}
 
 

@@ -78,6 +78,11 @@ class PixelDiffusion(DiffusersFamily):
     def classes(self, source: str, known: Settings) -> tuple[str, ...]:
         return tuple(str(i) for i in range(known.network.get("num_class_embeds") or 0))
 
+    def patch(self, network: Mapping[str, Any], source: str) -> int:
+        """Return by what its levels divide a side: diffusers' network cannot restore one that they round."""
+        channels = network.get("block_out_channels", (224, 448, 672, 896))  # by level; else diffusers' own
+        return 2 ** (len(channels) - 1)
+
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_ddpm(folder)
 
