@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny import text_encoder
+from tiny import stock, text_encoder
 
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.solvers import solver
@@ -57,12 +57,6 @@ def change(folder: Path, part: str, **entries) -> Path:
 
 def pipeline(folder: Path):
     return family_in(str(folder)).pipeline(str(folder))
-
-
-def stock(folder: Path) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 REFUSED = {
@@ -183,6 +177,26 @@ def test_a_model_of_the_cache_in_shards_without_the_hub(sd, tmp_path, monkeypatc
     assert torch.equal(text_encoder("its/model")(["a"]).text, text_encoder(str(sd))(["a"]).text)
     with pytest.raises(UserError, match="diffusers model 'its/other' cannot be loaded: "):
         find_model("diffusers:its/other", "teacher")
+    with pytest.raises(UserError, match=r"diffusers model '\./other' cannot be loaded: "):
+        find_model("diffusers:./other", "teacher")
+    shutil.rmtree(folder / "tokenizer")  # as where a download ended early
+    with pytest.raises(UserError, match="tokenizer lacks a tokenizer's vocabulary; expected "):
+        text_encoder("its/model")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_an_error(sdxl):
+    """transformers goes on with one of two tokens. Older folders have it in two files."""
+    own = text_encoder(str(sdxl))(["a cat"]).text
+    parts = json.loads((sdxl / "tokenizer_2" / "tokenizer.json").read_text())["model"]
+    (sdxl / "tokenizer_2" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_2 lacks a tokenizer's vocabulary; expected "):
+        text_encoder(str(sdxl))
+    (sdxl / "tokenizer_2" / "vocab.json").write_text(json.dumps(parts["vocab"]))
+    with pytest.raises(UserError, match=r"expected tokenizer\.json, or merges\.txt and vocab\.json: fetch"):
+        text_encoder(str(sdxl))
+    merges = [" ".join(pair) for pair in parts["merges"]]
+    (sdxl / "tokenizer_2" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    assert torch.equal(text_encoder(str(sdxl))(["a cat"]).text, own)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

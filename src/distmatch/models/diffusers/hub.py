@@ -100,17 +100,17 @@ def place(source: str) -> str:
 
 
 def _cached(source: str) -> str:
-    """Return the cache's folder of a model id if the hub is not to be asked, and `source` otherwise or without one.
+    """Return the cache's folder of a model id if the hub is not to be asked; `source` if it may be, or has no folder.
 
-    diffusers asks the hub for the shards of a network even then.
+    diffusers, given the id, asks the hub for the shards of a network in any case.
     """
     need("huggingface_hub", by=source)
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return snapshot_download(source, local_files_only=True) if constants.HF_HUB_OFFLINE else source
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):  # the latter for what only looks like an id: ./FOLDER
         return source
 
 
@@ -224,6 +224,8 @@ def pipeline(
             from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
             parts[name] = network(source, name, StableDiffusionSafetyChecker, dtype)
+        elif name.startswith("tokenizer") and Path(source).is_dir():
+            _check_vocabulary(Path(source) / name, getattr(transformers, kind).vocab_files_names)
     if "safety_checker" in parts and parts["safety_checker"] is None:
         parts["requires_safety_checker"] = False
     options = {**parts, "use_safetensors": True, "dtype": dtype}
@@ -288,6 +290,19 @@ def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T], part: st
                 raise error from None
 
     return fetched(source, either, part)
+
+
+def _check_vocabulary(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise `UserError` if a tokenizer's folder lacks its vocabulary: transformers would go on with an empty one.
+
+    It is in `tokenizer.json`, in a file of SentencePiece, or in all others of the class's `files`.
+    """
+    there = {file.name for file in folder.glob("*") if file.is_file()}
+    others = {name for kind, name in files.items() if kind != "tokenizer_file"}
+    whole = any(name == "tokenizer.json" or name.endswith(".model") for name in there)
+    if not whole and (not others or others - there):
+        wanted = "tokenizer.json" + (f", or {' and '.join(sorted(others))}" if others else "")
+        raise UserError(f"{folder} lacks a tokenizer's vocabulary; expected {wanted}: fetch the model's files again")
 
 
 def _only_pickles(source: str, name: str) -> bool:
