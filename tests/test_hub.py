@@ -184,6 +184,13 @@ def test_a_model_of_the_cache_in_shards_without_the_hub(sd, tmp_path, monkeypatc
         text_encoder("its/model")
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_a_part_of_an_unknown_class_is_named(sd, part):
+    change(sd, "model_index", **{part: ["transformers", "CLIPOfTomorrow"]})
+    with pytest.raises(UserError, match=r"sd: model_index\.json names CLIPOfTomorrow, which transformers .* lacks"):
+        text_encoder(str(sd))
+
+
 def test_a_tokenizer_without_its_vocabulary_is_an_error(sdxl):
     """transformers goes on with one of two tokens. Older folders have it in two files."""
     own = text_encoder(str(sdxl))(["a cat"]).text

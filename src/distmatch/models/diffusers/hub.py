@@ -211,11 +211,19 @@ def pipeline(
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source = place(source)
+
+    def known(kind: str) -> Any:
+        if not hasattr(transformers, kind):
+            raise UserError(
+                f"{source}: model_index.json names {kind}, which transformers {transformers.__version__} lacks"
+            )
+        return getattr(transformers, kind)
+
     for name, (_, kind) in listed.items():
         if name in parts:
             continue
         if name.startswith("text_encoder"):
-            parts[name] = network(source, name, getattr(transformers, kind), dtype)
+            parts[name] = network(source, name, known(kind), dtype)
         elif name in kinds:
             parts[name] = network(source, name, getattr(diffusers, kinds[name]), dtype)
         elif name in OPTIONAL and Path(source).is_dir() and not (Path(source) / name).is_dir():
@@ -225,7 +233,7 @@ def pipeline(
 
             parts[name] = network(source, name, StableDiffusionSafetyChecker, dtype)
         elif name.startswith("tokenizer") and Path(source).is_dir():
-            _check_vocabulary(Path(source) / name, getattr(transformers, kind).vocab_files_names)
+            _check_vocabulary(Path(source) / name, known(kind).vocab_files_names)
     if "safety_checker" in parts and parts["safety_checker"] is None:
         parts["requires_safety_checker"] = False
     options = {**parts, "use_safetensors": True, "dtype": dtype}
