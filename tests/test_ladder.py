@@ -103,6 +103,7 @@ def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tm
     each = 2 * 77 * 32  # bytes in half precision of the tiny model's texts
     assert f"adapters learn at rates of their own; states of prompts take {size(each)} each on the disk; off" in said
     assert "each on the disk, 14.8 kB for 3; offload=true" in verdict(steps_of(file, f"prompts.path={prompts}"), 60)
+    assert "each on the disk; offload=true" in verdict(steps_of(file, f"prompts.path={tmp_path / 'later.txt'}"), 60)
     assert verdict(steps_of(file), 20) == "it fits with no setting that is tried here; take more or larger GPUs"
     # Several GPUs share networks before any are replaced.
     found = steps_of(file, gpus=4).fitting(50)

@@ -21,6 +21,7 @@ from distmatch.planning.ladder import CACHE, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.subjects import as_used, states_bytes
+from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
 from distmatch.system.screen import BYTES, FLOPS, console, duration, size, unit
 from distmatch.training.engine import blocks
@@ -261,12 +262,15 @@ def _cached(ladder: Ladder) -> str:
 
 
 def states(recipe: Recipe, denoiser: Denoiser, info: Info) -> str:
-    """Say how much of a disk the cached states of prompts take: each of them, and all if the recipe names them."""
-    path, each = recipe.prompts.path, states_bytes(denoiser, info, 1)
+    """Say how much of a disk the cached states of prompts take: each of them, and all if they can be counted."""
+    each = states_bytes(denoiser, info, 1)
     told = f"states of prompts take {size(each)} each on the disk"
-    if path is None:
+    if recipe.prompts.path is None:
         return told
-    count = len(read_prompts(Path(path), recipe.prompts.column))
+    try:
+        count = len(read_prompts(Path(recipe.prompts.path), recipe.prompts.column))
+    except UserError:  # a plan needs none; training says what is wrong with them
+        return told
     return f"{told}, {size(count * each)} for {count:,}"
 
 
