@@ -266,10 +266,12 @@ def test_a_lora_of_the_network_alone_is_not_needed_again(originals, tmp_path):
 
 
 def test_a_students_lora_is_used_beside_its_teachers(originals, tmp_path, capsys):
-    """By the very lines that the export shows. It is a student's, and makes no teacher."""
+    """By the very lines that the export shows, of a teacher in a single file. A student itself, it makes no teacher."""
     weights, _ = kohya(stock(originals / "sd"))
     save_file(weights, tmp_path / "style.safetensors")
-    denoiser, info = merged(originals / "sd", tmp_path / "style.safetensors", 0.7)
+    save_file(single_file(stock(originals / "sd")), tmp_path / "one.safetensors")
+    settings_alone(originals / "sd", tmp_path / "one")
+    denoiser, info = merged(tmp_path / "one.safetensors", tmp_path / "style.safetensors", 0.7)
     adapter = Adapter(denoiser.net, 2, 3.0, denoiser.net.adapted)
     for parameter in (value for name, value in adapter.named_parameters() if name.endswith("up.weight")):
         torch.nn.init.normal_(parameter, std=0.2)

@@ -17,7 +17,7 @@ import torch
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.family import DiffusersFamily
-from distmatch.models.diffusers.hub import CARD, index
+from distmatch.models.diffusers.hub import CARD, index, place
 from distmatch.models.diffusers.lora import peft_layers, write_kohya
 from distmatch.models.folder import load_adapter, load_model
 from distmatch.models.info import Info
@@ -92,7 +92,7 @@ def export_lora(run: str, out: Path) -> None:
     _write(out, "lora", "pytorch_lora_weights.safetensors", write, _made_of(info.source, info))
     console.print(
         f"In {out}, for ComfyUI {f'as {KOHYA}' if renamed else 'too'}. Next: pipe = "
-        f"DiffusionPipeline.from_pretrained({info.source!r}); {_loading(out, info)}pipe.scheduler = "
+        f"DiffusionPipeline.from_pretrained({place(info.source)!r}); {_loading(out, info)}pipe.scheduler = "
         f"{type(scheduler).__name__}.from_pretrained({str(out)!r}, subfolder='scheduler'); "
         f"pipe({_arguments(info, family, info.source)})"
     )
