@@ -101,7 +101,7 @@ class Prompts(Strict):
 
 
 class TeacherLora(Strict):
-    """A LoRA for a Stable Diffusion; see `models.diffusers.lora`."""
+    """A LoRA for a teacher of prompts; see `models.diffusers.teacher_lora`."""
 
     path: Place | None = entry(
         None,

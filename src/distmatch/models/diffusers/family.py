@@ -13,6 +13,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser, Prediction
 from distmatch.models.diffusers import distilled, hub
 from distmatch.models.diffusers.autoencoder import Decoder, ImageEncoder, check_scaling
 from distmatch.models.diffusers.hub import Settings
+from distmatch.models.diffusers.teacher_lora import merge_lora, read_lora, takes_lora
 from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.family import Components, Family
 from distmatch.models.info import Info
@@ -166,8 +167,26 @@ class DiffusersFamily(Family):
         """Return the side of what the network, with these settings, takes as one: in latents."""
         return 1
 
+    def merged(self, denoiser: Denoiser, info: Info, file: str, scale: float) -> Info:
+        kind, known = hub.index(info.source)[0], self.settings(info.source)
+        if not takes_lora(kind):
+            return super().merged(denoiser, info, file, scale)
+        net: Any = denoiser.net
+        network = getattr(net, self.network)
+        lora = read_lora(file, scale, kind, known.network)
+        info = replace(info, lora=lora)
+        if not next(network.parameters()).is_meta:
+            absent: dict[str, Any] = {name: None for name in known.parts if name not in (self.network, "scheduler")}
+            pipe = self.pipeline(info.source, **(absent | {self.network: network}))
+            merge_lora(pipe, lora, known.network, text=False)
+            if lora.text:
+                net.set_null(self.text_encoder(info.source, info=info).null())
+        return info
+
     def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
         """Merge the LoRA of the model `info`, if it has one, into the text encoders of `pipe`, in place."""
+        if info.lora is not None and info.lora.text:
+            merge_lora(pipe, info.lora, known.network, text=True)
 
     def distilled(self, source: str, lora: str = "") -> str | None:
         return distilled.evidence(source, self.network, lora)

@@ -159,6 +159,7 @@ class PromptedFamily(DiffusersFamily):
                 f"expected the model that it was made from, {info.source}"
             )
         pipe = self.pipeline(source, dtype, transformer=net.transformer)
+        self.merge_text(pipe, theirs, info)
         pipe.register_modules(scheduler=scheduler)
         return pipe.to(dtype=dtype)
 

@@ -4,7 +4,6 @@ Everything is read from the model's own configuration; nothing depends on its na
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.models.diffusers.autoencoder import factor
 from distmatch.models.diffusers.family import DiffusersFamily
 from distmatch.models.diffusers.hub import CARD, Count, Settings, config, index, place
-from distmatch.models.diffusers.lora import ADAPTED, merge_lora, read_lora
+from distmatch.models.diffusers.lora import ADAPTED
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.guidance import CHANNELS, GuidanceInput, embed_guidance
@@ -143,22 +142,6 @@ class StableDiffusion(DiffusersFamily):
         if "teach-text" in made:
             found.card["teach-text"] = fitting(made["teach-text"], f"{mark}: teach-text", dict[str, Any])
         return found
-
-    def merged(self, denoiser: Denoiser, info: Info, file: str, scale: float) -> Info:
-        net, known = _stable(denoiser.net), self.settings(info.source)
-        lora = read_lora(file, scale, index(info.source)[0], known.network)
-        if not net.null_text.is_meta:
-            absent: dict[str, Any] = {name: None for name in known.parts if name not in ("unet", "scheduler")}
-            pipe = self.pipeline(info.source, **(absent | {"unet": net.unet}))
-            merge_lora(pipe, lora, known.network, ("unet",))
-        info = replace(info, lora=lora)
-        if lora.text and not net.null_text.is_meta:
-            net.set_null(self.text_encoder(info.source, info=info).null())
-        return info
-
-    def merge_text(self, pipe: Any, known: Settings, info: Info) -> None:
-        if info.lora is not None and info.lora.text:
-            merge_lora(pipe, info.lora, known.network, ("text_encoder", "text_encoder_2"))
 
     def write_tiny(self, folder: Path) -> Path:
         return write_tiny_sd(folder)
