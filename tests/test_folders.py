@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler
 from ldm_names import single_file
 from safetensors.torch import load_file, save_file
-from tiny import stock
+from tiny import exported_lora, stock
 from transformers import CLIPTokenizer
 
 from distmatch import DistilledPipeline
@@ -19,7 +19,7 @@ from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.schedule import EDM
 from distmatch.diffusion.solvers import solver
 from distmatch.models.diffusers import single_file as single_files
-from distmatch.models.diffusers.export import export_diffusers, export_lora
+from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model, save_model
@@ -29,7 +29,6 @@ from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.plain import read_json
-from distmatch.training.adapters import Adapted, Adapter
 
 UNET = "diffusion_pytorch_model"
 
@@ -272,22 +271,11 @@ def test_a_students_lora_is_used_beside_its_teachers(originals, tmp_path, capsys
     save_file(single_file(stock(originals / "sd")), tmp_path / "one.safetensors")
     settings_alone(originals / "sd", tmp_path / "one")
     denoiser, info = merged(tmp_path / "one.safetensors", tmp_path / "style.safetensors", 0.7)
-    adapter = Adapter(denoiser.net, 2, 3.0, denoiser.net.adapted)
-    for parameter in (value for name, value in adapter.named_parameters() if name.endswith("up.weight")):
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_model(tmp_path / "student", Adapted(denoiser, adapter), replace(info, times=(999.0,)))
-    pipe, out = DistilledPipeline.from_pretrained(tmp_path / "student"), tmp_path / "lora"
-    export_lora(str(tmp_path / "student"), out)
-    *lines, call = capsys.readouterr().out.replace("\n", "").partition("Next: ")[2].split("; ")
-    made = {"DiffusionPipeline": DiffusionPipeline, "DDIMScheduler": DDIMScheduler}
-    exec("\n".join(lines), made)
-    z = rng.noise(0, range(1), info.shape)
-    asked = eval(f"dict({call.removeprefix('pipe(')}", {"prompt": "a cat"})
-    y = made["pipe"](latents=z, output_type="pt", **asked).images
-    x = (pipe.sample(z, pipe.condition(1, prompts="a cat")) / 2 + 0.5).clamp(0, 1)
-    assert (x - y).abs().max() < 2e-5
-    made["pipe"].set_adapters("student")
-    assert (x - made["pipe"](latents=z, output_type="pt", **asked).images).abs().max() > 0.05
+    x, pipe, draw = exported_lora(denoiser, info, (999.0,), tmp_path, capsys)
+    assert (x - draw()).abs().max() < 2e-5
+    pipe.set_adapters("student")
+    assert (x - draw()).abs().max() > 0.05
+    out = tmp_path / "lora"
     source, family = str(originals / "sd"), family_in(str(originals / "sd"))
     assert family.distilled(source, str(tmp_path / "style.safetensors")) is None
     for lora in (out, out / "kohya.safetensors"):

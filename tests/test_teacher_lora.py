@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
-from tiny import stock, stored
+from tiny import exported_lora, stock, stored
 
 from distmatch import DistilledPipeline
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.solvers import solver
-from distmatch.models.diffusers.export import export_diffusers, export_lora
+from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.pixart import write_tiny_pixart
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -24,7 +23,6 @@ from distmatch.models.library import components, family_of, outline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.plain import read_json
-from distmatch.training.adapters import Adapted, Adapter
 
 WRITERS = {
     "sd3": write_tiny_sd3,
@@ -139,25 +137,11 @@ def test_network_and_text_encoders_are_merged_and_the_student_finds_them_again(f
 def test_a_students_lora_is_used_beside_its_teachers(folders, styled, tmp_path, capsys):
     """By the very lines that the export shows. It is a student's, and makes no teacher."""
     denoiser, info = merged(folders["sd3"], styled)
-    adapter = Adapter(denoiser.net, 2, 3.0, denoiser.net.adapted)
-    for parameter in (value for name, value in adapter.named_parameters() if name.endswith("up.weight")):
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_model(tmp_path / "student", Adapted(denoiser, adapter), replace(info, times=(1.0,)))
-    pipe, out = DistilledPipeline.from_pretrained(tmp_path / "student"), tmp_path / "lora"
-    export_lora(str(tmp_path / "student"), out)
-    *lines, call = capsys.readouterr().out.replace("\n", "").partition("Next: ")[2].split("; ")
-    made = {
-        "DiffusionPipeline": DiffusionPipeline,
-        "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
-    }
-    exec("\n".join(lines), made)
-    z = rng.noise(0, range(1), info.shape)
-    asked = eval(f"dict({call.removeprefix('pipe(')}", {"prompt": PROMPT})
-    y = made["pipe"](latents=z, output_type="pt", **asked).images
-    x = (pipe.sample(z, pipe.condition(1, prompts=PROMPT)) / 2 + 0.5).clamp(0, 1)
-    assert (x - y).abs().max() < 1e-4
-    made["pipe"].set_adapters("student")
-    assert (x - made["pipe"](latents=z, output_type="pt", **asked).images).abs().max() > 0.05
+    x, pipe, draw = exported_lora(denoiser, info, (1.0,), tmp_path, capsys)
+    assert (x - draw()).abs().max() < 1e-4
+    pipe.set_adapters("student")
+    assert (x - draw()).abs().max() > 0.05
+    out = tmp_path / "lora"
     source, family = info.source, family_of(info)
     assert family.distilled(source, str(styled)) is None
     assert f"{out} is of a student exported by distmatch" in (family.distilled(source, str(out)) or "")

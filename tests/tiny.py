@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 import yaml
 from PIL import Image
 
+from distmatch import DistilledPipeline
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
 from distmatch.methods.distill import Distiller
+from distmatch.models.diffusers.export import export_lora
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import find_model
 from distmatch.models.unet import UNet
+from distmatch.system import rng
 from distmatch.system.errors import Stopped
+from distmatch.training.adapters import Adapted, Adapter
 
 
 def text_encoder(source: str):
@@ -75,6 +80,29 @@ def recipe_file(folder: Path, **changes) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+def exported_lora(denoiser: Denoiser, info: Info, times: tuple[float, ...], folder: Path, capsys) -> tuple:
+    """Save a student with a random adapter to `folder / "student"`, export the adapter to `folder / "lora"`.
+
+    Returns its image in [0, 1] by our pipeline; diffusers' pipeline, made by the very lines that the export shows; and
+    what draws the same image by it.
+    """
+    import diffusers
+
+    adapter = Adapter(denoiser.net, 2, 3.0, denoiser.net.adapted)
+    for parameter in (value for name, value in adapter.named_parameters() if name.endswith("up.weight")):
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(folder / "student", Adapted(denoiser, adapter), replace(info, times=times))
+    export_lora(str(folder / "student"), folder / "lora")
+    *lines, call = capsys.readouterr().out.replace("\n", "").partition("Next: ")[2].split("; ")
+    names = ("DiffusionPipeline", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler")
+    made = {name: getattr(diffusers, name) for name in names}
+    exec("\n".join(lines), made)
+    asked = eval(f"dict({call.removeprefix('pipe(')}", {"prompt": "a cat"})
+    z, pipe = rng.noise(0, range(1), info.shape), DistilledPipeline.from_pretrained(folder / "student")
+    x = (pipe.sample(z, pipe.condition(1, prompts="a cat")) / 2 + 0.5).clamp(0, 1)
+    return x, made["pipe"], lambda: made["pipe"](latents=z, output_type="pt", **asked).images
 
 
 @contextmanager
