@@ -77,9 +77,9 @@ def rehearse(
         no_collection(),  # a fifth of the time: a step has many objects
         _in_place(),
         _light_copies(),
-        _replaced(Decoder, one_by_one=_alike(ledger)),
-        _replaced(dist, is_initialized=lambda: False),  # processes that share a run do not share its rehearsal
-        _replaced(guide, cleaner=lambda schedule, bins, t: bins),  # levels without data cannot be compared
+        patch.multiple(Decoder, one_by_one=_alike(ledger)),
+        patch.multiple(dist, is_initialized=lambda: False),  # processes that share a run do not share its rehearsal
+        patch.multiple(guide, cleaner=lambda schedule, bins, t: bins),  # levels without data cannot be compared
         _longest_texts(),
         ledger,
     ):
@@ -123,15 +123,6 @@ def sampling_flops(denoiser: Denoiser, info: Info) -> float:
 
 
 @contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Replace attributes of `owner` inside the with block."""
-    with ExitStack() as stack:
-        for name, value in attributes.items():
-            stack.enter_context(patch.object(owner, name, value, create=True))
-        yield
-
-
-@contextmanager
 def _gpu_autocast() -> Iterator[None]:
     """Autocast to bf16 as on GPUs, where normalisations compute and return fp32, weights are cast once per update, and
     attention is always fused.
@@ -147,9 +138,9 @@ def _gpu_autocast() -> Iterator[None]:
 
     cache = torch.set_autocast_cache_enabled
     with ExitStack() as stack:
-        stack.enter_context(_replaced(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm)))
-        stack.enter_context(_replaced(attention, SHORT=0))
-        stack.enter_context(_replaced(torch, set_autocast_cache_enabled=lambda enabled: cache(True)))
+        stack.enter_context(patch.multiple(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm)))
+        stack.enter_context(patch.multiple(attention, SHORT=0))
+        stack.enter_context(patch.multiple(torch, set_autocast_cache_enabled=lambda enabled: cache(True)))
         yield
 
 
@@ -162,7 +153,7 @@ def ready(denoiser: Denoiser) -> None:
 
 def _in_place() -> AbstractContextManager:
     """Modules stay where they are: PyTorch cannot move modules of tensors without data, and none has to be moved."""
-    return _replaced(nn.Module, _apply=lambda self, fn, recurse=True: self)
+    return patch.multiple(nn.Module, _apply=lambda self, fn, recurse=True: self)
 
 
 def _light_copies() -> AbstractContextManager:
@@ -182,12 +173,12 @@ def _light_copies() -> AbstractContextManager:
                 made.__dict__[name] = copy.deepcopy(value, memo)
         return made
 
-    return _replaced(nn.Module, __deepcopy__=copied)
+    return patch.multiple(nn.Module, create=True, __deepcopy__=copied)
 
 
 def _longest_texts() -> AbstractContextManager:
     """Let all texts be as long as they may be: masks without data cannot be counted."""
-    return _replaced(flow, lengths=lambda mask: [mask.shape[1]] * len(mask))
+    return patch.multiple(flow, lengths=lambda mask: [mask.shape[1]] * len(mask))
 
 
 def _alike(ledger: Ledger) -> Callable[[Decoder, Tensor], Tensor]:
