@@ -268,8 +268,8 @@ def _together() -> Any:
 
 def _read(path: Path, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` with what the files in `path` have under their names, once these are verified."""
-    files = _shards(path, header)
-    if parallel.grouped() or len(files) > 1:
+    # A group looks for the files within `agreed`: they may be missing for one process alone.
+    if parallel.grouped() or len(files := _shards(path, header)) > 1:
         parallel.agreed(lambda: _compare(path, header))
         _together().read(tensors, path)
     else:
