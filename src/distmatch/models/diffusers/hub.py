@@ -29,6 +29,7 @@ from distmatch.system.plain import read_json
 T = TypeVar("T")
 
 MODEL_ID = r"[\w.-]+/[\w.-]+"
+"""The form of a model's name on the hub, OWNER/NAME."""
 
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
