@@ -23,7 +23,7 @@ from distmatch.system.plain import read_yaml
 from distmatch.system.workers import Workers, current, using
 from distmatch.training.clock import Clock
 from distmatch.training.engine import features
-from distmatch.training.gradients import add_gradients
+from distmatch.training.gradients import Adder
 from distmatch.training.optim import Optimizer
 
 DIGITS = tuple("0123456789")
@@ -111,7 +111,7 @@ def test_gradients_have_their_weights_layout_and_none_is_shared():
         return network(part).square().mean() / 2 + (a + b).sum() / 2, {}, None
 
     parameters = [*network.parameters(), a, b]
-    add_gradients(x.chunk(2), loss, network, parameters, Clock([], torch.device("cpu"), 2), Workers(2))
+    Adder(Clock([], torch.device("cpu"), 2), Workers(2)).add("loss", x.chunk(2), loss, network, parameters)
     expected = torch.autograd.grad(network(x).square().mean(), list(network.parameters()))
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         assert parameter.grad.stride() == parameter.stride()

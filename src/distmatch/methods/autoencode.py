@@ -19,7 +19,7 @@ from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
 from distmatch.training.optim import Optimizer
-from distmatch.training.replay import Gradients
+from distmatch.training.replay import Replay
 
 PREVIEWED = 32
 """Images in a preview, each above its reconstruction."""
@@ -62,7 +62,7 @@ class Autoencoding:
         self.pixels = images.pixels.to(self.device)
         self.clock = Clock([], self.device)
         self.images_per_step = settings.batch
-        self.gradients = Gradients(self.losses, optimizer.parameters)
+        self.gradients = Replay(self.losses, optimizer.parameters)
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
@@ -77,13 +77,13 @@ class Autoencoding:
         generator = rng.stream(self.device, how.seed, "autoencode", index)
         eps = torch.randn(batch, config.latent_channels, *side, generator=generator, device=self.device)
         with self.clock.counted():
-            losses = self.gradients(x, eps)
+            losses, _ = self.gradients((x, eps))
         norm = self.optimizer.step(index)
         self.ema.update()
         return {**losses, "gradient_norm": norm}
 
-    def losses(self, x: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        how = self.settings
+    def losses(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor], None]:
+        (x, eps), how = inputs, self.settings
         with autocast(self.device, how.precision):
             mean, std = moments(self.autoencoder, x)
             y = self.autoencoder.decode(mean + std * eps, return_dict=False)[0].float()
@@ -93,7 +93,7 @@ class Autoencoding:
         total = losses["difference"] + how.kl * losses["kl"]
         if self.perceptual is not None:
             total = total + how.perceptual * losses["lpips"]
-        return total, losses
+        return total, losses, None
 
     @torch.no_grad()
     def preview(self) -> Tensor:

@@ -22,7 +22,7 @@ from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA, draw_towards
 from distmatch.training.engine import average_gradients, unwrapped
-from distmatch.training.gradients import add_gradients
+from distmatch.training.gradients import Adder
 from distmatch.training.optim import Optimizer
 
 
@@ -56,6 +56,7 @@ class Settings:
     accumulate: int = 1  # parts that each worker's share of a batch is split into; gradients are summed over them
     workers: Workers = ALONE  # threads that share a batch, on a CPU and in a single process
     precision: str = "fp32"  # or "bf16", autocast around the networks; weights and preconditioning stay fp32
+    cuda_graphs: bool = False  # on a GPU, in one process and one part: record each update once and replay it
     process: Share = WHOLE  # (rank, world): a process makes its share of a batch, with gradients of the whole
     conditions: Conditions | None = None  # of the previews; default: classes in turn
     decode: Callable[[Tensor], Tensor] | None = None  # latents to images, for the previews
@@ -79,15 +80,16 @@ class Distiller:
         self.forward = student if networks.forward is None else networks.forward
         self.optimizer, self.fake_optimizer, self.info = optimizer, fake_optimizer, info
         self.seed, self.precision, self.fake_updates = settings.seed, settings.precision, settings.fake_updates
-        self.ida = settings.ida
         self.steps = settings.steps or Steps((student.schedule.t_max,))
         self.conditions = settings.conditions or Classes(len(info.classes))
-        self.workers, self.decode = settings.workers, settings.decode
+        self.ida, self.decode, workers = settings.ida, settings.decode, settings.workers
         (rank, world), cuts = settings.process, settings.accumulate * settings.workers.count
         self.shares = [(rank * cuts + cut, world * cuts) for cut in range(cuts)]
         self.ema = networks.average or EMA(student, 0.999)
         self.device = next(student.parameters()).device
-        self.clock = Clock(filter(None, (student, networks.fake, networks.teacher)), self.device, self.workers.count)
+        self.clock = Clock(filter(None, (student, networks.fake, networks.teacher)), self.device, workers.count)
+        recorded = (optimizer, *self.fake_optimizers) if settings.cuda_graphs else ()
+        self.gradients = Adder(self.clock, workers, recorded)
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -149,7 +151,7 @@ class Distiller:
         for name, stream in self.objective.streams.items():
             if stream.fresh:
                 part.starts[name] = self.start(stream, index, turn, share)
-                made[name] = self.generate(part.starts[name])
+                made[name] = self.gradients.make("generate", self.generate, part.starts[name])
         for term in self.objective.fake_terms:
             part.drawn[term.name] = term.draw([part.starts[name] for name in term.reads], share)
 
@@ -169,7 +171,7 @@ class Distiller:
             total = torch.stack([t.weight * loss for t, loss in zip(self.terms, losses.values(), strict=True)]).sum()
             return total, losses, {name: one.detach() for name, one in samples.items()}
 
-        made, losses = add_gradients(parts, loss, self.forward, self.optimizer.parameters, self.clock, self.workers)
+        made, losses = self.gradients.add("student", parts, loss, self.forward, self.optimizer.parameters)
         norm = self.optimizer.step(index)
         self.ema.update()
         if self.ida and self.fake is not None:
@@ -193,7 +195,7 @@ class Distiller:
 
         given = list(zip(parts, images, strict=True))
         parameters = [parameter for own in self.fake_optimizers for parameter in own.parameters]
-        _, losses = add_gradients(given, loss, self.fake, parameters, self.clock, self.workers)
+        _, losses = self.gradients.add("fake", given, loss, self.fake, parameters)
         average_gradients(self.fake)
         for trained in self.objective.trained.values():
             average_gradients(trained.network)

@@ -20,7 +20,7 @@ from distmatch.training import teaching
 from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
-from distmatch.training.gradients import add_gradients
+from distmatch.training.gradients import Adder
 from distmatch.training.optim import Optimizer
 
 P_MEAN, P_STD = -1.2, 1.2
@@ -66,6 +66,9 @@ class Teaching:
         self.labels = None if images.labels is None else images.labels.to(self.device)
         self.workers = workers
         self.clock = Clock([denoiser], self.device, workers.count)
+        # On a GPU each step replays one CUDA graph: small networks wait for Python to launch their kernels.
+        replayed = (optimizer,) if self.device.type == "cuda" else ()
+        self.gradients = Adder(self.clock, workers, replayed)
         self.images_per_step = settings.batch
 
     @property
@@ -88,19 +91,21 @@ class Teaching:
         eps = torch.randn(x.shape, generator=generator, device=self.device)
         noisy = self.denoiser.schedule.add_noise(x, eps, sigma)
 
-        def loss(part: slice) -> tuple[Tensor, dict[str, Tensor], None]:
-            with autocast(self.device, how.precision):
-                x0 = self.denoiser(noisy[part], sigma[part], None if cond is None else cond[part])
-            share = len(x0) / batch
-            mean = share * denoising_loss(x0, x[part], self.denoiser.weight(sigma[part]))
-            return mean, {"loss": mean}, None
-
         size = -(-batch // self.workers.count)
-        parts = [slice(start, start + size) for start in range(0, batch, size)]
-        _, losses = add_gradients(parts, loss, self.denoiser, self.optimizer.parameters, self.clock, self.workers)
+        cuts = [slice(start, start + size) for start in range(0, batch, size)]
+        parts = [(noisy[cut], sigma[cut], None if cond is None else cond[cut], x[cut]) for cut in cuts]
+        _, losses = self.gradients.add("loss", parts, self.loss, self.denoiser, self.optimizer.parameters)
         norm = self.optimizer.step(index)
         self.ema.update()
         return {**losses, "gradient_norm": norm}
+
+    def loss(self, part: tuple[Tensor, Tensor, Cond | None, Tensor]) -> tuple[Tensor, dict[str, Tensor], None]:
+        """Return the loss of some rows, noisy and clean, as their share of the batch's mean."""
+        noisy, sigma, cond, x = part
+        with autocast(self.device, self.settings.precision):
+            x0 = self.denoiser(noisy, sigma, cond)
+        mean = len(x0) / self.settings.batch * denoising_loss(x0, x, self.denoiser.weight(sigma))
+        return mean, {"loss": mean}, None
 
     @torch.no_grad()
     def preview(self) -> Tensor:

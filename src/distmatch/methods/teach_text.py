@@ -21,7 +21,7 @@ from distmatch.training.checkpoint import Stateful
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
 from distmatch.training.optim import Optimizer
-from distmatch.training.replay import Gradients
+from distmatch.training.replay import Replay
 
 MAX_SNR = 5.0
 """Noise levels of a larger signal-to-noise ratio count less: min-SNR weighting, Hang et al. 2023, arXiv 2303.09556."""
@@ -75,7 +75,7 @@ class TextTeaching:
         self.texts, self.counts = self.texts.to(self.device), counts.to(self.device)
         self.clock = Clock([], self.device)
         self.images_per_step = settings.batch
-        self.gradients = Gradients(self.losses, optimizer.parameters)
+        self.gradients = Replay(self.losses, optimizer.parameters)
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
@@ -96,18 +96,17 @@ class TextTeaching:
         snr = (self.schedule.alpha(times) / self.schedule.sigma(times)) ** 2
         noisy = self.schedule.add_noise(x0, eps, times)
         with self.clock.counted():
-            losses = self.gradients(noisy, t, self.ids[texts], eps, snr.clamp(max=MAX_SNR) / snr)
+            losses, _ = self.gradients((noisy, t, self.ids[texts], eps, snr.clamp(max=MAX_SNR) / snr))
         norm = self.optimizer.step(index)
         self.ema.update()
         return {**losses, "gradient_norm": norm}
 
-    def losses(
-        self, noisy: Tensor, t: Tensor, ids: Tensor, eps: Tensor, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor], None]:
+        noisy, t, ids, eps, weight = inputs
         with autocast(self.device, self.settings.precision):
             predicted = self.network(noisy, t, ids)
         loss = denoising_loss(predicted.float(), eps, weight)
-        return loss, {"loss": loss}
+        return loss, {"loss": loss}, None
 
     @torch.no_grad()
     def preview(self) -> Tensor:

@@ -213,6 +213,7 @@ class _Stage:
             update={
                 "device": "cpu",
                 "compile": False,
+                "cuda_graphs": False,
                 "workers": 1,  # threads would leave the ledger
                 "accumulate": 1,
                 "match": recipe.match.model_copy(update={"batch": self.match, "intervals": False}),

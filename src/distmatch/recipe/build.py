@@ -116,8 +116,10 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
-    if recipe.match.shared and "match" in recipe.terms and parallel.world() > 1:
-        raise UserError(f"match.shared is for one process, not for {parallel.world()}; use false")
+    alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": recipe.cuda_graphs}
+    if parallel.world() > 1 and any(alone.values()):
+        name = next(name for name, is_set in alone.items() if is_set)
+        raise UserError(f"{name} is for one process, not for {parallel.world()}; use false")
     dev, info = subject.device, subject.info
     hold(subject.denoiser.net, recipe.base_weights, dev.type)
     first = start(recipe, subject)
@@ -142,8 +144,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     score = fake
     # DDP needs one forward pass per backward pass. If other terms also use the fake score, the distiller averages its
     # gradients instead.
-    alone = not recipe.own_terms and "gan" not in recipe.terms
-    if fake is not None and (recipe.parallel == "fsdp" or alone):
+    only_match = not recipe.own_terms and "gan" not in recipe.terms
+    if fake is not None and (recipe.parallel == "fsdp" or only_match):
         score = spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
@@ -164,6 +166,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
             accumulate=recipe.accumulate,
             workers=workers(recipe),
             precision=recipe.precision,
+            cuda_graphs=recipe.cuda_graphs,
             process=(parallel.rank(), parallel.world()),
             conditions=subject.conditions,
             decode=components_of(recipe, info, dev).decode if info.latent else None,
@@ -174,6 +177,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
 def enter(distiller: Distiller, stage: Recipe, subject: Subject, pairs: PairStore | None) -> None:
     """Go on with the objective and the learning rates of the next stage; networks and moments stay."""
     distiller.objective = objective(stage, subject, distiller.fake, pairs, distiller.objective)
+    distiller.gradients.forget()
     distiller.optimizer.lr = stage.student.optimizer.lr
     for own in distiller.fake_optimizers:
         own.lr = stage.fake.optimizer.lr

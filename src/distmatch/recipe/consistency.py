@@ -23,6 +23,7 @@ def check(recipe: "Recipe") -> None:
     _fake_score_stays(recipe)
     _adapters_share_the_teacher(recipe)
     _base_is_shared(recipe)
+    _recordable(recipe)
 
 
 def _terms_are_known(recipe: "Recipe") -> None:
@@ -149,3 +150,20 @@ def _base_is_shared(recipe: "Recipe") -> None:
     }
     if held == "int8" and (clash := next((name for name, used in other.items() if used), None)):
         raise UserError(f"base_weights=int8 does not go with {clash}; use base_weights=bf16")
+
+
+def _recordable(recipe: "Recipe") -> None:
+    """A CUDA graph holds what a step computes from its draws alone, in one part of a batch, on one GPU."""
+    if not recipe.cuda_graphs:
+        return
+    others = [term for term in recipe.terms if term not in ("match", "guide", "regress")]
+    if others:
+        raise UserError(f"cuda_graphs works with the terms match, guide and regress, not with {others[0]}; use false")
+    for name, is_set in (
+        ("match.shared", recipe.match.shared),
+        ("compile", recipe.compile),
+        ("accumulate above 1", recipe.accumulate > 1),
+        ("parallel=fsdp", recipe.parallel == "fsdp"),
+    ):
+        if is_set:
+            raise UserError(f"cuda_graphs does not work with {name}; use cuda_graphs=false, or do without the other")

@@ -283,6 +283,13 @@ class Recipe(Strict):
         False, "Recompute activations instead of keeping them: less memory, more arithmetic.", "Appendix B.3", free=True
     )
     compile: bool = entry(False, "Compile the networks' blocks with torch.compile.", "ours", free=True)
+    cuda_graphs: bool = entry(
+        False,
+        "On a GPU, record each update as a CUDA graph and replay it: for small networks, whose kernels take less time "
+        "than their launch by Python. Only with one process, accumulate 1 and the terms match, guide and regress.",
+        "ours",
+        free=True,
+    )
     device: str = entry(
         "auto", "cpu, cuda, cuda:1 or mps. auto: CUDA if available, else the CPU.", "ours", free=True, small="cpu"
     )

@@ -21,6 +21,7 @@ class Clock:
         self._cuda = device.type == "cuda"
         self._spans: list[tuple[Any, Any, int]] = []
         self._entered: dict[int, Any] = {}  # by thread
+        self._counting: set[int] = set()  # threads
         self._main, self._workers = get_ident(), workers
         self._start = self._mark()
         for network in networks:
@@ -29,9 +30,13 @@ class Clock:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count what the with block does as network time."""
+        """Count what the with block does as network time, passes of networks within it once."""
         start = self._mark()
-        yield
+        self._counting.add(get_ident())
+        try:
+            yield
+        finally:
+            self._counting.discard(get_ident())
         self._add(start)
 
     def read(self) -> tuple[float, float]:
@@ -46,10 +51,12 @@ class Clock:
         return network, total
 
     def _enter(self, *_: Any) -> None:
-        self._entered[get_ident()] = self._mark()
+        if get_ident() not in self._counting:
+            self._entered[get_ident()] = self._mark()
 
     def _leave(self, *_: Any) -> None:
-        self._add(self._entered[get_ident()])
+        if get_ident() not in self._counting:
+            self._add(self._entered[get_ident()])
 
     def _add(self, start: Any) -> None:
         self._spans.append((start, self._mark(), 1 if get_ident() == self._main else self._workers))

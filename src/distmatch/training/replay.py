@@ -1,63 +1,109 @@
-"""Computes the gradients of a step; on a GPU, by replaying one CUDA graph, since small networks wait for the host."""
+"""Computes the gradients of a step; on a GPU, by replaying a CUDA graph, since small networks wait for the host."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Work = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
+Work = Callable[[Any], tuple[Tensor | None, Mapping[str, Tensor], Any]]
+"""`inputs -> (the loss f[] to differentiate, or `None`; the losses f[] to log, by name; what else it made)`."""
 
 
-class Gradients:
-    """`(*inputs) -> losses`: puts the gradients of `work` into the parameters' `grad`.
+class Replay:
+    """`inputs -> (losses, made)`: does `work` and puts the gradients of its loss into the parameters' `grad`.
 
-    On a GPU the first call records `work` and its backward pass as a CUDA graph, which every call replays: on an H100
+    On a GPU the first call records `work` and its backward pass as a CUDA graph, which later calls replay: on an H100
     a step of a U-Net of 7 million weights takes 70 ms at any batch up to 256 if each kernel is launched by Python.
-    What a replay computes is what was recorded: `work` must be a function of its inputs and the parameters alone, with
-    inputs of the same shapes in each call, and may not ask the GPU for a number.
+    There is one graph for each shape of the inputs.
+
+    What a replay computes is what was recorded: `work` must be a function of the tensors in its inputs and of weights
+    alone, and may not ask the GPU for a number.
 
     Args:
-        work: `(*inputs) -> (the loss f[] to differentiate, the losses f[] to log by name)`.
-        parameters: those that are trained.
+        work: takes tensors, or tuples, mappings and dataclasses of them; other things are the first call's.
+        parameters: those that are trained; their `grad` must be `None` before each call.
     """
 
     def __init__(self, work: Work, parameters: Iterable[nn.Parameter]):
         self.work, self.parameters = work, list(parameters)
-        self._graph: Any = None
+        self._graphs: dict[tuple, _Recorded] = {}
 
-    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        if not self.parameters[0].is_cuda:
+    def __call__(self, inputs: Any) -> tuple[dict[str, Tensor], Any]:
+        given = tensors(inputs)
+        if not given[0].is_cuda:
             return self._compute(inputs)
-        if self._graph is None:
-            self._graph = self._record(inputs)
-        for kept, given in zip(self._inputs, inputs, strict=True):
-            kept.copy_(given)
-        self._graph.replay()
-        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = self._record(inputs)
+        recorded = self._graphs[shapes]
+        for kept, tensor in zip(recorded.inputs, given, strict=True):
+            kept.copy_(tensor)
+        recorded.graph.replay()
+        for parameter, gradient in zip(self.parameters, recorded.gradients, strict=True):
             parameter.grad = gradient  # `Optimizer.step` has cleared it; the graph writes where it has written before
-        return {name: loss.clone() for name, loss in self._losses.items()}
+        # Copies, since the next replay overwrites what this one made.
+        return mapped(recorded.losses, Tensor.clone), mapped(recorded.made, Tensor.clone)
 
-    def _compute(self, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
-        total, losses = self.work(*inputs)
-        total.backward()
-        return {name: loss.detach() for name, loss in losses.items()}
+    def _compute(self, inputs: Any) -> tuple[dict[str, Tensor], Any]:
+        total, losses, made = self.work(inputs)
+        if total is not None:
+            total.backward()
+        return {name: loss.detach() for name, loss in losses.items()}, made
 
-    def _record(self, inputs: Iterable[Tensor]) -> Any:
-        self._inputs = [given.clone() for given in inputs]
+    def _record(self, inputs: Any) -> "_Recorded":
+        inputs = mapped(inputs, Tensor.clone)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries choose and allocate what they need before anything is recorded
             for _ in range(3):
-                self._compute(self._inputs)
+                self._compute(inputs)
                 self._clear()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # no gradients yet, so that each backward pass begins from none
-            self._losses = self._compute(self._inputs)
-        self._gradients = [parameter.grad for parameter in self.parameters]
-        return graph
+            losses, made = self._compute(inputs)
+        gradients = [parameter.grad for parameter in self.parameters]
+        self._clear()
+        return _Recorded(graph, tensors(inputs), losses, made, gradients)
 
     def _clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph, and the tensors that it reads and writes at each replay."""
+
+    graph: Any
+    inputs: list[Tensor]
+    losses: dict[str, Tensor]
+    made: Any
+    gradients: list[Tensor | None]
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return `tree`, of tuples, lists, mappings and dataclasses, with `change` applied to each tensor in it."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{one.name: mapped(getattr(tree, one.name), change) for one in fields(tree)})
+    if isinstance(tree, Mapping):
+        return {name: mapped(one, change) for name, one in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(mapped(one, change) for one in tree)
+    return tree
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return all tensors in `tree`, in order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(tree, keep)
+    return found
