@@ -33,7 +33,7 @@ from gpu_cifar import cifar10
 from gpu_job import Job, Results, met, ratio
 from gpu_latency import latency
 from gpu_smoke import agreement, processes, smoke
-from gpu_steps import matrix, step_cifar10, step_imagenet64, step_sd15
+from gpu_steps import matrix, step_cifar10, step_imagenet64, step_sd15, step_sdxl_lora
 from rich.console import Console
 from rich.table import Table
 
@@ -55,6 +55,7 @@ PARTS: dict[str, Part] = {
     "matrix": Part(matrix, 10, 60),
     "latency": Part(latency, 40, 200),
     "step-sd15": Part(step_sd15, 60, 240),
+    "step-sdxl-lora": Part(step_sdxl_lora, 60, 200),
     "agreement": Part(agreement, 20, 90),
     "smoke": Part(smoke, 30, 180),
     "processes": Part(processes, 30, 120),
@@ -90,7 +91,8 @@ def main(
     cifar
         CIFAR-10 as `distmatch teach` reads it; without it that part is left out.
     only
-        Parts to run: matrix, latency, step-sd15, agreement, smoke, processes, step-imagenet64, step-cifar10, cifar10.
+        Parts to run: matrix, latency, step-sd15, step-sdxl-lora, agreement, smoke, processes, step-imagenet64,
+        step-cifar10, cifar10.
     tiny
         Tiny sizes on a CPU; what only a GPU can show is marked.
     device

@@ -1,19 +1,20 @@
 """Does it run on this device, and does it compute the same as on the CPU? Parts of `gpu.py`."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_job import Figures, Job
-from torch import Tensor
 
 from distmatch.commands.train import train
 from distmatch.methods.distill import Distiller
@@ -22,11 +23,15 @@ from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe, recipes
 from distmatch.recipe.smoke import cpu_smoke, make_networks
 from distmatch.system import parallel
+from distmatch.training.replay import mapped
 
 OTHER_WAYS = (
     ("cifar10-cond", "precision=bf16"),
     ("imagenet64-cond", "precision=bf16", "gradient_checkpointing=true"),
     ("sd15-laion-6.25", "precision=bf16"),
+    ("mnist", "cuda_graphs=true"),
+    ("sd15-laion-6.25", "cuda_graphs=true", "precision=bf16"),
+    ("emoji-4step", "cuda_graphs=true", "precision=bf16"),
     ("mnist", "compile=true"),
     ("cifar10-cond", "compile=true", "precision=bf16"),
 )
@@ -53,13 +58,17 @@ FLOOR = 1e-6
 
 STEPS = 3
 
+TOGETHER = 6
+"""Recipes tried at a time: they wait for Python, not for the card."""
+
 
 def smoke(job: Job) -> None:
     """Every recipe, cut to a minute of a CPU, in one process; then bf16 and compiled."""
-    for name in ["toy2d"] if job.tiny else recipes():
-        job.measure(name, lambda name=name: trained(job, name))
-    for name, *overrides in OTHER_WAYS:
-        job.measure(" ".join([name, *overrides]), lambda n=name, o=overrides: trained(job, n, *o), gpu=True)
+    plain = [(name,) for name in (["toy2d"] if job.tiny else recipes())]
+    with ProcessPoolExecutor(TOGETHER, multiprocessing.get_context("fork")) as pool:
+        runs = {words: pool.submit(trained, job, *words) for words in [*plain, *(OTHER_WAYS if job.gpu else ())]}
+        for words in [*plain, *OTHER_WAYS]:
+            job.measure(" ".join(words), lambda words=words: runs[words].result(), gpu=words in OTHER_WAYS)
 
 
 def processes(job: Job) -> None:
@@ -110,40 +119,42 @@ def agreement(job: Job) -> None:
     names = ["mnist"] if job.tiny else ["mnist", "cifar10-cond", "imagenet64-cond", "sd15-laion-6.25"]
     for name in names:
         for precision in ["fp32"] if job.tiny else TOLERANCES:
-            row = f"{name}, {precision} against fp32 on the CPU"
-            job.measure(row, lambda n=name, p=precision: compared(job, n, p), {"of the tolerance": ("at most", 1.0)})
+            for graphs in ("false", "true"):
+                row = f"{name}, {precision}, cuda_graphs={graphs}, against fp32 on the CPU"
+                compare = partial(compared, job, name, precision, f"cuda_graphs={graphs}")
+                job.measure(row, compare, {"of the tolerance": ("at most", 1.0)})
 
 
-def compared(job: Job, name: str, precision: str) -> Figures:
+def compared(job: Job, name: str, precision: str, *overrides: str) -> Figures:
     """Raises `AssertionError` if the devices differ by more than the tolerance."""
     folder = job.work / "agreement" / name
-    ours, theirs = distillers(job, name, precision, folder)
+    ours, theirs = distillers(job, name, precision, folder, *overrides)
     here: list[dict[str, float]] = []
     there: list[dict[str, float]] = []
     for index in range(STEPS):
         parts = [theirs.draw(index, share) for share in theirs.shares]
         there.append(stepped(theirs, index, parts))
         with nullcontext() if job.gpu else torch.backends.mkldnn.flags(enabled=False):
-            here.append(stepped(ours, index, moved(parts, job.device)))
+            here.append(stepped(ours, index, mapped(parts, lambda tensor: tensor.to(job.device))))
     worst = of_the_tolerance(here, there, precision)
     assert worst <= 1, f"{worst:.2f} times the tolerance {TOLERANCES[precision]}: {here} here, {there} on the CPU"
     return {"of the tolerance": worst, "largest loss": max(max(row.values()) for row in there)}
 
 
-def distillers(job: Job, name: str, precision: str, folder: Path) -> tuple[Distiller, Distiller]:
+def distillers(job: Job, name: str, precision: str, folder: Path, *overrides: str) -> tuple[Distiller, Distiller]:
     """The same distillation on this device in `precision`, and on the CPU in fp32."""
     full = load_recipe(name)
     make_networks(full, folder)
     small = cpu_smoke(full, folder)
 
-    def made(*overrides: str) -> tuple[Recipe, subjects.Subject]:
-        recipe = load_recipe(name, [*small, "gradient_checkpointing=false", *overrides])
+    def made(*settings: str) -> tuple[Recipe, subjects.Subject]:
+        recipe = load_recipe(name, [*small, "gradient_checkpointing=false", *settings])
         return recipe, subjects.subject(recipe)
 
     recipe, subject = made("device=cpu", "precision=fp32")
     pairs = build.pair_store(recipe, subject, folder)
     theirs = build.distiller(recipe, subject, pairs)
-    return build.distiller(*made(f"device={job.device}", f"precision={precision}"), pairs), theirs
+    return build.distiller(*made(f"device={job.device}", f"precision={precision}", *overrides), pairs), theirs
 
 
 def stepped(distiller: Distiller, index: int, parts: Sequence[Any]) -> dict[str, float]:
@@ -152,19 +163,6 @@ def stepped(distiller: Distiller, index: int, parts: Sequence[Any]) -> dict[str,
     if distiller.fake is not None:
         losses |= distiller.update_fake(index, parts, images)
     return {name: loss.item() for name, loss in losses.items()}
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value) if f.init})
-    if isinstance(value, dict):
-        return {key: moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(moved(entry, device) for entry in value)
-    return value
 
 
 def of_the_tolerance(here: Sequence[dict[str, float]], there: Sequence[dict[str, float]], precision: str) -> float:

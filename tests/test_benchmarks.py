@@ -20,6 +20,7 @@ from gpu_job import NEEDS_GPU, Results
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.system.errors import UserError
+from distmatch.training.replay import mapped
 
 QUICK = ("matrix", "agreement", "processes", "step-cifar10", "cifar10")
 """Parts without diffusers, which takes longer to import than all of these take to run."""
@@ -53,7 +54,9 @@ def test_the_tiny_command_measures_and_a_second_call_skips_it_all(measure, monke
     assert eager["images per second"] == pytest.approx(4 / seconds)
     rate = parts["matrix"]["rows"]["fp32"]["figures"]["TFLOP/s"]
     assert eager["share of the matrix rate"] == pytest.approx(eager["counted TFLOP"] / seconds / rate)
-    assert parts["agreement"]["rows"]["mnist, fp32 against fp32 on the CPU"]["figures"]["of the tolerance"] <= 1
+    for graphs in ("false", "true"):
+        row = parts["agreement"]["rows"][f"mnist, fp32, cuda_graphs={graphs}, against fp32 on the CPU"]
+        assert row["figures"]["of the tolerance"] <= 1
     for name, row in (
         ("matrix", "tf32"),
         ("step-cifar10", "compiled"),
@@ -216,7 +219,7 @@ def test_the_devices_are_compared_by_the_worst_loss():
 
 def test_everything_that_was_drawn_moves():
     cond = Cond(label=torch.zeros(2), extra={"guidance": torch.ones(2)})
-    found = gpu_smoke.moved({"a": [cond, (torch.ones(1), "name")]}, torch.device("meta"))
+    found = mapped({"a": [cond, (torch.ones(1), "name")]}, lambda tensor: tensor.to("meta"))
     moved, (tensor, name) = found["a"]
     assert (moved.label.device.type, moved.extra["guidance"].device.type, tensor.device.type) == ("meta",) * 3
     assert (moved.text, name) == (None, "name")
