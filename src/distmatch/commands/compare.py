@@ -64,6 +64,9 @@ class Options:
     clip_model: str = "ViT-g-14"
     """OpenCLIP's name of that network."""
 
+    only_student: bool = False
+    """Leave out the teacher, its solvers and the real pictures, which a comparison of another student already has."""
+
     picture: Count = 7
     """Number of rows of the picture: the first prompts."""
 
@@ -117,6 +120,8 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
             prompts = coco_prompts(options.coco, n, options.seed)
         else:
             raise UserError("--prompts coco needs the captions: --coco captions_val2014.json")
+        if options.only_student and student is None:
+            raise UserError("--only-student: give a student, after the teacher")
         ours = None if student is None else find_student(student, None, options.device)
         out = options.out or Path("runs") / f"compare-{name}"
         options = replace(options, n=n, picture=min(options.picture, n, len(prompts)), out=out)

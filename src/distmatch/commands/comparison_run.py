@@ -67,7 +67,9 @@ def run(
         prompts, shape, options.seed, spaces, clip, found, None if pictures is None else pictures.pixels
     )
     columns: list[Any] = methods(pipe, merged, student, options.guidance, dtype)
-    if pictures is not None:
+    if options.only_student:
+        columns = columns[:1]
+    elif pictures is not None:
         columns.append(None)
     names = [REAL if method is None else method.name for method in columns]
     if count > picture:  # try all methods first: an error in the last should not show up after hours of the others

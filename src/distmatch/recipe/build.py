@@ -166,7 +166,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
             accumulate=recipe.accumulate,
             workers=workers(recipe),
             precision=recipe.precision,
-            cuda_graphs=recipe.cuda_graphs,
+            cuda_graphs=recipe.cuda_graphs and dev.type == "cuda",
             process=(parallel.rank(), parallel.world()),
             conditions=subject.conditions,
             decode=components_of(recipe, info, dev).decode if info.latent else None,

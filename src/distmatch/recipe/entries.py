@@ -286,7 +286,8 @@ class Recipe(Strict):
     cuda_graphs: bool = entry(
         False,
         "On a GPU, record each update as a CUDA graph and replay it: for small networks, whose kernels take less time "
-        "than their launch by Python. Only with one process, accumulate 1 and the terms match, guide and regress.",
+        "than their launch by Python; on a CPU it changes nothing. Only with one process, accumulate 1 and the terms "
+        "match, guide and regress.",
         "ours",
         free=True,
     )
