@@ -1,11 +1,14 @@
 """Computes the gradients of a step; on a GPU, by replaying a CUDA graph, since small networks wait for the host."""
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from distmatch.system.garbage import no_collection
 
 Work = Callable[[Any], tuple[Tensor | None, Mapping[str, Tensor], Any]]
 """`inputs -> (the loss f[] to differentiate, or `None`; the losses f[] to log, by name; what else it made)`."""
@@ -62,7 +65,8 @@ class Replay:
                 self._clear()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # no gradients yet, so that each backward pass begins from none
+        gc.collect()  # freeing another graph while this one is recorded would break it
+        with no_collection(), torch.cuda.graph(graph):  # no gradients yet: each backward pass begins from none
             losses, made = self._compute(inputs)
         gradients = [parameter.grad for parameter in self.parameters]
         self._clear()
