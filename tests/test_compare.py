@@ -393,6 +393,13 @@ def test_a_students_column_is_its_pipeline(teacher, tmp_path, quick):
     assert array(direct).std() > 10
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert [(row["name"], row["nfe"]) for row in rows] == [("student 1", 1), ("UniPC 4", 8), ("PNDM 5", 12)]
+    alone = {"prompts": str(tmp_path / "p.txt"), "seed": 6, "batch": 2, "only_student": True}
+    command(teacher, str(tmp_path / "student"), tmp_path / "alone", **alone)
+    (row,) = json.loads((tmp_path / "alone" / "compare.json").read_text())["rows"]
+    same = tmp_path / "alone" / "methods" / "student-1" / "000001.png"
+    assert (row["name"], same.read_bytes()) == ("student 1", (folder / "000001.png").read_bytes())
+    with pytest.raises(ValueError, match="--only-student: give a student"):
+        command(teacher, None, tmp_path / "none", **alone)
 
 
 def command(teacher: str, student: str | None, out, **changes) -> None:

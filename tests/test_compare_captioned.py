@@ -136,6 +136,7 @@ def test_ratios_are_to_the_last_method():
     found = with_ratios(rows)
     assert [row["ratio/pooled"] for row in found] == [1.5, 1.0, 0.5]
     assert [row.get("speedup") for row in found] == [30.0, 1.0, None]
+    assert with_ratios(rows[:1]) == rows[:1]  # a student alone
 
 
 def test_refusals(teacher, folder, tmp_path):

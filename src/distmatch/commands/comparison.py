@@ -196,12 +196,13 @@ def finished(folder: Path, method: str, picture: int) -> dict[str, Any] | None:
 
 
 def with_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return `rows` with what each is to the teacher's: distances in proportion, and how many times as fast."""
-    teacher = next(row for row in reversed(rows) if row["name"] != REAL)
+    """Return `rows` with what each is to the teacher's, if that is the last: distances in proportion, times as fast."""
+    teacher = next((row for row in reversed(rows) if row["name"] != REAL and not row["name"].startswith("student")), {})
     found = []
     for row in rows:
         distances = [key for key in row if key.startswith("frechet/") and teacher.get(key)]
         ratios = {key.replace("frechet/", "ratio/"): row[key] / teacher[key] for key in distances}
-        faster = {} if "ms_per_image" not in row else {"speedup": teacher["ms_per_image"] / row["ms_per_image"]}
+        both = "ms_per_image" in row and "ms_per_image" in teacher
+        faster = {"speedup": teacher["ms_per_image"] / row["ms_per_image"]} if both else {}
         found.append({**row, **ratios, **faster})
     return found

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distmatch.data.pairs import PairStore
@@ -243,9 +244,7 @@ def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], T
     r, info = recipe.regress, subject.info
     loss = REGRESSIONS.get(r.loss)
     if loss is None:
-        from distmatch.models.perceptual import Lpips  # needs the `metrics` extra
-
-        loss = _kept(Lpips, r.weights, r.size)
+        loss = _lpips(r.weights, r.size)
     if r.decoder == "none":
         return loss
     if not info.latent:
@@ -254,7 +253,7 @@ def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], T
         source, make = r.tiny, tiny_decoder
     else:
         source, make = info.source, family_of(info).decoder
-    decoder = _kept(make, source, recipe.gradient_checkpointing).to(subject.device)
+    decoder = _decoder(make, source, recipe.gradient_checkpointing, subject.device)
     if decoder.channels != info.shape[0]:
         raise UserError(
             f"{source} decodes latents of {decoder.channels} channels; those of {recipe.teacher!r} are {info.shape}"
@@ -263,6 +262,14 @@ def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], T
 
 
 @cache
-def _kept(kind: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `kind(*arguments)`, made only once: stages share their frozen networks."""
-    return kind(*arguments)
+def _decoder(make: Callable[..., Any], source: str, recompute: bool, device: torch.device) -> Any:
+    """Return the decoder on `device`, made only once for each."""
+    return make(source, recompute).to(device)
+
+
+@cache
+def _lpips(weights: str | None, size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return LPIPS, made only once: stages share their frozen networks."""
+    from distmatch.models.perceptual import Lpips  # needs the `metrics` extra
+
+    return Lpips(weights, size)
