@@ -4,6 +4,7 @@ What is planned is planned in a process of its own (`planner`): once a process h
 tensors without numbers, PyTorch's autograd does not work in those that it forks, of which other tests make use.
 """
 
+import gc
 import inspect
 import json
 import re
@@ -14,6 +15,7 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
+from weakref import ref
 
 import pytest
 import tiny
@@ -48,6 +50,7 @@ from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel, rng
+from distmatch.system.garbage import no_collection
 from distmatch.system.precision import autocast
 from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
@@ -434,6 +437,23 @@ def test_auto_is_the_precision_in_which_a_gpu_is_faster():
         assert (found.precision, found.pairs.precision) == (faster, faster)
     asked = load_recipe("cifar10-cond", ["precision=bf16", "pairs.precision=fp16"])
     assert settled(asked, GPUS["t4"]) == asked
+
+
+def test_what_a_plan_made_is_not_looked_through_for_garbage_at_its_end():
+    """It would take half a second, when all that is left to do is to exit."""
+
+    class Loop:
+        def __init__(self):
+            self.itself = self
+
+    with no_collection():
+        kept = [[] for _ in range(10_000)]
+        lost = ref(Loop())
+    assert gc.isenabled()
+    assert gc.get_count()[0] < len(kept)
+    assert lost() is not None
+    gc.collect()
+    assert lost() is None
 
 
 def test_amounts_have_units_that_fit():

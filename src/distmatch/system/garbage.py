@@ -14,4 +14,8 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         if collects:
+            # What was made inside counts as old. As new it would all be looked through at once, half a second for a
+            # million objects, at which a plan is over.
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
