@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -95,3 +96,8 @@ def test_a_command_says_first_what_it_loads(name, monkeypatch, capsys):
     with pytest.raises(Reached):
         getattr(module, called)("mnist")
     assert "Loading PyTorch" in capsys.readouterr().err
+    if name == "train":
+        for out, named in ((None, "mnist-terms=match"), (Path("elsewhere"), "elsewhere")):
+            with pytest.raises(Reached):
+                train("mnist", "terms=match", out=out)
+            assert capsys.readouterr().err == f"Loading PyTorch, then checking what {named} needs ...\n"

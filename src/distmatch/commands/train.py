@@ -60,7 +60,7 @@ def train(
             notice(f"On this machine: {said}")
         print(commented(resolved), end="")
         return
-    starting(f"Loading PyTorch, then checking what {name} needs")
+    starting(f"Loading PyTorch, then checking what {out or name} needs")
     from distmatch.commands import distillation
 
     work = distillation.check if check else distillation.distil
