@@ -79,11 +79,11 @@ CAPTIONED = {
     ),
     "of pictures that are not there": (
         {"a.png": png(0), "metadata.csv": b"file_name,text\na.png,one\nb.png,two\n"}, "train", {0: ("one",)}, None,
-        "1 captions are of pictures that are not there, e.g. b.png",
+        "captions of pictures that are not there: 1, e.g. b.png",
     ),
     "all of other pictures": (
         {"a.png": png(0), "metadata.csv": b"file_name,text\nimages/a.png,one\n"}, "train", {0: None}, [None],
-        "1 captions are of pictures that are not there, e.g. images/a.png",
+        "captions of pictures that are not there: 1, e.g. images/a.png",
     ),
 }  # fmt: skip
 

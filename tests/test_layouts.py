@@ -146,7 +146,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
     ),
     "labels of pictures that are not there": (
         {"0.png": png(0), "metadata.jsonl": lines(*({"file_name": f"{i}.png", "label": i} for i in (2, 0, 1)))},
-        "train", {0: "0"}, "jsonl: 0; 2 labels are of pictures that are not there, e.g. 1.png",
+        "train", {0: "0"}, "jsonl: 0; labels of pictures that are not there: 2, e.g. 1.png",
     ),
     "stray beside splits": ({"logo.png": png(9), **below("train", CATS), "test/cat/1.png": png(8)}, "train", CATS_HERE,
                             "1 beside the splits"),
@@ -168,7 +168,7 @@ def test_every_layout_gives_its_classes_labels_and_pixels(tmp_path, name, contai
 
 
 REFUSED = {
-    "stray": ({**CATS, "preview.png": png(9)}, "1 images stand beside the folders cat, dog, e.g. preview.png"),
+    "stray": ({**CATS, "preview.png": png(9)}, "holds 1 image beside the folders cat, dog, e.g. preview.png"),
     "held out": (
         {"train_dir/0.png": png(0), "holdout/1.png": png(1)}, "train_dir may be a split or a class, beside holdout"
     ),

@@ -134,6 +134,16 @@ def pictures(folder) -> list[str]:
     return sorted(path.name for path in folder.glob("*.png"))
 
 
+def test_one_image_is_called_one(tmp_path, student, capsys):
+    for n, said in ((1, "1 image,"), (2, "2 images,")):
+        sampling.sample(str(student), sampling.Options(n=n, out=tmp_path / "out", device="cpu"))
+        printed = capsys.readouterr()
+        assert f"{said} 1 evaluation each, in" in printed.out
+        assert f"sample: {n} of {said}" in f"{printed.err.splitlines()[-1]},"
+    with pytest.raises(ValueError, match="2 labels for 1 image; give one"):
+        DistilledPipeline.from_pretrained(student)(1, labels=[0, 1])
+
+
 def test_a_sample_call_replaces_the_pictures_of_an_earlier_one_and_no_others(tmp_path, student):
     def sample(n: int, out=tmp_path / "out", seed: int = 0) -> None:
         sampling.sample(str(student), sampling.Options(n=n, seed=seed, out=out, device="cpu"))

@@ -26,6 +26,7 @@ from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.finite import check_images
 from distmatch.system.precision import autocast
+from distmatch.system.screen import counted
 from distmatch.training.engine import try_compiler
 
 NoiseOf = Callable[[int], Tensor]
@@ -192,7 +193,7 @@ class Pipeline:
         label = torch.as_tensor(labels).long().reshape(-1)
         label = label.expand(n) if len(label) == 1 else label
         if len(label) != n:
-            raise UserError(f"{len(label)} labels for {n} images; give one, or one per image")
+            raise UserError(f"{counted(len(label), 'label')} for {counted(n, 'image')}; give one, or one per image")
         if n and (label.min() < 0 or label.max() >= len(names)):
             raise UserError(f"label {labels!r} is out of range; the {len(names)} classes count from 0")
         return label
@@ -205,7 +206,7 @@ class Pipeline:
         if prompts is None:
             raise UserError("this model makes images of prompts; give one, or one per image")
         if len(prompts) not in (1, n):
-            raise UserError(f"{len(prompts)} prompts for {n} images; give one, or one per image")
+            raise UserError(f"{counted(len(prompts), 'prompt')} for {counted(n, 'image')}; give one, or one per image")
         return list(prompts) * (n if len(prompts) == 1 else 1)
 
     def _guidance(self, scale: float | None) -> float | None:

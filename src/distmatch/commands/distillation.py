@@ -21,7 +21,7 @@ from distmatch.recipe.settle import settled
 from distmatch.system import machine, parallel
 from distmatch.system.files import write_atomic
 from distmatch.system.ownership import owns_out
-from distmatch.system.screen import console, size
+from distmatch.system.screen import console, counted, size
 from distmatch.system.storage import Folder
 from distmatch.system.terminal import command
 from distmatch.system.workers import using
@@ -168,5 +168,5 @@ def pair_store(recipe: Recipe, subject: subjects.Subject, runs: Path) -> PairSto
     folder = build.pairs_folder(recipe, spec, runs)
     if not Folder(folder).exists(MANIFEST):
         nfe = evaluations(spec.sampler, spec.steps, spec.guidance, spec.taken)
-        _say(f"{spec.count:,} pairs of {nfe} evaluations each, {size(spec.nbytes)}, in {folder}")
+        _say(f"{counted(spec.count, 'pair')} of {counted(nfe, 'evaluation')} each, {size(spec.nbytes)}, in {folder}")
     return build.pair_store(recipe, subject, runs)

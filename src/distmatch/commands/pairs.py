@@ -47,9 +47,9 @@ def verify(store: Name, /) -> None:
     """Check every byte of a store (folder or URL): its images, and that its noise can still be regenerated exactly."""
     from distmatch.data.pairs import PairStore
     from distmatch.system.progress import progress
-    from distmatch.system.screen import console
+    from distmatch.system.screen import console, counted
 
     pairs = PairStore.open(store)
     with progress("verify", len(pairs), unit="pair") as advance:
         pairs.verify(advance)
-    console.print(f"{store}: {len(pairs):,} pairs, every byte as it was written, noise regenerated and equal")
+    console.print(f"{store}: {counted(len(pairs), 'pair')}, every byte as it was written, noise regenerated and equal")

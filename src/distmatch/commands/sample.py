@@ -60,7 +60,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     from distmatch.evaluation import samples
     from distmatch.system.ownership import owned
     from distmatch.system.progress import progress
-    from distmatch.system.screen import console
+    from distmatch.system.screen import console, counted
 
     n, label, prompts = options.n, options.label, options.prompt
     out = options.out or Path("samples") / Path(model).name
@@ -93,5 +93,5 @@ def sample(model: Name, /, options: Options = Options()) -> None:
             made | {name: getattr(options, name) for name in ("teacher", "steps", "times", "guidance")},
         )
     instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
-    evaluations = "1 evaluation" if pipe.nfe == 1 else f"{pipe.nfe} evaluations"
-    console.print(f"{n} images, {evaluations} each, in {out}{instead}; see {out / samples.GRID}")
+    made_of = f"{counted(n, 'image')}, {counted(pipe.nfe, 'evaluation')} each"
+    console.print(f"{made_of}, in {out}{instead}; see {out / samples.GRID}")

@@ -59,7 +59,7 @@ def _metadata(files: Files, names: list[str], pictures: list[str]) -> Captions |
     origin = f"{column} in {' and '.join(sorted({basename(name) for name in used}))}"
     captions = captions_of((known.get(picture, ()) for picture in pictures), f"{files.path}: {origin}", pictures)
     lost = sorted(known.keys() - set(names))
-    note = (f"{len(lost):,} captions are of pictures that are not there, e.g. {printable(lost[0])}",) if lost else ()
+    note = (f"captions of pictures that are not there: {len(lost):,}, e.g. {printable(lost[0])}",) if lost else ()
     return Captions(captions, f"from {origin}", used, note)
 
 

@@ -19,7 +19,7 @@ from distmatch.data.layouts import arrange, visible
 from distmatch.data.sidecars import labels_of
 from distmatch.data.tables import read_table
 from distmatch.system.errors import UserError
-from distmatch.system.screen import printable
+from distmatch.system.screen import counted, printable
 from distmatch.system.storage import local
 
 
@@ -73,7 +73,7 @@ class Images:
         """Return one line: how many, of what size, of which classes, what was left out."""
         _, channels, height, width = self.pixels.shape
         account = f": {self.account}" if str(self.account) else ""
-        return f"{len(self):,} images {height}x{width}, {'grey' if channels == 1 else 'RGB'}{account}"
+        return f"{counted(len(self), 'image')} {height}x{width}, {'grey' if channels == 1 else 'RGB'}{account}"
 
     @classmethod
     def of(
@@ -119,7 +119,9 @@ class Images:
             return cls(pixels, None, (), account, own)
         given = list(map(plain, plain(labels)))
         if len(given) != len(pixels):
-            raise UserError(f"{len(pixels):,} images and {len(given):,} labels; expected as many of both")
+            raise UserError(
+                f"{counted(len(pixels), 'image')} and {counted(len(given), 'label')}; expected as many of both"
+            )
         numbers, names = _numbered(labels_of(given, "labels"), tuple(map(str, classes)))
         return cls(pixels, numbers, names, _account(names, "given in Python", Counter(), notes, said), own)
 
@@ -176,8 +178,8 @@ def _given(captions: Sequence[Any], count: int, own: object) -> tuple[tuple[str,
     if own is not None:
         raise UserError("captions are given beside a data set that has captions; give them in one place")
     if isinstance(captions, str) or len(captions) != count:
-        found = "one text" if isinstance(captions, str) else f"{len(captions):,} captions"
-        raise UserError(f"{count:,} images and {found}; expected as many of both")
+        found = "one text" if isinstance(captions, str) else counted(len(captions), "caption")
+        raise UserError(f"{counted(count, 'image')} and {found}; expected as many of both")
     return captions_of(map(several, captions), "captions")
 
 

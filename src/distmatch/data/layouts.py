@@ -30,7 +30,7 @@ from distmatch.data.captions import Captions, read_captions
 from distmatch.data.decode import SUFFIXES
 from distmatch.data.sidecars import Labels, read_labels
 from distmatch.system.errors import UserError
-from distmatch.system.screen import printable
+from distmatch.system.screen import counted, printable
 
 KINDS = {
     "train": ("train", "training", "trainset", "trn"),
@@ -199,9 +199,9 @@ def _folders(place: str, part: Part) -> Labels:
     loose = [name for name, p in parts.items() if len(p) == 1]
     if len(heads) > 1 and loose:
         raise UserError(
-            f"{place}: {len(loose):,} images stand beside the folders {', '.join(map(printable, sorted(heads)[:6]))}, "
-            f"e.g. {printable(loose[0])}. Are the folders classes? Then move these away or into one; else put all "
-            "images into one folder"
+            f"{place} holds {counted(len(loose), 'image')} beside the folders "
+            f"{', '.join(map(printable, sorted(heads)[:6]))}, e.g. {printable(loose[0])}. Are the folders classes? "
+            "Then move these away or into one; else put all images into one folder"
         )
     if len(heads) < 2:
         return Labels(None, "no classes: all in one folder")

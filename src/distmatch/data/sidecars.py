@@ -194,7 +194,7 @@ class _Known:
     def lost(self, names: list[str]) -> tuple[str, ...]:
         """Return a note if there are labels whose pictures are not among `names`."""
         lost = sorted(self.labels.keys() - set(names))
-        return (f"{len(lost):,} labels are of pictures that are not there, e.g. {printable(lost[0])}",) if lost else ()
+        return (f"labels of pictures that are not there: {len(lost):,}, e.g. {printable(lost[0])}",) if lost else ()
 
 
 def labels_of(values: Iterable[Any], where: str, names: Sequence[str] = ()) -> list[int] | list[str]:

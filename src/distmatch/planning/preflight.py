@@ -39,7 +39,7 @@ from distmatch.system.extras import need
 from distmatch.system.files import scratch
 from distmatch.system.plain import read_json
 from distmatch.system.precision import autocast
-from distmatch.system.screen import size
+from distmatch.system.screen import counted, size
 from distmatch.system.storage import Folder, filesystem, is_url
 from distmatch.training.adapters import Adapted, network_of
 from distmatch.training.engine import try_compiler
@@ -214,7 +214,7 @@ def teacher(flight: Flight) -> str:
         for scale in scales:
             x = sampler(guided(denoiser, scale), denoiser.schedule, flight.z, flight.cond, 1)
             checked(x, flight.z, "the teacher")
-    prompts = f", {len(flight.subject.prompts):,} prompts" if flight.subject.prompts else ""
+    prompts = f", {counted(len(flight.subject.prompts), 'prompt')}" if flight.subject.prompts else ""
     return f"{recipe.teacher}, {_weights(denoiser)}, samples {list(info.shape)}{prompts}"
 
 
@@ -347,7 +347,7 @@ def pairs(flight: Flight) -> str | None:
             _writable(store)
         few = spec.count < recipe.regress.batch
         small = ", fewer than regress.batch, so some pairs appear twice in a batch" if few else ""
-        found.append(f"{spec.count:,} in {place}, {there} of {spec.shards} shards there{small}")
+        found.append(f"{spec.count:,} in {place}, {there} of {counted(spec.shards, 'shard')} there{small}")
     return "; ".join(found)
 
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from distmatch.system import parallel
-from distmatch.system.screen import Screen, printable
+from distmatch.system.screen import Screen, named, printable
 
 console = Screen(stderr=True)
 
@@ -26,11 +26,7 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
-        return Text(f"{speed:,.1f} {_plural(self.unit)}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}")
-
-
-def _plural(unit: str) -> str:
-    return unit if unit.isupper() else f"{unit}s"  # MB
+        return Text(f"{speed:,.1f} {named(speed, self.unit)}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}")
 
 
 @contextmanager
@@ -56,7 +52,6 @@ def progress(title: str, total: int, done: int = 0, unit: str = "item") -> Itera
 
 def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
     state = {"done": done, "tenth": 10 * done // max(total, 1)}
-    units = _plural(unit)
     began = time.monotonic()
 
     def advance(n: int) -> None:
@@ -66,7 +61,7 @@ def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None
             state["tenth"] = tenth
             rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
             left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
-            paced = f", {rate:,.1f} {units}/s, {left} left" if time.monotonic() - began > UNTOLD else ""
-            console.print(f"{title}: {state['done']} of {total} {units}{paced}")
+            paced = f", {rate:,.1f} {named(rate, unit)}/s, {left} left" if time.monotonic() - began > UNTOLD else ""
+            console.print(f"{title}: {state['done']} of {total} {named(total, unit)}{paced}")
 
     return advance

@@ -31,6 +31,16 @@ def unit(amount: float, units: Mapping[str, float]) -> tuple[str, float]:
     return name, units[name]
 
 
+def counted(n: int, one: str) -> str:
+    """Return `n` of what is called `one` if it is one: "1 image", "2,000 images"."""
+    return f"{n:,} {named(n, one)}"
+
+
+def named(n: float, one: str) -> str:
+    """Return the name of `n` of what is called `one` if it is one."""
+    return one if n == 1 or one.isupper() else f"{one}s"  # MB
+
+
 def size(nbytes: float) -> str:
     """Return a number of bytes for people, e.g. "1.2 GB"."""
     name, value = unit(nbytes, BYTES)
