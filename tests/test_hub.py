@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny import stock, text_encoder
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.solvers import solver
 from distmatch.evaluation.baselines import load_teacher
+from distmatch.models.diffusers import cache
 from distmatch.models.diffusers.autoencoder import tiny_decoder
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
@@ -180,8 +182,50 @@ def test_a_model_of_the_cache_in_shards_without_the_hub(sd, tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"diffusers model '\./other' cannot be loaded: "):
         find_model("diffusers:./other", "teacher")
     shutil.rmtree(folder / "tokenizer")  # as where a download ended early
-    with pytest.raises(UserError, match="tokenizer lacks a tokenizer's vocabulary; expected "):
+    with pytest.raises(UserError, match=r"^its/model, tokenizer lacks a tokenizer's vocabulary; expected "):
         text_encoder("its/model")
+    shutil.rmtree(folder / "vae")
+    for command in (
+        lambda: find_model("diffusers:its/model", "teacher"),
+        lambda: network("its/model", "vae", AutoencoderKL),
+    ):
+        with pytest.raises(UserError, match="diffusers model 'its/model' cannot be loaded: ") as raised:
+            command()
+        assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(sd, tmp_path, monkeypatch, capsys):
+    """Its own library would try six times for each file, for half a minute."""
+    asked = []
+
+    def refuse(*where, **_):
+        asked.append(where)
+        raise socket.gaierror("no such name")
+
+    stock(sd).save_pretrained(tmp_path / "hub" / "models--its--model" / "snapshots" / ("0" * 40))
+    (tmp_path / "hub" / "models--its--model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--its--model" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    cache._say.cache_clear()
+    cache._unreachable.cache_clear()
+    denoiser, info = find_model("diffusers:its/model", "teacher")
+    whole, _ = find_model(f"diffusers:{sd}", "teacher")
+    assert info.source == "its/model"
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in denoiser.state_dict().items())
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Asking https://")
+    assert said[0].endswith(" for its/model; with HF_HUB_OFFLINE=1 only the cache is looked at")
+    assert len(said) == 2
+    assert "no such name" in said[1]
+    with pytest.raises(UserError, match=r"'its/other' cannot be loaded: the cache does not have it, and https://"):
+        find_model("diffusers:its/other", "teacher")
+    assert len(asked) == 1
+    cache._say.cache_clear()
+    cache._unreachable.cache_clear()
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])

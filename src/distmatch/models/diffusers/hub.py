@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from distmatch.diffusion.schedule import Schedule
+from distmatch.models.diffusers.cache import folder_with, place_of
 from distmatch.models.diffusers.single_file import unpacked
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.layout import at_most
@@ -92,27 +93,12 @@ class Settings:
 
 def place(source: str) -> str:
     """Return where the files of the model `source` are: the folder that a single file is unpacked to, the cache's of a
-    model id where `HF_HUB_OFFLINE` forbids to ask the hub, or `source`.
+    model id where the hub is not to be asked or does not answer, or `source`. See `cache.place_of`.
     """
     file = Path(source)
     if file.suffix == ".safetensors" and file.is_file():
         return str(unpacked(file))
-    return source if file.exists() or not re.fullmatch(MODEL_ID, source) else _cached(source)
-
-
-def _cached(source: str) -> str:
-    """Return the cache's folder of a model id if the hub is not to be asked; `source` if it may be, or has no folder.
-
-    diffusers, given the id, asks the hub for the shards of a network in any case.
-    """
-    need("huggingface_hub", by=source)
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(source, local_files_only=True) if constants.HF_HUB_OFFLINE else source
-    except (LocalEntryNotFoundError, HFValidationError):  # the latter for what only looks like an id: ./FOLDER
-        return source
+    return source if file.exists() or not re.fullmatch(MODEL_ID, source) else place_of(source)
 
 
 def recorded(source: str) -> str:
@@ -130,13 +116,16 @@ def index(source: str) -> tuple[str, dict[str, tuple[str, str]]]:
 def config(source: str, file: str, folder: str | None = None) -> dict[str, Any]:
     """Return a file of settings as plain data."""
     need("diffusers", by=source)
-    source = place(source)
+    where = place(source)
     from diffusers.configuration_utils import ConfigMixin
 
     class File(ConfigMixin):
         config_name = file
 
-    found: Any = fetched(source, lambda: _in_part(source, folder, lambda part: File.load_config(source, **part)))
+    def read() -> Any:
+        return _in_part(where, folder, lambda part: File.load_config(where, **part))
+
+    found: Any = fetched(source, read, where=where)
     if not isinstance(found, dict):
         raise UserError(f"{source}: {folder or ''}/{file} holds no settings; expected a JSON object")
     return dict(found)
@@ -148,13 +137,9 @@ def without_weights(source: str) -> str:
     """
     if source not in PUBLISHED or Path(source).is_dir():
         return source
-    need("huggingface_hub", by=source)
-    from huggingface_hub import try_to_load_from_cache
-
     folder = Path(__file__).parent / "published" / PUBLISHED[source]
     files = [str(file.relative_to(folder).as_posix()) for file in folder.rglob("*.json")]
-    cached = all(isinstance(try_to_load_from_cache(source, file), str) for file in files)
-    return source if cached else str(folder)
+    return str(folder) if folder_with(source, files) is None else source
 
 
 def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -162,14 +147,14 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
 
     Raises `UserError` if it is unavailable, or if weights are missing, left over or not finite.
     """
-    source = place(source)
+    where = place(source)
     options: dict[str, Any] = {"output_loading_info": True, "dtype": dtype}
-    options["use_safetensors"] = not _only_pickles(source, name)
+    options["use_safetensors"] = not _only_pickles(where, name)
 
     def load(half: dict[str, Any]) -> Any:
-        return _in_part(source, name, lambda part: kind.from_pretrained(source, **options, **half, **part))
+        return _in_part(where, name, lambda part: kind.from_pretrained(where, **options, **half, **part))
 
-    found, info = _in_any_precision(source, load, name)
+    found, info = _in_any_precision(source, where, load, name)
     wrong = [str(key) for faults in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in info[faults]]
     wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # present in older files, without effect
     if wrong:
@@ -184,11 +169,11 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
 
 def outline(source: str, name: str, kind: Any) -> Any:
     """Build the model's network `name` from its settings, without reading weights. See `network`."""
-    source = place(source)
+    where = place(source)
     part = {"subfolder": name} if name else {}
     if hasattr(kind, "load_config"):  # diffusers' classes; the others are transformers'
-        return kind.from_config(fetched(source, lambda: kind.load_config(source, **part)))
-    return kind(fetched(source, lambda: kind.config_class.from_pretrained(source, **part)))
+        return kind.from_config(fetched(source, lambda: kind.load_config(where, **part), where=where))
+    return kind(fetched(source, lambda: kind.config_class.from_pretrained(where, **part), where=where))
 
 
 def pipeline(
@@ -211,7 +196,8 @@ def pipeline(
     import transformers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    source = place(source)
+    where = place(source)
+    folder = Path(where)
 
     def known(kind: str) -> Any:
         if not hasattr(transformers, kind):
@@ -227,18 +213,22 @@ def pipeline(
             parts[name] = network(source, name, known(kind), dtype)
         elif name in kinds:
             parts[name] = network(source, name, getattr(diffusers, kinds[name]), dtype)
-        elif name in OPTIONAL and Path(source).is_dir() and not (Path(source) / name).is_dir():
+        elif name in OPTIONAL and folder.is_dir() and not (folder / name).is_dir():
             parts[name] = None
-        elif name == "safety_checker" and _only_pickles(source, name):
+        elif name == "safety_checker" and _only_pickles(where, name):
             from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
             parts[name] = network(source, name, StableDiffusionSafetyChecker, dtype)
-        elif name.startswith("tokenizer") and Path(source).is_dir():
-            _check_vocabulary(Path(source) / name, known(kind).vocab_files_names)
+        elif name.startswith("tokenizer") and folder.is_dir():
+            _check_vocabulary(source, folder / name, known(kind).vocab_files_names)
     if "safety_checker" in parts and parts["safety_checker"] is None:
         parts["requires_safety_checker"] = False
     options = {**parts, "use_safetensors": True, "dtype": dtype}
-    pipe: Any = _in_any_precision(source, lambda half: DiffusionPipeline.from_pretrained(source, **options, **half))
+
+    def load(half: dict[str, Any]) -> Any:
+        return DiffusionPipeline.from_pretrained(where, **options, **half)
+
+    pipe: Any = _in_any_precision(source, where, load)
     pipe.set_progress_bar_config(disable=True)
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and part is not None and part.model_max_length > 1_000_000:  # not set
@@ -248,18 +238,20 @@ def pipeline(
     return pipe
 
 
-def fetched(source: str, load: Callable[[], T], part: str = "") -> T:
+def fetched(source: str, load: Callable[[], T], part: str = "", where: str | None = None) -> T:
     """Return `load()`; an error because `source`, or a `part` of it, is unavailable becomes a `UserError` that says
-    what to do.
+    what to do. `where`: its `place`, unless that is `source`; the error names `source` all the same.
     """
     libraries(by=source)
-    for file in [*Path(source).glob("*.json"), *Path(source).glob("*/*config.json")]:
+    where = where or source
+    for file in [*Path(where).glob("*.json"), *Path(where).glob("*/*config.json")]:
         read_json(file, dict[str, Any])  # diffusers does not check them
     try:
         with at_most(limits.limit(limits.TENSORS)):
             return load()
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason.replace(where, source)
         raise UserError(
             f"diffusers model {source!r} cannot be loaded: {part and f'{part}: '}{reason.rstrip('.'):.300}. Give a "
             "folder in diffusers' format (with model_index.json and the weights of each part), or a model id that the "
@@ -286,7 +278,7 @@ def _in_part(source: str, name: str | None, load: Callable[[dict[str, Any]], T])
             raise error from None
 
 
-def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T], part: str = "") -> T:
+def _in_any_precision(source: str, where: str, load: Callable[[dict[str, Any]], T], part: str = "") -> T:
     """Call `load` for the weights in full precision or, if there are no such files, in half precision."""
 
     def either() -> T:
@@ -298,11 +290,12 @@ def _in_any_precision(source: str, load: Callable[[dict[str, Any]], T], part: st
             except (OSError, ValueError):
                 raise error from None
 
-    return fetched(source, either, part)
+    return fetched(source, either, part, where)
 
 
-def _check_vocabulary(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise `UserError` if a tokenizer's folder lacks its vocabulary: transformers would go on with an empty one.
+def _check_vocabulary(source: str, folder: Path, files: Mapping[str, str]) -> None:
+    """Raise `UserError` if the tokenizer of `source` in `folder` has no vocabulary there: transformers would go on with
+    an empty one.
 
     It is in `tokenizer.json`, in a file of SentencePiece, or in all others of the class's `files`.
     """
@@ -311,7 +304,9 @@ def _check_vocabulary(folder: Path, files: Mapping[str, str]) -> None:
     whole = any(name == "tokenizer.json" or name.endswith(".model") for name in there)
     if not whole and (not others or others - there):
         wanted = "tokenizer.json" + (f", or {' and '.join(sorted(others))}" if others else "")
-        raise UserError(f"{folder} lacks a tokenizer's vocabulary; expected {wanted}: fetch the model's files again")
+        raise UserError(
+            f"{source}, {folder.name} lacks a tokenizer's vocabulary; expected {wanted}: fetch the model's files again"
+        )
 
 
 def _only_pickles(source: str, name: str) -> bool:

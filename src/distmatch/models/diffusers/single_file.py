@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from distmatch.models.diffusers.cache import folder_with
 from distmatch.models.diffusers.small import clip_tokenizer, libraries
 from distmatch.models.layout import shapes_in
 from distmatch.system.digests import Damaged
@@ -35,6 +36,9 @@ BASES = {
 """Models whose settings belong to a file, by diffusers' name for its kind: id, and folder of the package."""
 
 PUBLISHED = Path(__file__).parent / "published"
+NEEDED = ("model_index.json", "tokenizer/vocab.json", "unet/config.json", "vae/config.json")
+"""What must be there of a base model in the cache: the first lies in its folder itself."""
+
 MERGES = 48_894
 """Merges of CLIP's tokenizer."""
 
@@ -106,7 +110,7 @@ def _settings(file: Path, beside: Path) -> Iterator[Path]:
             f"{file} holds weights alone, of a kind whose settings cannot be told from them: expected Stable Diffusion "
             f"1.x or XL, whole, as one file. If it is another, {own}"
         )
-    if (cached := _cached(source)) is not None:
+    if (cached := folder_with(source, NEEDED)) is not None:
         yield cached
         return
     merges = _merges()
@@ -142,15 +146,6 @@ def _kind(file: Path, shapes: dict[str, list[int]]) -> str:
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     return infer_diffusers_model_type({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-
-
-def _cached(source: str) -> Path | None:
-    need("huggingface_hub", by=source)
-    from huggingface_hub import try_to_load_from_cache
-
-    files = ("model_index.json", "tokenizer/vocab.json", "unet/config.json", "vae/config.json")
-    found = [try_to_load_from_cache(source, name) for name in files]
-    return Path(found[0]).parent if all(isinstance(file, str) for file in found) else None  # pyright: ignore[reportArgumentType]
 
 
 def _merges() -> list[list[str]] | None:
