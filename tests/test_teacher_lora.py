@@ -12,6 +12,7 @@ from tiny import exported_lora, stock, stored
 from distmatch import DistilledPipeline
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.solvers import solver
+from distmatch.models.diffusers import teacher_lora
 from distmatch.models.diffusers.export import export_diffusers
 from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.pixart import write_tiny_pixart
@@ -104,6 +105,19 @@ def styled(folders, tmp_path_factory):
     }
     write_lora(pipe, folder, **texts)
     return folder
+
+
+def test_the_file_is_read_once_for_network_and_text_encoders(folders, styled, tmp_path, monkeypatch):
+    read = []
+    for name in ("load_file", "file_sha256"):
+        real = getattr(teacher_lora, name)
+        monkeypatch.setattr(teacher_lora, name, lambda file, real=real, name=name: (read.append(name), real(file))[1])
+    file = shutil.copy(styled / "pytorch_lora_weights.safetensors", tmp_path / "style.safetensors")
+    _, info = merged(folders["sd3"], file)
+    for _ in range(2):
+        assert components(info).encode([PROMPT]).text.isfinite().all()
+        family_of(info).components(info)
+    assert read == ["load_file", "file_sha256"]
 
 
 def test_network_and_text_encoders_are_merged_and_the_student_finds_them_again(folders, styled, tmp_path):

@@ -3,10 +3,13 @@
 They skip what they do not know, with a warning at most. Here every layer of a file has a place, or it is refused.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -60,10 +63,12 @@ class Layers:
     Args:
         state: the matrices by diffusers' names.
         scales: their alphas, or the settings of their adapter, as diffusers' loaders take them.
+        sha256: of the file.
     """
 
     state: dict[str, Tensor]
     scales: dict[str, Any]
+    sha256: str
 
     def of(self, part: str) -> set[str]:
         """Return the names of the layers in the network called `part`."""
@@ -88,9 +93,9 @@ def read_lora(place: str, scale: float, pipeline: str, network: Mapping[str, Any
     file = Path(place) / "pytorch_lora_weights.safetensors" if Path(place).is_dir() else Path(place)
     if not file.is_file() or file.suffix != ".safetensors":
         raise UserError(f"LoRA {place} is no .safetensors file; expected one, or its folder")
-    layers = _layers(str(file), pipeline, network)
+    layers = _layers(file, pipeline, network)
     text = any(name.startswith("text_encoder") for name in layers.state)
-    return Lora(str(file.resolve()), scale, file_sha256(file), text)
+    return Lora(str(file.resolve()), scale, layers.sha256, text)
 
 
 def merge_lora(pipe: Any, lora: Lora, network: Mapping[str, Any], *, text: bool) -> None:
@@ -102,18 +107,18 @@ def merge_lora(pipe: Any, lora: Lora, network: Mapping[str, Any], *, text: bool)
     need("peft", by=f"LoRA {lora.file}")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not Path(lora.file).is_file() or file_sha256(Path(lora.file)) != lora.sha256:
+    found = _layers(Path(lora.file), type(pipe).__name__, network) if Path(lora.file).is_file() else None
+    if found is None or found.sha256 != lora.sha256:
         raise UserError(f"{lora.file} is not the LoRA that this model was made with; put that file back")
-    found = _layers(lora.file, type(pipe).__name__, network)
     parts = [part for part in pipe._lora_loadable_modules if part.startswith("text_encoder") == text and found.of(part)]
     for part in parts:
-        held = getattr(pipe, part)
+        held, state, scales = getattr(pipe, part), dict(found.state), deepcopy(found.scales)  # loaders may change them
         try:
             if text:
-                how = {"network_alphas": None, **found.scales}
-                pipe.load_lora_into_text_encoder(found.state, text_encoder=held, prefix=part, **how)
+                how = {"network_alphas": None, **scales}
+                pipe.load_lora_into_text_encoder(state, text_encoder=held, prefix=part, **how)
             else:
-                getattr(pipe, f"load_lora_into_{part}")(found.state, **{part: held}, **found.scales)
+                getattr(pipe, f"load_lora_into_{part}")(state, **{part: held}, **scales)
         except FAULTS as error:
             raise UserError(f"LoRA {lora.file} does not fit the {part} of this model: {_first(error)}") from error
         layers, placed = len(found.of(part)), sum(isinstance(layer, BaseTunerLayer) for layer in held.modules())
@@ -124,15 +129,22 @@ def merge_lora(pipe: Any, lora: Lora, network: Mapping[str, Any], *, text: bool)
         pipe.unload_lora_weights()
 
 
-def _layers(file: str, pipeline: str, network: Mapping[str, Any]) -> Layers:
+def _layers(file: Path, pipeline: str, network: Mapping[str, Any]) -> Layers:
     """Return the content of a LoRA, whichever program wrote it."""
+    stamp = file.stat()
+    return _read(str(file.resolve()), (stamp.st_size, stamp.st_mtime_ns), pipeline, json.dumps(network, default=str))
+
+
+@lru_cache(maxsize=1)  # a run begins by merging it into the network, and more than once into the text encoders
+def _read(file: str, stamp: tuple[int, int], pipeline: str, network: str) -> Layers:
+    """See `_layers`; `network` is JSON, and `stamp` tells one content of the file from another."""
     diffusers, _ = libraries(by=f"LoRA {file}")
     kind = getattr(diffusers, pipeline)
     try:
         weights = load_file(file)
         check_weights(weights, file)
         state, *alphas, adapters = kind.lora_state_dict(
-            file, return_lora_metadata=True, unet_config=SimpleNamespace(**network), return_alphas=True
+            file, return_lora_metadata=True, unet_config=SimpleNamespace(**json.loads(network)), return_alphas=True
         )  # each family takes, and gives, what it knows of these
     except (SafetensorError, *FAULTS) as error:
         if isinstance(error, UserError):
@@ -142,7 +154,8 @@ def _layers(file: str, pipeline: str, network: Mapping[str, Any]) -> Layers:
     if odd := _odd(weights, state, parts):
         raise UserError(f"{file} is no LoRA of a {pipeline}: {odd}; expected pairs of low-rank matrices for {parts}")
     scales: dict[str, Any] = {"network_alphas": alphas[0]} if alphas else {}
-    return Layers(state, scales | ({"metadata": _adapters(adapters, file)} if adapters else {}))
+    scales |= {"metadata": _adapters(adapters, file)} if adapters else {}
+    return Layers(state, scales, file_sha256(Path(file)))
 
 
 def _odd(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], parts: list[str]) -> str | None:
