@@ -7,7 +7,7 @@ step of Stable Diffusion. Here each operation is worked out once for arguments o
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Hollow(Tensor):
     """A tensor on the CPU without data. Operations need a `Ledger`."""
 
     memory: Memory | None
+    layout_number: int
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @classmethod
@@ -68,6 +69,10 @@ class Made:
     twin: int | None = None
     nbytes: int = 0
 
+    @cached_property
+    def number(self) -> int:
+        return _number(self.layout)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -83,6 +88,8 @@ CONVOLUTIONS = {_aten.convolution.default: 0, _aten.convolution_backward.default
 """Operations that choose another layout on the meta device, and where their input stands among their arguments."""
 
 _answers: dict[Any, Answer] = {}
+_numbers: dict[Any, int] = {}
+"""Numbers of layouts, by which they are compared: hundreds of thousands of times in a plan."""
 
 
 class Ledger(TorchDispatchMode):
@@ -106,30 +113,33 @@ class Ledger(TorchDispatchMode):
         return False  # otherwise each operation passes through torch.compile's machinery, which takes seconds to import
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "profiler" or data_needed():
-            return func(*args, **kwargs)
-        if func is _aten.detach.default:  # a quarter of all operations
-            return self._make(Made(_layout(args[0]), base=0), args, [])
+        if data_needed():
+            return func(*args, **(kwargs or {}))
         tensors: list[Tensor] = []
-        key = (func, _described(args, tensors), _described(kwargs.items(), tensors) if kwargs else ())
+        key = (id(func), _described(args, tensors), _described(kwargs.items(), tensors) if kwargs else ())
         answer = _answers.get(key)
         if answer is None:
-            answer = _answers[key] = _ask(func, args, kwargs)
+            if func.namespace == "profiler":
+                return func(*args, **(kwargs or {}))
+            answer = _answers[key] = _ask(func, args, kwargs or {})
         if answer.flops:
             self.flops[self.network] += answer.flops
+        if answer.series is None and len(answer.outputs) == 1:  # nearly all
+            made = answer.outputs[0]
+            return self._make(made, tensors, ()) if type(made) is Made else made
         outputs: list[Any] = []
         for made in answer.outputs:
             outputs.append(self._make(made, tensors, outputs) if isinstance(made, Made) else made)
         return outputs[0] if answer.series is None else answer.series(outputs)
 
-    def _make(self, made: Made, tensors: Sequence[Tensor], outputs: list[Any]) -> Tensor:
+    def _make(self, made: Made, tensors: Sequence[Tensor], outputs: Sequence[Any]) -> Tensor:
         if made.same is not None:
             return tensors[made.same]
         size, stride, offset, dtype = made.layout
         out: Any = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             Hollow, size, strides=stride, storage_offset=offset, dtype=dtype, device=CPU
         )
+        out.layout_number = made.number
         if made.base is not None:
             out.memory = getattr(tensors[made.base], "memory", None)
         elif made.twin is not None:
@@ -140,10 +150,11 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _grown(self, nbytes: int) -> None:
-        self.alive += nbytes
-        self._update_peak = max(self._update_peak, self.alive - self.gradients)
-        if self.alive > self.peak:
-            self.peak, self.gradients_then = self.alive, self.gradients
+        self.alive = alive = self.alive + nbytes
+        if alive - self.gradients > self._update_peak:
+            self._update_peak = alive - self.gradients
+        if alive > self.peak:
+            self.peak, self.gradients_then = alive, self.gradients
 
     def start(self, networks: dict[str, nn.Module]) -> int:
         """Start counting, attributing FLOPs to the `networks` by name. Returns the bytes alive."""
@@ -204,11 +215,16 @@ class Ledger(TorchDispatchMode):
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Set `parameter.data`, with its memory, which PyTorch does not know of."""
     parameter.data = data
-    parameter.memory = data.memory  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("memory", "layout_number"):
+        setattr(parameter, name, getattr(data, name))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _number(layout: tuple[Any, ...]) -> int:
+    return _numbers.setdefault(layout, len(_numbers))
 
 
 def _described(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
@@ -216,13 +232,16 @@ def _described(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     found: list[Any] = []
     for value in values:
         kind = type(value)
-        if kind is int:
-            found.append(value)
-        elif kind is Hollow or isinstance(value, Tensor):
+        if kind is Hollow:
             tensors.append(value)
-            found.append(_layout(value))
-        elif kind is tuple or isinstance(value, tuple | list):
+            found.append((value.layout_number,))
+        elif kind is int:
+            found.append(value)
+        elif kind is list or kind is tuple or kind is torch.Size:
             found.append(_described(value, tensors))
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+            found.append((_number(_layout(value)),))
         else:
             found.append((kind, value))  # 1, 1.0 and True are equal
     return tuple(found)
