@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from distmatch.system.data import data_needed
@@ -288,16 +287,16 @@ def _fakes() -> FakeTensorMode:
     return FakeTensorMode()  # imports torch.compile's machinery, which takes seconds
 
 
-def _replaced(values: Any, twin: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Any:
-    """Return `values` with a twin of each tensor in it, which is added to `tensors`."""
-
-    def each(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors.append(twin(value))
-            return tensors[-1]
-        return value
-
-    return tree_map(each, values)
+def _replaced(value: Any, twin: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Any:
+    """Return `value` with a twin of each tensor in it, which is added to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(twin(value))
+        return tensors[-1]
+    if isinstance(value, dict):
+        return {name: _replaced(one, twin, tensors) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(one, twin, tensors) for one in value)
+    return value
 
 
 def _empty(tensor: Tensor) -> Tensor:
