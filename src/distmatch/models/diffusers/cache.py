@@ -69,7 +69,8 @@ def _unreachable() -> str | None:
     Asked once: diffusers asks for one file after the other, and its library tries six times for each.
     """
     need("huggingface_hub", by="a model's id")
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
