@@ -226,10 +226,10 @@ def test_a_missing_compiler_is_found_at_the_start(tmp_path, monkeypatch):
 def test_pairs_that_are_fewer_than_a_batch_are_told(tmp_path):
     few = Flight(recipe(pairs={"count": 1, "steps": 2}), tmp_path / "run", tmp_path / "runs", mine())
     assert str(pairs(few)).endswith(
-        "0 of 1 shards there, fewer than regress.batch, so some pairs appear twice in a batch"
+        "0 of 1 shard there, fewer than regress.batch, so some pairs appear twice in a batch"
     )
     enough = Flight(recipe(), tmp_path / "run", tmp_path / "runs", mine())
-    assert str(pairs(enough)).endswith("0 of 1 shards there")
+    assert str(pairs(enough)).endswith("0 of 1 shard there")
 
 
 def test_the_disk_is_asked_for_what_is_still_to_be_written(tmp_path, monkeypatch):
