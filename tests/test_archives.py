@@ -108,7 +108,7 @@ def test_of_two_files_of_one_name_the_later_counts(tmp_path):
     for name in ("a.tar", "a.zip"):
         images = load_images(tmp_path / name)
         assert np.array_equal(first(images), pixels(1))
-        assert "1 files left out: 1 replaced by later ones of the same name" in str(images)
+        assert "1 file left out: 1 replaced by later ones of the same name" in str(images)
 
 
 def test_links_in_a_tar_are_counted(tmp_path):

@@ -24,11 +24,11 @@ CAPTIONED = {
         {**PETS, "metadata.jsonl": lines(*({"file_name": f"{n}.png", "text": t} for n, t in WORDS.items()))},
         "train", {0: ("a cat",), 1: ("a dög",)}, None,
         "RGB: no classes: captions, but no labels below train; 2 captions from text in metadata.jsonl, e.g. 'a cat'; "
-        "1 files left out: 1 in test",
+        "1 file left out: 1 in test",
     ),
     "that of the test": (
         {**PETS, "metadata.jsonl": lines(*({"file_name": f"{n}.png", "text": t} for n, t in WORDS.items()))},
-        "test", {2: ("another cat",)}, None, "1 captions from text in metadata.jsonl, e.g. 'another cat'",
+        "test", {2: ("another cat",)}, None, "1 caption from text in metadata.jsonl, e.g. 'another cat'",
     ),
     "several per picture": (
         {"a.png": png(0), "b.png": png(1), "metadata.jsonl": lines(
@@ -41,7 +41,7 @@ CAPTIONED = {
     ),
     "prompt before text": (
         {"a.png": png(0), "metadata.csv": b"file_name,text,prompt\na.png,one,two\n"}, "train", {0: ("two",)}, None,
-        "1 captions from prompt in metadata.csv",
+        "1 caption from prompt in metadata.csv",
     ),
     "labels as well": (
         {**PETS, "train/metadata.csv": b"file_name,label,text\ndog/a.png,3,a dog\ncat/b.png,7,a cat\n"}, "train",
@@ -50,7 +50,7 @@ CAPTIONED = {
     ),
     "labels of .cls": (
         {"a.png": png(0), "a.cls": b"dog", "a.txt": b"a dog"}, "train", {0: ("a dog",)}, ["dog"],
-        "1 class from .cls files: dog; 1 captions from .txt files",
+        "1 class from .cls files: dog; 1 caption from .txt files",
     ),
     ".txt": (
         {**PETS, **texts(WORDS), "README.txt": b"Pets.", "train/cat/LICENSE.txt": b"Apache-2.0"}, "train",
@@ -63,11 +63,11 @@ CAPTIONED = {
     ),
     "metadata before .txt": (
         {"a.png": png(0), "a.txt": b"other", "metadata.csv": b"file_name,text\na.png,one\n"}, "train", {0: ("one",)},
-        None, "from text in metadata.csv, e.g. 'one'; 1 files left out: 1 .txt",
+        None, "from text in metadata.csv, e.g. 'one'; 1 file left out: 1 .txt",
     ),
     ".txt beside metadata without captions": (
         {"a.png": png(0), "a.txt": b"one", "metadata.csv": b"file_name,label\na.png,3\n"}, "train", {0: ("one",)},
-        ["3"], "1 class from label in metadata.csv: 3; 1 captions from .txt files",
+        ["3"], "1 class from label in metadata.csv: 3; 1 caption from .txt files",
     ),
     "boxes in .txt are none": (
         {**PETS, **texts(dict.fromkeys(WORDS, "0 0.5 0.5 1e-1 0.25".replace("e", "")))}, "train",
@@ -172,7 +172,7 @@ def test_captions_from_python():
     assert Images.of(rows).captions == (("one",), ("two",))
     assert Images.of(pictures, captions=["one", "two"]).captions == (("one",), ("two",))
     for data, captions, message in (
-        (STACK, ["one"], "2 images and 1 captions"),
+        (STACK, ["one"], "2 images and 1 caption;"),
         (STACK, "ab", "2 images and one text"),
         (STACK, ["one", 2], "'2' is no caption"),
         (STACK, ["one", ""], r"1 of 2 images, e\.g\. number 1"),

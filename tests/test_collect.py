@@ -108,7 +108,7 @@ REFUSED = [
     (STACK.permute(0, 2, 3, 1), {}, r"are \(4, 5, 6, 3\); .*\.permute\(0, 3, 1, 2\)"),
     (STACK[0, 0], {}, r"images are \(5, 6\)"),
     (STACK[:0], {}, r"images are \(0, 3, 5, 6\)"),
-    (STACK, {"labels": [1]}, "4 images and 1 labels"),
+    (STACK, {"labels": [1]}, "4 images and 1 label;"),
     (STACK, {"labels": [0, 1, 2, -1]}, "'-1' is no label"),
     (STACK, {"labels": [0.5] * 4}, "'0.5' is no label"),
     (STACK, {"labels": [3] * 4, "classes": ("a", "b")}, "label 3 of 2 classes"),

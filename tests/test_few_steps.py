@@ -147,7 +147,7 @@ def test_other_steps_than_the_trained_ones_have_to_be_named(tmp_path):
     for times, message in (([80, 81], "falling"), ([90, 1], "up to 80; the student was trained at 80, 5")):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "few", times=times)
-    with pytest.raises(ValueError, match="2 steps at 1 times"):
+    with pytest.raises(ValueError, match="2 steps at 1 time;"):
         load(tmp_path / "few", steps=2, times=[80])
     with pytest.raises(ValueError, match="--times is for students"):
         sample.sample(str(tmp_path / "few"), sample.Options(n=1, out=tmp_path / "o", teacher=True, times=(80.0,)))

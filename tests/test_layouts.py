@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, dict[int, str | None], str]] = {
     "in folders around": (below("a/b", CATS), "train", CATS_HERE, "2 classes from the first folder: cat, dog"),
     "train, test": (
         {**below("train", CATS), **below("test", {"cat/9.png": png(9)})}, "train", CATS_HERE,
-        "2 classes from the first folder below train: cat, dog; 1 files left out: 1 in test",
+        "2 classes from the first folder below train: cat, dog; 1 file left out: 1 in test",
     ),
     "the test of these": ({"train/cat/0.png": png(9), **below("test", CATS)}, "test", CATS_HERE, "below test"),
     "trn, tst": ({**below("trn", CATS), **below("tst", {"cat/9.png": png(9)})}, "train", CATS_HERE, "below trn"),

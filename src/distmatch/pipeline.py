@@ -310,7 +310,9 @@ def _times(info: Info, schedule: Schedule, steps: int | None, times: Sequence[fl
             )
         return info.times
     if steps not in (None, len(times)):
-        raise UserError(f"{steps} steps at {len(times)} times; expected one time per step, or the times alone")
+        raise UserError(
+            f"{counted(steps, 'step')} at {counted(len(times), 'time')}; expected one time per step, or the times alone"
+        )
     Steps(tuple(times))
     if not all(schedule.t_min < t <= schedule.t_max for t in times):
         raise UserError(

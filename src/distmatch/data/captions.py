@@ -10,7 +10,7 @@ from distmatch.data.prompts import KEYS
 from distmatch.data.sidecars import beside, metadata
 from distmatch.system.errors import UserError
 from distmatch.system.limits import PROMPT, check
-from distmatch.system.screen import printable
+from distmatch.system.screen import counted, printable
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Captions:
         if not self.captions:
             return ""
         first = printable(self.captions[0][0], 60)
-        return f"{sum(map(len, self.captions)):,} captions {self.origin}, e.g. {first!r}"
+        count = sum(map(len, self.captions))
+        return f"{counted(count, 'caption')} {self.origin}, e.g. {first!r}"
 
 
 def read_captions(files: Files, names: list[str], pictures: list[str]) -> Captions | None:

@@ -44,7 +44,12 @@ class Account:
     def __str__(self) -> str:
         total = sum(number for _, number in self.left_out)
         left_out = ", ".join(f"{number:,} {printable(what, 40)}" for what, number in self.left_out[:8])
-        parts = [self.labels, self.captions, f"{total:,} files left out: {left_out}" if total else "", *self.notes]
+        parts = [
+            self.labels,
+            self.captions,
+            f"{counted(total, 'file')} left out: {left_out}" if total else "",
+            *self.notes,
+        ]
         return "; ".join(part for part in parts if part)
 
 

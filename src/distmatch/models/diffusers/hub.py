@@ -26,6 +26,7 @@ from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.finite import check_weights
 from distmatch.system.plain import read_json
+from distmatch.system.screen import counted
 
 T = TypeVar("T")
 
@@ -159,9 +160,9 @@ def network(source: str, name: str, kind: Any, dtype: torch.dtype = torch.float3
     wrong = sorted(key for key in wrong if not key.endswith("position_ids"))  # present in older files, without effect
     if wrong:
         raise UserError(
-            f"{source}: {len(wrong)} weights of {name or kind.__name__} are missing, left over or of another shape, "
-            f"first {wrong[0]}; diffusers would go on with random ones. The file is incomplete, or its config.json is "
-            "another model's: fetch both again"
+            f"{source}: missing, left over or of another shape: {counted(len(wrong), 'weight')} of "
+            f"{name or kind.__name__}, first {wrong[0]}; diffusers would go on with random ones. The file is "
+            "incomplete, or its config.json is another model's: fetch both again"
         )
     check_weights(found.state_dict(), f"{source}, {name or kind.__name__}")
     return found
