@@ -46,9 +46,9 @@ def _work(folder, count: int) -> None:
             return job, parallel.rank(), torch.full((job,), job)
 
         results = list(parallel.shared(task, range(count)))
-        chosen = parallel.on_first(lambda: [parallel.rank(), torch.ones(3)])
+        chosen = parallel.on_first(lambda: [parallel.rank(), torch.ones(3)])()
         with pytest.raises(ValueError, match="mistake of 0"):
-            parallel.on_first(_mistaken)
+            parallel.on_first(_mistaken)()
         assert parallel.world() == int(os.environ["WORLD_SIZE"])
         torch.save({"done": done, "results": results, "chosen": chosen}, folder / f"{parallel.rank()}.pt")
     assert (parallel.rank(), parallel.world()) == (0, 1)
@@ -84,7 +84,7 @@ def test_processes_notice_that_each_has_a_folder_of_its_own(tmp_path, own):
 
 def test_one_process_does_it_all():
     assert list(parallel.shared(lambda job: job**2, range(4))) == [0, 1, 4, 9]
-    assert parallel.on_first(lambda: 3) == 3
+    assert parallel.on_first(lambda: 3)() == 3
     with parallel.process_group():
         assert (parallel.rank(), parallel.world()) == (0, 1)
 

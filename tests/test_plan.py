@@ -309,7 +309,7 @@ def test_traffic_and_memory_are_those_of_real_processes(folder, planner, process
 def _planned_among_others(file, out) -> None:
     torch.set_num_threads(1)
     with parallel.process_group():
-        found = parallel.on_first(lambda: planned(file, ("parallel=fsdp",), 2).peak)
+        found = parallel.on_first(planned)(file, ("parallel=fsdp",), 2).peak
         if parallel.rank() == 0:
             out.write_text(str(found))
 

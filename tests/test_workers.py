@@ -1,5 +1,6 @@
 """Workers: threads that share a batch. The result is that of one thread, and nothing of one part meets another's."""
 
+import inspect
 import threading
 import time
 
@@ -213,10 +214,10 @@ def test_auto_is_what_is_faster_and_fits(tmp_path, four_cores, monkeypatch):
 
 def test_workers_are_refused_where_there_can_be_one(tmp_path, monkeypatch):
     monkeypatch.setattr(settle.parallel, "world", lambda: 2)
-    monkeypatch.setattr(settle.parallel, "on_first", lambda make: make())
-    assert settle.settled(recipe(tmp_path)).recipe.workers == 1
+    on_first = inspect.unwrap(settle.settled)
+    assert on_first(recipe(tmp_path)).recipe.workers == 1
     with pytest.raises(UserError, match="workers=2: workers share the cores of a CPU within one process"):
-        settle.settled(recipe(tmp_path, "workers=2"))
+        on_first(recipe(tmp_path, "workers=2"))
 
 
 def test_a_batch_that_the_workers_cannot_share_is_named(tmp_path):

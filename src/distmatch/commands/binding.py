@@ -10,6 +10,7 @@ from distmatch.recipe import subjects
 from distmatch.recipe.entries import Recipe, parse_recipe
 from distmatch.recipe.entry import flat
 from distmatch.recipe.loading import dump, free_entries
+from distmatch.system import parallel
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_atomic, write_json
 from distmatch.system.plain import read_json, read_yaml
@@ -17,6 +18,7 @@ from distmatch.system.plain import read_json, read_yaml
 REMEDY = "Delete it to go on, if you know that its settings were these"
 
 
+@parallel.on_first
 def begun(out: Path) -> Recipe | None:
     """Return the recipe with which the run in `out` began, if it has saved anything."""
     file = out / "recipe.yaml"
@@ -28,6 +30,7 @@ def recorded(file: Path) -> dict[str, Any]:
     return read_json(file, dict[str, Any], REMEDY) if _has_begun(file) else {}
 
 
+@parallel.on_first
 def same_recipe(recipe: Recipe, began: Recipe | None, out: Path) -> None:
     """Raise `UserError` if the run in `out` `began` with a different recipe."""
     if began is not None:
@@ -36,6 +39,7 @@ def same_recipe(recipe: Recipe, began: Recipe | None, out: Path) -> None:
         _same({k: v for k, v in now.items() if k not in free}, before, out)
 
 
+@parallel.on_first
 def bind(recipe: Recipe, subject: subjects.Subject, out: Path) -> None:
     """Record the recipe, teacher and prompts of the run in `out`, before anything else is made there.
 

@@ -178,6 +178,7 @@ def method_folder(out: Path, method: str) -> Path:
     return out / "methods" / method.lower().replace(" ", "-")
 
 
+@parallel.on_first
 def finished(folder: Path, method: str, picture: int) -> dict[str, Any] | None:
     """Return the figures of `method` if they and its pictures are there and readable, else None."""
     try:

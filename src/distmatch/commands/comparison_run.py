@@ -1,7 +1,6 @@
 """Every method of a comparison, one after another: measured, kept, and shown side by side."""
 
 import json
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ def run(
     count = n if measures else picture
     spaces, looked_up = _spaces(options, max(made.size), count, device)
     settings = _settings(prompts, teacher, pipe, student, options, n)
-    parallel.on_first(lambda: same_settings(settings, out / "settings.json"))
+    parallel.on_first(same_settings)(settings, out / "settings.json")
     found = lookup(looked_up, prompts, pictures)
     comparison = Comparison(
         prompts, shape, options.seed, spaces, clip, found, None if pictures is None else pictures.pixels
@@ -78,7 +77,7 @@ def run(
                 comparison.look(method, range(1))
     rows: list[dict[str, Any]] = []
     for name, method in zip(names, columns, strict=True):
-        done = parallel.on_first(partial(finished, method_folder(out, name), name, picture))
+        done = finished(method_folder(out, name), name, picture)
         if done is None:
             size = min(count, len(prompts)) if method is None else count
             done = _measure(comparison, method, name, size, options, method_folder(out, name))
@@ -138,7 +137,7 @@ def _measure(
     measured = comparison.measure(method, size, options.batch, min(options.picture, size))
     done = {"name": name, "images": size, **measured.figures}
     if method is not None:
-        latency = parallel.on_first(partial(comparison.latency, method))
+        latency = parallel.on_first(comparison.latency)(method)
         done = {"name": name, "nfe": method.nfe, "images": size, "ms_per_image": latency, **measured.figures}
     if parallel.rank() == 0:
         for i, image in enumerate(measured.pictures.permute(0, 2, 3, 1).numpy()):

@@ -49,7 +49,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     flight = Flight(recipe, out, runs, teacher)
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
-    parallel.on_first(lambda: binding.bind(recipe, subject, out))
+    binding.bind(recipe, subject, out)
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
     # Build pairs now if the teacher will be sharded, or rounded, below.
     if recipe.parallel == "fsdp" or recipe.base_weights != "fp32":
@@ -86,6 +86,7 @@ def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[D
     _say("Nothing stands in the way of this run")
 
 
+@parallel.on_first
 def in_memory(recipe: Recipe, began: Recipe | None, teacher: tuple[Denoiser, Info] | None = None) -> tuple[Recipe, str]:
     """Return `recipe` with what `memory` chooses on this machine, and the choice in a line; see `planning.ladder`."""
     from distmatch.planning.ladder import fitted
@@ -95,12 +96,12 @@ def in_memory(recipe: Recipe, began: Recipe | None, teacher: tuple[Denoiser, Inf
 
 def _settled(recipe: Recipe, out: Path, teacher: tuple[Denoiser, Info] | None = None) -> Recipe:
     """Return `recipe` without `auto`. Raise `UserError` if the run in `out` began with a different one."""
-    began = parallel.on_first(lambda: binding.begun(out))
+    began = binding.begun(out)
     if recipe.memory is not None:
-        recipe, said = parallel.on_first(lambda: in_memory(recipe, began, teacher))
+        recipe, said = in_memory(recipe, began, teacher)
         _say(f"On this machine: {said}")
     found = settled(recipe, began)
-    parallel.on_first(lambda: binding.same_recipe(found.recipe, began, out))
+    binding.same_recipe(found.recipe, began, out)
     if found.said:
         _say(f"On this machine: {found.said}")
     return found.recipe

@@ -66,6 +66,7 @@ def fid_space(name: str, real: Path | None, device: torch.device) -> Space:
         return find_spaces(name, None if real is None else str(real), "clean", device, ())[0]
     space = load_inception(Path(name.removeprefix("inception:")), "clean").to(device)
 
+    @parallel.on_first
     def make() -> Reference:
         total = sum(file.suffix.lower() in SUFFIXES for file in real.rglob("*"))
         with progress("real images", total, unit="image") as advance:
@@ -73,7 +74,7 @@ def fid_space(name: str, real: Path | None, device: torch.device) -> Space:
         with progress("reference", total, unit="image") as advance:
             return reference(images, space, keep=0, source=str(real), progress=advance)
 
-    return space, parallel.on_first(make)
+    return space, make()
 
 
 def published_spaces(
@@ -87,6 +88,7 @@ def published_spaces(
         raise UserError("features 'efficientnet' come without a reference; name the training images with --reference")
     networks = [EfficientNet(part).to(device) for part in PARTS]
 
+    @parallel.on_first
     def make() -> tuple[list[Reference], tuple[Gallery, float | None] | None]:
         with console.status(f"reading {folder}"):
             images = squares(folder, side, split="train")
@@ -100,7 +102,7 @@ def published_spaces(
         gallery = Gallery(images, torch.cat([all_features(one) for one in known], 1))
         return known, (gallery, None if held_out is None else gallery.copy(held_out))
 
-    references, gallery = parallel.on_first(make)
+    references, gallery = make()
     return list(zip(networks, references, strict=True)), gallery
 
 

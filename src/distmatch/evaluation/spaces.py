@@ -82,12 +82,13 @@ def find_spaces(
         if real is None:
             files = [folder / FILES[part][1] for part in parts]
             return [(space, load_reference(file, space)) for space, file in zip(networks, files, strict=True)]
-    references, pixels = parallel.on_first(lambda: _references(real or "", networks, shape if resized else None))
+    references, pixels = _references(real or "", networks, shape if resized else None)
     if pixels is not None:
         networks.append(pixels.to(device))
     return list(zip(networks, references, strict=True))
 
 
+@parallel.on_first
 def _references(
     real: str, networks: Sequence[FeatureSpace], shape: tuple[int, ...] | None
 ) -> tuple[list[Reference], Pixels | None]:

@@ -18,15 +18,12 @@ class Settled:
     said: str
 
 
+@parallel.on_first
 def settled(recipe: Recipe, began: Recipe | None = None) -> Settled:
     """Replace each `auto` by what the run `began` with, so that it goes on bit by bit, or else by what is faster here.
 
     All processes must call this. Raises `UserError` if several workers are asked for where there can be only one.
     """
-    return parallel.on_first(lambda: _settled(recipe, began))
-
-
-def _settled(recipe: Recipe, began: Recipe | None) -> Settled:
     dev, pairs, said = device(recipe.device), recipe.pairs, []
 
     def choice(asked: Any, before: Any, try_out: Any) -> Any:

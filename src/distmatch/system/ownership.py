@@ -55,10 +55,11 @@ def owned(folder: Path, expiry: float = EXPIRY) -> Iterator[None]:
     parallel.same_folder(folder)
     with ExitStack() as until_the_end:
 
+        @parallel.on_first
         def take() -> None:
             until_the_end.enter_context(_taken(folder, expiry))
 
-        parallel.on_first(take)
+        take()
         yield
 
 

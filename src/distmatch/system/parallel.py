@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -24,6 +24,7 @@ from distmatch.system.errors import Agreed, Lost, UserError
 from distmatch.system.heartbeat import watched
 
 Job = TypeVar("Job")
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=1)
@@ -108,23 +109,31 @@ def any(here: bool) -> bool:
 
 def broadcast(value: Result) -> Result:
     """Return the first process's `value` to all of them."""
-    return on_first(lambda: value)
+    return on_first(lambda: value)()
 
 
-def on_first(make: Callable[[], Result]) -> Result:
-    """Return the first process's `make()` to all of them; a `UserError` or `OSError` is raised in all of them too."""
-    if world() == 1:
-        return make()
-    box: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = make()
-        except (OSError, UserError) as error:  # otherwise the others would wait for a result that never comes
-            box[1] = error
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+def on_first(task: Callable[P, Result]) -> Callable[P, Result]:
+    """Decorate what all processes call and the first one does: all get its result.
+
+    A `UserError` or `OSError` is raised in all of them too.
+    """
+
+    @wraps(task)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if world() == 1:
+            return task(*args, **kwargs)
+        box: list[Any] = [None, None]
+        if rank() == 0:
+            try:
+                box[0] = task(*args, **kwargs)
+            except (OSError, UserError) as error:  # otherwise the others would wait for a result that never comes
+                box[1] = error
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    return run
 
 
 def agreed(make: Callable[[], Result]) -> Result:

@@ -57,7 +57,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, oldest first, as the first process sees them: network disks lag."""
         self.wait()
-        return parallel.on_first(self._steps)
+        return parallel.on_first(self._steps)()
 
     def _steps(self) -> list[int]:
         names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in self.folder.glob("step-*/state.json"))
