@@ -3,9 +3,13 @@
 Memory is that of a made-up network here, of which each setting saves a known part; `test_plan.py` is about real steps.
 """
 
+from pathlib import Path
+
 import pytest
 import tiny
+import torch
 import yaml
+from test_parallel import together
 
 from distmatch.commands.train import train
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -144,3 +148,15 @@ def test_the_choice_is_shown_saved_and_kept(tmp_path, monkeypatch, capsys):
     train(file, "memory=9e-7", out=out, runs=tmp_path)
     assert "memory as when the run began: accumulate=2" in capsys.readouterr().out
     assert yaml.safe_load((out / "recipe.yaml").read_text())["accumulate"] == 2
+
+
+def _train_among_others(file: str, memory: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    train(file, memory, out=out, runs=out.parent)
+
+
+def test_several_processes_take_the_choice_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "cost", formula)
+    file = str(tiny.recipe_file(tmp_path, terms=["match"], match={"batch": 4}, steps=1))
+    together(2, _train_among_others, file, "memory=2e-7", tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["accumulate"] == 2

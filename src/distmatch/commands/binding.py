@@ -45,12 +45,12 @@ def bind(recipe: Recipe, subject: subjects.Subject, out: Path) -> None:
 
     Raises `UserError` if that run has another teacher, or if its prompts were edited.
     """
-    file, now = out / "teacher.json", {"teacher": recipe.teacher, "fingerprint": subject.fingerprint}
+    now = {"teacher": recipe.teacher, "fingerprint": subject.fingerprint}
     if subject.prompts:
         now |= {"prompts": prompts_digest(subject.prompts), "encoders": subject.encoders}
     if subject.real is not None:
         now |= {"images": subject.real.fingerprint}
-    same_settings(now, file, new={"prompts", "encoders"})
+    same_settings(now, out / "teacher.json", new={"prompts", "encoders"})
     write_atomic(out / "recipe.yaml", lambda p: p.write_text(dump(recipe)))
 
 

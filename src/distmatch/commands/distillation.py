@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distmatch.commands import binding
+from distmatch.commands.memory import chooses_for_memory
 from distmatch.data import imaging
 from distmatch.data.pairs import MANIFEST, PairStore
 from distmatch.diffusion.denoiser import Denoiser
@@ -18,7 +19,7 @@ from distmatch.planning.preflight import Flight, checks, cleared
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.settle import settled
-from distmatch.system import machine, parallel
+from distmatch.system import parallel
 from distmatch.system.files import write_atomic
 from distmatch.system.ownership import owns_out
 from distmatch.system.screen import console, counted, size
@@ -33,6 +34,7 @@ from distmatch.training.train import Plan, train
 
 @parallel.process_group()
 @owns_out
+@chooses_for_memory
 def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """Run `distmatch train`: build pairs if the recipe needs them, then distil into `out`.
 
@@ -40,8 +42,9 @@ def distil(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[
         runs: the folder where pair stores are shared.
         teacher: your own denoiser, with its image shape and classes; `recipe.teacher` then only names it.
     """
-    recipe = _settled(recipe, out, teacher)
-    with using(build.workers(recipe)):
+    recipe = _settled(recipe, out)
+    workers = build.workers(recipe)
+    with using(workers):
         _distil(recipe, out, runs, teacher)
 
 
@@ -51,16 +54,20 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     del flight  # and with it the networks that were tried
     binding.bind(recipe, subject, out)
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
+
+    def pairs_of(stage: Recipe) -> PairStore | None:
+        return pair_store(stage, subject, runs) if objectives.reads_pairs(stage) else None
+
     # Build pairs now if the teacher will be sharded, or rounded, below.
     if recipe.parallel == "fsdp" or recipe.base_weights != "fp32":
-        for stage in filter(objectives.reads_pairs, stages):
-            pair_store(stage, subject, runs)
+        for stage in stages:
+            pairs_of(stage)
     watch = Clipping()
     distiller, done = None, max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
     for number, (stage, end) in enumerate(zip(stages, ends, strict=True), 1):
         if end <= done and end < recipe.steps:
             continue  # a resumed run continues in the stage where it stopped
-        pairs = pair_store(stage, subject, runs) if objectives.reads_pairs(stage) else None
+        pairs = pairs_of(stage)
         if distiller is None:
             distiller = build.distiller(stage, subject, pairs, any(map(objectives.trains_fake, stages)))
             watch = distillation(
@@ -78,28 +85,18 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
 
 
 @parallel.process_group()
+@chooses_for_memory
 def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[Denoiser, Info] | None = None) -> None:
     """Run `distmatch train --check`: only the checks that `distil` makes first, one line per result."""
-    recipe = _settled(recipe, out, teacher)
+    recipe = _settled(recipe, out)
     for name, found in checks(Flight(recipe, out, runs, teacher)):
         _say(f"✓ {name:<10} {found}")
     _say("Nothing stands in the way of this run")
 
 
-@parallel.on_first
-def in_memory(recipe: Recipe, began: Recipe | None, teacher: tuple[Denoiser, Info] | None = None) -> tuple[Recipe, str]:
-    """Return `recipe` with what `memory` chooses on this machine, and the choice in a line; see `planning.ladder`."""
-    from distmatch.planning.ladder import fitted
-
-    return fitted(recipe, began, machine.memory(subjects.device(recipe.device)), parallel.world(), teacher)
-
-
-def _settled(recipe: Recipe, out: Path, teacher: tuple[Denoiser, Info] | None = None) -> Recipe:
+def _settled(recipe: Recipe, out: Path) -> Recipe:
     """Return `recipe` without `auto`. Raise `UserError` if the run in `out` began with a different one."""
     began = binding.begun(out)
-    if recipe.memory is not None:
-        recipe, said = in_memory(recipe, began, teacher)
-        _say(f"On this machine: {said}")
     found = settled(recipe, began)
     binding.same_recipe(found.recipe, began, out)
     if found.said:

@@ -54,7 +54,7 @@ def train(
     if dry_run:
         if resolved.memory is not None:
             from distmatch.commands.binding import begun
-            from distmatch.commands.distillation import in_memory
+            from distmatch.commands.memory import in_memory
 
             resolved, said = in_memory(resolved, begun(out or runs / name))
             notice(f"On this machine: {said}")

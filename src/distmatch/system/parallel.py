@@ -115,7 +115,7 @@ def broadcast(value: Result) -> Result:
 def on_first(task: Callable[P, Result]) -> Callable[P, Result]:
     """Decorate what all processes call and the first one does: all get its result.
 
-    A `UserError` or `OSError` is raised in all of them too.
+    A `UserError` or `OSError` is raised in all of them too. `task` itself must not wait for other processes.
     """
 
     @wraps(task)
