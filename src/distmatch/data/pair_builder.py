@@ -19,9 +19,9 @@ from distmatch.data.pairs import (
     VERSIONS,
     PairSpec,
     Progress,
+    agree,
     fingerprint,
     is_there,
-    read_manifest,
     shard_meta,
     shard_name,
 )
@@ -154,21 +154,4 @@ def _settle(folder: Folder, spec: PairSpec, expiry: float) -> PairSpec:
                 content = {"format": FORMAT, "spec": asdict(spec), "versions": versions}
                 text = json.dumps({**content, "sha256": json_digest(content)}, indent=2) + "\n"
                 folder.write(MANIFEST, lambda path: path.write_text(text))
-    return stored
-
-
-def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
-    """Return what `folder` holds, if anything; raise `UserError` listing every binding difference from `spec`."""
-    if not folder.exists(MANIFEST):
-        return None
-    stored, _ = read_manifest(folder)
-    there, here = stored.binding(), spec.binding()
-    names = dict.fromkeys([*there, *here])
-    differing = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names if there.get(k) != here.get(k)]
-    if differing:
-        raise UserError(
-            f"{folder} holds other pairs (teacher {stored.teacher!r} there, {spec.teacher!r} here):\n"
-            + "\n".join(differing)
-            + "\nChoose another folder, or delete this one if its pairs are no longer needed"
-        )
     return stored

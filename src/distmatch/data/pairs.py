@@ -415,5 +415,22 @@ def read_manifest(folder: Folder) -> tuple[PairSpec, dict[str, str]]:
     return spec, manifest["versions"]
 
 
+def agree(folder: Folder, spec: PairSpec) -> PairSpec | None:
+    """Return what `folder` holds, if anything; raise `UserError` listing every binding difference from `spec`."""
+    if not folder.exists(MANIFEST):
+        return None
+    stored, _ = read_manifest(folder)
+    there, here = stored.binding(), spec.binding()
+    names = dict.fromkeys([*there, *here])
+    differing = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names if there.get(k) != here.get(k)]
+    if differing:
+        raise UserError(
+            f"{folder} holds other pairs (teacher {stored.teacher!r} there, {spec.teacher!r} here):\n"
+            + "\n".join(differing)
+            + "\nChoose another folder, or delete this one if its pairs are no longer needed"
+        )
+    return stored
+
+
 def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distmatch.data import imaging
-from distmatch.data.pair_builder import agree
-from distmatch.data.pairs import PairSpec
+from distmatch.data.pairs import PairSpec, agree
 from distmatch.diffusion.conditions import WHOLE, with_guidance
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.diffusion.guidance import guided
