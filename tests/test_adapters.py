@@ -17,7 +17,7 @@ from distmatch.models.mlp import MLP
 from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
-from distmatch.training.adapters import Adapted, Adapter, using
+from distmatch.training.adapters import Adapted, Adapter, with_adapter
 from distmatch.training.ema import draw_towards
 from distmatch.training.engine import checkpoint_gradients
 from distmatch.training.rounded import hold
@@ -82,7 +82,7 @@ def test_a_convolution_that_pads_by_repeating_is_merged_as_it_was_trained():
     nn.init.normal_(adapter.layers["0"].up.weight)
     x, merged = inputs()[0], copy.deepcopy(net)
     merged[0].weight.data += adapter.update("0")
-    with using(adapter):
+    with with_adapter(adapter):
         made = net(x)
     torch.testing.assert_close(made, merged(x))
     assert (made - net(x)).abs().max() > 0.1

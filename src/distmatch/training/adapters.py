@@ -124,7 +124,7 @@ class Adapted(Denoiser):
         return adapter
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        with using(self.adapter):
+        with with_adapter(self.adapter):
             return Denoiser.forward(self.base, x, t, cond)  # the function alone: this is no call of the base
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
@@ -150,7 +150,7 @@ _in_use: ContextVar[Adapter | None] = ContextVar("adapter", default=None)
 
 
 @contextmanager
-def using(adapter: Adapter | None) -> Iterator[None]:
+def with_adapter(adapter: Adapter | None) -> Iterator[None]:
     """Let this thread's passes through base networks use `adapter`; with `None`, none."""
     before = _in_use.set(adapter)
     try:
@@ -164,7 +164,7 @@ def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     adapter = _in_use.get()
 
     def run(*arguments: Any, **named: Any) -> Any:
-        with using(adapter):
+        with with_adapter(adapter):
             return function(*arguments, **named)
 
     return run
