@@ -211,7 +211,8 @@ def test_idle_weights_are_found(folder):
     for family, expected in {"unet": [], "ncsn": ["net.map_augment.weight"], "sd-lora-guidance": []}.items():
         d = distiller(folder, family)
         recipe = load_recipe(str(folder / f"{family.split('-')[0]}.yaml"), FAMILIES.get(family, ()))
-        assert idle(d.student, *build.example(recipe, subjects.subject(recipe))) == expected
+        example = build.example(subjects.subject(recipe), recipe.student.guidance is not None)
+        assert idle(d.student, *example) == expected
 
 
 # Recomputed activations

@@ -56,7 +56,7 @@ def test_an_example_is_shaped_like_a_prompt_and_encodes_none(folder):
     subject = subjects.subject(recipe)
     real: Any = subject.conditions.at([0])
     cond: Any
-    x, t, cond = build.example(recipe, replace(subject, conditions=cast("Any", None)))
+    x, t, cond = build.example(replace(subject, conditions=cast("Any", None)), guided=True)
     assert (x.shape, t.shape) == ((1, 4, 8, 8), (1,))
     assert cond.text.shape == real.text.shape
     assert {name: extra.shape for name, extra in cond.extra.items()} == {"guidance": (1,)}

@@ -285,7 +285,7 @@ class _Stage:
         return ledger.most(self.distiller.preview) - before - held
 
     def example(self, n: int) -> Cond | None:
-        return subjects.example_cond(self.recipe, self.teacher, self.info, n)
+        return subjects.example_cond(self.teacher, self.info, n, self.recipe.student.guidance is not None)
 
 
 @dataclass

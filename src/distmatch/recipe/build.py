@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
@@ -21,7 +22,7 @@ from distmatch.models.library import find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
 from distmatch.recipe.network_entries import Adapter as AdapterEntries
-from distmatch.recipe.objectives import objective, optimizer, trains_fake
+from distmatch.recipe.objectives import objective, trains_fake
 from distmatch.recipe.steps import student_steps
 from distmatch.recipe.subjects import Subject, components_of, example
 from distmatch.system import parallel, rng
@@ -31,6 +32,7 @@ from distmatch.system.workers import Workers
 from distmatch.training.adapters import Adapted, Adapter
 from distmatch.training.ema import EMA, frozen_copy
 from distmatch.training.engine import blocks, checkpoint_gradients, compile_blocks, shard, spread
+from distmatch.training.optim import Optimizer
 from distmatch.training.rounded import hold
 
 
@@ -121,6 +123,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
         name = next(name for name, is_set in alone.items() if is_set)
         raise UserError(f"{name} is for one process, not for {parallel.world()}; use false")
     dev, info = subject.device, subject.info
+    inputs = example(subject, recipe.student.guidance is not None)
     hold(subject.denoiser.net, recipe.base_weights, dev.type)
     first = start(recipe, subject)
     hold(first.net, recipe.base_weights, dev.type)  # as in the teacher, unless it is the teacher
@@ -139,7 +142,6 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
         # In the fake score's precision: their difference must start at zero. Adapted networks call the base's `net`.
         for network in (bases | {id(subject.denoiser): subject.denoiser}).values():
             shard(network.net if bases else network, recipe.precision)
-    inputs = example(recipe, subject)
     forward = spread(trained, recipe.parallel, recipe.precision, inputs)
     score = fake
     # DDP needs one forward pass per backward pass. If other terms also use the fake score, the distiller averages its
@@ -150,13 +152,17 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
-    own = optimizer(recipe.student.optimizer, trained, recipe.steps)
+    own = Optimizer(trained.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
     own.wait = recipe.fake.alone
+    critic = None
+    if fake is not None:
+        steps = recipe.steps * recipe.fake.steps
+        critic = Optimizer(fake.parameters(), steps=steps, **recipe.fake.optimizer.model_dump())
     return Distiller(
         Networks(trained, score, subject.denoiser, forward, EMA(trained, recipe.student.ema, average)),
         objective(recipe, subject, score, pairs),
         own,
-        None if fake is None else optimizer(recipe.fake.optimizer, fake, recipe.steps * recipe.fake.steps),
+        critic,
         info=student_info(recipe, subject),
         settings=Settings(
             steps=student_steps(recipe, subject.denoiser.schedule),
@@ -192,14 +198,16 @@ def start(recipe: Recipe, subject: Subject) -> Denoiser:
     fake score: it models the student's images at each scale; what it starts from shares the teacher's weights. Raises
     `UserError` if the teacher does not allow this.
     """
-    denoiser = _network(recipe, subject)
-    if recipe.student.guidance is None:
+    denoiser = subject.denoiser
+    net = _network(recipe, subject)
+    if recipe.student.guidance is not None:
+        net = with_guidance(net, share=recipe.parallel == "ddp")  # FSDP2 shards networks one by one
+    if net is denoiser.net:
         return denoiser
-    net = with_guidance(denoiser.net, share=recipe.parallel == "ddp")  # FSDP2 shards networks one by one
     return Denoiser(net, denoiser.schedule, denoiser.prediction).to(subject.device)
 
 
-def _network(recipe: Recipe, subject: Subject) -> Denoiser:
+def _network(recipe: Recipe, subject: Subject) -> nn.Module:
     denoiser, info = subject.denoiser, subject.info
     network = recipe.student.network
     if network is None:
@@ -208,13 +216,12 @@ def _network(recipe: Recipe, subject: Subject) -> Denoiser:
                 f"teacher {recipe.teacher!r} has no weights that the student could start from; "
                 "give the student a network of its own, e.g. student.network={type: mlp}"
             )
-        return denoiser
+        return denoiser.net
     if len(info.shape) != 1:
         raise UserError(f"student.network {network.type!r} is for points; this teacher makes samples of {info.shape}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(recipe.seed, "network"))
-        net = NETWORKS[network.type](dim=info.shape[0], width=network.width, depth=network.depth)
-    return Denoiser(net, denoiser.schedule, denoiser.prediction).to(subject.device)
+        return NETWORKS[network.type](dim=info.shape[0], width=network.width, depth=network.depth)
 
 
 def student(recipe: Recipe, first: Denoiser) -> Denoiser:

@@ -26,26 +26,12 @@ from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, R
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
 from distmatch.models.library import family_of
 from distmatch.recipe.entries import Recipe
-from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.steps import student_steps
 from distmatch.recipe.subjects import Subject, example
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
 from distmatch.training.engine import replicate
 from distmatch.training.optim import Optimizer
-
-
-def optimizer(settings: Optimiser, network: nn.Module, steps: int) -> Optimizer:
-    return Optimizer(
-        network.parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup,
-        steps=steps,
-        decay=settings.decay,
-        clip=settings.clip,
-    )
 
 
 def objective(
@@ -134,7 +120,7 @@ def own_term(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str
         fake=fake,
         shape=subject.info.shape,
         device=subject.device,
-        optimizer=lambda network: optimizer(recipe.fake.optimizer, network, steps),
+        optimizer=lambda network: Optimizer(network.parameters(), steps=steps, **recipe.fake.optimizer.model_dump()),
         seed=recipe.seed,
     )
     kind, arguments = own_class(entry.source), entry.model_extra or {}
@@ -229,8 +215,8 @@ def _gan(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) ->
         fake if g.features == "fake" else subject.denoiser,
         subject.real,
         settings,
-        example=example(recipe, subject),
-        optimizer=lambda head: optimizer(own, head, steps),
+        example=example(subject, recipe.student.guidance is not None),
+        optimizer=lambda head: Optimizer(head.parameters(), steps=steps, **own.model_dump()),
         seed=recipe.seed,
         owner="the fake score" if g.features == "fake" else "the teacher",
     )

@@ -24,6 +24,7 @@ def settled(recipe: Recipe, began: Recipe | None = None) -> Settled:
 
     All processes must call this. Raises `UserError` if several workers are asked for where there can be only one.
     """
+    most = 1 if recipe.own_terms else _shared(recipe)  # your own terms need not be safe for threads
     dev, pairs, said = device(recipe.device), recipe.pairs, []
 
     def choice(asked: Any, before: Any, try_out: Any) -> Any:
@@ -39,9 +40,7 @@ def settled(recipe: Recipe, began: Recipe | None = None) -> Settled:
         return machine.faster_precision(dev)
 
     def faster_workers() -> machine.Choice:
-        if recipe.own_terms:  # they need not be safe for threads
-            return machine.Choice(1)
-        return machine.faster_workers(_shared(recipe))
+        return machine.faster_workers(most)
 
     precision = choice(recipe.precision, began and began.precision, faster_precision)
     of_pairs = choice(pairs.precision, began and began.pairs.precision, faster_precision)

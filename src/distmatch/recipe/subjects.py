@@ -186,13 +186,16 @@ def frozen(denoiser: Denoiser, dev: torch.device) -> Denoiser:
     return denoiser.to(dev).eval().requires_grad_(False)
 
 
-def example(recipe: Recipe, subject: Subject) -> tuple[Tensor, Tensor, Cond | None]:
-    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`; only its shapes matter."""
-    dev, cond = subject.device, example_cond(recipe, subject.denoiser, subject.info, 1)
+def example(subject: Subject, guided: bool) -> tuple[Tensor, Tensor, Cond | None]:
+    """Return an example input of student and fake score, a batch of one: `(x, t, cond)`; only its shapes matter.
+
+    `guided`: they take a guidance scale.
+    """
+    dev, cond = subject.device, example_cond(subject.denoiser, subject.info, 1, guided)
     return torch.zeros(1, *subject.info.shape, device=dev), torch.ones(1, device=dev), cond and cond.to(dev)
 
 
-def example_cond(recipe: Recipe, denoiser: Denoiser, info: Info, n: int) -> Cond | None:
-    """Return a condition of `n` samples for the recipe's student; only its shapes matter."""
+def example_cond(denoiser: Denoiser, info: Info, n: int, guided: bool) -> Cond | None:
+    """Return a condition of `n` samples for a student, `guided` if it takes a guidance scale; only shapes matter."""
     cond = family_of(info).example_cond(denoiser.net, info, n)
-    return cond if recipe.student.guidance is None else with_guidance(cond, torch.ones(n))
+    return with_guidance(cond, torch.ones(n)) if guided else cond
