@@ -12,7 +12,7 @@ SLOW = {
     *("test_checkpoint", "test_cli", "test_compare", "test_damage", "test_disk_full", "test_distill", "test_engine"),
     *("test_evaluation", "test_examples", "test_kill", "test_networks_spread", "test_pair_builder", "test_pairs"),
     *("test_parallel", "test_plan", "test_recipes", "test_serve", "test_stages", "test_teach", "test_text_training"),
-    *("test_benchmarks", "test_toy2d", "test_two_runs", "test_watch"),
+    *("test_benchmarks", "test_game", "test_toy2d", "test_two_runs", "test_watch"),
     *("test_flow_teachers", "test_folders", "test_pixart", "test_pixel_teachers", "test_stable"),
 }
 """Files of tests that start processes, or train, for minutes in all."""
