@@ -1,7 +1,6 @@
 """Every family of networks in two processes against one; in bf16; compiled; with recomputed activations."""
 
 import copy
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 import torch._dynamo
 import yaml
 from diffusers import UNet2DConditionModel
-from test_parallel import together
+from test_parallel import Collectives, together
 from torch._dynamo.utils import counters
-from torch.profiler import profile
 
 from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Denoiser, Prediction
@@ -104,11 +102,13 @@ def flat(network: torch.nn.Module) -> torch.Tensor:
 def train(d: build.Distiller, count: int = 2) -> dict:
     """The losses of `count` steps, and all weights before and after."""
     networks = {"student": d.student, "average": d.ema.network, "fake": unwrapped(d.fake)}
-    start = {name: flat(network) for name, network in networks.items()}
+    # Gathering shards takes longer than a step; of several processes only the end is compared.
+    start = {name: flat(network) for name, network in networks.items() if parallel.world() == 1}
     found = [d.step(index) for index in range(count)]
     # A process's loss is that of its share, all of equal size.
     losses = [{name: parallel.mean(value.clone()).item() for name, value in line.items()} for line in found]
-    return {"losses": losses, "start": start, "end": {name: flat(network) for name, network in networks.items()}}
+    end = {name: flat(network) for name, network in networks.items()}
+    return {"losses": losses, "start": start, "end": end}
 
 
 def kept_in(d: build.Distiller) -> set[torch.dtype]:
@@ -184,10 +184,9 @@ def _collectives(folder: Path, how: str, out: Path) -> None:
             d = distiller(folder, "unet", *changes)
             for index in range(2):  # DDP sorts its buckets anew after the first
                 d.step(index)
-            with profile() as recorded:
+            with Collectives() as collectives:
                 d.step(2)
-            names = Counter(event.name for event in recorded.events() if event.name.startswith("c10d::"))
-            found[accumulate] = {"calls": dict(names), "groups": len(blocks(d.student)) + 1}
+            found[accumulate] = {"calls": dict(collectives.calls), "groups": len(blocks(d.student)) + 1}
         if parallel.rank() == 0:
             torch.save(found, out)
 

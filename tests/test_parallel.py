@@ -3,12 +3,15 @@
 import json
 import os
 import socket
+from collections import Counter
 from functools import partial
 
 import pytest
 import tiny
 import torch
 from torch.multiprocessing.spawn import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from distmatch.commands.eval import Options, evaluate
 from distmatch.evaluation import measure, spaces
@@ -31,6 +34,22 @@ def together(world: int, task, *arguments) -> None:
         port = free.getsockname()[1]
     # Forked, they know what the test has patched and need not import torch again.
     start_processes(_enter, (world, port, task, *arguments), nprocs=world, start_method="fork")
+
+
+class Collectives(TorchDispatchMode):
+    """The collectives that are called, by name: how often, and the bytes that they give or take whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.calls = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith("c10d::") and "barrier" not in name:
+            tensors = args[1] if "scatter" in name else args[0]  # (output, input); (tensors); (output, input)
+            self.calls[name] += 1
+            self.bytes[name] += sum(t.numel() * t.element_size() for t in tree_iter(tensors))
+        return func(*args, **(kwargs or {}))
 
 
 def _mistaken() -> None:

@@ -8,7 +8,6 @@ import gc
 import inspect
 import json
 import re
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
@@ -22,10 +21,9 @@ import tiny
 import torch
 from cyclopts import CycloptsError
 from test_gan import real_folder
-from test_parallel import together
+from test_parallel import Collectives, together
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,21 +240,6 @@ def test_a_base_that_takes_a_guidance_scale_is_planned_unless_it_is_the_teachers
 
 def _tensors(state):
     return [t for t in tree_iter(state) if isinstance(t, torch.Tensor)]
-
-
-class Collectives(TorchDispatchMode):
-    """Bytes that collectives give or take whole."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if name.startswith("c10d::") and "barrier" not in name:
-            tensors = args[1] if "scatter" in name else args[0]  # (output, input); (tensors); (output, input)
-            self.bytes[name] += sum(t.numel() * t.element_size() for t in tree_iter(tensors))
-        return func(*args, **(kwargs or {}))
 
 
 def _spread(folder, changes, out) -> None:

@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distmatch.training.engine import local
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -17,8 +19,8 @@ def frozen_copy(network: Network) -> Network:
 @torch.no_grad()
 def draw_towards(network: nn.Module, other: nn.Module, share: float) -> None:
     """Move the weights of `network` towards those of `other`, of the same shapes, by `share` of the difference."""
-    weights: list[Tensor] = list(network.parameters())
-    goals: list[Tensor] = list(other.parameters())
+    weights: list[Tensor] = list(map(local, network.parameters()))
+    goals: list[Tensor] = list(map(local, other.parameters()))
     torch._foreach_lerp_(weights, goals, share)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -40,7 +42,8 @@ class EMA(Generic[Network]):
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._average, self._trained, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        average, trained = map(local, self._average), map(local, self._trained)
+        torch._foreach_lerp_(list(average), list(trained), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "network": self.network.state_dict()}

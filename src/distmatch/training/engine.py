@@ -231,7 +231,17 @@ def unwrapped(network: nn.Module) -> Any:
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, in the same memory. Other tensors are returned unchanged.
+
+    Call under `no_grad`. What works on parts needs no plan for whole tensors from PyTorch, whose making in the first
+    step takes a time that grows with the square of their number.
+    """
+    sharded: Any = tensor  # a DTensor, which takes seconds to import
+    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor's full value; all processes must call this. Other tensors are returned unchanged."""
-    sharded: Any = tensor  # a DTensor, which takes seconds to import
+    sharded: Any = tensor
     return sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor

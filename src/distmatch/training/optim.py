@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from distmatch.training.engine import whole
+from distmatch.training.engine import local
 
 
 class Optimizer:
@@ -52,12 +54,44 @@ class Optimizer:
 
     def step(self, index: int) -> Tensor:
         """Clip, apply and clear the gradients at the rate of step `index`; return their norm f[] before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        most = self.clip or float("inf")
         for group in self.adamw.param_groups:
             group["lr"] = self.rate(index)
-        self.adamw.step()
+        if any(hasattr(p, "to_local") for p in self.parameters):
+            norm = self._step_of_parts(most)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.parameters, most)
+            self.adamw.step()
         self.clear()
-        return whole(norm)
+        return norm
+
+    @torch.no_grad()
+    def _step_of_parts(self, most: float) -> Tensor:
+        """Clip to `most` and apply with the parts of sharded weights that this process holds; see `engine.local`."""
+        weights = [p for p in self.parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in weights if p.grad is not None]
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
+        dist.all_reduce(squares)
+        norm = squares.sqrt()
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))  # pyright: ignore[reportPrivateImportUsage]
+        states, group = [self.adamw.state[p] for p in weights], self.adamw.param_groups[0]
+        adamw(
+            list(map(local, weights)),
+            gradients,
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        return norm
 
     def clear(self) -> None:
         """Clear the gradients."""
