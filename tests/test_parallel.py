@@ -37,7 +37,8 @@ def together(world: int, task, *arguments) -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """The collectives that are called, by name: how often, and the bytes that they give or take whole."""
+    """The collectives that are called, by name: how often, and the bytes, but for single numbers, that they give or
+    take whole."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +49,8 @@ class Collectives(TorchDispatchMode):
         if name.startswith("c10d::") and "barrier" not in name:
             tensors = args[1] if "scatter" in name else args[0]  # (output, input); (tensors); (output, input)
             self.calls[name] += 1
-            self.bytes[name] += sum(t.numel() * t.element_size() for t in tree_iter(tensors))
+            sizes = (t.numel() * t.element_size() for t in tree_iter(tensors) if t.dim())  # a norm has no dimension
+            self.bytes[name] += sum(sizes)
         return func(*args, **(kwargs or {}))
 
 
