@@ -1,12 +1,20 @@
 """What is decided before torch is imported: one thread per process, and that Python keeps what it compiles."""
 
+import gc
 import os
 import signal
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # spinning OpenMP threads cost more than they save
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every new process would compile torch for seconds
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have jobs in the background ignore
+
+# To look for garbage again and again among the million objects that are imported takes a tenth of the suite's time, and
+# in forked processes the memory that they share.
+gc.disable()  # while files are collected, that is: imported
+gc.set_threshold(10_000, 10, 10)
 
 SLOW = {
     *("test_checkpoint", "test_cli", "test_compare", "test_damage", "test_disk_full", "test_distill", "test_engine"),
@@ -29,3 +37,15 @@ def pytest_collection_modifyitems(items):
         if item.path.stem in SLOW:
             item.add_marker("slow")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_what_is_new_is_looked_through():
+    """Put aside what the tests before have imported."""
+    gc.collect()
+    gc.freeze()
