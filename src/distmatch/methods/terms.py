@@ -7,6 +7,7 @@ like `Match` or `Regress`, see examples/own_term.py.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -93,10 +94,9 @@ class PairStream:
         part, size = share[0], self.batch // share[1]
         pairs = self.store.draw(seed, index * self.batch + part * size, size)
         cond = self.conditions.at(pairs.index)
+        z, y = pairs.z.to(self.device), pairs.y.to(self.device)
         generator = rng.stream(self.device, seed, self.name, index, turn)
-        return Start(
-            pairs.z.to(self.device), cond and cond.to(self.device), self.batch, generator, pairs.y.to(self.device)
-        )
+        return Start(z, cond and cond.to(self.device), self.batch, generator, y)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Objective:
     terms: Sequence[Term]
     balance: Balance | None = None
 
-    @property
+    @cached_property  # looked up several times in each step, and protocols are slow to compare
     def fake_terms(self) -> list[FakeTerm]:
         return [term for term in self.terms if isinstance(term, FakeTerm)]
 

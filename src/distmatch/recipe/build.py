@@ -119,9 +119,9 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     """
     check_batches(recipe)
     alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": recipe.cuda_graphs}
-    if parallel.world() > 1 and any(alone.values()):
-        name = next(name for name, is_set in alone.items() if is_set)
-        raise UserError(f"{name} is for one process, not for {parallel.world()}; use false")
+    used = [name for name, is_set in alone.items() if is_set]
+    if used and parallel.world() > 1:
+        raise UserError(f"{used[0]} is for one process, not for {parallel.world()}; use false")
     dev, info = subject.device, subject.info
     inputs = example(subject, recipe.student.guidance is not None)
     hold(subject.denoiser.net, recipe.base_weights, dev.type)
