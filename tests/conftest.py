@@ -49,3 +49,7 @@ def only_what_is_new_is_looked_through():
     """Put aside what the tests before have imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # what is left when Python ends is reported as leaked by packages that count their objects
