@@ -247,6 +247,8 @@ def test_both_scores_begin_equal_and_ida_draws_the_fake_scores_adapter(tmp_path)
         ((*BOTH, "base_weights=bf16"), "base_weights=bf16 needs precision=bf16, not fp32"),
         ((*BOTH, "base_weights=int8", "precision=bf16", "match.sid=1"), "base_weights=int8 does not go with match.sid"),
         ((*BOTH, "base_weights=int8", "precision=bf16", "parallel=fsdp"), "does not go with parallel=fsdp"),
+        ((*BOTH, "base_weights=int4", "precision=bf16", "match.sid=1"), "base_weights=int4 does not go with match.sid"),
+        ((*BOTH, "base_weights=int4", "precision=bf16", "parallel=fsdp"), "does not go with parallel=fsdp"),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, message):

@@ -28,14 +28,15 @@ RUNGS = [
     {"student.adapter.rank": 64, "fake.adapter.rank": 64},
     {"precision": "bf16", "base_weights": "bf16"},
     {"base_weights": "int8"},
+    {"base_weights": "int4"},
 ]
-LEAST = [176, 152, 142, 52, 32, 22]
+LEAST = [176, 152, 142, 52, 32, 22, 17]
 """Bytes at each rung, with parts of one image."""
 
 
 def formula(recipe, denoiser, info, processes=1, once=False):
     """Networks of 40 bytes, encoders of 10, and for each image of a part 32 bytes of activations."""
-    teacher = {"fp32": 40, "bf16": 20, "int8": 10}[recipe.base_weights]
+    teacher = {"fp32": 40, "bf16": 20, "int8": 10, "int4": 5}[recipe.base_weights]
     trained = sum(2 if role.adapter.rank else 47 for role in (recipe.student, recipe.fake))
     activations = recipe.match.batch / recipe.accumulate / processes * (8 if recipe.gradient_checkpointing else 32)
     if recipe.parallel == "fsdp":
@@ -108,7 +109,7 @@ def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tm
     assert f"adapters learn at rates of their own; states of prompts take {size(each)} each on the disk; off" in said
     assert "each on the disk, 14.8 kB for 3; offload=true" in verdict(steps_of(file, f"prompts.path={prompts}"), 60)
     assert "each on the disk; offload=true" in verdict(steps_of(file, f"prompts.path={tmp_path / 'later.txt'}"), 60)
-    assert verdict(steps_of(file), 20) == "it fits with no setting that is tried here; take more or larger GPUs"
+    assert verdict(steps_of(file), 15) == "it fits with no setting that is tried here; take more or larger GPUs"
     # Several GPUs share networks before any are replaced.
     found = steps_of(file, gpus=4).fitting(50)
     assert found.changes == {"accumulate": 2, "gradient_checkpointing": True, **RUNGS[1], "parallel": "fsdp"}
@@ -127,8 +128,10 @@ def test_what_is_trained_stays_where_a_recipe_leaves_the_choice_to_the_memory(fi
     adapters = ["student.adapter.rank=2", "fake.adapter.rank=2", "precision=bf16", "memory=fit"]
     found, _ = ladder.fitted(load_recipe(file, adapters), None, 25)
     assert (found.base_weights, found.student.adapter.rank) == ("int8", 2)
-    with pytest.raises(UserError, match="a step takes 22 bytes or more, and may take 90% of 20 bytes; take a larger"):
-        ladder.fitted(load_recipe(file, adapters), None, 20)
+    found, _ = ladder.fitted(load_recipe(file, [*adapters, "base_weights=int8"]), None, 20)
+    assert (found.base_weights, found.student.adapter.rank) == ("int4", 2)
+    with pytest.raises(UserError, match="a step takes 17 bytes or more, and may take 90% of 15 bytes; take a larger"):
+        ladder.fitted(load_recipe(file, [*adapters, "base_weights=int4"]), None, 15)
     no_bf16 = [change for change in adapters if "precision" not in change]
     with pytest.raises(UserError, match="a step takes 52 bytes or more"):
         ladder.fitted(load_recipe(file, no_bf16), None, 25)

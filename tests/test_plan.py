@@ -133,6 +133,7 @@ SETTINGS = [
     ("teacher={0}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4"),
     (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "gradient_checkpointing=true"),
     (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "base_weights=int8", "precision=bf16"),
+    (*SD, "terms=match", "student.adapter.rank=2", "fake.adapter.rank=4", "base_weights=int4", "precision=bf16"),
     (*GAN, "gan.r1=1", "gan.balance=1", "match.divergence=js", "fake.steps=2"),
     (*GAN, "gan.features=teacher", "match.sid=1.2", "gradient_checkpointing=true"),
     (*GAN, "student.adapter.rank=4"),
@@ -213,7 +214,7 @@ def test_options_that_compute_levels_are_planned(folder, planner, changes):
     assert made.step_flops == pytest.approx(sum(counts.values()) / len(counts), rel=0.02)
 
 
-@pytest.mark.parametrize(("weights", "share"), [("bf16", 0.6), ("int8", 0.4)])
+@pytest.mark.parametrize(("weights", "share"), [("bf16", 0.6), ("int8", 0.4), ("int4", 0.4)])
 def test_a_rounded_base_is_planned_as_it_is_held(folder, planner, weights, share):
     changes = (f"teacher={folder}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4")
     rounded = ("precision=bf16", f"base_weights={weights}")

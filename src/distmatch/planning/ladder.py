@@ -127,8 +127,10 @@ class Ladder:
         if recipe.base_weights == "fp32":
             yield {"precision": "bf16", "base_weights": "bf16"}
         plain = recipe.match.sid is None and recipe.student.guidance is None and self.gpus == 1
-        if recipe.base_weights != "int8" and plain:
+        if recipe.base_weights in ("fp32", "bf16") and plain:
             yield {"parallel": "ddp", "precision": "bf16", "base_weights": "int8"}
+        if recipe.base_weights != "int4" and plain:
+            yield {"parallel": "ddp", "precision": "bf16", "base_weights": "int4"}
 
     def _cacheable(self) -> bool:
         """Whether the states of prompts in a cache take the place of the text encoders."""

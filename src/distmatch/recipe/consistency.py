@@ -148,8 +148,8 @@ def _base_is_shared(recipe: "Recipe") -> None:
         "student.guidance, whose base is another network": recipe.student.guidance is not None,
         "parallel=fsdp, which shards no integers": recipe.parallel == "fsdp",
     }
-    if held == "int8" and (clash := next((name for name, used in other.items() if used), None)):
-        raise UserError(f"base_weights=int8 does not go with {clash}; use base_weights=bf16")
+    if held in ("int8", "int4") and (clash := next((name for name, used in other.items() if used), None)):
+        raise UserError(f"base_weights={held} does not go with {clash}; use base_weights=bf16")
 
 
 def _recordable(recipe: "Recipe") -> None:
