@@ -191,6 +191,22 @@ def _collectives(folder: Path, how: str, out: Path) -> None:
             torch.save(found, out)
 
 
+INT4 = ("student.adapter.rank=2", "fake.adapter.rank=2", "precision=bf16", "base_weights=int4")
+
+
+def _on_4_bits(folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    with parallel.process_group():
+        found = train(distiller(folder, "sd", *INT4))
+        if parallel.rank() == 0:
+            torch.save(found, out)
+
+
+def test_two_processes_on_a_base_in_4_bits_follow_one(folder):
+    together(2, _on_4_bits, folder, folder / "on-4-bits.pt")
+    same(train(distiller(folder, "sd", *INT4)), torch.load(folder / "on-4-bits.pt"), rel=0.03, moved=0.2)
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_accumulation_reduces_gradients_once(folder, how):
     together(2, _collectives, folder, how, folder / "calls.pt")

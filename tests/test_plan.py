@@ -214,9 +214,11 @@ def test_options_that_compute_levels_are_planned(folder, planner, changes):
     assert made.step_flops == pytest.approx(sum(counts.values()) / len(counts), rel=0.02)
 
 
-@pytest.mark.parametrize(("weights", "share"), [("bf16", 0.6), ("int8", 0.4), ("int4", 0.4)])
+@pytest.mark.parametrize(("weights", "share"), [("bf16", 0.6), ("int8", 0.4), ("int4", 0.24)])
 def test_a_rounded_base_is_planned_as_it_is_held(folder, planner, weights, share):
-    changes = (f"teacher={folder}/song", "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4")
+    teacher = SD if weights == "int4" else ("teacher={0}/song",)  # whose weights are in convolutions
+    changes = (*teacher, "terms=match", "student.adapter.rank=4", "fake.adapter.rank=4")
+    changes = tuple(change.format(folder) for change in changes)
     rounded = ("precision=bf16", f"base_weights={weights}")
     plain = planner(planned, str(folder / "tiny.yaml"), (*changes, rounded[0]))
     made = planner(planned, str(folder / "tiny.yaml"), (*changes, *rounded))
