@@ -13,12 +13,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import base_weights
 import gpu
 import gpu_smoke
 import step
 from gpu_job import NEEDS_GPU, Results
 
 from distmatch.diffusion.denoiser import Cond
+from distmatch.pipeline import TeacherPipeline
 from distmatch.system.errors import UserError
 from distmatch.training.replay import mapped
 
@@ -223,3 +225,16 @@ def test_everything_that_was_drawn_moves():
     moved, (tensor, name) = found["a"]
     assert (moved.label.device.type, moved.extra["guidance"].device.type, tensor.device.type) == ("meta",) * 3
     assert (moved.text, name) == (None, "name")
+
+
+def test_a_base_in_fewer_bits_takes_less_and_moves_the_estimates_further():
+    pipe = TeacherPipeline.from_pretrained("mnist", steps=8)
+    head, _, *rows = (line.split() for line in base_weights.table(pipe, None, 4, 1.0))
+    assert [row[0] for row in rows] == ["fp32", "bf16", "int8", "int4"]
+    assert {len(row) for row in rows} == {len(head)} == {6}
+    assert all(share == "0.00%" for share in rows[0][2:])
+    moved = [[float(share.removesuffix("%")) for share in row[4:]] for row in rows]  # too little at lower levels
+    for column in zip(*moved, strict=True):
+        assert 0 == column[0] < column[1] < column[2] < column[3] < 20
+    held = [float(row[1]) for row in rows]
+    assert held == sorted(held, reverse=True)
