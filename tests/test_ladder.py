@@ -11,6 +11,7 @@ import torch
 import yaml
 from test_parallel import together
 
+from distmatch.commands.memory import in_memory
 from distmatch.commands.train import train
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.library import outline
@@ -151,6 +152,25 @@ def test_the_choice_is_shown_saved_and_kept(tmp_path, monkeypatch, capsys):
     train(file, "memory=9e-7", out=out, runs=tmp_path)
     assert "memory as when the run began: accumulate=2" in capsys.readouterr().out
     assert yaml.safe_load((out / "recipe.yaml").read_text())["accumulate"] == 2
+
+
+def test_cuda_graphs_are_left_where_a_batch_is_split(file):
+    steps = steps_of(file, "cuda_graphs=true")
+    assert steps.fitting(1000).changes == {}
+    assert steps.fitting(270).changes == {"accumulate": 4, "cuda_graphs": False}
+    began, _ = ladder.fitted(load_recipe(file, ["memory=2.7e-7", "cuda_graphs=true"]), None, 0)
+    found, _ = ladder.fitted(load_recipe(file, ["memory=fit", "cuda_graphs=true"]), began, 1000)
+    assert (found.accumulate, found.cuda_graphs) == (began.accumulate, began.cuda_graphs) == (4, False)
+    with pytest.raises(UserError, match="memory 5e-08: a step takes 142 bytes"):
+        ladder.fitted(load_recipe(file, ["memory=5e-8", "cuda_graphs=true"]), None, 0)
+
+
+def test_an_automatic_precision_is_settled_before_the_memory_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr("distmatch.system.machine.bf16_gain", lambda device: 2.0)
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path, terms=["match"])), ["memory=1", "precision=auto"])
+    assert in_memory(recipe, None)[0].precision == "bf16"
+    began = recipe.model_copy(update={"memory": None, "precision": "fp32"})
+    assert in_memory(recipe, began)[0].precision == "fp32"
 
 
 def _train_among_others(file: str, memory: str, out: Path) -> None:

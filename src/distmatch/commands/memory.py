@@ -21,7 +21,11 @@ def in_memory(recipe: Recipe, began: Recipe | None, own: tuple[Denoiser, Info] |
     """Return `recipe` with what fits this machine's memory, or as the run `began`, and the choice in a line."""
     from distmatch.planning.ladder import fitted  # most recipes do without
 
-    return fitted(recipe, began, machine.memory(device(recipe.device)), parallel.world(), own)
+    dev = device(recipe.device)
+    if recipe.precision == "auto":  # what a step takes depends on it
+        precision = machine.faster_precision(dev).value if began is None else began.precision
+        recipe = recipe.model_copy(update={"precision": precision})
+    return fitted(recipe, began, machine.memory(dev), parallel.world(), own)
 
 
 def chooses_for_memory(command: Callable[P, None]) -> Callable[P, None]:

@@ -27,7 +27,7 @@ RANK = 64
 CACHE, STATES = "prompts.cache", "runs/prompts"
 """The entry for cached prompts, and the folder that is proposed for it: beside the pairs' default."""
 
-CHOSEN = ("accumulate", "gradient_checkpointing", "offload", "parallel", "precision", "base_weights")
+CHOSEN = ("accumulate", "gradient_checkpointing", "offload", "parallel", "precision", "base_weights", "cuda_graphs")
 """The entries that `memory` chooses."""
 
 
@@ -73,18 +73,18 @@ class Ladder:
 
         At each rung `accumulate` is raised as far as it must, because it costs next to nothing.
         """
-        room, own, changes = (1 - SPARE) * memory, flat(self.recipe.model_dump()), {}
+        room, changes = (1 - SPARE) * memory, {}
         if () in self.known and self.known[()].peak < room:
             return Fit({}, self.known[()])
         for rung in ({}, *self.rungs):
             changes |= rung
-            made, divisors = self.cost(_new(changes, own)), self._divisors()
+            made, divisors = self.cost(_new(changes, self.recipe)), self._divisors()
             part, fixed = 1.0, _fixed(made)
             for n in divisors:
                 smaller = divisors[0] / n
                 if fixed + (made.peak - fixed) * smaller / part >= room:  # it takes no less than that
                     continue
-                all_changes = _new({"accumulate": n} | changes, own)
+                all_changes = _new({"accumulate": n} | changes, self.recipe)
                 found = self.cost(all_changes)
                 if found.peak < room:
                     return Fit(all_changes, found)
@@ -98,7 +98,7 @@ class Ladder:
         changes: dict[str, Any] = {"accumulate": self._divisors()[-1]}
         for rung in self.rungs:
             changes |= rung
-        return self.cost(_new(changes, flat(self.recipe.model_dump()))).peak
+        return self.cost(_new(changes, self.recipe)).peak
 
     @cached_property
     def rungs(self) -> list[dict[str, Any]]:
@@ -183,9 +183,9 @@ def fitted(
     Raises `UserError` if nothing fits.
     """
     if began is not None and began.memory is not None:
-        before, now = flat(began.model_dump()), flat(recipe.model_dump())
+        before = flat(began.model_dump())
         kept = {name: before[name] for name in CHOSEN}
-        return changed(recipe, kept), f"memory as when the run began: {_words(_new(kept, now))}"
+        return changed(recipe, kept), f"memory as when the run began: {_words(_new(kept, recipe))}"
     if not isinstance(recipe.memory, str):
         memory = 1e9 * (recipe.memory or 0)
     denoiser, info = (copy.deepcopy(own[0]).to("meta"), own[1]) if own else outline(recipe.teacher)
@@ -213,6 +213,10 @@ def _words(changes: dict[str, Any]) -> str:
     return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items()) or "as it is"
 
 
-def _new(changes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return those of `changes` that are not a recipe's `own` entries already."""
+def _new(changes: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return those of `changes` that are not the recipe's own entries already, without CUDA graphs if none can be."""
+    own = flat(recipe.model_dump())
+    then = own | changes
+    if then["accumulate"] > 1 or then["parallel"] == "fsdp":
+        changes = changes | {"cuda_graphs": False}
     return {name: value for name, value in changes.items() if own[name] != value}

@@ -263,8 +263,8 @@ class Recipe(Strict):
     memory: Literal["fit"] | Annotated[float, Field(gt=0)] | None = entry(
         None,
         "Choose accumulate, gradient_checkpointing, offload, parallel, and with adapters base_weights, so that a step "
-        "fits: into so many GB per device, or with fit into the one at hand. What is trained stays the same. A run "
-        "that continues keeps the choice. null: as they are given.",
+        "fits: into so many GB per device, or with fit into the one at hand; cuda_graphs becomes false if these need "
+        "it. What is trained stays the same. A run that continues keeps the choice. null: as they are given.",
         "ours",
         free=True,
         small="null",
