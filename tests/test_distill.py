@@ -2,6 +2,7 @@
 
 import copy
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -324,16 +325,32 @@ def test_matching_sees_the_pairs_images_as_well(tmp_path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["pairs.count=8"], ["student.nfe=2", "terms=match", "fake.steps=2", "student.guidance=null"]],
-    ids=["paper", "two steps"],
+    [
+        ["pairs.count=8", "student.adapter.rank=2", "fake.adapter.rank=2", "gradient_checkpointing=true"],
+        ["student.nfe=2", "terms=match", "fake.steps=2", "student.guidance=null", "fake.ida=0.1", "fake.alone=2"],
+    ],
+    ids=["pairs", "two steps"],
 )
 def test_recorded_updates_are_the_steps_own(tmp_path, overrides):
-    """`cuda_graphs`, as far as a CPU goes: the updates work from the copies of their inputs that a graph would read."""
     plain, recorded = distiller(tmp_path, *overrides), distiller(tmp_path, *overrides)
     recorded.gradients = Adder(recorded.clock, recorded=[recorded.optimizer, *recorded.fake_optimizers])
-    for index in range(3):
-        expected = plain.step(index)
-        for name, loss in recorded.step(index).items():
-            assert torch.equal(loss, expected[name]), name
+    with graphs.on_a_cpu():
+        for index in range(4):
+            expected = plain.step(index)
+            for name, loss in recorded.step(index).items():
+                assert torch.equal(loss, expected[name]), name
     for ours, theirs in zip(recorded.student.parameters(), plain.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_stage_is_recorded_anew(tmp_path):
+    stages = "stages=[{until: 1}, {until: 2, change: {match.weight: 3}}]"
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path)), ["terms=match", "steps=2", stages])
+    subject = subjects.subject(recipe)
+    plain, recorded = (build.distiller(recipe.parts[0], subject, None) for _ in range(2))
+    recorded.gradients = Adder(recorded.clock, recorded=[recorded.optimizer, *recorded.fake_optimizers])
+    with graphs.on_a_cpu():
+        for index, stage in enumerate(recipe.parts):
+            for one in (plain, recorded):
+                build.enter(one, stage, subject, None)
+            assert torch.equal(recorded.step(index)["gradient_norm"], plain.step(index)["gradient_norm"])

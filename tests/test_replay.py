@@ -1,7 +1,8 @@
-"""Gradients by replaying: the inputs' copies, and autograd's gradients. Graphs need a GPU: see benchmarks/gpu.py."""
+"""Gradients by replaying: the inputs' copies, and autograd's gradients. Real graphs: see benchmarks/gpu.py."""
 
 from dataclasses import dataclass
 
+import graphs
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +33,37 @@ def test_gradients_are_autograds():
     assert torch.equal(made, layer(x))
     for parameter, gradient in zip(layer.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_replay_sees_new_inputs_and_weights_and_no_other_number():
+    layer, factor = torch.nn.Linear(3, 1), [2.0]
+
+    def work(x):
+        loss = factor[0] * layer(x).square().mean()
+        return loss, {"loss": loss}, layer(x)
+
+    replay = Replay(work, layer.parameters())
+    with graphs.on_a_cpu():
+        for size, now in ((5, 2.0), (4, 2.0), (5, 7.0), (5, 7.0)):  # one graph for each shape
+            x, factor[0] = torch.randn(size, 3), now
+            losses, made = replay(x)
+            expected = 2 * layer(x).square().mean()  # the number stays as it was recorded
+            assert torch.equal(losses["loss"], expected)
+            assert torch.equal(made, layer(x))
+            for parameter, gradient in zip(
+                layer.parameters(), torch.autograd.grad(expected, [*layer.parameters()]), strict=True
+            ):
+                torch.testing.assert_close(parameter.grad, gradient)
+                parameter.grad = None
+                parameter.data.mul_(1.5)
+    assert [recorded.graph.replays for recorded in replay._graphs.values()] == [3, 1]
+
+
+def test_what_asks_the_gpu_for_a_number_cannot_be_recorded():
+    weight = torch.nn.Parameter(torch.ones(3))
+    replay = Replay(lambda x: ((weight * x).sum() * x.sum().item(), {}, None), [weight])
+    with graphs.on_a_cpu(), pytest.raises(UserError, match=r"cannot be recorded as .*cuda_graphs=false"):
+        replay(torch.ones(3))
 
 
 def test_all_tensors_of_a_tree_are_found_in_order_and_nothing_else_changes():

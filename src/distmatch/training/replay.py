@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmatch.system.errors import UserError
 from distmatch.system.garbage import no_collection
 
 Work = Callable[[Any], tuple[Tensor | None, Mapping[str, Tensor], Any]]
@@ -27,6 +28,8 @@ class Replay:
     Args:
         work: takes tensors, or tuples, mappings and dataclasses of them; other things are the first call's.
         parameters: those that are trained; their `grad` must be `None` before each call.
+
+    Raises `UserError` if `work` cannot be recorded.
     """
 
     def __init__(self, work: Work, parameters: Iterable[nn.Parameter]):
@@ -66,8 +69,16 @@ class Replay:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # freeing another graph while this one is recorded would break it
-        with no_collection(), torch.cuda.graph(graph):  # no gradients yet: each backward pass begins from none
-            losses, made = self._compute(inputs)
+        try:
+            with no_collection(), torch.cuda.graph(graph):  # no gradients yet: each backward pass begins from none
+                losses, made = self._compute(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # PyTorch has none of its own for this
+            raise UserError(
+                "a step cannot be recorded as a CUDA graph: a network or a loss asks the GPU for a number, as Z-Image "
+                "does for the lengths of its texts; use cuda_graphs=false"
+            ) from error
         gradients = [parameter.grad for parameter in self.parameters]
         self._clear()
         return _Recorded(graph, tensors(inputs), losses, made, gradients)
