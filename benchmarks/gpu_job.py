@@ -91,8 +91,7 @@ class Job:
             targets: what to compare figures with, by name.
             gpu: record elsewhere than on a GPU that it needs one.
         """
-        kept = self.results.part(self.name)["rows"].get(row, {})
-        if "figures" in kept:
+        if self.measured(row):
             return True
         print(f"== {row}", flush=True)
         content: dict[str, Any] = {"targets": {k: list(v) for k, v in (targets or {}).items()}}
@@ -107,6 +106,10 @@ class Job:
         if self.parent not in (os.getpid(), os.getppid()):  # it was killed, and a new call may be running
             os._exit(1)
         return "figures" in content
+
+    def measured(self, row: str) -> bool:
+        """Return whether this part has figures of `row`, perhaps from an earlier call."""
+        return "figures" in self.results.part(self.name)["rows"].get(row, {})
 
     def figure(self, part: str, row: str, name: str) -> float | None:
         """Return a figure of another part, if it was measured."""

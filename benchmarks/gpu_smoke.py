@@ -66,7 +66,8 @@ def smoke(job: Job) -> None:
     """Every recipe, cut to a minute of a CPU, in one process; then bf16 and compiled."""
     plain = [(name,) for name in (["toy2d"] if job.tiny else recipes())]
     with ProcessPoolExecutor(TOGETHER, multiprocessing.get_context("fork")) as pool:
-        runs = {words: pool.submit(trained, job, *words) for words in [*plain, *(OTHER_WAYS if job.gpu else ())]}
+        ways = [words for words in [*plain, *(OTHER_WAYS if job.gpu else ())] if not job.measured(" ".join(words))]
+        runs = {words: pool.submit(trained, job, *words) for words in ways}
         for words in [*plain, *OTHER_WAYS]:
             job.measure(" ".join(words), lambda words=words: runs[words].result(), gpu=words in OTHER_WAYS)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import base_weights
 import gpu
 import gpu_smoke
 import step
-from gpu_job import NEEDS_GPU, Results
+from gpu_job import NEEDS_GPU, Job, Results
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.pipeline import TeacherPipeline
@@ -69,6 +70,17 @@ def test_the_tiny_command_measures_and_a_second_call_skips_it_all(measure, monke
     assert "step / bare passes" in shown
     assert measure(*QUICK) == (0, parts)  # times and all
     assert "at most" not in capsys.readouterr().out.split("part")[0]  # nothing was begun
+
+
+def test_recipes_that_ran_are_not_tried_again(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(gpu_smoke, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(gpu_smoke, "trained", lambda job, *words: tried.append(words) or {"s": 1.0})
+    device = torch.device("cpu")
+    job = Job("smoke", Results(tmp_path / "results.json"), tmp_path, tmp_path, device, True, 0.0, os.getpid())
+    for _ in range(2):
+        gpu_smoke.smoke(job)
+        assert tried == [("toy2d",)]
 
 
 def test_the_bare_passes_are_those_of_the_recipe(tmp_path, monkeypatch):
