@@ -23,7 +23,9 @@ from distmatch.models.unet import UNet
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
-from distmatch.training.engine import blocks, compile_blocks, idle, unwrapped, whole
+from distmatch.training.ema import EMA, draw_towards, frozen_copy
+from distmatch.training.engine import blocks, compile_blocks, idle, shard, unwrapped, whole
+from distmatch.training.optim import Optimizer
 
 CLASSES = ("a", "b", "c")
 SMALL = {"img_resolution": 8, "label_dim": 3, "augment_dim": 9, "model_channels": 16, "num_blocks": 1}
@@ -220,6 +222,49 @@ def test_accumulation_reduces_gradients_once(folder, how):
         assert found[3]["calls"] == {**calls, gathered: 3 * calls[gathered]}
         assert calls.keys() == {gathered, "c10d::_reduce_scatter_base_", "c10d::allreduce_"}
         assert calls["c10d::allreduce_"] == 2
+
+
+class Uneven(torch.nn.Module):
+    """Weights that three processes cannot share equally, fewer than there are processes, and idle ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(5, 7), torch.nn.Linear(7, 5)])
+        self.last, self.idle = torch.nn.Linear(5, 1), torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.last(self.blocks[1](self.blocks[0](x).tanh()))
+
+
+def _uneven(clip: float) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    whole_one, batches = Uneven(), torch.randn(3, 6, 5)
+    with parallel.process_group():
+        parts = copy.deepcopy(whole_one)
+        found = []
+        for network, spread in ((parts, True), (whole_one, False)):
+            average, follower = frozen_copy(network), frozen_copy(network)
+            if spread:
+                for one in (network, average, follower):
+                    shard(one)
+            optimizer = Optimizer(network.parameters(), lr=1e-2, weight_decay=0.1, clip=clip)
+            ema, norms = EMA(network, 0.99, average), []
+            for index, x in enumerate(batches):
+                network(x.chunk(3)[parallel.rank()] if spread else x).square().mean().backward()
+                norms.append(optimizer.step(index))
+                ema.update()
+                draw_towards(follower, network, 0.3)
+            weights = [whole(p.detach()) for one in (network, average, follower) for p in one.parameters()]
+            found.append([*norms, *weights])
+        assert min(found[1][:3]) > 0.05
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_uneven_parts_are_clipped_updated_and_averaged_as_the_whole(clip):
+    together(3, _uneven, clip)
 
 
 def test_idle_weights_are_found(folder):
