@@ -67,7 +67,7 @@ def _work(folder, count: int) -> None:
             return job, parallel.rank(), torch.full((job,), job)
 
         results = list(parallel.shared(task, range(count)))
-        chosen = parallel.on_first(lambda: [parallel.rank(), torch.ones(3)])()
+        chosen = parallel.on_first(lambda: [parallel.broadcast(parallel.rank()), torch.ones(3)])()  # one in another
         with pytest.raises(ValueError, match="mistake of 0"):
             parallel.on_first(_mistaken)()
         assert parallel.world() == int(os.environ["WORLD_SIZE"])

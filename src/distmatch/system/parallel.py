@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache, wraps
 from pathlib import Path
@@ -30,6 +31,8 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others. Long, because the first one may have to evaluate a million images."""
 
+_for_all: ContextVar[bool] = ContextVar("for_all", default=False)
+"""Whether this process is at a task that it does for all: the others wait for that task's result, not for another's."""
 
 _DEATHS = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|timed out|Timed out")
 """What gloo and NCCL say in the remaining processes when one is gone."""
@@ -115,19 +118,23 @@ def broadcast(value: Result) -> Result:
 def on_first(task: Callable[P, Result]) -> Callable[P, Result]:
     """Decorate what all processes call and the first one does: all get its result.
 
-    A `UserError` or `OSError` is raised in all of them too. `task` itself must not wait for other processes.
+    A `UserError` or `OSError` is raised in all of them too. `task` itself must not wait for other processes; what it
+    calls that is decorated too is simply done.
     """
 
     @wraps(task)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
-        if world() == 1:
+        if world() == 1 or _for_all.get():
             return task(*args, **kwargs)
         box: list[Any] = [None, None]
         if rank() == 0:
+            inside = _for_all.set(True)
             try:
                 box[0] = task(*args, **kwargs)
             except (OSError, UserError) as error:  # otherwise the others would wait for a result that never comes
                 box[1] = error
+            finally:
+                _for_all.reset(inside)
         dist.broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
