@@ -245,10 +245,12 @@ class Steps:
         """The same by CUDA graphs. What a graph holds is no tensor's, so the peak would say nothing."""
         distiller, eager = self.distiller, self.distiller.gradients
         distiller.gradients = Adder(distiller.clock, recorded=[distiller.optimizer, *distiller.fake_optimizers])
-        for _ in range(2):
-            self.step()
-        seconds = median(timed({"step": self.step}, self.job.device, 6)["step"])
-        distiller.gradients = eager
+        try:
+            for _ in range(2):
+                self.step()
+            seconds = median(timed({"step": self.step}, self.job.device, 6)["step"])
+        finally:  # graphs may not fit into the memory, and what is measured next should not use them
+            distiller.gradients = eager
         return {"ms per step": 1000 * seconds, "images per second": distiller.images_per_step / seconds}
 
 

@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import base_weights
 import gpu
 import gpu_smoke
+import gpu_steps
 import step
 from gpu_job import NEEDS_GPU, Job, Results
 
@@ -81,6 +85,15 @@ def test_recipes_that_ran_are_not_tried_again(tmp_path, monkeypatch):
     for _ in range(2):
         gpu_smoke.smoke(job)
         assert tried == [("toy2d",)]
+
+
+def test_graphs_that_do_not_fit_are_not_used_by_what_follows():
+    made: Any = gpu_steps.Steps.__new__(gpu_steps.Steps)
+    made.distiller = SimpleNamespace(clock=None, optimizer=SimpleNamespace(parameters=[]), fake_optimizers=[])
+    made.distiller.gradients = made.step = eager = Mock(side_effect=torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.recorded()
+    assert made.distiller.gradients is eager
 
 
 def test_the_bare_passes_are_those_of_the_recipe(tmp_path, monkeypatch):
