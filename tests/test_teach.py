@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import replace
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -22,6 +23,7 @@ from distmatch.models.unet import UNet
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.training import log
+from distmatch.training.gradients import Adder
 from distmatch.training.optim import Optimizer
 
 SMALL = ("--widths", 8, 16, "--batch", 8, "--precision", "fp32", "--steps", 24, "--save-every", 4, "--preview-every", 0)
@@ -48,6 +50,20 @@ def test_the_step_is_edms_objective(tmp_path):
     x0 = 0.25 / (sigma**2 + 0.25) * x_t + 0.5 * sigma / (sigma**2 + 0.25).sqrt() * network
     expected = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * (x0 - x) ** 2).mean()
     assert task.step(0)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_recorded_steps_are_the_steps_own(tmp_path):
+    images, found = load_images(tiny.image_folder(tmp_path)), []
+    for records in (False, True):
+        denoiser = tiny.teacher().train()
+        optimizer = Optimizer(denoiser.parameters(), lr=1e-3, clip=1.0)
+        settings = Settings(batch=4, flip=True, label_dropout=0.3)
+        task = Teaching(denoiser, images, optimizer, Info((1, 8, 8)), settings)
+        if records:  # as on a GPU
+            task.gradients = Adder(task.clock, recorded=[optimizer])
+        with graphs.on_a_cpu():
+            found.append([task.step(index) for index in range(3)])
+    assert found[0] == found[1]
 
 
 def test_denoising_loss_weights_each_sample():
