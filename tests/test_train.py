@@ -1,5 +1,8 @@
 """The loop: what it writes, when it stops, what it refuses."""
 
+from itertools import count
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -128,3 +131,16 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match=r"log.track needs wandb .*: pip install 'distmatch\[wandb\]'"):
         train(Quadratic(), tmp_path, Plan(1), trackers=["wandb"])
+
+
+def test_passes_within_what_is_counted_count_once(monkeypatch):
+    ticks = count()
+    monkeypatch.setattr("distmatch.training.clock.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    layer = torch.nn.Linear(1, 1)
+    clock = Clock([layer], torch.device("cpu"))  # at 0
+    with clock.counted():  # from 1 to 2
+        layer(torch.ones(1))
+    with pytest.raises(ZeroDivisionError), clock.counted():  # at 3
+        raise ZeroDivisionError
+    layer(torch.ones(1))  # from 4 to 5
+    assert clock.read() == (2, 6)
