@@ -354,3 +354,8 @@ def test_a_stage_is_recorded_anew(tmp_path):
             for one in (plain, recorded):
                 build.enter(one, stage, subject, None)
             assert torch.equal(recorded.step(index)["gradient_norm"], plain.step(index)["gradient_norm"])
+
+
+def test_cuda_graphs_change_nothing_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.parallel, "world", lambda: 2)  # on GPUs they are for one process
+    assert not distiller(tmp_path, "terms=match", "cuda_graphs=true").gradients.reached

@@ -118,11 +118,12 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
-    alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": recipe.cuda_graphs}
+    dev, info = subject.device, subject.info
+    recorded = recipe.cuda_graphs and dev.type == "cuda"
+    alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": recorded}
     used = [name for name, is_set in alone.items() if is_set]
     if used and parallel.world() > 1:
         raise UserError(f"{used[0]} is for one process, not for {parallel.world()}; use false")
-    dev, info = subject.device, subject.info
     inputs = example(subject, recipe.student.guidance is not None)
     hold(subject.denoiser.net, recipe.base_weights, dev.type)
     first = start(recipe, subject)
@@ -172,7 +173,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
             accumulate=recipe.accumulate,
             workers=workers(recipe),
             precision=recipe.precision,
-            cuda_graphs=recipe.cuda_graphs and dev.type == "cuda",
+            cuda_graphs=recorded,
             process=(parallel.rank(), parallel.world()),
             conditions=subject.conditions,
             decode=components_of(recipe, info, dev).decode if info.latent else None,
