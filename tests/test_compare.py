@@ -398,6 +398,8 @@ def test_a_students_column_is_its_pipeline(teacher, tmp_path, quick):
     (row,) = json.loads((tmp_path / "alone" / "compare.json").read_text())["rows"]
     same = tmp_path / "alone" / "methods" / "student-1" / "000001.png"
     assert (row["name"], same.read_bytes()) == ("student 1", (folder / "000001.png").read_bytes())
+    with pytest.raises(ValueError, match="only_student"):  # the folder keeps its other methods
+        command(teacher, str(tmp_path / "student"), tmp_path / "out", **alone)
     with pytest.raises(ValueError, match="--only-student: give a student"):
         command(teacher, None, tmp_path / "none", **alone)
 

@@ -47,7 +47,7 @@ def run(
     picture = options.picture
     pipe = load_teacher(teacher, device, dtype)
     notice_cut(pipe, prompts[:n])
-    merged = None if options.lora is None else load_lora(teacher, options.lora, device, dtype)
+    merged = None if options.lora is None or options.only_student else load_lora(teacher, options.lora, device, dtype)
     made = family_in(teacher).settings(teacher)
     shape = made.shape
     if student is not None and tuple(student.info.shape) != shape:
@@ -127,6 +127,7 @@ def _settings(
         "clip_model": options.clip_model,
         "dtype": str(PRECISIONS[options.precision]).removeprefix("torch."),
         "picture": options.picture,
+        **({"only_student": True} if options.only_student else {}),  # or compare.json would lose the other methods
     }
 
 
