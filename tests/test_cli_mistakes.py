@@ -263,7 +263,7 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, t
 
     for work in ("sample.find_pipeline", "teach.train_teacher", "serve.find_student", "demo.mnist"):
         monkeypatch.setattr(f"distmatch.commands.{work}", interrupted)
-    monkeypatch.setattr("distmatch.commands.distillation.pair_store", interrupted)
+    monkeypatch.setattr("distmatch.recipe.build.pair_store", interrupted)
     code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
     assert code == 130
     assert mistake(said) == f"distmatch: stopped; to go on: distmatch {line}" + (

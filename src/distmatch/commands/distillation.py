@@ -6,9 +6,8 @@ from pathlib import Path
 from distmatch.commands import binding
 from distmatch.commands.memory import chooses_for_memory
 from distmatch.data import imaging
-from distmatch.data.pairs import MANIFEST, PairStore
+from distmatch.data.pairs import PairStore
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.solvers import evaluations
 from distmatch.evaluation.measure import Space
 from distmatch.evaluation.measure import evaluate as measure
 from distmatch.methods.distill import Distiller
@@ -22,8 +21,7 @@ from distmatch.recipe.settle import settled
 from distmatch.system import parallel
 from distmatch.system.files import write_atomic
 from distmatch.system.ownership import owns_out
-from distmatch.system.screen import console, counted, size
-from distmatch.system.storage import Folder
+from distmatch.system.screen import console
 from distmatch.system.terminal import command
 from distmatch.system.workers import using
 from distmatch.training.adapters import network_of
@@ -56,7 +54,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
 
     def pairs_of(stage: Recipe) -> PairStore | None:
-        return pair_store(stage, subject, runs) if objectives.reads_pairs(stage) else None
+        return build.pair_store(stage, subject, runs) if objectives.reads_pairs(stage) else None
 
     # Build pairs now if the teacher will be sharded, or rounded, below.
     if recipe.parallel == "fsdp" or recipe.base_weights != "fp32":
@@ -158,13 +156,3 @@ def _say(text: str) -> None:
     """Print `text` once, however many processes there are."""
     if parallel.rank() == 0:
         console.print(text)
-
-
-def pair_store(recipe: Recipe, subject: subjects.Subject, runs: Path) -> PairStore:
-    """Return the recipe's pairs, building them if necessary. Print their cost first."""
-    spec = build.pair_spec(recipe, subject)
-    folder = build.pairs_folder(recipe, spec, runs)
-    if not Folder(folder).exists(MANIFEST):
-        nfe = evaluations(spec.sampler, spec.steps, spec.guidance, spec.taken)
-        _say(f"{counted(spec.count, 'pair')} of {counted(nfe, 'evaluation')} each, {size(spec.nbytes)}, in {folder}")
-    return build.pair_store(recipe, subject, runs)

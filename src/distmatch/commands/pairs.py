@@ -24,8 +24,7 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     runs
         The folder that holds runs and pair stores.
     """
-    from distmatch.commands.distillation import pair_store
-    from distmatch.recipe.build import workers
+    from distmatch.recipe.build import pair_store, workers
     from distmatch.recipe.loading import load_recipe
     from distmatch.recipe.settle import settled
     from distmatch.recipe.subjects import subject

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from distmatch.data.pair_builder import build
-from distmatch.data.pairs import PairSpec, PairStore, prompts_digest
+from distmatch.data.pairs import MANIFEST, PairSpec, PairStore, prompts_digest
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.sampler import SAMPLERS
+from distmatch.diffusion.solvers import evaluations
 from distmatch.methods.distill import Distiller, Networks, Settings
 from distmatch.models.folder import NETWORKS
 from distmatch.models.guidance import GuidanceInput, with_guidance
@@ -28,6 +29,8 @@ from distmatch.recipe.subjects import Subject, components_of, example
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
+from distmatch.system.screen import counted, size
+from distmatch.system.storage import Folder
 from distmatch.system.workers import Workers
 from distmatch.training.adapters import Adapted, Adapter
 from distmatch.training.ema import EMA, frozen_copy
@@ -66,9 +69,12 @@ def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> str:
 
 
 def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
-    """Return the recipe's pairs; missing ones, e.g. after an interrupted build, are built first."""
+    """Return the recipe's pairs; missing ones, e.g. after an interrupted build, are built first. Print their cost."""
     spec = pair_spec(recipe, subject)
     folder = pairs_folder(recipe, spec, runs)
+    if parallel.rank() == 0 and not Folder(folder).exists(MANIFEST):
+        nfe = counted(evaluations(spec.sampler, spec.steps, spec.guidance, spec.taken), "evaluation")
+        console.print(f"{counted(spec.count, 'pair')} of {nfe} each, {size(spec.nbytes)}, in {folder}")
     with ExitStack() as stack:
         advance: Callable[[int], None] | None = None
 
