@@ -13,7 +13,7 @@ def demo(which: Literal["mnist", "toy2d", "emoji"] = "mnist", /, *, out: Out = N
     Parameters
     ----------
     which
-        mnist: the teacher in the package, pairs, distillation, evaluation, report; about six minutes on two cores.
+        mnist: the teacher in the package, pairs, distillation, evaluation, report; three to six minutes on two cores.
         toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
         emoji: pictures of a few prompts by the text-to-image student in the package, beside its teacher; a minute.
     out
@@ -57,7 +57,7 @@ def mnist(out: Path, runs: Path) -> None:
 
     began, continued = time.perf_counter(), (out / "recipe.yaml").exists()
     console.print(
-        "Distilling the MNIST teacher in the package into a one-step generator: about six minutes on two cores. "
+        "Distilling the MNIST teacher in the package into a one-step generator: three to six minutes on two cores. "
         "Ctrl-C keeps what is done; the same command goes on."
     )
     distil(load_recipe("mnist-demo"), out, runs)
