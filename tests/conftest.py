@@ -53,3 +53,17 @@ def only_what_is_new_is_looked_through():
 
 def pytest_sessionfinish():
     gc.unfreeze()  # what is left when Python ends is reported as leaked by packages that count their objects
+
+
+@pytest.fixture
+def published_modules(monkeypatch):
+    """The modules that published pickles refer to, for the pickler to find."""
+    from pickles import publish  # with torch: not above
+
+    publish(monkeypatch)
+
+
+@pytest.fixture
+def sentinel(tmp_path):
+    """A file that comes into being when anything in a pickle is executed."""
+    return tmp_path / "executed"

@@ -7,21 +7,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from pickles import PROTOCOLS, Conv2d, EDMLoss, Persistent, checkpoint, legacy, publish, published, tensor_of
+from pickles import PROTOCOLS, Conv2d, EDMLoss, Persistent, checkpoint, legacy, published, tensor_of
 from torch import Tensor, nn
 
 from distmatch.system.unpickle import load, network, read_state
 
-
-@pytest.fixture(autouse=True)
-def publisher(monkeypatch):
-    publish(monkeypatch)
-
-
-@pytest.fixture
-def sentinel(tmp_path):
-    """A file that comes into being when anything in a pickle is executed."""
-    return tmp_path / "executed"
+pytestmark = pytest.mark.usefixtures("published_modules")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from pickles import Conv2d, Persistent, publish
+from pickles import Conv2d, Persistent
 from torch import Tensor
 
 from distmatch.system.unpickle import Stub, load, network, read_state
 
-
-@pytest.fixture(autouse=True)
-def publisher(monkeypatch):
-    publish(monkeypatch)
-
-
-@pytest.fixture
-def sentinel(tmp_path):
-    """A file that comes into being when anything in a pickle is executed."""
-    return tmp_path / "executed"
+pytestmark = pytest.mark.usefixtures("published_modules")
 
 
 def content(value, depth: int = 0):

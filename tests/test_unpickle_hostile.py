@@ -13,21 +13,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from pickles import PROTOCOLS, Call, EasyDict, EDMPrecond, legacy, name, obj, publish, raw, tensor_of
+from pickles import PROTOCOLS, Call, EasyDict, EDMPrecond, legacy, name, obj, raw, tensor_of
 from torch import nn
 
 from distmatch.system.unpickle import load, network, read_state
 
-
-@pytest.fixture(autouse=True)
-def publisher(monkeypatch):
-    publish(monkeypatch)
-
-
-@pytest.fixture
-def sentinel(tmp_path):
-    """A file that comes into being when anything in a pickle is executed."""
-    return tmp_path / "executed"
+pytestmark = pytest.mark.usefixtures("published_modules")
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
