@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
+import graphs
 import numpy as np
 import pytest
 import tiny
@@ -247,6 +250,40 @@ def test_what_a_compiled_network_returned_outlives_the_next_call(monkeypatch):
     first = fast.sample(z, fast.condition(2))
     fast.sample(-z, fast.condition(2))
     assert torch.equal(first, plain.sample(z, plain.condition(2)))
+
+
+def test_recorded_images_are_those_of_every_condition_noise_and_batch():
+    """Two steps and a decoder, by the stand-in of a GPU: what was recorded gets other inputs, and keeps no answer."""
+    torch.manual_seed(0)
+    parts, info = Components(decode=Decode().layer), Info((1, 8, 8), ("a", "b", "c"), times=(80.0, 5.0))
+    plain = DistilledPipeline(tiny.teacher(), info, parts)
+    fast = DistilledPipeline(plain.denoiser, info, parts, cuda_graphs=True)
+    made, expected = [], []
+    for n, label, seed in ((3, 0, 0), (1, 1, 1), (3, 2, 2), (3, 0, 0)):
+        z, cond = rng.noise(seed, range(n), (1, 8, 8)), plain.condition(n, labels=label)
+        expected.append(plain.sample(z, cond, plain.noise_of(seed, range(n))))
+        with graphs.on_a_cpu():
+            made.append(fast.sample(z, cond, fast.noise_of(seed, range(n))))
+    assert fast._recorded is not None
+    assert [graph.graph.replays for graph in fast._recorded._graphs.values()] == [3, 1]
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_where_nothing_is_recorded_the_images_are_the_same(student):
+    plain, fast = (DistilledPipeline.from_pretrained(student, cuda_graphs=recorded) for recorded in (False, True))
+    assert torch.equal(plain(5, labels=1, seed=3).pixels, fast(5, labels=1, seed=3).pixels)
+
+
+@pytest.mark.parametrize(("recorded", "mode"), [(False, "reduce-overhead"), (True, None)])
+def test_a_compiled_pipeline_that_is_recorded_has_no_graphs_within_its_graph(recorded, mode, monkeypatch):
+    modes = []
+    monkeypatch.setattr(distmatch.pipeline, "try_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda network, mode, dynamic: modes.append(mode) or network)
+    plain, somewhere = tiny.teacher(), SimpleNamespace(device=torch.device("cuda"))
+    on_gpu: Any = SimpleNamespace(parameters=lambda: iter([somewhere]), **vars(plain), net=plain.net)
+    distmatch.pipeline._compiled(on_gpu, Components(), recorded)
+    assert modes == [mode]
 
 
 def test_without_a_compiler_compile_is_refused_at_once(student, monkeypatch):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from distmatch.system.finite import check_images
 from distmatch.system.precision import autocast
 from distmatch.system.screen import counted
 from distmatch.training.engine import try_compiler
+from distmatch.training.replay import Replay
 
 NoiseOf = Callable[[int], Tensor]
 """Noise f[B,*D] for a batch's rows at a step after the first; steps count from 1."""
@@ -231,6 +232,9 @@ class DistilledPipeline(Pipeline):
             there: expect blur with fewer, and nothing better with more.
         compile: compile network and decoder with torch.compile; on a GPU they then replay CUDA graphs. The first batch
             of each size waits for the compiler, for up to minutes.
+        cuda_graphs: on a GPU, record network and decoder as one CUDA graph when a batch of some size first comes, and
+            replay it from then on: the GPU no longer waits for Python, and nothing has to be compiled. Each size keeps
+            its memory, and only one thread at a time may make images. Elsewhere nothing changes.
         precision: bf16 lets network and decoder compute in bf16, by autocast.
 
     Raises `UserError` for a teacher, for another number of `steps`, and for `compile` if no compiler works here.
@@ -245,6 +249,7 @@ class DistilledPipeline(Pipeline):
         steps: int | None = None,
         times: Sequence[float] | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
         precision: Precision = "fp32",
     ):
         if not info.times:
@@ -252,19 +257,33 @@ class DistilledPipeline(Pipeline):
         info = replace(info, times=_times(info, denoiser.schedule, steps, times))
         plan, forward = Steps(info.times), denoiser
         if compile:
-            forward, parts = _compiled(denoiser, parts or Components())
+            forward, parts = _compiled(denoiser, parts or Components(), cuda_graphs)
         self.precision = precision
 
         @cache
         def at_times(device: torch.device) -> list[Fixed]:
             return [fixed(forward, t, device) for t in plan.times]
 
-        def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
-            noise = [noise_of(step).to(z) for step in range(1, len(plan))]
+        def evaluated(z: Tensor, cond: Cond | None, noise: Sequence[Tensor]) -> Tensor:
             with autocast(z.device, precision):
                 return plan.sample(at_times(z.device), denoiser.schedule, z, cond, noise)
 
+        def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
+            return evaluated(z, cond, self.later_noise(z, noise_of))
+
         super().__init__(denoiser, info, make, nfe=len(plan), parts=parts)
+        self._recorded = Replay(lambda given: (None, {}, self.decoded(evaluated(*given))), ()) if cuda_graphs else None
+
+    @torch.inference_mode()
+    def sample(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
+        if self._recorded is None:
+            return super().sample(z, cond, noise_of)
+        noise = self.later_noise(z, noise_of or self.noise_of(0, range(len(z))))
+        return self._recorded((z, cond, noise))[1]
+
+    def later_noise(self, z: Tensor, noise_of: NoiseOf) -> list[Tensor]:
+        """Return the noise f[B,*D] of each step after the first, where `z f[B,*D]` is."""
+        return [noise_of(step).to(z) for step in range(1, self.nfe)]
 
     def decoded(self, x: Tensor) -> Tensor:
         with autocast(x.device, self.precision):
@@ -280,13 +299,14 @@ class DistilledPipeline(Pipeline):
         schedule: Schedule | None = None,
         steps: int | None = None,
         times: Sequence[float] | None = None,
-        compile: bool = False,
         precision: Precision = "fp32",
+        **how: bool,
     ) -> "DistilledPipeline":
         """Load a model folder, a run's folder, or a student of the package ("mnist").
 
         A custom network, into which the weights are loaded, and a custom schedule are passed as `net` and `schedule`.
-        `steps`, `times`, `compile`, `precision`: see the class; with bf16 the network's matrices are also kept in bf16.
+        `steps`, `times`, `precision` and, as `how`, `compile` and `cuda_graphs`: see the class; with bf16 the network's
+        matrices are also kept in bf16.
         """
         denoiser, info = find_model(str(path), "student", net, schedule)
         denoiser.to(device)
@@ -294,8 +314,7 @@ class DistilledPipeline(Pipeline):
             for weights in denoiser.parameters():
                 if weights.ndim > 1:
                     weights.data = weights.data.bfloat16()
-        how: Any = {"steps": steps, "times": times, "compile": compile, "precision": precision}
-        return cls(denoiser, info, components(info, device), **how)
+        return cls(denoiser, info, components(info, device), steps=steps, times=times, precision=precision, **how)
 
 
 def _times(info: Info, schedule: Schedule, steps: int | None, times: Sequence[float] | None) -> tuple[float, ...]:
@@ -323,20 +342,24 @@ def _times(info: Info, schedule: Schedule, steps: int | None, times: Sequence[fl
 
 
 class _Compiled(nn.Module):
-    """`network`, compiled when it is first called; on a GPU, calls replay one CUDA graph per shape of the inputs."""
+    """`network`, compiled when it is first called. With `graphs`, calls replay a CUDA graph for each shape of input."""
 
-    def __init__(self, network: nn.Module, device: torch.device):
+    def __init__(self, network: nn.Module, graphs: bool):
         super().__init__()
-        mode = "reduce-overhead" if device.type == "cuda" else None
+        mode = "reduce-overhead" if graphs else None
         self.run = torch.compile(network, mode=mode, dynamic=False)
 
     def forward(self, *inputs: Tensor | Cond | None) -> Tensor:
         return self.run(*inputs).clone()  # a graph returns the same memory each time, and the next call overwrites it
 
 
-def _compiled(denoiser: Denoiser, parts: Components) -> tuple[Denoiser, Components]:
-    """Return the same functions, compiled. Raises `UserError` if nothing can be compiled here."""
+def _compiled(denoiser: Denoiser, parts: Components, recorded: bool) -> tuple[Denoiser, Components]:
+    """Return the same functions, compiled. Raises `UserError` if nothing can be compiled here.
+
+    `recorded`: they will become part of one CUDA graph, so that they need none of their own.
+    """
     device = next(denoiser.parameters()).device
+    graphs = device.type == "cuda" and not recorded
     try:
         try_compiler(device)
     except Exception as error:
@@ -345,10 +368,10 @@ def _compiled(denoiser: Denoiser, parts: Components) -> tuple[Denoiser, Componen
             "compile needs a C++ compiler, and on a GPU also Triton. A first function cannot be compiled: "
             f"{type(error).__name__}: {reason}. Install a compiler such as g++, or leave compile out"
         ) from error
-    network = Denoiser(_Compiled(denoiser.net, device), denoiser.schedule, denoiser.prediction)
+    network = Denoiser(_Compiled(denoiser.net, graphs), denoiser.schedule, denoiser.prediction)
     if not isinstance(parts.decode, nn.Module):
         return network, parts
-    decode = _Compiled(parts.decode, device)  # for one image: a decoder takes them one by one anyway
+    decode = _Compiled(parts.decode, graphs)  # for one image: a decoder takes them one by one anyway
     return network, replace(parts, decode=lambda x: torch.cat([decode(one) for one in x.split(1)]))
 
 

@@ -35,6 +35,10 @@ class Options:
     """Compile the student's network and decoder with torch.compile (CUDA graphs on a GPU); the first picture then
     takes up to minutes, the others less. Needs a C++ compiler."""
 
+    cuda_graphs: bool = False
+    """On a GPU, record network and decoder as one CUDA graph, at the first picture, and replay it for the others, which
+    then do not wait for Python; nothing is compiled."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the student computes in bf16, about twice as fast on a GPU."""
 
@@ -55,7 +59,8 @@ def serve(model: Name, /, options: Options = Options()) -> None:
     from distmatch.commands.web_page import serve as listen
 
     # Only the thread that draws may call what is compiled: until torch 2.15, CUDA graphs belong to one thread.
-    student = find_student(model, None, options.device, compile=options.compile, precision=options.precision)
+    how = {"compile": options.compile, "cuda_graphs": options.cuda_graphs, "precision": options.precision}
+    student = find_student(model, None, options.device, **how)
     teacher = None
     if options.teacher:
         guidance = options.guidance
