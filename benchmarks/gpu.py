@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +32,8 @@ import torch
 from cyclopts import Parameter
 from gpu_cifar import cifar10
 from gpu_job import Job, Results, met, ratio
-from gpu_latency import latency
-from gpu_smoke import agreement, processes, smoke
+from gpu_latency import latency, latency_compiled
+from gpu_smoke import agreement, agreement_sd15, processes, smoke
 from gpu_steps import matrix, step_cifar10, step_imagenet64, step_sd15, step_sdxl_lora
 from rich.console import Console
 from rich.table import Table
@@ -53,12 +54,14 @@ class Part:
 
 PARTS: dict[str, Part] = {
     "matrix": Part(matrix, 10, 60),
-    "latency": Part(latency, 40, 200),
+    "latency": Part(latency, 40, 120),
+    "latency-compiled": Part(latency_compiled, 60, 200),
     "step-sd15": Part(step_sd15, 60, 240),
     "step-sdxl-lora": Part(step_sdxl_lora, 60, 200),
-    "agreement": Part(agreement, 20, 90),
-    "smoke": Part(smoke, 30, 180),
-    "processes": Part(processes, 30, 120),
+    "smoke": Part(smoke, 30, 110),
+    "processes": Part(processes, 30, 90),
+    "agreement-sd15": Part(agreement_sd15, 20, 60),
+    "agreement": Part(agreement, 20, 60),
     "step-imagenet64": Part(step_imagenet64, 30, 90),
     "step-cifar10": Part(step_cifar10, 30, 90),
     "cifar10": Part(cifar10, 120, 900),
@@ -91,8 +94,8 @@ def main(
     cifar
         CIFAR-10 as `distmatch teach` reads it; without it that part is left out.
     only
-        Parts to run: matrix, latency, step-sd15, step-sdxl-lora, agreement, smoke, processes, step-imagenet64,
-        step-cifar10, cifar10.
+        Parts to run: matrix, latency, latency-compiled, step-sd15, step-sdxl-lora, smoke, processes, agreement-sd15,
+        agreement, step-imagenet64, step-cifar10, cifar10.
     tiny
         Tiny sizes on a CPU; what only a GPU can show is marked.
     device
@@ -165,14 +168,16 @@ def run(part: Part, job: Job) -> str:
         child.join(max(0.0, job.left))
         cut = child.is_alive()
     finally:  # also after Ctrl-C: nothing that a part started may outlive it
-        if child.is_alive() and child.pid is not None:
+        assert child.pid is not None
+        with suppress(ProcessLookupError):  # as a rule, nothing is left
             os.killpg(child.pid, signal.SIGKILL)
-            child.join()
+        child.kill()
+        child.join()
     changes: dict[str, Any] = {"seconds": before + time.time() - began}
+    lines = log.read_text(errors="replace").splitlines()[-30:]
     if cut:  # its rows are kept, and the next call goes on
-        changes["status"] = "cut"
+        changes |= {"status": "cut", "error": "\n".join(lines)}
     elif job.results.part(job.name)["status"] == "begun":
-        lines = log.read_text(errors="replace").splitlines()[-30:]
         changes |= {"status": "failed", "error": "\n".join([*lines, f"exit status {child.exitcode}"])}
     job.results.update(job.name, **changes)
     return job.results.part(job.name)["status"]

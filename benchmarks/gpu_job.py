@@ -1,9 +1,11 @@
 """What a part of `gpu.py` is given to work with, and the file of results that all parts share."""
 
 import os
+import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +84,7 @@ class Job:
         targets: Mapping[str, Target] | None = None,
         *,
         gpu: bool = False,
+        limit: float | None = None,
     ) -> bool:
         """Run `work` and record its figures as `row`, or its traceback; return whether there are figures.
 
@@ -90,22 +93,20 @@ class Job:
         Args:
             targets: what to compare figures with, by name.
             gpu: record elsewhere than on a GPU that it needs one.
+            limit: seconds after which it fails.
         """
         if self.measured(row):
             return True
-        print(f"== {row}", flush=True)
-        content: dict[str, Any] = {"targets": {k: list(v) for k, v in (targets or {}).items()}}
-        began = time.perf_counter()
-        try:
-            content["figures"] = {"": NEEDS_GPU} if gpu and not self.gpu else work()
-        except Exception:
-            content["error"] = traceback.format_exc()
-            print(content["error"], flush=True)
-        content["seconds"] = round(time.perf_counter() - began, 2)
-        self.results.row(self.name, row, content)
+        done = attempt(row, work, limit) if self.gpu or not gpu else {"figures": {"": NEEDS_GPU}, "seconds": 0.0}
+        self.record(row, done, targets)
+        return "figures" in done
+
+    def record(self, row: str, done: Mapping[str, Any], targets: Mapping[str, Target] | None = None) -> None:
+        """Record what `attempt` returned, with what to compare its figures with, by name."""
+        aims = {name: list(target) for name, target in (targets or {}).items()}
+        self.results.row(self.name, row, {"targets": aims, **done})
         if self.parent not in (os.getpid(), os.getppid()):  # it was killed, and a new call may be running
             os._exit(1)
-        return "figures" in content
 
     def measured(self, row: str) -> bool:
         """Return whether this part has figures of `row`, perhaps from an earlier call."""
@@ -115,6 +116,36 @@ class Job:
         """Return a figure of another part, if it was measured."""
         value = self.results.part(part)["rows"].get(row, {}).get("figures", {}).get(name)
         return value if isinstance(value, float) else None
+
+
+def attempt(row: str, work: Callable[[], Figures], limit: float | None) -> dict[str, Any]:
+    """Return the `figures` that `work` makes or, as `error`, its traceback; and the `seconds` that it took."""
+    print(f"== {row}", flush=True)
+    done: dict[str, Any] = {}
+    began = time.perf_counter()
+    try:
+        with ended_after(limit):
+            done["figures"] = work()
+    except Exception:
+        done["error"] = traceback.format_exc()
+        print(done["error"], flush=True)
+    return {**done, "seconds": round(time.perf_counter() - began, 2)}
+
+
+@contextmanager
+def ended_after(seconds: float | None) -> Iterator[None]:
+    """Raise `TimeoutError` where the main thread of Python is by then: its traceback says what takes so long."""
+
+    def end(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ratio(measured: Any, target: Target) -> float | None:

@@ -1,19 +1,23 @@
 """One-step latency and throughput at the size of Stable Diffusion 1.5, by the pipeline that users call.
 
-A part of `gpu.py`. `latency.py` looks into one call, part by part.
+Parts of `gpu.py`. `latency.py` looks into one call, part by part.
 """
 
-from collections.abc import Callable
+import copy
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any, Literal
 
 import matplotlib
 import torch
-from gpu_job import Figures, Job, Target
+from gpu_job import NEEDS_GPU, Figures, Job, Target
+from gpu_rows import import_first, side_by_side
 from gpu_steps import captured, stable
 from step import timed
+from torch import Tensor, nn
 
 from distmatch import DistilledPipeline
 from distmatch.diffusion.denoiser import Cond
@@ -22,31 +26,99 @@ from distmatch.models.family import Components
 from distmatch.models.library import components, find_model
 from distmatch.system import rng
 from distmatch.system.files import write_atomic
+from distmatch.system.precision import autocast
+from distmatch.training.engine import RECOMPILATIONS
 
 PROMPT = "a picture of things"
 BATCHES = (1, 2, 4, 8, 16, 32)
+AIM: dict[str, Target] = {"ms": ("at most", 10.0)}
 Decoder = Literal["tiny", "full"]
+
+WAYS = ("", "decoder channels last", "cudnn.benchmark", "no autocast", "network not channels last")
+"""Changes of how network and decoder compute, each with those before it."""
+
+REPEATED = ("ResnetBlock2D", "BasicTransformerBlock", "AutoencoderTinyBlock")
+"""Blocks of Stable Diffusion's networks that occur often, and hold most of the arithmetic."""
+
+COMPILED = {
+    "compile=True": 110.0,
+    "repeated blocks compiled, one CUDA graph": 60.0,
+    "compile=True, cuda_graphs=True": 80.0,
+}
+"""Ways to compile one image with the tiny decoder, and the seconds after which each is given up."""
 
 
 def latency(job: Job) -> None:
-    """One image from noise to 8-bit pixels on the host: bf16, eager, as one CUDA graph, and compiled.
+    """One image from noise to 8-bit pixels on the host: bf16, eager and as one CUDA graph.
 
-    Away from a GPU, what is the same call there is made in fp32, and nothing is compiled.
+    Away from a GPU, what is the same call there is made in fp32, and nothing is recorded.
     """
     loaded = cache(lambda: Loaded(job))
-    target: dict[str, Target] = {"ms": ("at most", 10.0)}
+    aim = {} if job.tiny else AIM
     for decoder in ("tiny", "full"):
-        goal = target if decoder == "tiny" and not job.tiny else {}
         eager = cache(lambda d=decoder: loaded().pipeline(d))
-        compiled = cache(lambda d=decoder: loaded().pipeline(d, compile=True))
-        job.measure(f"{decoder} decoder, eager", lambda e=eager: loaded().call(e()))
-        job.measure(f"{decoder} decoder, CUDA graph", lambda e=eager: loaded().graph(e()), gpu=True)
-        job.measure(f"{decoder} decoder, eager, with the text encoder", lambda e=eager: loaded().prompted(e()))
+        recorded = cache(lambda d=decoder: loaded().pipeline(d, cuda_graphs=True))
+        job.measure(f"{decoder} decoder, eager", lambda p=eager: loaded().call(p()))
+        row = f"{decoder} decoder, cuda_graphs=True"
+        job.measure(row, lambda p=recorded: loaded().call(p()), aim if decoder == "tiny" else {}, gpu=True)
+        if decoder == "tiny":
+            for count, change in enumerate(WAYS):
+                row = "network and decoder alone, as one CUDA graph" + (change and f"; {change}")
+                job.measure(row, lambda n=count: loaded().alone(WAYS[: n + 1]))
+        row = f"{decoder} decoder, cuda_graphs=True, with the text encoder"
+        job.measure(row, lambda p=recorded: loaded().prompted(p()), gpu=True)
+        job.measure(f"{decoder} decoder, eager, with the text encoder", lambda p=eager: loaded().prompted(p()))
         if decoder == "tiny":
             for batch in BATCHES[: 2 if job.tiny else None]:
-                job.measure(f"batch {batch}", lambda b=batch: loaded().many(b))
+                job.measure(f"batch {batch}", lambda b=batch, p=recorded: loaded().many(b, p()))
             draw(job)
-        job.measure(f"{decoder} decoder, compile=True", lambda c=compiled: loaded().call(c()), goal, gpu=True)
+
+
+def latency_compiled(job: Job) -> None:
+    """One image with the tiny decoder, compiled in several ways; each in a process of its own, one after another.
+
+    A way that is given up is recorded with where it was: compiling the whole network takes a minute or more.
+    """
+    if not job.gpu:
+        for row in COMPILED:
+            job.record(row, {"figures": {"": NEEDS_GPU}})
+        return
+    import_first(job, diffusers=True)
+    for row, limit in COMPILED.items():
+        side_by_side(job, {row: partial(compiled, job, row)}, 1, limit, AIM, threads=4)
+
+
+def compiled(job: Job, way: str) -> Figures:
+    loaded = Loaded(job)
+    cond = loaded.cond(1)
+    began = time.perf_counter()
+    if way.startswith("compile=True"):
+        pipe = loaded.pipeline("tiny", compile=True, cuda_graphs="cuda_graphs" in way)
+    else:
+        pipe = loaded.pipeline("tiny", cuda_graphs=True)
+        assert isinstance(pipe.parts.decode, nn.Module)
+        compile_repeated(pipe.denoiser, pipe.parts.decode)
+    pipe.pixels([0], cond, 0)
+    first = time.perf_counter() - began
+    return {**loaded.call(pipe), "s until the first image": first, **compiling_seconds()}
+
+
+def compile_repeated(*networks: nn.Module) -> None:
+    """Compile the blocks that occur often, in place: one of each kind and size."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    for network in networks:
+        for part in network.modules():
+            if type(part).__name__ in REPEATED:
+                part.compile(dynamic=False)
+
+
+def compiling_seconds() -> Figures:
+    """Where the compiler spent its time, by its own count; phases contain others."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return {f"s in {phase}": seconds for phase, seconds in calculate_time_spent().items() if seconds > 1}
 
 
 class Loaded:
@@ -64,11 +136,14 @@ class Loaded:
         self.info = replace(info, times=(denoiser.schedule.t_max,))
         self.parts = components(info, job.device)
 
-    def pipeline(self, decoder: Decoder, compile: bool = False) -> DistilledPipeline:
+    def pipeline(self, decoder: Decoder, **how: Any) -> DistilledPipeline:
         parts = self.parts
         if decoder == "tiny":
-            parts = Components(parts.encode, tiny_decoder(str(self.folder / "taesd")).to(self.job.device))
-        return DistilledPipeline(self.denoiser, self.info, parts, compile=compile, precision=self.precision)
+            parts = Components(parts.encode, self.tiny())
+        return DistilledPipeline(self.denoiser, self.info, parts, precision=self.precision, **how)
+
+    def tiny(self) -> nn.Module:
+        return tiny_decoder(str(self.folder / "taesd")).to(self.job.device)
 
     @cache  # noqa: B019  lives as long as the part
     def cond(self, n: int) -> Cond:
@@ -82,22 +157,42 @@ class Loaded:
     def prompted(self, pipe: DistilledPipeline) -> Figures:
         return {"ms": 1000 * self.seconds(lambda: pipe(prompts=PROMPT))}
 
-    def many(self, n: int) -> Figures:
-        pipe, cond = self.pipeline("tiny"), self.cond(n)
+    def many(self, n: int, pipe: DistilledPipeline) -> Figures:
+        cond = self.cond(n)
         seconds = self.seconds(lambda: pipe.pixels(range(n), cond, 0), 1 if self.job.tiny else 8)
         return {"images per second": n / seconds, "ms per batch": 1000 * seconds}
 
-    def graph(self, pipe: DistilledPipeline) -> Figures:
-        """Of the eager network and decoder alone: what compiling adds to a graph, and what the rest of a call takes."""
-        cond, z = self.cond(1), rng.noise(0, [0], self.info.shape).to(self.job.device)
+    def alone(self, changes: Sequence[str]) -> Figures:
+        """Network and decoder without the rest of a call, together and each: what the card itself needs."""
+        net, decode = copy.deepcopy(self.denoiser.net), self.tiny()
+        z, cond = rng.noise(0, [0], self.info.shape).to(self.job.device), self.cond(1)
         t = torch.full((1,), self.info.times[0], device=self.job.device)
+        precision = self.precision
+        if "no autocast" in changes and precision == "bf16":
+            net, decode, z, precision = net.bfloat16(), decode.bfloat16(), z.bfloat16(), "fp32"
+        if "decoder channels last" in changes:
+            decode = decode.to(memory_format=torch.channels_last)
+        if "network not channels last" in changes:
+            net = net.to(memory_format=torch.contiguous_format)
 
-        @torch.inference_mode()
-        def passes() -> torch.Tensor:
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                return pipe.parts.decode(pipe.denoiser.net(z, t, cond))
+        def passes(work: Callable[[], Tensor]) -> Callable[[], Any]:
+            @torch.inference_mode()
+            def run() -> Tensor:
+                with autocast(self.job.device, precision):
+                    return work()
 
-        return {"ms, network and decoder": 1000 * self.seconds(captured(passes))}
+            return captured(run) if self.job.gpu else run
+
+        benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = "cudnn.benchmark" in changes
+        try:
+            return {
+                "ms": 1000 * self.seconds(passes(lambda: decode(net(z, t, cond)))),
+                "ms, network": 1000 * self.seconds(passes(lambda: net(z, t, cond))),
+                "ms, decoder": 1000 * self.seconds(passes(lambda: decode(z))),
+            }
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
 
     def seconds(self, work: Callable[[], Any], rounds: int = 30) -> float:
         rounds = 1 if self.job.tiny else rounds
@@ -119,7 +214,8 @@ def draw(job: Job) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
     axes.plot(*zip(*points, strict=True), marker="o")
-    axes.set(xscale="log", xlabel="batch", ylabel="images per second", title="One step, tiny decoder, eager")
+    how = "by CUDA graphs" if job.gpu else "eager"
+    axes.set(xscale="log", xlabel="batch", ylabel="images per second", title=f"One step, tiny decoder, {how}")
     axes.set_xticks([batch for batch, _ in points], [str(batch) for batch, _ in points])
     write_atomic(job.out / "throughput.png", lambda path: figure.savefig(path, format="png", dpi=120))
     pyplot.close(figure)

@@ -1,20 +1,19 @@
 """Does it run on this device, and does it compute the same as on the CPU? Parts of `gpu.py`."""
 
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_job import Figures, Job
+from gpu_job import NEEDS_GPU, Figures, Job, Target
+from gpu_rows import import_first, side_by_side
 
 from distmatch.commands.train import train
 from distmatch.methods.distill import Distiller
@@ -26,15 +25,17 @@ from distmatch.system import parallel
 from distmatch.training.replay import mapped
 
 OTHER_WAYS = (
+    ("mnist", "compile=true"),
+    ("cifar10-cond", "compile=true", "precision=bf16"),
     ("cifar10-cond", "precision=bf16"),
     ("imagenet64-cond", "precision=bf16", "gradient_checkpointing=true"),
     ("sd15-laion-6.25", "precision=bf16"),
     ("mnist", "cuda_graphs=true"),
     ("sd15-laion-6.25", "cuda_graphs=true", "precision=bf16"),
     ("emoji-4step", "cuda_graphs=true", "precision=bf16"),
-    ("mnist", "compile=true"),
-    ("cifar10-cond", "compile=true", "precision=bf16"),
 )
+"""What compiles comes first, since it takes longest."""
+
 SPREAD = (
     ("cifar10-cond", "parallel=ddp"),
     ("cifar10-cond", "parallel=fsdp", "precision=bf16"),
@@ -44,6 +45,7 @@ SPREAD = (
     ("mnist", "parallel=fsdp", "compile=true", "precision=bf16"),
 )
 TINY_SPREAD = (("toy2d", "parallel=fsdp"),)
+TORCHRUN = "torchrun cifar10-cond parallel=fsdp"
 
 TOLERANCES = {"fp32": (1e-4, 1e-2), "bf16": (0.05, 0.05)}
 """Relative, for the losses of the first step and of later ones.
@@ -58,32 +60,45 @@ FLOOR = 1e-6
 
 STEPS = 3
 
-TOGETHER = 6
-"""Recipes tried at a time: they wait for Python, not for the card."""
+TOGETHER = max(2, (os.cpu_count() or 2) - 2)
+"""Rows at a time: they wait for Python, not for the card."""
+
+LIMIT = 75.0
+"""Seconds for one recipe."""
 
 
 def smoke(job: Job) -> None:
-    """Every recipe, cut to a minute of a CPU, in one process; then bf16 and compiled."""
-    plain = [(name,) for name in (["toy2d"] if job.tiny else recipes())]
-    with ProcessPoolExecutor(TOGETHER, multiprocessing.get_context("fork")) as pool:
-        ways = [words for words in [*plain, *(OTHER_WAYS if job.gpu else ())] if not job.measured(" ".join(words))]
-        runs = {words: pool.submit(trained, job, *words) for words in ways}
-        for words in [*plain, *OTHER_WAYS]:
-            job.measure(" ".join(words), lambda words=words: runs[words].result(), gpu=words in OTHER_WAYS)
+    """Every recipe, cut to a minute of a CPU, in one process; and some compiled, in bf16 and by CUDA graphs."""
+    ways = [*OTHER_WAYS, *((name,) for name in recipes())]
+    if not job.gpu:
+        for words in OTHER_WAYS:
+            job.record(" ".join(words), {"figures": {"": NEEDS_GPU}})
+        ways = ways[len(OTHER_WAYS) :]
+    if job.tiny:
+        ways = [("toy2d",)]
+    import_first(job, diffusers=True)
+    side_by_side(job, {" ".join(words): partial(trained, job, *words) for words in ways}, TOGETHER, LIMIT)
 
 
 def processes(job: Job) -> None:
     """As torchrun starts it: a group of one process, with NCCL on a GPU, under DDP and FSDP2."""
+    rows = {" ".join(words): partial(in_a_group, job, *words) for words in (TINY_SPREAD if job.tiny else SPREAD)}
+    if job.gpu:
+        rows[TORCHRUN] = partial(torchrun, job)
+    else:
+        job.record(TORCHRUN, {"figures": {"": NEEDS_GPU}})
+    import_first(job, diffusers=True)
+    side_by_side(job, rows, TOGETHER, LIMIT)
+
+
+def in_a_group(job: Job, *words: str) -> Figures:
     with one_process():
-        for name, *overrides in TINY_SPREAD if job.tiny else SPREAD:
-            job.measure(" ".join([name, *overrides]), lambda n=name, o=overrides: trained(job, n, *o))
-    job.measure("torchrun cifar10-cond parallel=fsdp", lambda: torchrun(job), gpu=True)
+        return trained(job, *words)
 
 
 def trained(job: Job, name: str, *overrides: str) -> Figures:
-    began, runs = time.perf_counter(), job.work / "smoke" / job.name
-    out = runs / "-".join([name, *overrides])
-    train(name, f"device={job.device}", *overrides, out=out, runs=runs, scale="cpu-smoke")
+    began, runs = time.perf_counter(), job.work / "smoke" / job.name / "-".join([name, *overrides])
+    train(name, f"device={job.device}", *overrides, out=runs / "run", runs=runs, scale="cpu-smoke")
     return {"s": time.perf_counter() - began}
 
 
@@ -116,19 +131,30 @@ def agreement(job: Job) -> None:
 
     Away from a GPU, the CPU is compared with itself without oneDNN: other kernels, other orders of sums.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    names = ["mnist"] if job.tiny else ["mnist", "cifar10-cond", "imagenet64-cond", "sd15-laion-6.25"]
+    agree(job, ["mnist"] if job.tiny else ["mnist", "cifar10-cond", "imagenet64-cond"])
+
+
+def agreement_sd15(job: Job) -> None:
+    """The same for a small Stable Diffusion."""
+    agree(job, ["sd15-laion-6.25"])
+
+
+def agree(job: Job, names: Sequence[str]) -> None:
+    rows = {}
     for name in names:
         for precision in ["fp32"] if job.tiny else TOLERANCES:
             for graphs in ("false", "true"):
                 row = f"{name}, {precision}, cuda_graphs={graphs}, against fp32 on the CPU"
-                compare = partial(compared, job, name, precision, f"cuda_graphs={graphs}")
-                job.measure(row, compare, {"of the tolerance": ("at most", 1.0)})
+                rows[row] = partial(compared, job, name, precision, f"cuda_graphs={graphs}")
+    targets: dict[str, Target] = {"of the tolerance": ("at most", 1.0)}
+    import_first(job, diffusers=any(name.startswith("sd15") for name in names))
+    side_by_side(job, rows, 2 if job.tiny else 4, LIMIT, targets, threads=1 if job.tiny else 4)
 
 
 def compared(job: Job, name: str, precision: str, *overrides: str) -> Figures:
     """Raises `AssertionError` if the devices differ by more than the tolerance."""
-    folder = job.work / "agreement" / name
+    torch.backends.cudnn.allow_tf32 = False
+    folder = job.work / "agreement" / "-".join([name, precision, *overrides])
     ours, theirs = distillers(job, name, precision, folder, *overrides)
     here: list[dict[str, float]] = []
     there: list[dict[str, float]] = []

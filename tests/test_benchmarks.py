@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import base_weights
 import gpu
+import gpu_rows
 import gpu_smoke
 import gpu_steps
 import step
-from gpu_job import NEEDS_GPU, Job, Results
+from gpu_job import NEEDS_GPU, Job, Results, Target
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.pipeline import TeacherPipeline
@@ -76,15 +76,78 @@ def test_the_tiny_command_measures_and_a_second_call_skips_it_all(measure, monke
     assert "at most" not in capsys.readouterr().out.split("part")[0]  # nothing was begun
 
 
-def test_recipes_that_ran_are_not_tried_again(tmp_path, monkeypatch):
-    tried = []
-    monkeypatch.setattr(gpu_smoke, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(1))
-    monkeypatch.setattr(gpu_smoke, "trained", lambda job, *words: tried.append(words) or {"s": 1.0})
-    device = torch.device("cpu")
-    job = Job("smoke", Results(tmp_path / "results.json"), tmp_path, tmp_path, device, True, 0.0, os.getpid())
+@pytest.fixture
+def job(tmp_path):
+    """A part of this process, with a minute left."""
+    device, ends = torch.device("cpu"), time.time() + 60
+    return Job("part", Results(tmp_path / "results.json"), tmp_path, tmp_path, device, True, ends, os.getpid())
+
+
+def test_recipes_that_ran_are_not_tried_again(job, tmp_path, monkeypatch):
+    def trained(job, *words):
+        with (tmp_path / "tried").open("a") as file:
+            file.write(" ".join(words))
+        return {"s": 1.0}
+
+    monkeypatch.setattr(gpu_smoke, "trained", trained)
     for _ in range(2):
         gpu_smoke.smoke(job)
-        assert tried == [("toy2d",)]
+        assert (tmp_path / "tried").read_text() == "toy2d"
+
+
+def test_rows_side_by_side_do_not_wait_for_nor_reach_each_other(job, tmp_path):
+    """One is slow, one fails, one dies, one never ends: the others' figures are there before theirs."""
+    first = tmp_path / "first"
+
+    def quick():
+        first.touch()
+        return {"threads": torch.get_num_threads()}
+
+    def slow():
+        while not first.exists():
+            time.sleep(0.01)
+        return {"s": 1.0}
+
+    def fails():
+        raise ZeroDivisionError("injected")
+
+    rows = {
+        "slow": slow,
+        "fails": fails,
+        "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "hangs": lambda: time.sleep(60),
+        "quick": quick,
+    }
+    targets: dict[str, Target] = {"s": ("at most", 2.0)}
+    gpu_rows.side_by_side(job, rows, together=3, limit=1.0, targets=targets, threads=3)
+    found = job.results.part("part")["rows"]
+    assert {row: content.get("figures") for row, content in found.items()} == {
+        **dict.fromkeys(rows),
+        "slow": {"s": 1.0},
+        "quick": {"threads": 3},
+    }
+    assert list(found)[-1] == "hangs"
+    assert found["slow"]["targets"] == {"s": ["at most", 2.0]}
+    assert "ZeroDivisionError: injected" in found["fails"]["error"]
+    assert found["dies"]["error"] == "exit status -9"
+    assert "time.sleep(60)" in found["hangs"]["error"]
+    assert "TimeoutError: not done after 1 s" in found["hangs"]["error"]
+
+
+def test_a_row_that_cannot_even_say_where_it_is_is_killed(job, monkeypatch):
+    def deaf():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu_rows, "GRACE", 0.1)
+    gpu_rows.side_by_side(job, {"deaf": deaf}, together=1, limit=1.0)
+    assert job.results.part("part")["rows"]["deaf"]["error"] == "exit status -9"
+
+
+def test_a_row_over_its_limit_fails_where_it_is_and_the_next_one_has_none(job):
+    assert not job.measure("over", lambda: time.sleep(60), limit=0.1)
+    assert "TimeoutError: not done after 0 s" in job.results.part("part")["rows"]["over"]["error"]
+    assert job.measure("next", lambda: time.sleep(0.3) or {"s": 0.3})
 
 
 def test_graphs_that_do_not_fit_are_not_used_by_what_follows():
@@ -185,6 +248,7 @@ def test_a_part_that_takes_too_long_is_cut_and_goes_on(measure, monkeypatch, tmp
     monkeypatch.setattr(gpu, "PARTS", {"slow": part(slow, most=0.5), "next": part(lambda job: None)})
     status, parts = measure()
     assert (status, parts["slow"]["status"], parts["next"]["status"]) == (0, "cut", "done")
+    assert parts["slow"]["error"].endswith("== second")  # what it was at
     first = parts["slow"]["rows"]["first"]
     (tmp_path / "fast").touch()
     _, parts = measure()
