@@ -8,6 +8,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from gpu_job import Figures, Job, Target, attempt
@@ -48,23 +49,24 @@ def side_by_side(
     targets: Mapping[str, Target] | None = None,
     threads: int = 1,
 ) -> None:
-    """Measure `rows`, `together` at a time, each in a process forked from this one; record each when it ends.
+    """Measure `rows`, `together` at a time, each in a process of its own; record each when it ends.
 
-    So an error of CUDA in one does not reach the others, and what this process has imported, they have. It may not have
-    touched CUDA, nor computed anything in several threads.
+    So an error of CUDA in one does not reach the others. They are forked, and have what this process has imported; it
+    may not have touched CUDA, nor computed anything in several threads.
 
     Args:
         limit: seconds after which a row fails.
         threads: how many each may use on the CPU.
     """
     waiting = [row for row in rows if not job.measured(row)]
+    how = context(job)
     running: dict[Connection, Running] = {}
     while waiting or running:
         while waiting and len(running) < together:
             row = waiting.pop(0)
             seconds = max(1.0, min(limit, job.left - GRACE))  # to say where it is before this part is cut
-            ours, theirs = fork.Pipe(duplex=False)
-            process = fork.Process(target=_measure, args=(theirs, row, rows[row], seconds, threads))
+            ours, theirs = how.Pipe(duplex=False)
+            process = how.Process(target=_measure, args=(theirs, row, rows[row], seconds, threads))
             process.start()
             theirs.close()
             running[ours] = Running(row, process, time.monotonic() + seconds + GRACE)
@@ -102,5 +104,18 @@ def import_first(job: Job, diffusers: bool) -> None:
     """Import what the rows need, once for all of them: each would spend seconds on it."""
     if job.tiny:
         return
-    for name in (*IMPORTED, *(DIFFUSERS if diffusers else ())):
-        import_module(name)
+    # Some ask at once whether there is a GPU, and a process that has asked CUDA cannot be forked into ones that use it.
+    with patch.multiple(torch.cuda, is_available=lambda: job.gpu, device_count=lambda: int(job.gpu)):
+        for name in (*IMPORTED, *(DIFFUSERS if diffusers else ())):
+            import_module(name)
+
+
+def context(job: Job) -> Any:
+    """Return how to start processes: by forking, unless CUDA cannot be used in what is forked from this one."""
+    if not job.gpu:
+        return fork
+    child = fork.Process(target=torch.empty, args=(1,), kwargs={"device": job.device})
+    child.start()
+    child.join(30)
+    child.kill()
+    return multiprocessing.get_context("spawn") if child.exitcode else fork

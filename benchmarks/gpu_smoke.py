@@ -69,7 +69,8 @@ LIMIT = 75.0
 
 def smoke(job: Job) -> None:
     """Every recipe, cut to a minute of a CPU, in one process; and some compiled, in bf16 and by CUDA graphs."""
-    ways = [*OTHER_WAYS, *((name,) for name in recipes())]
+    longest_first = sorted(recipes(), key=lambda name: -len(load_recipe(name).stages))
+    ways = [*OTHER_WAYS, *((name,) for name in longest_first)]
     if not job.gpu:
         for words in OTHER_WAYS:
             job.record(" ".join(words), {"figures": {"": NEEDS_GPU}})
