@@ -62,8 +62,30 @@ def test_a_replay_sees_new_inputs_and_weights_and_no_other_number():
 def test_what_asks_the_gpu_for_a_number_cannot_be_recorded():
     weight = torch.nn.Parameter(torch.ones(3))
     replay = Replay(lambda x: ((weight * x).sum() * x.sum().item(), {}, None), [weight])
-    with graphs.on_a_cpu(), pytest.raises(UserError, match=r"cannot be recorded as .*cuda_graphs=false"):
+    said = r"cannot be recorded as .*\(RuntimeError: operation not .* capturing, at .*\.py:\d+\); use cuda_graphs=false"
+    with graphs.on_a_cpu(), pytest.raises(UserError, match=said):
         replay(torch.ones(3))
+
+
+def test_the_first_error_of_a_recording_is_shown_not_that_of_its_end(monkeypatch):
+    class Ends(graphs.Recording):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    calls = []
+
+    def work(x):
+        calls.append(x)
+        if len(calls) > 3:  # after the rounds without recording
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore lines")
+        return None, {}, x
+
+    with graphs.on_a_cpu():
+        monkeypatch.setattr(torch.cuda, "graph", Ends)
+        with pytest.raises(UserError, match=r"\(RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED, at ") as caught:
+            Replay(work, [])(torch.ones(3))
+    assert str(caught.value.__cause__).startswith("CUBLAS_STATUS_NOT_SUPPORTED")
 
 
 def test_all_tensors_of_a_tree_are_found_in_order_and_nothing_else_changes():

@@ -1,8 +1,10 @@
 """Computes the gradients of a step; on a GPU, by replaying a CUDA graph, since small networks wait for the host."""
 
 import gc
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,15 +72,16 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # freeing another graph while this one is recorded would break it
         try:
-            with no_collection(), torch.cuda.graph(graph):  # no gradients yet: each backward pass begins from none
-                losses, made = self._compute(inputs)
+            with no_collection(), torch.cuda.graph(graph):
+                losses, made = self._compute(inputs)  # no gradients yet: each backward pass begins from none
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # PyTorch has none of its own for this
+            first = _first(error)
             raise UserError(
                 "a step cannot be recorded as a CUDA graph: a network or a loss asks the GPU for a number, as Z-Image "
-                "does for the lengths of its texts; use cuda_graphs=false"
-            ) from error
+                f"does for the lengths of its texts, or the GPU failed ({_said(first)}); use cuda_graphs=false"
+            ) from first
         gradients = [parameter.grad for parameter in self.parameters]
         self._clear()
         return _Recorded(graph, tensors(inputs), losses, made, gradients)
@@ -86,6 +89,24 @@ class Replay:
     def _clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the error with which it began: the end of a recording that failed raises another one, about its end."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
+
+
+def _said(error: BaseException) -> str:
+    """Return the first line of `error`, and the last line of code outside PyTorch that it comes from."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not Path(frame.filename).is_relative_to(Path(torch.__file__).parent)
+    ]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}, at {own[-1].filename}:{own[-1].lineno}" if own else lines[0]
 
 
 @dataclass(frozen=True)
