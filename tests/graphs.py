@@ -21,31 +21,57 @@ class Graph:
     def __init__(self):
         self.operations: list[Any] = []
         self.replays = 0
+        self.sharing: list[Graph] = []
+        self.outside: set[int] = set()
+        """Memory that was there before."""
+
+    def pool(self) -> Any:
+        return self.sharing
 
     def replay(self) -> None:
         self.replays += 1
+        for other in self.sharing:
+            if other is not self:
+                other.overwrite()
         with torch.no_grad():
             for function, args, kwargs, results in self.operations:
                 for made, result in zip(tree_leaves(function(*args, **kwargs)), results, strict=True):
                     if isinstance(result, torch.Tensor) and made.data_ptr() != result.data_ptr():
                         result.copy_(made)
 
+    def overwrite(self) -> None:
+        """What a graph of the same pool may do to this one's memory, at the worst: to all of it."""
+        with torch.no_grad():
+            for *_, results in self.operations:
+                for result in results:
+                    if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.outside:
+                        result.fill_(torch.nan if result.is_floating_point() else 1)
+
 
 class Recording(TorchDispatchMode):
     """Stands for `torch.cuda.graph`."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, pool: Any = None):
         super().__init__()
         self.graph = graph
+        self.made: set[int] = set()
+        graph.sharing = [] if pool is None else pool
+        graph.sharing.append(graph)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in NUMBERS:
             raise RuntimeError("operation not permitted when stream is capturing")
+        self.graph.outside |= memory((args, kwargs)) - self.made
         made = func(*args, **(kwargs or {}))
+        self.made |= memory(made) - self.graph.outside
         # Aliases without autograd's history, of which a result that is changed in place later would become a part.
         kept = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}, made))
         self.graph.operations.append((func, kept[0], kept[1], tree_leaves(kept[2])))
         return made
+
+
+def memory(tree: Any) -> set[int]:
+    return {one.untyped_storage().data_ptr() for one in tree_leaves(tree) if isinstance(one, torch.Tensor)}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 from weakref import ref
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -52,6 +53,7 @@ from distmatch.system.garbage import no_collection
 from distmatch.system.precision import autocast
 from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
+from distmatch.training.gradients import Adder
 
 EDM_NETWORK = {
     "img_resolution": 16,
@@ -174,6 +176,24 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(folder, planner, changes
     assert {name: made.memory[name] for name in networks} == {name: size(n) for name, n in networks.items()}
     saved = sum(t.numel() * t.element_size() for part in real.parts.values() for t in _tensors(part.state_dict()))
     assert made.checkpoint == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [("pairs.count=8",), ("student.nfe=2", "terms=match")])
+def test_graphs_keep_the_planned_gradients_and_what_is_between_them_once(folder, planner, changes):
+    plain, made = (
+        planner(planned, str(folder / "tiny.yaml"), (*changes, "device=cuda", f"cuda_graphs={recorded}"))
+        for recorded in (False, True)
+    )
+    real, _ = distiller(folder, changes)
+    real.gradients = Adder(real.clock, recorded=[real.optimizer, *real.fake_optimizers])
+    with graphs.on_a_cpu():
+        for index in range(6):  # each of the student's steps is drawn
+            real.step(index)
+    recorded = [one for replay in real.gradients._replays.values() for one in replay._graphs.values()]
+    assert made.memory["gradients"] == sum(4 * g.numel() for one in recorded for g in one.gradients if g is not None)
+    together = [made.memory["activations"] + gradients for gradients in (0, made.memory["gradients"])]
+    assert together[0] <= plain.memory["gradients"] + plain.memory["activations"] <= together[1]
+    assert {id(one.graph.sharing) for one in recorded} == {id(recorded[0].graph.sharing)}
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import UserError
-from distmatch.training.replay import Replay, mapped, tensors
+from distmatch.training.replay import Pool, Replay, mapped, tensors
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,33 @@ def test_a_replay_sees_new_inputs_and_weights_and_no_other_number():
                 parameter.grad = None
                 parameter.data.mul_(1.5)
     assert [recorded.graph.replays for recorded in replay._graphs.values()] == [3, 1]
+
+
+def test_graphs_of_one_pool_overwrite_no_result_of_another():
+    """Each replay spoils all memory of the others: see `graphs.Graph.overwrite`."""
+    layer, pool = torch.nn.Linear(3, 1), Pool()
+    student = Replay(lambda x: (layer(x).sum(), {"loss": layer(x).sum()}, layer(x)), layer.parameters(), pool)
+    fake = Replay(lambda x: (None, {}, x + layer(x)), layer.parameters(), pool)
+    alone = Replay(lambda x: (None, {}, 2 * x), layer.parameters())
+    with graphs.on_a_cpu():
+        x, y = torch.randn(5, 3), torch.randn(4, 3)
+        expected = layer(x).detach()
+        losses, made = student(x)
+        for parameter in layer.parameters():  # used, as an optimizer would
+            assert parameter.grad is not None
+            parameter.grad = None
+        for order in ((x, y), (y, x)):
+            twice = alone(y)[1]
+            for one in order:
+                assert torch.equal(fake(one)[1], one + layer(one))
+            assert torch.equal(twice, 2 * y)
+        assert torch.equal(made, expected)
+        assert torch.equal(losses["loss"], expected.sum())
+        shared = [one.graph.sharing for replay in (student, fake) for one in replay._graphs.values()]
+        assert [len(graphs) for graphs in shared] == [3, 3, 3]
+        student(x)
+        with pytest.raises(AssertionError):  # the student's gradients are still to be used
+            fake(x)
 
 
 def test_what_asks_the_gpu_for_a_number_cannot_be_recorded():

@@ -233,8 +233,9 @@ class DistilledPipeline(Pipeline):
         compile: compile network and decoder with torch.compile; on a GPU they then replay CUDA graphs. The first batch
             of each size waits for the compiler, for up to minutes.
         cuda_graphs: on a GPU, record network and decoder as one CUDA graph when a batch of some size first comes, and
-            replay it from then on: the GPU no longer waits for Python, and nothing has to be compiled. Each size keeps
-            its memory, and only one thread at a time may make images. Elsewhere nothing changes.
+            replay it from then on: the GPU no longer waits for Python, and nothing has to be compiled. The memory that
+            the largest batch needs stays taken, and only one thread at a time may make images. Elsewhere nothing
+            changes.
         precision: bf16 lets network and decoder compute in bf16, by autocast.
 
     Raises `UserError` for a teacher, for another number of `steps`, and for `compile` if no compiler works here.

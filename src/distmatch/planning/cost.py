@@ -16,6 +16,7 @@ from distmatch.models.library import family_in
 from distmatch.planning.ledger import LOSSES
 from distmatch.planning.rehearsal import rehearse
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.objectives import reads_pairs
 from distmatch.recipe.subjects import offloaded
 from distmatch.system.errors import UserError
 from distmatch.training.adapters import Adapted
@@ -108,7 +109,11 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     others = FP32 * _components(info.source) if info.source else 0
     memory["text encoder, decoder"] = 0 if offloaded(recipe) else others
-    if processes == 1:
+    recorded = recipe.cuda_graphs and recipe.device != "cpu"
+    if processes == 1 and recorded:  # each graph keeps the gradients that it writes, and all share the rest
+        memory["gradients"] = FP32 * _graphs(recipe) * sum(sizes.values())
+        memory["activations"] = done.most_activations
+    elif processes == 1:
         memory["gradients"], memory["activations"] = done.gradients, done.activations
     elif not sharded:  # DDP never frees its buckets; sums over parts are held in addition until the last part
         memory["gradients"] = FP32 * (sum(sizes.values()) + (max(sizes.values()) if recipe.accumulate > 1 else 0))
@@ -122,7 +127,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     if processes > 1:
         memory["gradients"] += FP32 * head
     between = max(done.pictures, others - memory["text encoder, decoder"])  # prompts are encoded then, too
-    memory["previews, prompts"] = max(0, between - memory["gradients"] - memory["activations"])
+    unused = 0 if recorded else memory["gradients"] + memory["activations"]  # what graphs keep is for them alone
+    memory["previews, prompts"] = max(0, between - unused)
     average = numel(done.networks["average"])
     states = sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
     checkpoint = FP32 * (average + states + 3 * head)
@@ -131,6 +137,15 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     if processes > 1:
         traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+
+
+def _graphs(recipe: Recipe) -> int:
+    """Return how many CUDA graphs each network's update has: one for each of the student's steps that is trained.
+
+    Fresh noise trains all of them, or with pairs, which are for the first, the later ones.
+    """
+    steps = recipe.student.nfe or len(recipe.student.times or (0,))
+    return 1 if recipe.terms == ["regress"] else max(1, steps - reads_pairs(recipe))
 
 
 @cache

@@ -10,7 +10,7 @@ from distmatch.system.workers import ALONE, Workers
 from distmatch.training.clock import Clock
 from distmatch.training.engine import summed
 from distmatch.training.optim import Optimizer
-from distmatch.training.replay import Replay
+from distmatch.training.replay import Pool, Replay
 
 Part = TypeVar("Part")
 Made = TypeVar("Made")
@@ -31,6 +31,7 @@ class Adder:
         self.clock, self.workers = clock, workers
         self.reached = [parameter for own in recorded for parameter in own.parameters]
         self._replays: dict[str, Replay] = {}
+        self._pool = Pool()
 
     def add(
         self,
@@ -65,10 +66,11 @@ class Adder:
     def forget(self) -> None:
         """Forget what was recorded, since the losses are others from now on."""
         self._replays.clear()
+        self._pool = Pool()  # a pool ends with its last graph
 
     def _replay(self, name: str, work: Any, part: Any) -> tuple[dict[str, Tensor], Any]:
         if name not in self._replays:
-            self._replays[name] = Replay(work, self.reached)
+            self._replays[name] = Replay(work, self.reached, self._pool)
         with self.clock.counted():
             return self._replays[name](part)
 

@@ -17,6 +17,19 @@ Work = Callable[[Any], tuple[Tensor | None, Mapping[str, Tensor], Any]]
 """`inputs -> (the loss f[] to differentiate, or `None`; the losses f[] to log, by name; what else it made)`."""
 
 
+@dataclass
+class Pool:
+    """The memory of one or more graphs that are replayed one after another, in any order.
+
+    A graph keeps its memory from one replay to the next. Graphs of one pool write to the same places, except that none
+    writes to what is alive when it is recorded. That is safe only if no graph's results are needed once another one is
+    replayed, see "Graph memory management" in PyTorch's notes on CUDA. `Replay` sees to it: inputs are outside the
+    pool, all that is returned is copied at once, and the gradients of one replay are used and cleared before the next.
+    """
+
+    handle: Any = None
+
+
 class Replay:
     """`inputs -> (losses, made)`: does `work` and puts the gradients of its loss into the parameters' `grad`.
 
@@ -30,12 +43,13 @@ class Replay:
     Args:
         work: takes tensors, or tuples, mappings and dataclasses of them; other things are the first call's.
         parameters: those that are trained; their `grad` must be `None` before each call.
+        pool: of other replays of the same parameters; default: one for the graphs of this one.
 
     Raises `UserError` if `work` cannot be recorded.
     """
 
-    def __init__(self, work: Work, parameters: Iterable[nn.Parameter]):
-        self.work, self.parameters = work, list(parameters)
+    def __init__(self, work: Work, parameters: Iterable[nn.Parameter], pool: Pool | None = None):
+        self.work, self.parameters, self.pool = work, list(parameters), pool or Pool()
         self._graphs: dict[tuple, _Recorded] = {}
 
     def __call__(self, inputs: Any) -> tuple[dict[str, Tensor], Any]:
@@ -46,6 +60,8 @@ class Replay:
         if shapes not in self._graphs:
             self._graphs[shapes] = self._record(inputs)
         recorded = self._graphs[shapes]
+        # The replay may overwrite gradients of others in its pool: none may be left.
+        assert all(parameter.grad is None for parameter in self.parameters)
         for kept, tensor in zip(recorded.inputs, given, strict=True):
             kept.copy_(tensor)
         recorded.graph.replay()
@@ -72,7 +88,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # freeing another graph while this one is recorded would break it
         try:
-            with no_collection(), torch.cuda.graph(graph):
+            with no_collection(), torch.cuda.graph(graph, pool=self.pool.handle):
                 losses, made = self._compute(inputs)  # no gradients yet: each backward pass begins from none
         except torch.OutOfMemoryError:
             raise
@@ -82,6 +98,7 @@ class Replay:
                 "a step cannot be recorded as a CUDA graph: a network or a loss asks the GPU for a number, as Z-Image "
                 f"does for the lengths of its texts, or the GPU failed ({_said(first)}); use cuda_graphs=false"
             ) from first
+        self.pool.handle = graph.pool()
         gradients = [parameter.grad for parameter in self.parameters]
         self._clear()
         return _Recorded(graph, tensors(inputs), losses, made, gradients)
