@@ -1,11 +1,14 @@
 """What would fail late fails before any pair is built, says what to do, and leaves nothing behind."""
 
+import copy
 import re
 import shutil
 import sys
 import types
 from pathlib import Path
+from weakref import WeakSet
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -18,6 +21,7 @@ from distmatch.commands.distillation import check, distil
 from distmatch.data.pair_builder import build
 from distmatch.data.pairs import PairSpec, fingerprint
 from distmatch.models.folder import save_model
+from distmatch.planning import preflight, recording
 from distmatch.planning.preflight import CHECKS, Flight, checks, compiler, pairs
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe
@@ -175,6 +179,62 @@ def test_recipes_that_would_fail_late(changes, message, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+class AsksForANumber(Scaled):
+    """As networks do whose texts have several lengths."""
+
+    def forward(self, x, noise, cond):
+        return self.a * x if x.mean().item() < 1e6 else x
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are recorded as on a GPU; what of them is still there."""
+    made = WeakSet()
+
+    def record(*inputs):
+        with graphs.on_a_cpu():
+            return recording.record(*inputs)
+
+    def distiller(*inputs):
+        one = build_distiller(*inputs)
+        made.add(one)
+        return one
+
+    build_distiller = recording.build.distiller
+    monkeypatch.setattr(recording.build, "distiller", distiller)
+    monkeypatch.setattr(preflight, "record", record)
+    monkeypatch.setattr(Flight, "records", True)
+    return made
+
+
+def test_a_step_that_cannot_be_recorded_is_refused_before_the_pairs(recorded, tmp_path):
+    for run in (check, distil):
+        with pytest.raises(UserError, match=r"cannot be recorded .* stream is capturing, at .*cuda_graphs=false"):
+            run(recipe(cuda_graphs=True), tmp_path / "run", tmp_path / "runs", mine(AsksForANumber))
+    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_recording_tries_every_objective_changes_nothing_and_leaves_nothing(recorded, tmp_path):
+    """The second stage computes the same as the first; the third does not."""
+    changes = [{"match.weight": 2}, {"terms": ["match"]}]
+    stages = [{"until": 1}, *({"until": 2 + n, "change": change} for n, change in enumerate(changes))]
+    teacher = mine()
+    stepwise = recipe(cuda_graphs=True, steps=3, stages=stages, fake={"steps": 3})
+    flight = Flight(stepwise, tmp_path / "run", tmp_path / "runs", teacher)
+    before = copy.deepcopy(teacher[0].state_dict())
+    assert dict(checks(flight))["recording"] == "2 steps recorded and replayed"
+    assert not len(recorded)
+    for network in (teacher[0], flight.student):
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_nothing_is_recorded_on_a_cpu(tmp_path):
+    flight = Flight(recipe(cuda_graphs=True), tmp_path / "run", tmp_path / "runs", mine(AsksForANumber))
+    assert "recording" not in dict(checks(flight))
+
+
 def test_a_folder_that_cannot_be_made_and_channels_that_no_picture_has(tmp_path):
     with pytest.raises(NotADirectoryError, match=r"below"):
         check(recipe(), Path(_a_file(tmp_path)), tmp_path / "runs", mine())
@@ -253,7 +313,9 @@ def test_check_says_what_it_found_and_leaves_nothing(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     found = dict(checks(Flight(load_recipe(str(file)), tmp_path / "runs" / "tiny", tmp_path / "runs")))
     assert [line.split()[:2] for line in told[:-1]] == [["✓", name] for name in found]
-    assert found.keys() == {c.__name__ for c in CHECKS} - {"packages", "trackers", "compiler", "reference", "prompts"}
+    assert found.keys() == {c.__name__ for c in CHECKS} - {
+        *("packages", "trackers", "compiler", "recording", "reference", "prompts")
+    }
     assert found["saving"].endswith("equal when read")
     assert sorted(tmp_path.rglob("*")) == before
 

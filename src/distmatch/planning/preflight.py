@@ -30,6 +30,7 @@ from distmatch.methods.terms import Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.info import Info
 from distmatch.models.library import diffusers_source
+from distmatch.planning.recording import record
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.system import parallel
@@ -59,6 +60,11 @@ class Flight:
         self.recipe, self.out, self.runs, self.own = recipe, out, runs, own
         self.stages = recipe.parts
         self.device = subjects.device(recipe.device)
+
+    @property
+    def records(self) -> bool:
+        """Whether the run will record its steps as CUDA graphs."""
+        return self.recipe.cuda_graphs and self.device.type == "cuda"
 
     @cached_property
     def subject(self) -> subjects.Subject:
@@ -277,6 +283,15 @@ def _other_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
     return value
 
 
+def recording(flight: Flight) -> str | None:
+    """With `cuda_graphs`, on a GPU, every stage's updates can be recorded, and what was recorded can be replayed."""
+    if not flight.records:
+        return None
+    with tried("cuda_graphs: true, a step of one sample"):
+        count = record(flight.stages, flight.subject, flight.z, flight.cond)
+    return f"{counted(count, 'step')} recorded and replayed"
+
+
 def pictures(flight: Flight) -> str | None:
     shape = flight.subject.info.shape
     if len(shape) != 3 and not flight.recipe.log.preview:
@@ -378,6 +393,7 @@ CHECKS: Sequence[Check] = (
     teacher,
     student,
     losses,
+    recording,
     pictures,
     reference,
     saving,
