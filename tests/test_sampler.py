@@ -131,6 +131,22 @@ def test_one_step_is_the_denoiser_at_the_end_of_time():
     assert torch.equal(Steps((5.0,)).sample(model, schedule, z, None), other)
 
 
+def test_a_student_makes_no_more_images_at_once_than_it_may():
+    """And each is the same as among all: with its own condition, and its own noise at each step."""
+    sizes, schedule = [], EDM()
+    z, *noise = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0))
+    cond = Cond(label=torch.arange(7))
+
+    def model(x, t, cond):
+        sizes.append(len(x))
+        return x / 2 + cond.label[:, None]
+
+    whole, parts = (Steps((80.0, 5.0, 1.0)).sample(model, schedule, z, cond, noise, most) for most in (None, 3))
+    assert torch.equal(whole, parts)
+    assert sizes == [7] * 3 + [3] * 6 + [1] * 3
+    assert Steps((80.0,)).sample(lambda x, t, cond: x, schedule, z, None, most=3).shape == z.shape
+
+
 def test_churn_adds_what_the_forward_process_adds():
     """EDM, Algorithm 2: `t_hat = t (1 + min(S_churn / N, sqrt(2) - 1))`; no noise outside its range."""
     schedule = EDM()

@@ -75,10 +75,19 @@ class Steps:
         z: Tensor,
         cond: Cond | None,
         noise: Sequence[Tensor] = (),
+        most: int | None = None,
     ) -> Tensor:
-        """Return the student's images f[B,*D] from `z f[B,*D]`; `noise` has one f[B,*D] per step after the first."""
-        last = len(self) - 1
-        return self.step(model, self.start(model, schedule, z, cond, noise, last), cond, last)
+        """Return the student's images f[B,*D] from `z f[B,*D]`; `noise` has one f[B,*D] per step after the first.
+
+        `most`: images at once; default: all.
+        """
+        last, made = len(self) - 1, []
+        for i in range(0, len(z), most or len(z)):
+            rows = slice(i, i + (most or len(z)))
+            own = cond and cond[rows]
+            x = self.start(model, schedule, z[rows], own, [one[rows] for one in noise], last)
+            made.append(self.step(model, x, own, last))
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def start(
         self,

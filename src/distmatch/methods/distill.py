@@ -225,12 +225,12 @@ class Distiller:
     @torch.no_grad()
     def preview(self) -> Tensor:
         """Return the EMA student's samples of fixed noise, conditions in turn: 64, or 16 if they have to be decoded."""
-        numbers = range(64 if self.decode is None else 16)
+        numbers, most = (range(64), 64) if self.decode is None else (range(16), 4)  # latents are of large networks
         z, *noise = (  # a seed that no pair uses
             rng.noise(self.seed + 1, numbers, self.info.shape, step).to(self.device) for step in range(len(self.steps))
         )
         cond = self.conditions.at(numbers)
-        x = self.steps.sample(self.ema.network, self.student.schedule, z, cond and cond.to(self.device), noise)
+        x = self.steps.sample(self.ema.network, self.student.schedule, z, cond and cond.to(self.device), noise, most)
         return imaging.picture(x if self.decode is None else self.decode(x))
 
     def export(self, folder: Path) -> None:
