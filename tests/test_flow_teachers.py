@@ -168,6 +168,13 @@ def test_an_outline_is_the_teacher_without_its_weights(folders, name):
     assert {k: v.shape for k, v in example.extra.items()} == {k: v.shape for k, v in real.extra.items()}
 
 
+def test_a_single_frame_is_decoded_as_among_several_which_keep_what_the_next_one_needs(folders):
+    decode = components(find_model(f"diffusers:{folders['qwen-image']}", "teacher")[1]).decode
+    z = torch.randn(2, decode.channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(decode.decode(z), decode.vae.decode(z.unsqueeze(2)).sample.squeeze(2))
+
+
 def shapes(network):
     return {name: value.shape for name, value in network.state_dict().items()}
 

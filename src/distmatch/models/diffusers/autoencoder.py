@@ -61,8 +61,8 @@ class Decoder(nn.Module):
         return unscaled(latents, self.vae.config)
 
     def decode(self, z: Tensor) -> Tensor:
-        if self.video:
-            return self.vae.decode(z.unsqueeze(2), return_dict=False)[0].squeeze(2)
+        if self.video:  # not by `vae.decode`, which keeps the outputs of all layers for a next frame: gigabytes
+            return self.vae.decoder(self.vae.post_quant_conv(z.unsqueeze(2))).clamp(-1, 1).squeeze(2)
         return self.vae.decode(z, return_dict=False)[0]
 
 
