@@ -1,18 +1,24 @@
 """Text encoders and decoders that are on the device only while they compute.
 
-`Tensor.to` also takes a data type, which a test without a GPU can see in a device's place.
+`Tensor.to` also takes a data type, which a test without a GPU can see in a device's place. So it can `cpu:0`.
 """
 
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
+from distmatch.data import embeddings
+from distmatch.diffusion.denoiser import Denoiser
+from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.info import Info
 from distmatch.models.library import components
 from distmatch.models.offload import Visitor, visiting
+from distmatch.planning.preflight import Flight
 from distmatch.recipe import subjects
 from distmatch.recipe.loading import load_recipe
 
@@ -56,7 +62,7 @@ def test_encoders_and_decoder_compute_the_same_from_the_hosts_memory(tmp_path, m
     monkeypatch.setattr(subjects, "visiting", counted)
     cached = load_recipe("sd15-laion-6.25", [f"prompts.cache={tmp_path / 'cache'}"])
     assert isinstance(subjects.components_of(cached, info, torch.device("cpu")).encode, Visitor)
-    encode = subjects._encode(cached, away.encode, prompts)
+    encode = subjects._encode(cached, away.encode, prompts, tiny.teacher())
     for numbers in ([2, 0], [1], [0]):
         torch.testing.assert_close(encode(numbers).text, expected[numbers], rtol=1e-3, atol=2e-3)  # of 16 bits
     assert len(visits) == 3  # one of all prompts, and one of their only batch within
@@ -68,3 +74,63 @@ def test_encoders_and_decoder_compute_the_same_from_the_hosts_memory(tmp_path, m
     assert kinds(*away.decode.networks) == {torch.float32}
     gan = load_recipe("sd15-dmd2", [f"prompts.cache={tmp_path / 'cache'}"])
     assert not subjects.offloaded(gan)  # it encodes captions in every step
+
+
+def recipe_of(root, kind, *changes):
+    """A recipe of adapters on a tiny model, in the folder `root/kind`, whose prompts are cached."""
+    (root / "prompts.txt").write_text("a cat\na dog\na house\n")
+    own = (
+        f"teacher=diffusers:{root / kind}",
+        f"prompts.path={root / 'prompts.txt'}",
+        f"prompts.cache={root / 'cache'}",
+    )
+    adapters = ("terms=match", "match.batch=1", "student.adapter.rank=2", "fake.adapter.rank=2")
+    return str(tiny.recipe_file(root)), [*own, *adapters, *changes]
+
+
+def test_cached_prompts_are_encoded_while_the_teacher_waits_in_the_hosts_memory(tmp_path, monkeypatch):
+    """The one prompt of the checks, too. Where all states are there, nothing is moved."""
+    write_tiny_sd(tmp_path / "sd")
+    file, changes = recipe_of(tmp_path, "sd", "device=cpu:0")
+    recipe, events = load_recipe(file, changes), []
+    move, encode = Denoiser.to, TextEncoder.__call__
+
+    @contextmanager
+    def seen(networks, device):
+        events.append(f"encoders on {device}")
+        with visiting(networks, device):
+            yield
+        events.append("encoders home")
+
+    monkeypatch.setattr(subjects, "visiting", seen)
+    monkeypatch.setattr(Denoiser, "to", lambda self, place: events.append(f"teacher on {place}") or move(self, place))
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: events.append(len(texts)) or encode(self, texts))
+    turn = ["teacher on cpu", "encoders on cpu:0", "encoders home", "teacher on cpu:0"]
+    flight = Flight(recipe, tmp_path / "out", tmp_path)
+    subject = flight.subject
+    assert events == ["teacher on cpu:0"]
+    events.clear()
+    assert flight.cond.text.shape[0] == 1
+    assert events == [*turn[:2], 1, *turn[2:]]
+    events.clear()
+    subjects.encode_prompts(recipe, subject)
+    assert events == [*turn[:2], 3, *turn[2:]]
+    events.clear()
+    subjects.encode_prompts(recipe, subject)
+    subjects.encode_prompts(recipe, subjects.subject(recipe))
+    assert events == ["teacher on cpu:0"]  # which the second subject's must reach
+
+
+def test_large_encoders_take_few_prompts_at_once(tmp_path):
+    assert (embeddings.per_pass(embeddings.LARGE), embeddings.per_pass(embeddings.LARGE + 1)) == (64, 4)
+    parts = []
+    encoder = tiny.text_encoder(str(write_tiny_sd(tmp_path / "sd")))
+    embeddings.embed(
+        tmp_path / "cache",
+        [f"{i} cats" for i in range(10)],
+        lambda texts: parts.append(len(texts)) or encoder(texts),
+        batch=4,
+    )
+    assert parts == [4, 4, 2]
+    assert embeddings.embedded(tmp_path / "cache", 10)
+    assert not embeddings.embedded(tmp_path / "cache", 1025)

@@ -51,6 +51,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
     binding.bind(recipe, subject, out)
+    subjects.encode_prompts(recipe, subject)
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
 
     def pairs_of(stage: Recipe) -> PairStore | None:

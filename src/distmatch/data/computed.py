@@ -62,7 +62,7 @@ def compute(
             where it holds their largest numbers.
         progress: called with numbers of entries done.
     """
-    parts = {_name(kind, start // SHARD): range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)}
+    parts = _parts(kind, count)
     advance = progress or (lambda _: None)
 
     def make(name: str) -> None:
@@ -79,6 +79,16 @@ def compute(
 
     make_together(Folder(folder), list(parts), lambda name, sizes: name in sizes, make_new, found)
     return Computed(folder, kind, make)
+
+
+def complete(folder: Path, kind: str, count: int) -> bool:
+    """Return whether `folder` has the tensors of all `count` entries; see `compute`."""
+    return all((folder / name).exists() for name in _parts(kind, count))
+
+
+def _parts(kind: str, count: int) -> dict[str, range]:
+    """Return which entries are in which file."""
+    return {_name(kind, start // SHARD): range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)}
 
 
 def _kept(value: Tensor) -> Tensor:

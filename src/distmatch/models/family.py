@@ -25,6 +25,10 @@ class Encoder(Protocol):
         """Return the SHA-256 of everything that determines the conditions."""
         ...
 
+    def weights(self) -> int:
+        """Return the number of weights of its networks."""
+        ...
+
 
 def _unchanged(x: Tensor) -> Tensor:
     return x

@@ -22,6 +22,16 @@ def visiting(networks: Iterable[nn.Module], device: torch.device | str) -> Itera
             tensor.data = data
 
 
+@contextmanager
+def away(network: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Have `network` in the host's memory inside the with block, and on `device` after it."""
+    network.to("cpu")
+    try:
+        yield
+    finally:
+        network.to(device)
+
+
 class Visitor:
     """A text encoder or a decoder whose networks are in the host's memory and compute on `device`."""
 

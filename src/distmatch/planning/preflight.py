@@ -9,7 +9,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,14 @@ class Flight:
         """The condition of the first sample. A prompt is encoded directly; `prompts.cache` is filled later."""
         encode = subjects.components_of(self.recipe, self.subject.info, self.device).encode
         scales = self.recipe.student.guidance
-        cond = self.subject.conditions.at([0]) if encode is None else encode(self.subject.prompts[:1])
-        if encode is not None and scales is not None:
-            cond = with_guidance(cond, torch.tensor([scales[0]]))
+        if encode is None:
+            cond = self.subject.conditions.at([0])
+        else:
+            before = subjects.encoded_before(self.recipe)
+            with subjects.alone(encode, self.subject.denoiser) if before else nullcontext():
+                cond = encode(self.subject.prompts[:1])
+            if scales is not None:
+                cond = with_guidance(cond, torch.tensor([scales[0]]))
         return cond and cond.to(self.device)
 
     @cached_property

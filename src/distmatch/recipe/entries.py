@@ -93,8 +93,8 @@ class Prompts(Strict):
     )
     cache: Place | None = entry(
         None,
-        "Folder for the prompts' text embeddings, computed once; `train --check` says how large they are. null: they "
-        "are computed for each batch.",
+        "Folder for the prompts' text embeddings, computed once, before training, while the teacher leaves the device "
+        "to the text encoders; `train --check` says how large they are. null: they are computed for each batch.",
         "ours",
         unnamed=True,
     )

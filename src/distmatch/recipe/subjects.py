@@ -1,7 +1,7 @@
 """What a recipe distils: the teacher on its device, with the conditions and prompts of its samples."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distmatch.data.embeddings import Embeddings, embed
+from distmatch.data.embeddings import Embeddings, embed, embedded, per_pass
 from distmatch.data.pairs import fingerprint, prompts_digest
 from distmatch.data.prompts import read_prompts
 from distmatch.data.reals import Reals
@@ -20,7 +20,7 @@ from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
 from distmatch.models.family import Components, Encoder
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
-from distmatch.models.offload import Visitor, visiting
+from distmatch.models.offload import Visitor, away, visiting
 from distmatch.recipe.entries import Evaluation, Recipe
 from distmatch.recipe.real_images import real_images
 from distmatch.system.errors import UserError
@@ -84,7 +84,7 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         encoder = components_of(recipe, info, dev).encode
         assert encoder is not None
         encoders, cut = encoder.fingerprint(), encoder.cut(prompts)
-        conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts))
+        conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts, denoiser))
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     real = real_images(recipe, info, components_of(recipe, info, dev).encode, dev) if recipe.needs_images else None
@@ -119,7 +119,31 @@ def components_of(recipe: Recipe, info: Info, device: torch.device) -> Component
 
 def offloaded(recipe: Recipe) -> bool:
     """Return whether text encoders and decoder are in the host's memory: prompts that are cached need none on a GPU."""
-    return recipe.offload or (recipe.prompts.cache is not None and not recipe.needs_images)
+    return recipe.offload or encoded_before(recipe)
+
+
+def encoded_before(recipe: Recipe) -> bool:
+    """Return whether the text encoders are done when training begins; captions of real images they encode in it."""
+    return recipe.prompts.cache is not None and not recipe.needs_images
+
+
+def encode_prompts(recipe: Recipe, subject: Subject) -> None:
+    """Fill `prompts.cache` before training, so that the encoders meet no network on the device; see `alone`."""
+    if recipe.prompts.cache is not None and subject.prompts:
+        subject.conditions.at([0])
+
+
+@contextmanager
+def alone(encoder: Encoder, denoiser: Denoiser) -> Iterator[None]:
+    """Have encoders that wait in the host's memory on the device in place of the teacher, which waits there meanwhile.
+
+    For very large models: one card need not hold both. Encoders that are on the device in any case stay beside it.
+    """
+    if not isinstance(encoder, Visitor):
+        yield
+        return
+    with away(denoiser, encoder.device), visiting(encoder.networks, encoder.device):
+        yield
 
 
 def _scales(recipe: Recipe) -> list[float | None]:
@@ -130,7 +154,9 @@ def _scales(recipe: Recipe) -> list[float | None]:
     return [by_term[term] for term in recipe.terms if term in by_term]
 
 
-def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callable[[Sequence[int]], Cond]:
+def _encode(
+    recipe: Recipe, encoder: Encoder, prompts: Sequence[str], denoiser: Denoiser
+) -> Callable[[Sequence[int]], Cond]:
     """Map prompt numbers to conditions: encoded batch by batch, or from the cache, which is filled on first use."""
     if recipe.prompts.cache is None:
         return lambda numbers: encoder([prompts[i] for i in numbers])
@@ -138,9 +164,9 @@ def _encode(recipe: Recipe, encoder: Encoder, prompts: Sequence[str]) -> Callabl
 
     @cache
     def states() -> Embeddings:
-        here = visiting(encoder.networks, encoder.device) if isinstance(encoder, Visitor) else nullcontext()
+        here = nullcontext() if embedded(folder, len(prompts)) else alone(encoder, denoiser)
         with here, progress("prompts", len(prompts), unit="prompt") as advance:  # there once, not for each batch
-            return embed(folder, prompts, encoder, advance)
+            return embed(folder, prompts, encoder, advance, per_pass(encoder.weights()))
 
     return lambda numbers: states()(numbers)
 

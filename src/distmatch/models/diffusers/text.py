@@ -40,19 +40,27 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that determines the conditions: encoder weights, tokenizer sizes, `way`."""
-        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
-        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+        tokenizers, encoders = self._parts("tokenizer"), self._parts("text_encoder")
         states = {  # without the prefix that the names have in some versions of transformers
             f"{name}.{key.removeprefix('text_model.')}": value.float()
             for name, part in encoders.items()
             for key, value in part.state_dict().items()
         }
-        sizes = {name: len(part) for name, part in parts.items() if name.startswith("tokenizer")}
+        sizes = {name: len(part) for name, part in tokenizers.items()}
         return weights_digest(states, f"{sizes}{self.way}")
+
+    def weights(self) -> int:
+        """Return the number of weights of the encoders."""
+        return sum(p.numel() for part in self._parts("text_encoder").values() for p in part.parameters())
 
     def cut(self, prompts: Sequence[str]) -> int:
         """Return how many of `prompts` are cut, with a warning; see `notice_cut`."""
         return notice_cut(self.pipeline, prompts, self.limits)
+
+    def _parts(self, prefix: str) -> dict[str, Any]:
+        """Return the parts of the pipeline whose names begin with `prefix`."""
+        found = self.pipeline.components.items()
+        return {name: part for name, part in found if name.startswith(prefix) and part is not None}
 
 
 def notice_cut(pipeline: Any, prompts: Sequence[str], limits: Mapping[str, int] | None = None) -> int:
