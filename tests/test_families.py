@@ -66,8 +66,8 @@ def test_a_further_family_is_found_by_its_class(sd, tmp_path, monkeypatch):
     """One class in one file, and one line in the table: here, images half as bright."""
 
     class Dim(StableDiffusion):
-        def components(self, source, device="cpu"):
-            parts = super().components(source, device)
+        def components(self, source, device="cpu", precision="fp32"):
+            parts = super().components(source, device, precision)
             return replace(parts, decode=lambda x: parts.decode(x) / 2)
 
     source = shutil.copytree(sd, tmp_path / "dim")

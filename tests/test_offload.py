@@ -1,4 +1,4 @@
-"""Text encoders and decoders that are on the device only while they compute.
+"""Text encoders and decoders that are on the device only while they compute, and very large ones in half the bytes.
 
 `Tensor.to` also takes a data type, which a test without a GPU can see in a device's place. So it can `cpu:0`.
 """
@@ -13,6 +13,7 @@ from torch import nn
 
 from distmatch.data import embeddings
 from distmatch.diffusion.denoiser import Denoiser
+from distmatch.models.diffusers.families import FAMILIES, family_in
 from distmatch.models.diffusers.text import TextEncoder
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.info import Info
@@ -119,6 +120,25 @@ def test_cached_prompts_are_encoded_while_the_teacher_waits_in_the_hosts_memory(
     subjects.encode_prompts(recipe, subject)
     subjects.encode_prompts(recipe, subjects.subject(recipe))
     assert events == ["teacher on cpu:0"]  # which the second subject's must reach
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.text))
+def test_encoders_in_bf16_make_nearly_the_same_states_under_a_name_of_their_own(tmp_path, kind):
+    source = str(FAMILIES[kind].write_tiny(tmp_path / "model"))
+    plain, low = (family_in(source).text_encoder(source, precision=one) for one in ("fp32", "bf16"))
+    prompts = ["a cat", "two dogs on a sofa"]
+    expected, found = plain(prompts), low(prompts)
+    assert {v.dtype for v in (found.text, *found.extra.values(), low.null().text)} == {torch.float32}
+    for here, there in zip((found.text, *found.extra.values()), (expected.text, *expected.extra.values()), strict=True):
+        assert (here - there).square().mean().sqrt() < 0.02 * there.square().mean().sqrt()
+    assert not torch.equal(found.text, expected.text)
+    held = sum(p.numel() for one in family_in(source).encoders(source) for p in one.parameters())
+    assert plain.weights() == low.weights() == held
+    with torch.no_grad():  # as in models that are stored in bf16
+        for name, part in plain.pipeline.components.items():
+            for value in part.state_dict().values() if name.startswith("text_encoder") and part is not None else ():
+                value.copy_(value.bfloat16())
+    assert plain.fingerprint() != low.fingerprint()
 
 
 def test_large_encoders_take_few_prompts_at_once(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,10 @@ class Family:
         denoiser, info = self.load(source)
         return denoiser.to("meta"), info
 
-    def components(self, info: Info, device: torch.device | str = "cpu") -> Components:
-        """Load the parts of the model `info` other than its network."""
+    def components(
+        self, info: Info, device: torch.device | str = "cpu", precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> Components:
+        """Load the parts of the model `info` other than its network; `precision` is that of its text encoders."""
         return Components()
 
     def resized(self, denoiser: Denoiser, info: Info, size: tuple[int, int]) -> Info:
@@ -92,6 +94,10 @@ class Family:
         `lora`: a file that was merged into it.
         """
         return None
+
+    def encoders(self, source: str) -> list[nn.Module]:
+        """Return the text encoders that `components` would load, on the meta device, without reading any weights."""
+        return []
 
     def component_weights(self, source: str) -> int:
         """Return the number of weights that `components` would load, without reading any."""

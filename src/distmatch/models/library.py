@@ -89,19 +89,34 @@ def diffusers_source(name: str) -> str | None:
     return next((folder for folder in folders if (Path(folder) / "model_index.json").exists()), None)
 
 
-def components(info: Info, device: torch.device | str = "cpu", offload: bool = False) -> Components:
+def components(
+    info: Info,
+    device: torch.device | str = "cpu",
+    offload: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Components:
     """Return the parts of a model other than its network, loaded once for each way of using it.
 
-    `offload`: they are in the host's memory, and on the device only while they compute.
+    Args:
+        offload: they are in the host's memory, and on the device only while they compute.
+        precision: of the text encoders.
     """
     if not info.source:
         return Components()
-    return _components(info.source, info.shape, info.lora, str(device), offload)
+    return _components(info.source, info.shape, info.lora, str(device), offload, precision)
 
 
 @cache
-def _components(source: str, shape: tuple[int, ...], lora: Lora | None, device: str, offload: bool) -> Components:
-    parts = family_in(source).components(Info(shape, source=source, lora=lora), "cpu" if offload else device)
+def _components(
+    source: str,
+    shape: tuple[int, ...],
+    lora: Lora | None,
+    device: str,
+    offload: bool,
+    precision: Literal["fp32", "bf16"],
+) -> Components:
+    info = Info(shape, source=source, lora=lora)
+    parts = family_in(source).components(info, "cpu" if offload else device, precision)
     if not offload:
         return parts
     moved: dict[str, Any] = {

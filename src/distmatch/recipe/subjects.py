@@ -114,7 +114,7 @@ def as_used(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
 
 def components_of(recipe: Recipe, info: Info, device: torch.device) -> Components:
     """Return the teacher's text encoders and decoder as the recipe holds them."""
-    return components(info, device, offloaded(recipe))
+    return components(info, device, offloaded(recipe), recipe.prompts.precision)
 
 
 def offloaded(recipe: Recipe) -> bool:

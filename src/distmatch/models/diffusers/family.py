@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,18 @@ class DiffusersFamily(Family):
         """Return diffusers' pipeline of the model; see `hub.pipeline`. Refuses what `settings` refuses."""
         return hub.pipeline(source, self.settings(source).parts, self.kinds, dtype, **parts)
 
-    def text_encoder(self, source: str, device: torch.device | str = "cpu", info: Info | None = None) -> TextEncoder:
-        """Return the model's own text encoders, in fp32 like the networks that use the conditions.
+    def text_encoder(
+        self,
+        source: str,
+        device: torch.device | str = "cpu",
+        info: Info | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> TextEncoder:
+        """Return the model's own text encoders.
 
-        `info`: if it is used at another size than its own, or with a LoRA.
+        Args:
+            info: if it is used at another size than its own, or with a LoRA.
+            precision: of weights and arithmetic; the conditions are in fp32, like the networks that use them.
         """
         known = self.settings(source)
         absent: dict[str, Any] = dict.fromkeys(
@@ -145,12 +153,16 @@ class DiffusersFamily(Family):
             known = known.of_shape(info.shape)
             self.merge_text(pipe, known, info)
         way = self.way_of_encoding(known)
+        if precision == "bf16":  # before it takes room on the device
+            way, pipe = f"{way} in bf16", pipe.to(torch.bfloat16)
         return TextEncoder(pipe.to(torch.device(device)), partial(self.encode, known), self.limits, way)
 
-    def components(self, info: Info, device: torch.device | str = "cpu") -> Components:
+    def components(
+        self, info: Info, device: torch.device | str = "cpu", precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> Components:
         parts: dict[str, Any] = {}
         if self.text:
-            parts["encode"] = self.text_encoder(info.source, device, info)
+            parts["encode"] = self.text_encoder(info.source, device, info, precision)
         if self.latent:
             parts["decode"] = self.decoder(info.source).to(device)
         return Components(**parts)
@@ -191,15 +203,19 @@ class DiffusersFamily(Family):
     def distilled(self, source: str, lora: str = "") -> str | None:
         return distilled.evidence(source, self.network, lora)
 
-    def component_weights(self, source: str) -> int:
+    def encoders(self, source: str) -> list[nn.Module]:
         need("diffusers", "transformers", by=source)
         import transformers
 
         parts = self.settings(source).parts
-        encoders = {name: kind for name, (_, kind) in parts.items() if name.startswith("text_encoder")}
+        kinds = {name: kind for name, (_, kind) in parts.items() if name.startswith("text_encoder")}
         with torch.device("meta"):
-            networks = [hub.outline(source, name, getattr(transformers, kind)) for name, kind in encoders.items()]
-            if self.latent:
+            return [hub.outline(source, name, getattr(transformers, kind)) for name, kind in kinds.items()]
+
+    def component_weights(self, source: str) -> int:
+        networks = self.encoders(source)
+        if self.latent:
+            with torch.device("meta"):
                 networks.append(self.decoder(source, weights=False))
         return sum(p.numel() for network in networks for p in network.parameters())
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distmatch.diffusion.denoiser import Cond
 from distmatch.system.digests import weights_digest
@@ -31,12 +32,12 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        return self.states(self.pipeline, list(prompts), False)
+        return self.states(self.pipeline, list(prompts), False).map(Tensor.float)
 
     @torch.no_grad()
     def null(self) -> Cond:
         """Return the condition of the empty prompt, the `uncond` of guidance: one row."""
-        return self.states(self.pipeline, [""], True)
+        return self.states(self.pipeline, [""], True).map(Tensor.float)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that determines the conditions: encoder weights, tokenizer sizes, `way`."""
