@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -49,6 +51,15 @@ def only_what_is_new_is_looked_through():
     """Put aside what the tests before have imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def planner():
+    """A process that plans; see `test_plan`."""
+    import torch
+
+    with ProcessPoolExecutor(1, get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        yield lambda task, *arguments: pool.submit(task, *arguments).result()
 
 
 def pytest_sessionfinish():

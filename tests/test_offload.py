@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from test_plan import peak, planned, size
 from torch import nn
 
 from distmatch.data import embeddings
@@ -139,6 +140,22 @@ def test_encoders_in_bf16_make_nearly_the_same_states_under_a_name_of_their_own(
             for value in part.state_dict().values() if name.startswith("text_encoder") and part is not None else ():
                 value.copy_(value.bfloat16())
     assert plain.fingerprint() != low.fingerprint()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["ZImagePipeline", "FluxPipeline"])
+def test_encoders_alone_on_the_device_are_planned(planner, tmp_path, kind, precision):
+    """To 10 %, for texts as long as they may be: here they take more than a step does."""
+    FAMILIES[kind].write_tiny(tmp_path / "model")
+    file, changes = recipe_of(tmp_path, "model", "device=cpu", f"prompts.precision={precision}", "pairs.sampler=flow")
+    made = planner(planned, file, changes)
+    recipe = load_recipe(file, changes)
+    encoder = subjects.components_of(recipe, subjects.subject(recipe).info, torch.device("cpu")).encode
+    assert kinds(*encoder.networks) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    taken = peak(lambda: encoder(["two dogs " * 300] * embeddings.per_pass(encoder.weights())))
+    assert made.peak == pytest.approx(size(*encoder.networks) + taken, rel=0.1)
+    assert made.memory["previews, prompts"] > 0
+    assert made.memory["text encoder, decoder"] == 0
 
 
 def test_large_encoders_take_few_prompts_at_once(tmp_path):

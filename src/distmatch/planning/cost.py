@@ -8,16 +8,18 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
 from torch import nn
 
+from distmatch.data.embeddings import per_pass
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.info import Info
-from distmatch.models.library import family_in
+from distmatch.models.library import family_in, family_of
 from distmatch.planning.ledger import LOSSES
-from distmatch.planning.rehearsal import rehearse
+from distmatch.planning.rehearsal import encoding_peak, rehearse
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.objectives import reads_pairs
-from distmatch.recipe.subjects import offloaded
+from distmatch.recipe.subjects import encoded_before, offloaded
 from distmatch.system.errors import UserError
 from distmatch.training.adapters import Adapted
 from distmatch.training.engine import blocks
@@ -107,8 +109,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
         memory["base of adapters"] = _stored(bases[0]) / cuts["teacher"]
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
-    others = FP32 * _components(info.source) if info.source else 0
-    memory["text encoder, decoder"] = 0 if offloaded(recipe) else others
+    texts, away = _texts(recipe, denoiser, info, parts), offloaded(recipe)
+    memory["text encoder, decoder"] = 0 if away else texts.weights + FP32 * _decoder_weights(info.source)
     recorded = recipe.cuda_graphs and recipe.device != "cpu"
     if processes == 1 and recorded:  # each graph keeps the gradients that it writes, and all share the rest
         memory["gradients"] = FP32 * _graphs(recipe) * sum(sizes.values())
@@ -126,9 +128,14 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
         memory["activations"] = done.most_activations
     if processes > 1:
         memory["gradients"] += FP32 * head
-    between = max(done.pictures, others - memory["text encoder, decoder"])  # prompts are encoded then, too
+    between = done.pictures
+    if not texts.before:
+        between = max(between, texts.activations + texts.weights * away)
     unused = 0 if recorded else memory["gradients"] + memory["activations"]  # what graphs keep is for them alone
-    memory["previews, prompts"] = max(0, between - unused)
+    more = between - unused
+    if texts.before:  # alone on the device, before training
+        more = max(more, texts.weights + texts.activations - sum(memory.values()))
+    memory["previews, prompts"] = max(0, more)
     average = numel(done.networks["average"])
     states = sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
     checkpoint = FP32 * (average + states + 3 * head)
@@ -148,10 +155,48 @@ def _graphs(recipe: Recipe) -> int:
     return 1 if recipe.terms == ["regress"] else max(1, steps - reads_pairs(recipe))
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """Bytes of the text encoders, and of what else they take in a pass; whether they are done before training."""
+
+    weights: int
+    activations: int
+    before: bool
+
+
+def _texts(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int) -> _Texts:
+    """Return what it takes to encode the prompts, for the cache or else for one of `parts` parts of a batch."""
+    before = encoded_before(recipe)
+    weights = sum(map(numel, _encoders(info.source)))
+    if not weights:
+        return _Texts(0, 0, before)
+    cond = family_of(info).example_cond(denoiser.net, info, 1)
+    assert cond is not None
+    assert cond.text is not None
+    sizes = {"match": recipe.match.batch, "regress": recipe.regress.batch}
+    batch = max((size // parts for term, size in sizes.items() if term in recipe.terms), default=1)
+    precision = recipe.prompts.precision
+    taken = _encoding(info.source, per_pass(weights) if before else batch, cond.text.shape[1], precision)
+    return _Texts((2 if precision == "bf16" else FP32) * weights, taken, before)
+
+
 @cache
-def _components(source: str) -> int:
-    """Return the number of weights of a model's text encoders and decoder, whose networks take long to build."""
-    return family_in(source).component_weights(source)
+def _encoders(source: str) -> list[nn.Module]:
+    """Return a model's text encoders without weights, which take long to build."""
+    return family_in(source).encoders(source) if source else []
+
+
+@cache
+def _decoder_weights(source: str) -> int:
+    """Return the number of weights of a model's decoder."""
+    return family_in(source).component_weights(source) - sum(map(numel, _encoders(source))) if source else 0
+
+
+@cache
+def _encoding(source: str, prompts: int, tokens: int, precision: str) -> int:
+    """Return the bytes that a model's text encoders take besides their weights, one encoder after another."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    return max(encoding_peak(encoder, prompts, tokens, kind) for encoder in _encoders(source))
 
 
 def _stored(network: nn.Module) -> int:

@@ -122,6 +122,23 @@ def sampling_flops(denoiser: Denoiser, info: Info) -> float:
     return ledger.flops.total()
 
 
+def encoding_peak(encoder: nn.Module, prompts: int, tokens: int, precision: torch.dtype) -> int:
+    """Return the most bytes that a text encoder takes, besides its weights, for `prompts` of `tokens` each.
+
+    Args:
+        encoder: one of transformers' text encoders, on the meta device. It keeps the states of all its layers, as most
+            pipelines ask it to.
+        tokens: if the encoder takes fewer, as CLIP's, it gets as many as it takes.
+    """
+    tokens = min(tokens, getattr(encoder.config, "max_position_embeddings", tokens))  # pyright: ignore
+    encoder, ledger = copy.deepcopy(encoder).to(precision), Ledger()
+    with _in_place(), _light_copies(), ledger, torch.no_grad():
+        twin = _emptied(encoder)
+        held = ledger.start({})
+        _ = twin(torch.empty(prompts, tokens, dtype=torch.long), output_hidden_states=True)
+    return ledger.peak - held
+
+
 @contextmanager
 def _gpu_autocast() -> Iterator[None]:
     """Autocast to bf16 as on GPUs, where normalisations compute and return fp32, weights are cast once per update, and
