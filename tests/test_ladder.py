@@ -17,6 +17,7 @@ from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.library import outline
 from distmatch.planning import ladder
 from distmatch.planning.cost import Cost, Traffic
+from distmatch.planning.ladder import CACHE
 from distmatch.planning.plan import verdict
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import offloaded
@@ -28,17 +29,20 @@ RUNGS = [
     {"prompts.cache": "runs/prompts"},
     {"student.adapter.rank": 64, "fake.adapter.rank": 64},
     {"precision": "bf16", "base_weights": "bf16"},
-    {"base_weights": "int8"},
-    {"base_weights": "int4"},
+    {"parallel": "ddp", "precision": "bf16", "base_weights": "int8"},
+    {"student.adapter.rank": 32, "fake.adapter.rank": 32},
+    {"parallel": "ddp", "precision": "bf16", "base_weights": "int4"},
+    {"student.adapter.rank": 16, "fake.adapter.rank": 16},
 ]
-LEAST = [176, 152, 142, 52, 32, 22, 17]
+LEAST = [176, 152, 142, 52, 32, 22, 20, 15, 14]
 """Bytes at each rung, with parts of one image."""
 
 
 def formula(recipe, denoiser, info, processes=1, once=False):
-    """Networks of 40 bytes, encoders of 10, and for each image of a part 32 bytes of activations."""
+    """Networks of 40 bytes, adapters of few, encoders of 10, and for each image of a part 32 bytes of activations."""
     teacher = {"fp32": 40, "bf16": 20, "int8": 10, "int4": 5}[recipe.base_weights]
-    trained = sum(2 if role.adapter.rank else 47 for role in (recipe.student, recipe.fake))
+    adapters = {0: 47, 16: 0.5, 32: 1}
+    trained = sum(adapters.get(role.adapter.rank, 2) for role in (recipe.student, recipe.fake))
     activations = recipe.match.batch / recipe.accumulate / processes * (8 if recipe.gradient_checkpointing else 32)
     if recipe.parallel == "fsdp":
         teacher, trained = teacher / processes, trained / processes
@@ -66,7 +70,7 @@ def test_each_rung_is_tried_after_those_below_it_with_no_smaller_parts_than_it_t
     for rung, least in zip(({}, *RUNGS), LEAST, strict=True):
         changes |= rung
         found = steps.fitting((least + 0.1) / 0.9)
-        assert found.changes == {"accumulate": 8} | changes
+        assert found.changes == {"accumulate": 8} | {k: v for k, v in changes.items() if k != "parallel"}  # as it was
         assert found.cost.peak == least
     for parts, peak in ((4, 60), (2, 76)):  # of two and four images, with adapters
         found = steps.fitting((peak + 0.1) / 0.9)
@@ -117,6 +121,21 @@ def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tm
     # A GAN encodes the captions of its images in every step.
     gan = steps_of(file, "terms=match,gan", "real.images=images")
     assert gan.rungs[1] == {"offload": True}
+
+
+def test_what_a_recipe_has_already_is_no_rung(file, monkeypatch):
+    adapters = ["student.adapter.rank=32", "fake.adapter.rank=64", "precision=bf16", "base_weights=int8"]
+    steps = steps_of(file, *adapters, "offload=true", "gradient_checkpointing=true")
+    expected = [{CACHE: "runs/prompts"}, {"fake.adapter.rank": 32}, *RUNGS[-2:]]  # the cache saves the visits
+    assert steps.rungs == expected
+    assert steps_of(file, *adapters, f"{CACHE}=states", "gradient_checkpointing=true").rungs == expected[1:]
+    # With an alpha of its own, an adapter of fewer ranks would move its weights further.
+    given = steps_of(file, *adapters, f"{CACHE}=states", "gradient_checkpointing=true", "student.adapter.alpha=32")
+    assert given.rungs == [{"fake.adapter.rank": 32}, RUNGS[-2], {"fake.adapter.rank": 16}]
+    monkeypatch.setattr(ladder, "LARGE", 1000)
+    assert steps.rungs == expected
+    assert steps_of(file, *adapters, "gradient_checkpointing=true").rungs[1] == {"prompts.precision": "bf16"}
+    assert "adapters learn" not in verdict(steps_of(file, *adapters), 20)
 
 
 def test_what_is_trained_stays_where_a_recipe_leaves_the_choice_to_the_memory(file):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from distmatch.data.embeddings import LARGE
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.info import Info
 from distmatch.models.library import family_of, outline
@@ -13,7 +14,7 @@ from distmatch.planning.cost import Cost, cost
 from distmatch.recipe.entries import Recipe, parse_recipe
 from distmatch.recipe.entry import flat, set_entry
 from distmatch.recipe.objectives import trains_fake
-from distmatch.recipe.subjects import as_used, offloaded
+from distmatch.recipe.subjects import as_used, encoded_before, offloaded
 from distmatch.system.errors import UserError
 from distmatch.system.screen import size
 from distmatch.training.engine import blocks
@@ -23,6 +24,9 @@ SPARE = 0.1
 
 RANK = 64
 """Of adapters, in DMD2 (arXiv 2405.14867) and LightX2V."""
+
+SMALLER, SMALLEST = 32, 16
+"""Ranks for where nothing else helps."""
 
 CACHE, STATES = "prompts.cache", "runs/prompts"
 """The entry for cached prompts, and the folder that is proposed for it: beside the pairs' default."""
@@ -109,9 +113,11 @@ class Ladder:
         recipe = self.recipe
         if blocks(self.denoiser) and recipe.student.network is None and not recipe.gradient_checkpointing:
             yield {"gradient_checkpointing": True}
-        if family_of(self.info).component_weights(self.info.source) and not offloaded(recipe):
-            # The cache takes the encoders' visits, too; with real images, they are needed in every step.
-            yield {CACHE: STATES} if self.retrain and self._cacheable() else {"offload": True}
+        # The cache takes the encoders' visits, too; with real images, they are needed in every step.
+        if self.retrain and self._cacheable() and not encoded_before(recipe):
+            yield {CACHE: STATES}
+        elif family_of(self.info).component_weights(self.info.source) and not offloaded(recipe):
+            yield {"offload": True}
         adapted = bool(recipe.student.adapter.rank and recipe.fake.adapter.rank)
         if self.gpus > 1 and recipe.parallel == "ddp" and not (adapted and "gan" in recipe.terms):
             yield {"parallel": "fsdp"}
@@ -126,11 +132,29 @@ class Ladder:
             return
         if recipe.base_weights == "fp32":
             yield {"precision": "bf16", "base_weights": "bf16"}
+        if self.retrain and self._large_encoders() and recipe.prompts.precision == "fp32":
+            yield {"prompts.precision": "bf16"}
         plain = recipe.match.sid is None and recipe.student.guidance is None and self.gpus == 1
         if recipe.base_weights in ("fp32", "bf16") and plain:
             yield {"parallel": "ddp", "precision": "bf16", "base_weights": "int8"}
+        # Fewer ranks leave the teacher as it is, while 4 bits move its estimates; see docs/adapters.md.
+        yield from self._ranks(SMALLER)
         if recipe.base_weights != "int4" and plain:
             yield {"parallel": "ddp", "precision": "bf16", "base_weights": "int4"}
+        yield from self._ranks(SMALLEST)
+
+    def _ranks(self, rank: int) -> Iterator[dict[str, Any]]:
+        """Yield a rung that gives adapters of higher ranks this one, if what is trained may change."""
+        roles = {"student": self.recipe.student.adapter, "fake": self.recipe.fake.adapter}
+        # `alpha` is relative to the rank: with a given one, updates would become larger.
+        higher = [name for name, how in roles.items() if (how.rank or RANK) > rank and how.alpha is None]
+        if self.retrain and higher:
+            yield {f"{name}.adapter.rank": rank for name in higher}
+
+    def _large_encoders(self) -> bool:
+        """Whether the text encoders are so large that their precision matters."""
+        encoders = family_of(self.info).encoders(self.info.source) if self.info.text else []
+        return sum(p.numel() for encoder in encoders for p in encoder.parameters()) > LARGE
 
     def _cacheable(self) -> bool:
         """Whether the states of prompts in a cache take the place of the text encoders."""

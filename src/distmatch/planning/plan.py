@@ -252,13 +252,15 @@ def verdict(ladder: Ladder, memory: float) -> str:
         return "it fits with no setting that is tried here; take more or larger GPUs"
     if not found.changes:
         return "it fits"
-    new = "; adapters learn at rates of their own" if "student.adapter.rank" in found.changes else ""
+    adapters = "student.adapter.rank" in found.changes and not ladder.recipe.student.adapter.rank
+    new = "; adapters learn at rates of their own" if adapters else ""
     disk = f"; {_cached(ladder)}" if CACHE in found.changes else ""
     return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}{disk}"
 
 
 def _cached(ladder: Ladder) -> str:
-    return f"{states(ladder.recipe, ladder.denoiser, ladder.info)}; offload=true in its place takes time instead"
+    told = states(ladder.recipe, ladder.denoiser, ladder.info)
+    return told if ladder.recipe.offload else f"{told}; offload=true in its place takes time instead"
 
 
 def states(recipe: Recipe, denoiser: Denoiser, info: Info) -> str:
