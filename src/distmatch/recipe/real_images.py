@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distmatch.data import imaging
 from distmatch.data.computed import compute
-from distmatch.data.images import Images, load_images
+from distmatch.data.images import Images
 from distmatch.data.reals import Describe, Reals
+from distmatch.data.shared_images import shared_images
 from distmatch.diffusion.denoiser import Cond
 from distmatch.models.info import Info
 from distmatch.models.library import family_of
@@ -46,7 +47,7 @@ def real_images(
         )
     if len(info.shape) != 3:
         raise UserError(f"{said} is for images; the teacher {recipe.teacher} makes points")
-    images = load_images(place, recipe.real.split)
+    images = shared_images(place, recipe.real.split)
     numbered = torch.arange(len(images))
     classes: list[Tensor] = [numbered]
     describe: Describe = lambda _numbers, _u: None  # noqa: E731

@@ -7,7 +7,7 @@ MASTER_PORT. Without these, and outside of `process_group`, there is one process
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache, wraps
@@ -34,6 +34,9 @@ PATIENCE = timedelta(days=1)
 _for_all: ContextVar[bool] = ContextVar("for_all", default=False)
 """Whether this process is at a task that it does for all: the others wait for that task's result, not for another's."""
 
+_ending = ExitStack()
+"""What this process does when it leaves the group; see `at_end`."""
+
 _DEATHS = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|timed out|Timed out")
 """What gloo and NCCL say in the remaining processes when one is gone."""
 
@@ -55,7 +58,8 @@ def process_group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     try:
-        with watched(store, number, size):
+        with _ending, watched(store, number, size):
+            start()
             yield
             barrier()  # the first process must leave last: the others' store may live in it
     except RuntimeError as error:
@@ -67,6 +71,7 @@ def process_group() -> Iterator[None]:
         ) from error
     finally:
         background_group.cache_clear()
+        start.cache_clear()
         dist.destroy_process_group()
 
 
@@ -89,6 +94,17 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if world() > 1:
         dist.barrier()
+
+
+@cache
+def start() -> str:
+    """Return a name of this start of the group, which all its processes know from then on, and no other start has."""
+    return broadcast(uuid4().hex)
+
+
+def at_end(task: Callable[[], object]) -> None:
+    """Call `task()` when this process leaves the group, also by an error."""
+    _ending.callback(task)
 
 
 @cache

@@ -14,9 +14,9 @@ ANYWHERE = "0" * 8
 """The host of a process that cannot tell where it runs: nobody can know whether it is dead."""
 
 
-def identity() -> str:
-    """Return host, process number and start time of this process, e.g. `3f0a91bc-4711-893021`."""
-    pid = os.getpid()
+def identity(pid: int | None = None) -> str:
+    """Return host, process number and start time of this process, or of process `pid`, e.g. `3f0a91bc-4711-893021`."""
+    pid = os.getpid() if pid is None else pid
     return f"{_host()}-{pid}-{_started(pid) or 0}"
 
 
