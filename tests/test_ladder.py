@@ -121,6 +121,10 @@ def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tm
     # A GAN encodes the captions of its images in every step.
     gan = steps_of(file, "terms=match,gan", "real.images=images")
     assert gan.rungs[1] == {"offload": True}
+    # And its adapters, too, may have a base that is shared by several GPUs.
+    shared = steps_of(file, "terms=match,gan", "real.images=images", gpus=4).rungs
+    assert {"parallel": "fsdp"} in shared
+    assert RUNGS[2] in shared
 
 
 def test_what_a_recipe_has_already_is_no_rung(file, monkeypatch):

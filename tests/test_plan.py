@@ -279,6 +279,9 @@ def _spread(folder, changes, out) -> None:
         (2, ("parallel=fsdp", "terms=match", "fake.steps=2", "student.adapter.rank=2", "fake.adapter.rank=4")),
         (2, (*GAN, "parallel=fsdp", "fake.steps=2", "match.divergence=js")),
         (2, (*GAN, "gan.features=teacher", "match.sid=1.2")),
+        (2, (*GAN, "parallel=fsdp", "match.sid=1.2", "student.adapter.rank=2", "fake.adapter.rank=4")),
+        (2, ("parallel=ddp", "terms=match", "match.sid=1.2")),
+        (2, ("parallel=fsdp", "terms=match", "match.sid=1.2", "student.adapter.rank=2", "fake.adapter.rank=4")),
         (3, ("parallel=fsdp", "precision=bf16", "gradient_checkpointing=true", "match.pairs=true")),  # 8 rows by three
     ],
     ids=lambda value: " ".join(value).replace("{0}/", "") if isinstance(value, tuple) else str(value),

@@ -228,7 +228,7 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     Gradients are reduced in fp32 with the last part of each update. FSDP2 gathers a network for every pass, forward and
     backward (recomputing activations gathers nothing), and frees it afterwards.
     """
-    updates = {"student": 1, "fake score": recipe.fake.steps}
+    updates = {"student": 1, "fake score": _sums_of_fake(recipe, trained)}
     if recipe.parallel == "ddp" or n == 1:
         sums = sum(updates[name] * FP32 * numel(network, True) for name, network in trained.items())
         return Traffic(n, reduced=sums if n > 1 else 0)
@@ -239,12 +239,11 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
     teachers = matched * (1 + guided) * (1 if recipe.match.sid is None else 2) + 2 * ("guide" in recipe.terms)
     if recipe.match.sid is not None:
-        passes["fake score"], updates["fake score"] = passes["fake score"] + 1, updates["fake score"] + 1
+        passes["fake score"] += 1
     if "gan" in recipe.terms:  # a judgement for the student, one for the head, and one for ratios of densities
         ratios = recipe.match.divergence != "reverse_kl"
         if recipe.gan.features == "fake":
             passes["fake score"] += 2 + 2 * recipe.fake.steps + ratios
-            updates["fake score"] = 1 + recipe.fake.steps  # the student's loss sends it gradients, too
         else:
             teachers += 2 + recipe.fake.steps + ratios
     gathered = sum(passes[name] * low * n * slices(_held(network), n) for name, network in trained.items())
@@ -252,6 +251,17 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     scattered = sum(updates[k] * FP32 * n * slices(v, n, True) for k, v in trained.items() if not adapted(v))
     reduced = sum(updates[k] * FP32 * numel(v, True) for k, v in trained.items() if adapted(v))
     return Traffic(n, gathered=recipe.accumulate * gathered, scattered=scattered, reduced=reduced)
+
+
+def _sums_of_fake(recipe: Recipe, trained: dict[str, nn.Module]) -> int:
+    """Return how often a step sums the fake score's gradients over the processes: after each of its updates.
+
+    Where it is wrapped by DDP or FSDP2, these also sum what a student's loss sends it, in vain.
+    """
+    judged = "gan" in recipe.terms and recipe.gan.features == "fake"
+    sharded = recipe.parallel == "fsdp" and not adapted(trained.get("fake score", nn.Identity()))
+    wrapped = sharded or not (recipe.own_terms or "gan" in recipe.terms)
+    return recipe.fake.steps + (wrapped and (judged or recipe.match.sid is not None))
 
 
 def _held(network: nn.Module) -> nn.Module:

@@ -119,7 +119,7 @@ class Ladder:
         elif family_of(self.info).component_weights(self.info.source) and not offloaded(recipe):
             yield {"offload": True}
         adapted = bool(recipe.student.adapter.rank and recipe.fake.adapter.rank)
-        if self.gpus > 1 and recipe.parallel == "ddp" and not (adapted and "gan" in recipe.terms):
+        if self.gpus > 1 and recipe.parallel == "ddp":
             yield {"parallel": "fsdp"}
         if self.retrain and "regress" in recipe.terms and recipe.regress.decoder == "full":
             yield {"regress.decoder": "tiny"}
@@ -165,7 +165,7 @@ class Ladder:
         recipe, student = self.recipe, self.recipe.student
         if student.init is not None or student.network is not None or recipe.compile or not trains_fake(recipe):
             return False
-        return bool(blocks(self.denoiser)) and not recipe.fake.ida and not (self.gpus > 1 and "gan" in recipe.terms)
+        return bool(blocks(self.denoiser)) and not recipe.fake.ida
 
     def _divisors(self) -> list[int]:
         """Return the possible values of `accumulate`, from the recipe's own upwards."""

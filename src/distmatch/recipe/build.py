@@ -138,8 +138,6 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     fake = fake_network(recipe, first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
     average = frozen_copy(trained)
     bases = {id(n.base): n.base for n in (trained, fake) if isinstance(n, Adapted)}
-    if bases and "gan" in recipe.terms and recipe.parallel == "fsdp":
-        raise UserError("the term gan does not work with adapters under parallel=fsdp; use parallel=ddp")
     if recipe.gradient_checkpointing:
         for network in filter(None, (trained, fake)):
             checkpoint_gradients(network)
@@ -154,7 +152,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     # DDP needs one forward pass per backward pass. If other terms also use the fake score, the distiller averages its
     # gradients instead.
     only_match = not recipe.own_terms and "gan" not in recipe.terms
-    if fake is not None and (recipe.parallel == "fsdp" or only_match):
+    sharded = recipe.parallel == "fsdp" and not isinstance(fake, Adapted)
+    if fake is not None and (sharded or only_match):
         score = spread(fake, recipe.parallel, recipe.precision, inputs)
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):

@@ -178,8 +178,8 @@ def features(network: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, T
     for number in numbers:
         members[number]._compiled_call_impl = None
     handles = [members[number].register_forward_hook(keep(number)) for number in numbers]
-    if _is_sharded(unwrapped(network)):
-        handles.append(unwrapped(network).register_forward_hook(tie))
+    for root in filter(_is_sharded, (unwrapped(network), bare(network))):  # of an adapted one, the base's network
+        handles.append(root.register_forward_hook(tie))
     try:
         yield found
     finally:
