@@ -140,7 +140,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     states = sum(numel(network) + 2 * sizes[name] for name, network in trained.items())
     checkpoint = FP32 * (average + states + 3 * head)
     flops: dict[str, float] = {name: parts * value for name, value in done.flops.items() if value}
-    traffic = _traffic(recipe, trained, teacher, processes)
+    traffic = _traffic(recipe, trained, teacher, processes, done.rolled)
     if processes > 1:
         traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
@@ -222,11 +222,14 @@ def slices(network: nn.Module, processes: int, trained: bool = False) -> int:
     return sum(math.ceil(shape[0] / processes) * math.prod(shape[1:]) for shape in shapes)
 
 
-def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, n: int) -> Traffic:
+def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, n: int, rolled: float) -> Traffic:
     """Return the traffic of one step, with the networks distributed as `engine` does it.
 
     Gradients are reduced in fp32 with the last part of each update. FSDP2 gathers a network for every pass, forward and
     backward (recomputing activations gathers nothing), and frees it afterwards.
+
+    Args:
+        rolled: see `rehearsal.Rehearsal`.
     """
     updates = {"student": 1, "fake score": _sums_of_fake(recipe, trained)}
     if recipe.parallel == "ddp" or n == 1:
@@ -235,8 +238,10 @@ def _traffic(recipe: Recipe, trained: dict[str, nn.Module], teacher: nn.Module, 
     low = 2 if recipe.precision == "bf16" else FP32
     matched = "fake score" in trained
     guided = recipe.student.guidance is not None or recipe.match.guidance != 1
-    # Per part: two with a graph; one for both scores, and one for the images of each further fake-score update.
-    passes = {"student": 2 + (recipe.fake.steps - 1) * matched, "fake score": 1 + 2 * recipe.fake.steps}
+    # Per part: two with a graph; one for both scores; one for the images of each further fake-score update; and what
+    # rolls noise to the step that makes these, and the first ones.
+    made = recipe.fake.steps if matched else 1  # batches of images
+    passes = {"student": 1 + made * (1 + rolled), "fake score": 1 + 2 * recipe.fake.steps}
     teachers = matched * (1 + guided) * (1 if recipe.match.sid is None else 2) + 2 * ("guide" in recipe.terms)
     if recipe.match.sid is not None:
         passes["fake score"] += 1

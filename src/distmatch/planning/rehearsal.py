@@ -50,6 +50,7 @@ class Rehearsal:
             nor was there before the step.
         most_activations: the largest value of these at any time.
         pictures: bytes at the peak of a preview, when there is neither; with the decoder, unless it is always there.
+        rolled: passes of the student, on average, that roll noise to the step that is trained, per batch of images.
     """
 
     networks: dict[str, nn.Module]
@@ -59,6 +60,7 @@ class Rehearsal:
     activations: int
     most_activations: int
     pictures: int
+    rolled: float
 
 
 def rehearse(
@@ -108,6 +110,7 @@ def rehearse(
         drawn + peak - gradients - held,
         drawn + ledger.peak_without_gradients - held,
         pictures,
+        stage.rolled,
     )
 
 
