@@ -29,6 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch.commands.cli import app
 from distmatch.commands.plan import plan
+from distmatch.data.images import load_images
+from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Denoiser, Prediction
 from distmatch.diffusion.schedule import EDM
 from distmatch.models.attention import attention
@@ -47,7 +49,9 @@ from distmatch.planning.plan import Cluster, bill, pace, settled, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
+from distmatch.recipe.real_images import latents_bytes
 from distmatch.system import parallel, rng
+from distmatch.system.digests import load_file
 from distmatch.system.garbage import no_collection
 from distmatch.system.precision import autocast
 from distmatch.system.screen import duration
@@ -502,6 +506,27 @@ def said(*arguments: str) -> str:
     with redirect_stdout(StringIO()) as out:
         app(arguments, result_action="return_value")
     return out.getvalue()
+
+
+def test_latents_in_a_cache_take_what_is_planned(folder, planner, tmp_path):
+    place = real_folder(tmp_path / "images", shape=(64, 64, 3))
+    for file in place.rglob("*.png"):
+        file.with_suffix(".txt").write_text("a cat")
+    cache = tmp_path / "latents"
+    changes = [change.format(folder) for change in (*SD, "terms=match", "student.nfe=2", "student.inputs=data")]
+    changes += [f"real.images={place}", f"real.cache={cache}"]
+    subject = subjects.subject(load_recipe(str(folder / "tiny.yaml"), changes))
+    assert subject.real is not None
+    subject.real.draw(1, torch.Generator(), WHOLE)
+    held = sum(tensor.nbytes for file in cache.rglob("*.safetensors") for tensor in load_file(file).values())
+    count = len(load_images(place))
+    assert held == latents_bytes(subject.info, count) == 2 * 4 * 8 * 8 * count
+    text = planner(said, "plan", str(folder / "tiny.yaml"), *changes).replace("\n", " ")
+    assert f"latents of real images take 512 bytes each on the disk, {shown(held)} for {count}" in text
+    later = planner(said, "plan", str(folder / "tiny.yaml"), *changes, f"real.images={tmp_path / 'later'}")
+    assert "latents of real images take 512 bytes each on the disk\n" in later
+    without = planner(said, "plan", str(folder / "tiny.yaml"), *changes, "real.cache=null")
+    assert "latents of real images" not in without
 
 
 def test_the_command_says_what_it_takes(folder, planner):

@@ -7,9 +7,10 @@ import struct
 
 import numpy as np
 import pytest
-from layouts import encoded, pixels, png, write
+from layouts import encoded, lines, pixels, png, write
 
-from distmatch.data.images import load_images
+from distmatch.data import decode
+from distmatch.data.images import count_images, load_images
 from distmatch.system.errors import UserError
 
 random = np.random.default_rng(0)
@@ -229,6 +230,35 @@ def test_parquet_of_other_columns(tmp_path):
         load_images(write(tmp_path / "d", {"0.parquet": parquet([(png(0), 1), (b"x", 1)])}))
     with pytest.raises(ValueError, match="label 5 of 2 classes"):
         load_images(write(tmp_path / "e", {"0.parquet": parquet([(png(0), 5)], names=["a", "b"])}))
+
+
+@pytest.mark.parametrize("container", ["folder", "tar", "zip"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {f"{split}/{name}/{i}.png": png(i) for split in ("train", "test") for name in "ab" for i in range(len(split))},
+        {"train-0.parquet": CATS, "train-1.parquet": CATS, "test-0.parquet": CATS},
+        {"metadata.jsonl": lines({"file_name": "0.png", "text": "a cat"}), "0.png": png(0)},
+    ],
+)
+def test_images_are_counted_without_being_decoded(tmp_path, monkeypatch, container, files):
+    place = write(tmp_path / "set", files, container)
+    expected = {split: len(load_images(place, split)) for split in ("train", "all")}
+
+    def decoded(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(decode.Decoder, "add", decoded)
+    assert {split: count_images(place, split) for split in expected} == expected
+
+
+def test_what_cannot_be_counted_without_reading_it_is_not(tmp_path):
+    assert count_images(write(tmp_path / "a", {"train-images-idx3-ubyte": idx(np.zeros((2, 4, 4), np.uint8))})) is None
+    assert count_images("https://images.example/set.tar") is None
+    with pytest.raises(ValueError, match="does not exist"):
+        count_images(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="has no split 'val'"):
+        count_images(write(tmp_path / "b", {"train-0.parquet": CATS, "test-0.parquet": CATS}), "val")
 
 
 def test_damaged_parquet_is_named(tmp_path):

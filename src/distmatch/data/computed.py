@@ -18,6 +18,9 @@ from distmatch.system.storage import Folder
 SHARD = 1024
 """Entries per file."""
 
+STORED = 2
+"""Bytes of a number in these files, unless half precision is too narrow for some."""
+
 
 class Computed:
     """`(numbers) -> tensors f32[len(numbers),...] by name`, from the files that `compute` wrote to `folder`.

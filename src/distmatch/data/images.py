@@ -15,12 +15,12 @@ from distmatch.data.archives import Files, OneFile, open_files
 from distmatch.data.captions import Captions, captions_of, several
 from distmatch.data.collect import as_pixels, collected, plain
 from distmatch.data.decode import SUFFIXES, Decoder, dark
-from distmatch.data.layouts import arrange, visible
+from distmatch.data.layouts import arrange, choose, visible
 from distmatch.data.sidecars import labels_of
-from distmatch.data.tables import read_table
+from distmatch.data.tables import parquet_rows, read_table
 from distmatch.system.errors import UserError
 from distmatch.system.screen import counted, printable
-from distmatch.system.storage import local
+from distmatch.system.storage import is_url, local
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,7 @@ def load_images(
     Raises `UserError` for data that is missing, damaged, too large (`system.limits`) or ambiguous.
     """
     path = local(place)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; expected a folder or an archive of images")
-    files = OneFile(path) if path.suffix == ".parquet" else open_files(path, without)
-    names, left_out = visible(files.sizes)
-    left_out += files.left_out
+    files, names, left_out = _listed(path, without)
     if (table := read_table(files, names, split)) is not None:
         left_out += table.left_out + _suffixes(set(names) - table.used)
         numbers, classes = (None, ()) if table.labels is None else _numbered(table.labels, table.names)
@@ -176,6 +172,32 @@ def load_images(
     account = _account(classes, layout.origin, layout.left_out, [*layout.notes, *notes], layout.captions)
     captions = layout.captions and layout.captions.captions
     return Images(torch.from_numpy(pixels), numbers, classes, replace(account, bits=decoder.bits), captions)
+
+
+def count_images(place: str | Path, split: str = "train") -> int | None:
+    """Return how many images `load_images(place, split)` reads, without decoding them.
+
+    `None` if that takes reading them all: of arrays, and of files at a URL.
+
+    Raises `UserError` as `load_images` does for what is missing or ambiguous.
+    """
+    if is_url(place):
+        return None
+    files, names, _ = _listed(local(place))
+    pictures = [name for name in names if name.lower().endswith(tuple(SUFFIXES))]
+    if pictures:
+        return len(choose(str(files.path), pictures, split).names)
+    tables = any(name.endswith(".parquet") for name in names)
+    return parquet_rows(files, names, split) if tables else None
+
+
+def _listed(path: Path, without: Path | None = None) -> tuple[Files, list[str], Counter[str]]:
+    """Return the files in `path`, the names of those that belong to a data set, and how many are left out."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a folder or an archive of images")
+    files = OneFile(path) if path.suffix == ".parquet" else open_files(path, without)
+    names, left_out = visible(files.sizes)
+    return files, names, left_out + files.left_out
 
 
 def _given(captions: Sequence[Any], count: int, own: object) -> tuple[tuple[str, ...], ...] | None:

@@ -73,6 +73,15 @@ def read_table(files: Files, names: list[str], split: str) -> Table | None:
     return next((read(files, names, split) for what, read in readers if what in found), None)
 
 
+def parquet_rows(files: Files, names: list[str], split: str) -> int:
+    """Return the number of images of `split` in the Parquet tables among `names`, without decoding them."""
+    count = 0
+    for name in _parquet_tables(files, names, split)[1]:
+        with files.opened(name) as file:
+            count += parquet.opened(file, f"{files.path}: {printable(name)}").metadata.num_rows
+    return count
+
+
 def _cifar_batches(names: list[str]) -> dict[str, str]:
     """Return the batches among `names`, with the split of each."""
     known, batches = set(names), {}
@@ -181,11 +190,7 @@ def _idx_shape(where: str, content: bytes, dimensions: int) -> tuple[int, ...]:
 
 def _parquet(files: Files, names: list[str], split: str) -> Table:
     """Read tables with a column of encoded images, as on Hugging Face: `data/train-00000-of-00001.parquet`."""
-    tables = {n: _table_parts(n) for n in names if n.endswith(".parquet")}
-    kinds = {n: next(filter(None, map(kind, reversed(parts))), "") for n, parts in tables.items()}
-    if not any(kinds.values()):
-        kinds = dict.fromkeys(tables, "train")
-    chosen, left_out = _of_split(files, kinds, split)
+    tables, chosen, left_out = _parquet_tables(files, names, split)
     sets = {tuple(kind(part) or part for part in tables[n]): n for n in chosen}
     if len(sets) > 1 and split != "all":
         seen = ", ".join(map(printable, sorted(sets.values())[:6]))
@@ -227,6 +232,15 @@ def _parquet(files: Files, names: list[str], split: str) -> Table:
     if label:
         given, origin = labels_of(labels, f"{place}: {label[0]}"), f"from {label[0]} {there}"
     return Table(pixels, given, known, origin, set(tables), left_out, notes, captions)
+
+
+def _parquet_tables(files: Files, names: list[str], split: str) -> tuple[dict[str, list[str]], list[str], Counter[str]]:
+    """Return the parts of all tables' paths, the tables of `split`, and how many of other splits are left out."""
+    tables = {n: _table_parts(n) for n in names if n.endswith(".parquet")}
+    kinds = {n: next(filter(None, map(kind, reversed(parts))), "") for n, parts in tables.items()}
+    if not any(kinds.values()):
+        kinds = dict.fromkeys(tables, "train")
+    return tables, *_of_split(files, kinds, split)
 
 
 def _columns(place: str, schema: Any) -> tuple[str, list[str], tuple[str, ...]]:

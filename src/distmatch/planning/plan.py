@@ -4,12 +4,14 @@
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from distmatch.data.images import count_images
 from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.solvers import evaluations
@@ -20,6 +22,7 @@ from distmatch.planning.gpus import Gpu
 from distmatch.planning.ladder import CACHE, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.real_images import latents_bytes
 from distmatch.recipe.subjects import as_used, states_bytes
 from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
@@ -128,6 +131,8 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
     _tell_disk(recipe, made)
     if recipe.prompts.cache is not None and info.text:
         console.print(states(recipe, denoiser, info))
+    if recipe.real.cache is not None and info.latent and recipe.needs_images:
+        console.print(latents(recipe, info))
     paired = [stage for stage in stages if "regress" in stage.terms]
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
@@ -274,6 +279,16 @@ def states(recipe: Recipe, denoiser: Denoiser, info: Info) -> str:
     except UserError:  # a plan needs none; training says what is wrong with them
         return told
     return f"{told}, {size(count * each)} for {count:,}"
+
+
+def latents(recipe: Recipe, info: Info) -> str:
+    """Say how much of a disk the cached latents of real images take: each of them, and all if they can be counted."""
+    told = f"latents of real images take {size(latents_bytes(info, 1))} each on the disk"
+    count = None
+    if recipe.real.images is not None:
+        with suppress(UserError, OSError):  # as with prompts
+            count = count_images(recipe.real.images, recipe.real.split)
+    return told if count is None else f"{told}, {size(latents_bytes(info, count))} for {count:,}"
 
 
 def rungs(ladder: Ladder) -> Table:

@@ -1,5 +1,6 @@
 """The real images of a recipe: read, checked against the teacher, encoded to latents, matched to conditions."""
 
+import math
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distmatch.data import imaging
-from distmatch.data.computed import compute
+from distmatch.data.computed import STORED, compute
 from distmatch.data.images import Images
 from distmatch.data.reals import Describe, Reals
 from distmatch.data.shared_images import shared_images
@@ -65,6 +66,11 @@ def real_images(
         check_shape(images, info.shape, place, recipe.teacher)
         read = lambda numbers: imaging.to_float(images.pixels[numbers])  # noqa: E731
     return Reals(classes, read, describe, print_of)
+
+
+def latents_bytes(info: Info, count: int) -> int:
+    """Return the bytes that the latents of `count` images take in `real.cache`."""
+    return STORED * count * math.prod(info.shape)
 
 
 def check_shape(images: Images, shape: Sequence[int], place: str, teacher: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distmatch.data.computed import STORED
 from distmatch.data.embeddings import Embeddings, embed, embedded, per_pass
 from distmatch.data.pairs import fingerprint, prompts_digest
 from distmatch.data.prompts import read_prompts
@@ -27,9 +28,6 @@ from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS
 from distmatch.system.progress import progress
 from distmatch.training.rounded import hold
-
-STATE = 2
-"""Bytes of a number in the prompts' cached states; see `data.computed`."""
 
 
 def device(name: str) -> torch.device:
@@ -181,7 +179,7 @@ def states_bytes(denoiser: Denoiser, info: Info, count: int) -> int:
     cond = family_of(info).example_cond(denoiser.net, info, 1)
     assert cond is not None
     assert cond.text is not None
-    return STATE * count * sum(value.numel() for value in (cond.text, *cond.extra.values()))
+    return STORED * count * sum(value.numel() for value in (cond.text, *cond.extra.values()))
 
 
 def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torch.device) -> list[Space]:
