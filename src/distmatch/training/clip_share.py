@@ -71,8 +71,8 @@ def distillation(student: Denoiser, t: float, generator: float, critic: float) -
         turn = (
             f"At the student's time its network's output is multiplied by {gain:.3g} (prediction "
             f"{student.prediction.name}), and so are gradients, which Adam evens out, and the network's own errors, "
-            "such as a grid, which it does not: let the teacher's schedule end at the least noise that drowns the "
-            "data, and train longer"
+            "such as a grid, which it does not: evaluate it at an earlier time (student.times=[399] for Stable "
+            "Diffusion, whose last is 999), and train longer"
         )
     return Clipping(
         Clipped("gradient_norm", generator, f"{turn}; see 'Sparse pictures' in docs/results.md"),
