@@ -19,6 +19,7 @@ from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.sampler import Steps
 from distmatch.diffusion.schedule import Schedule
 from distmatch.diffusion.solvers import evaluations, solver
+from distmatch.models.bf16 import allows_bf16, in_bf16, round_weights, rounding_inputs
 from distmatch.models.family import Components
 from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
@@ -232,11 +233,12 @@ class DistilledPipeline(Pipeline):
             there: expect blur with fewer, and nothing better with more.
         compile: compile network and decoder with torch.compile; on a GPU they then replay CUDA graphs. The first batch
             of each size waits for the compiler, for up to minutes.
-        cuda_graphs: on a GPU, record network and decoder as one CUDA graph when a batch of some size first comes, and
-            replay it from then on: the GPU no longer waits for Python, and nothing has to be compiled. The memory that
-            the largest batch needs stays taken, and only one thread at a time may make images. Elsewhere nothing
-            changes.
-        precision: bf16 lets network and decoder compute in bf16, by autocast.
+        cuda_graphs: on a GPU, record network, decoder and rounding to 8 bits as one CUDA graph when a batch of some
+            size first comes, and replay it from then on: the GPU no longer waits for Python, and nothing has to be
+            compiled. The memory that the largest batch needs stays taken, and only one thread at a time may make
+            images. Elsewhere nothing changes.
+        precision: bf16 lets network and decoder compute in bf16: with copies whose weights are all in bf16, as they
+            are now, or under autocast where `models.bf16` does not know that they allow it.
 
     Raises `UserError` for a teacher, for another number of `steps`, and for `compile` if no compiler works here.
     """
@@ -256,17 +258,22 @@ class DistilledPipeline(Pipeline):
         if not info.times:
             raise UserError("this model is a teacher, not a student; use TeacherPipeline")
         info = replace(info, times=_times(info, denoiser.schedule, steps, times))
-        plan, forward = Steps(info.times), denoiser
+        plan, parts, forward = Steps(info.times), parts or Components(), denoiser
+        around_network = self._around_decoder = precision
+        if precision == "bf16" and type(denoiser) is Denoiser and allows_bf16(denoiser.net):
+            denoiser = Denoiser(in_bf16(denoiser.net), denoiser.schedule, denoiser.prediction)
+            forward, around_network = rounding_inputs(denoiser), "fp32"
+        if precision == "bf16" and isinstance(parts.decode, nn.Module) and allows_bf16(parts.decode):
+            parts, self._around_decoder = replace(parts, decode=in_bf16(parts.decode)), "fp32"
         if compile:
-            forward, parts = _compiled(denoiser, parts or Components(), cuda_graphs)
-        self.precision = precision
+            forward, parts = _compiled(forward, parts, cuda_graphs)
 
         @cache
         def at_times(device: torch.device) -> list[Fixed]:
             return [fixed(forward, t, device) for t in plan.times]
 
         def evaluated(z: Tensor, cond: Cond | None, noise: Sequence[Tensor]) -> Tensor:
-            with autocast(z.device, precision):
+            with autocast(z.device, around_network):
                 return plan.sample(at_times(z.device), denoiser.schedule, z, cond, noise)
 
         def make(z: Tensor, cond: Cond | None, noise_of: NoiseOf) -> Tensor:
@@ -287,7 +294,7 @@ class DistilledPipeline(Pipeline):
         return [noise_of(step).to(z) for step in range(1, self.nfe)]
 
     def decoded(self, x: Tensor) -> Tensor:
-        with autocast(x.device, self.precision):
+        with autocast(x.device, self._around_decoder):
             return self.parts.decode(x).to(x.dtype)
 
     @classmethod
@@ -306,15 +313,13 @@ class DistilledPipeline(Pipeline):
         """Load a model folder, a run's folder, or a student of the package ("mnist").
 
         A custom network, into which the weights are loaded, and a custom schedule are passed as `net` and `schedule`.
-        `steps`, `times`, `precision` and, as `how`, `compile` and `cuda_graphs`: see the class; with bf16 the network's
-        matrices are also kept in bf16.
+        `steps`, `times`, `precision` and, as `how`, `compile` and `cuda_graphs`: see the class; with bf16, `net` is
+        rounded too.
         """
         denoiser, info = find_model(str(path), "student", net, schedule)
         denoiser.to(device)
-        if precision == "bf16":  # or autocast would convert them at every call; vectors and buffers keep their digits
-            for weights in denoiser.parameters():
-                if weights.ndim > 1:
-                    weights.data = weights.data.bfloat16()
+        if precision == "bf16":  # nobody else uses it: rounded in place, it need not be copied
+            round_weights(denoiser.net)
         return cls(denoiser, info, components(info, device), steps=steps, times=times, precision=precision, **how)
 
 

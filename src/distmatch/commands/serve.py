@@ -40,7 +40,7 @@ class Options:
     then do not wait for Python; nothing is compiled."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the student computes in bf16, about twice as fast on a GPU."""
+    """bf16: the student's network and decoder are held and computed in bf16, about twice as fast on a GPU."""
 
     open_browser: bool = False
     """Open the page in your browser."""

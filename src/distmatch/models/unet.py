@@ -7,6 +7,7 @@ Nichol (2021) and Karras et al. (2022). A space-to-depth stem trades resolution 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,8 @@ class UNet(nn.Module):
     "no label", so that a network trained with label dropout can be guided.
     """
 
+    bf16_throughout: ClassVar[bool] = True
+
     def __init__(
         self,
         channels: int = 1,
@@ -130,7 +133,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond | None = None) -> Tensor:
-        embedding = self.embedding(noise, cond)
+        embedding = self.embedding(noise, cond, x.dtype)
         h = self.stem(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
         h = self.encoder[0](h, embedding)
         skips = [h]
@@ -144,10 +147,10 @@ class UNet(nn.Module):
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)
 
-    def embedding(self, noise: Tensor, cond: Cond | None) -> Tensor:
-        """Return noise level and label as one vector per sample: f[B,E]."""
+    def embedding(self, noise: Tensor, cond: Cond | None, dtype: torch.dtype) -> Tensor:
+        """Return noise level and label as one vector per sample: f[B,E]. The level's sinusoids become `dtype`."""
         angles = noise[:, None] * self.freqs
-        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype))
         if self.label is not None:
             if cond is not None and cond.label is not None:
                 embedding = embedding + self.label(cond.label)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Decoder(nn.Module):
             keeps several gigabytes per image at 512 x 512.
     """
 
+    bf16_throughout: ClassVar[bool] = True
+
     def __init__(self, vae: Any, checkpointing: bool = False):
         super().__init__()
         vae.encoder = nn.Module()
@@ -61,6 +63,7 @@ class Decoder(nn.Module):
         return unscaled(latents, self.vae.config)
 
     def decode(self, z: Tensor) -> Tensor:
+        z = z.to(next(self.vae.parameters()).dtype)
         if self.video:  # not by `vae.decode`, which keeps the outputs of all layers for a next frame: gigabytes
             return self.vae.decoder(self.vae.post_quant_conv(z.unsqueeze(2))).clamp(-1, 1).squeeze(2)
         return self.vae.decode(z, return_dict=False)[0]

@@ -28,6 +28,8 @@ class PixelUNet(nn.Module):
         unet: its configuration, or diffusers' own network.
     """
 
+    bf16_throughout: ClassVar[bool] = True
+
     def __init__(self, unet: Any):
         super().__init__()
         need("diffusers", by="a UNet2DModel")

@@ -33,6 +33,7 @@ class DiT(nn.Module):
     """
 
     adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    bf16_throughout: ClassVar[bool] = True
 
     def __init__(self, transformer: Any):
         super().__init__()

@@ -54,6 +54,7 @@ class StableUNet(nn.Module):
     """
 
     adapted: ClassVar[tuple[str, ...]] = ADAPTED
+    bf16_throughout: ClassVar[bool] = True
 
     computed: ClassVar[tuple[str, ...]] = ("null_text", "null_pooled")
     """What is no weight of its own: these come from the text encoders, whose `fingerprint` counts instead."""
@@ -95,7 +96,7 @@ class StableUNet(nn.Module):
         added = None
         if self.null_pooled.shape[1]:
             pooled = self.null_pooled.expand(len(x), -1) if absent else cond.extra["pooled"]
-            added = {"text_embeds": pooled.to(x.dtype), "time_ids": cond.extra["size"].to(x.dtype)}
+            added = {"text_embeds": pooled.to(x.dtype), "time_ids": cond.extra["size"]}
         scale = None
         if self.guidance:
             scale = embed_guidance(cond.extra["guidance"], CHANNELS).to(x.dtype)

@@ -8,6 +8,7 @@ augmentation labels of EDM's training are accepted (`cond.extra["augment"]`); wi
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -192,15 +193,17 @@ class Positional(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def _one_hot(cond: Cond | None, noise: Tensor, classes: int) -> Tensor:
-    """Return f[B,classes]; zeros without a label, or for label number `classes`."""
+def _one_hot(cond: Cond | None, like: Tensor, classes: int) -> Tensor:
+    """Return f[B,classes] for the batch of `like f[B,*]`; zeros without a label, or for label number `classes`."""
     if cond is None or cond.label is None:
-        return noise.new_zeros(len(noise), classes)
-    return (cond.label[:, None] == torch.arange(classes, device=noise.device)).to(noise.dtype)
+        return like.new_zeros(len(like), classes)
+    return (cond.label[:, None] == torch.arange(classes, device=like.device)).to(like.dtype)
 
 
 class _UNet(nn.Module):
     """The encoder and decoder of both networks, with modules named by resolution."""
+
+    bf16_throughout: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -352,12 +355,12 @@ class SongUNet(_UNet):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond | None = None) -> Tensor:
-        embedding = self.map_noise(noise)
+        embedding = self.map_noise(noise).to(x.dtype)
         if self.map_label is not None:
-            label = _one_hot(cond, noise, self.label_dim)
+            label = _one_hot(cond, embedding, self.label_dim)
             embedding = embedding + self.map_label(label * math.sqrt(self.label_dim))
         if self.map_augment is not None and cond is not None and "augment" in cond.extra:
-            embedding = embedding + self.map_augment(cond.extra["augment"])
+            embedding = embedding + self.map_augment(cond.extra["augment"].to(x.dtype))
         embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
         x = self.trunk(x, embedding)
         return self.dec[f"{self.out}_conv"](F.silu(self.dec[f"{self.out}_norm"](x)))
@@ -421,12 +424,12 @@ class DhariwalUNet(_UNet):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond | None = None) -> Tensor:
-        embedding = self.map_noise(noise)
+        embedding = self.map_noise(noise).to(x.dtype)
         if self.map_augment is not None and cond is not None and "augment" in cond.extra:
-            embedding = embedding + self.map_augment(cond.extra["augment"])
+            embedding = embedding + self.map_augment(cond.extra["augment"].to(x.dtype))
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
         if self.map_label is not None:
-            embedding = embedding + self.map_label(_one_hot(cond, noise, self.label_dim))
+            embedding = embedding + self.map_label(_one_hot(cond, embedding, self.label_dim))
         embedding = F.silu(embedding)
         return self.out_conv(F.silu(self.out_norm(self.trunk(x, embedding))))
 
