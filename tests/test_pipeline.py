@@ -270,6 +270,27 @@ def test_recorded_images_are_those_of_every_condition_noise_and_batch():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_recording_goes_on_to_8_bits_and_says_which_images_are_not_finite(precision):
+    info = Info((1, 8, 8), ("a", "b", "c"), times=(80.0, 5.0))
+    plain, fast = (
+        DistilledPipeline(tiny.teacher(), info, cuda_graphs=recorded, precision=precision) for recorded in (False, True)
+    )
+    z, cond = rng.noise(0, range(4), (1, 8, 8)), plain.condition(4)
+    broken = z.clone()
+    broken[2:] = torch.nan
+    expected = plain.render(z, cond)
+    with graphs.on_a_cpu():
+        for _ in range(2):
+            assert torch.equal(fast.render(z, cond), expected)
+            with pytest.raises(UserError, match=r"^2 of 4 images of a batch, first number 2, are not finite"):
+                fast.render(broken, cond)
+    assert fast._recorded is not None
+    (recorded,) = fast._recorded._graphs.values()
+    assert recorded.graph.replays == 4
+    assert [one.dtype for one in recorded.made] == [torch.float32, torch.uint8, torch.bool]
+
+
 def test_where_nothing_is_recorded_the_images_are_the_same(student):
     plain, fast = (DistilledPipeline.from_pretrained(student, cuda_graphs=recorded) for recorded in (False, True))
     assert torch.equal(plain(5, labels=1, seed=3).pixels, fast(5, labels=1, seed=3).pixels)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from distmatch.models.info import Info
 from distmatch.models.library import components, family_of, find_model
 from distmatch.system import rng
 from distmatch.system.errors import UserError
-from distmatch.system.finite import check_images
+from distmatch.system.finite import check_rows, finite_rows
 from distmatch.system.precision import autocast
 from distmatch.system.screen import counted
 from distmatch.training.engine import try_compiler
@@ -165,9 +165,15 @@ class Pipeline:
 
         `noise_of`: for a student of several steps; default: that of the first images of seed 0.
         """
-        x = self.sample(z.to(self.device), None if cond is None else cond.to(self.device), noise_of)
-        check_images(x)
-        return imaging.to_uint8(x).cpu()
+        pixels, finite = self.draw(z.to(self.device), None if cond is None else cond.to(self.device), noise_of)
+        pixels = pixels.cpu()
+        check_rows(finite.cpu())
+        return pixels
+
+    @torch.inference_mode()
+    def draw(self, z: Tensor, cond: Cond | None, noise_of: NoiseOf | None) -> tuple[Tensor, Tensor]:
+        """Return images u8[B,C,H,W] for noise `z f[B,*D]`, and which of them are finite, bool[B]; all on the device."""
+        return _in_8_bits(self.sample(z, cond, noise_of))
 
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
@@ -222,6 +228,11 @@ class Pipeline:
         if not low <= scale <= high:
             raise UserError(f"guidance_scale {scale} is out of range; this student learnt {low:g} to {high:g}")
         return scale
+
+
+def _in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images u8[B,*D], and which of `x f[B,*D]` are finite, bool[B]."""
+    return imaging.to_uint8(x), finite_rows(x)
 
 
 class DistilledPipeline(Pipeline):
@@ -280,14 +291,31 @@ class DistilledPipeline(Pipeline):
             return evaluated(z, cond, self.later_noise(z, noise_of))
 
         super().__init__(denoiser, info, make, nfe=len(plan), parts=parts)
-        self._recorded = Replay(lambda given: (None, {}, self.decoded(evaluated(*given))), ()) if cuda_graphs else None
+
+        def whole(given: Any) -> tuple[None, dict[str, Tensor], tuple[Tensor, ...]]:
+            x = self.decoded(evaluated(*given))
+            return None, {}, (x, *_in_8_bits(x))
+
+        self._recorded = Replay(whole, ()) if cuda_graphs else None
 
     @torch.inference_mode()
     def sample(self, z: Tensor, cond: Cond | None = None, noise_of: NoiseOf | None = None) -> Tensor:
         if self._recorded is None:
             return super().sample(z, cond, noise_of)
+        return self._replayed(self._recorded, z, cond, noise_of)[0]
+
+    @torch.inference_mode()
+    def draw(self, z: Tensor, cond: Cond | None, noise_of: NoiseOf | None) -> tuple[Tensor, Tensor]:
+        if self._recorded is None:
+            return super().draw(z, cond, noise_of)
+        _, pixels, finite = self._replayed(self._recorded, z, cond, noise_of)
+        return pixels, finite
+
+    def _replayed(
+        self, recorded: Replay, z: Tensor, cond: Cond | None, noise_of: NoiseOf | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         noise = self.later_noise(z, noise_of or self.noise_of(0, range(len(z))))
-        return self._recorded((z, cond, noise))[1]
+        return recorded((z, cond, noise))[1]
 
     def later_noise(self, z: Tensor, noise_of: NoiseOf) -> list[Tensor]:
         """Return the noise f[B,*D] of each step after the first, where `z f[B,*D]` is."""

@@ -36,8 +36,8 @@ class Options:
     takes up to minutes, the others less. Needs a C++ compiler."""
 
     cuda_graphs: bool = False
-    """On a GPU, record network and decoder as one CUDA graph, at the first picture, and replay it for the others, which
-    then do not wait for Python; nothing is compiled."""
+    """On a GPU, record network, decoder and rounding to 8 bits as one CUDA graph, at the first picture, and replay it
+    for the others, which then do not wait for Python; nothing is compiled."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the student's network and decoder are held and computed in bf16, about twice as fast on a GPU."""

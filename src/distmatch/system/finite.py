@@ -21,10 +21,20 @@ def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
 
 def check_images(images: Tensor) -> None:
     """Raise `UserError` if one of `images f[B,*D]`, which are about to become 8 bits, is not finite."""
-    if images.isfinite().all():
+    check_rows(finite_rows(images))
+
+
+def finite_rows(images: Tensor) -> Tensor:
+    """Return which of `images f[B,*D]` are finite, bool[B], without waiting for the device."""
+    return images.isfinite().flatten(1).all(1)
+
+
+def check_rows(finite: Tensor) -> None:
+    """Raise `UserError` unless all images of a batch are `finite bool[B]`."""
+    if finite.all():
         return
-    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    bad = (~finite).nonzero().flatten().tolist()
     raise UserError(
-        f"{len(bad)} of {len(images)} images of a batch, first number {bad[0]}, are not finite (NaN or infinite), "
+        f"{len(bad)} of {len(finite)} images of a batch, first number {bad[0]}, are not finite (NaN or infinite), "
         "though all weights are: the network or its decoder overflows. Compute in fp32, or with less guidance"
     )
