@@ -66,7 +66,7 @@ PARTS: dict[str, Part] = {
     "step-cifar10": Part(step_cifar10, 30, 90),
     "cifar10": Part(cifar10, 120, 900),
 }
-"""In order of worth. On an H100 `matrix` takes 3 s, the first row of `latency` 12 s, the first of `step-sd15` 80 s."""
+"""In order of worth. On an H100 `matrix` takes 3 s, loading for `latency` 12 to 29, the first row of `step-sd15` 80."""
 
 fork = multiprocessing.get_context("fork")  # a new interpreter would spend ten seconds of each part on imports
 

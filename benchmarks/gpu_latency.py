@@ -5,7 +5,7 @@ Parts of `gpu.py`. `latency.py` looks into one call, part by part.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from statistics import median
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from distmatch import DistilledPipeline
 from distmatch.diffusion.denoiser import Cond
+from distmatch.models.bf16 import round_weights
 from distmatch.models.diffusers.autoencoder import tiny_decoder
 from distmatch.models.family import Components
 from distmatch.models.library import components, find_model
 from distmatch.system import rng
 from distmatch.system.files import write_atomic
-from distmatch.system.precision import autocast
 from distmatch.training.engine import RECOMPILATIONS
 
 PROMPT = "a picture of things"
@@ -34,8 +34,10 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 AIM: dict[str, Target] = {"ms": ("at most", 10.0)}
 Decoder = Literal["tiny", "full"]
 
-WAYS = ("", "decoder channels last", "cudnn.benchmark", "no autocast", "network not channels last")
-"""Changes of how network and decoder compute, each with those before it."""
+SEARCHED, FUSED = "cudnn.benchmark", "query, key and value as one product"
+
+WAYS = ("", SEARCHED, FUSED)
+"""Changes of how network and decoder compute, each by itself."""
 
 REPEATED = ("ResnetBlock2D", "BasicTransformerBlock", "AutoencoderTinyBlock")
 """Blocks of Stable Diffusion's networks that occur often, and hold most of the arithmetic."""
@@ -49,29 +51,31 @@ COMPILED = {
 
 
 def latency(job: Job) -> None:
-    """One image from noise to 8-bit pixels on the host: bf16, eager and as one CUDA graph.
+    """One image from noise to 8-bit pixels on the host: bf16, as one CUDA graph and eager. The most valuable row first.
 
     Away from a GPU, what is the same call there is made in fp32, and nothing is recorded.
     """
     loaded = cache(lambda: Loaded(job))
-    aim = {} if job.tiny else AIM
+    recorded = cache(lambda decoder: loaded().pipeline(decoder, cuda_graphs=True))
+    eager = cache(lambda decoder: loaded().pipeline(decoder))
+    job.measure("writing and loading random networks", lambda: {"s": loaded().loading})
+    row = "tiny decoder, cuda_graphs=True"
+    job.measure(row, lambda: loaded().call(recorded("tiny")), {} if job.tiny else AIM, gpu=True)
+    for change in WAYS:
+        row = "network and decoder alone, as one CUDA graph" + (change and f"; {change}")
+        job.measure(row, lambda c=change: loaded().alone(c))
+    job.measure("noise alone, made on the host and copied", lambda: loaded().noise())
+    for batch in BATCHES[: 2 if job.tiny else None]:
+        job.measure(f"batch {batch}", lambda b=batch: loaded().many(b, recorded("tiny")))
+    draw(job)
+    job.measure("full decoder, cuda_graphs=True", lambda: loaded().call(recorded("full")), gpu=True)
     for decoder in ("tiny", "full"):
-        eager = cache(lambda d=decoder: loaded().pipeline(d))
-        recorded = cache(lambda d=decoder: loaded().pipeline(d, cuda_graphs=True))
-        job.measure(f"{decoder} decoder, eager", lambda p=eager: loaded().call(p()))
-        row = f"{decoder} decoder, cuda_graphs=True"
-        job.measure(row, lambda p=recorded: loaded().call(p()), aim if decoder == "tiny" else {}, gpu=True)
-        if decoder == "tiny":
-            for count, change in enumerate(WAYS):
-                row = "network and decoder alone, as one CUDA graph" + (change and f"; {change}")
-                job.measure(row, lambda n=count: loaded().alone(WAYS[: n + 1]))
         row = f"{decoder} decoder, cuda_graphs=True, with the text encoder"
-        job.measure(row, lambda p=recorded: loaded().prompted(p()), gpu=True)
-        job.measure(f"{decoder} decoder, eager, with the text encoder", lambda p=eager: loaded().prompted(p()))
-        if decoder == "tiny":
-            for batch in BATCHES[: 2 if job.tiny else None]:
-                job.measure(f"batch {batch}", lambda b=batch, p=recorded: loaded().many(b, p()))
-            draw(job)
+        job.measure(row, lambda d=decoder: loaded().prompted(recorded(d)), gpu=True)
+    for decoder in ("tiny", "full"):
+        job.measure(f"{decoder} decoder, eager", lambda d=decoder: loaded().call(eager(d)))
+        row = f"{decoder} decoder, eager, with the text encoder"
+        job.measure(row, lambda d=decoder: loaded().prompted(eager(d)))
 
 
 def latency_compiled(job: Job) -> None:
@@ -125,16 +129,16 @@ class Loaded:
     """The student, with the teacher's random weights, and its parts."""
 
     def __init__(self, job: Job):
+        began = time.perf_counter()
         self.job, self.folder = job, stable(job)
         self.precision: Literal["fp32", "bf16"] = "bf16" if job.gpu else "fp32"
         denoiser, info = find_model(f"diffusers:{self.folder}", "teacher")
         self.denoiser = denoiser.to(job.device).requires_grad_(False)
         if self.precision == "bf16":
-            for weights in denoiser.parameters():  # as `from_pretrained` does
-                if weights.ndim > 1:
-                    weights.data = weights.data.bfloat16()
+            round_weights(denoiser.net)  # as `from_pretrained` does
         self.info = replace(info, times=(denoiser.schedule.t_max,))
         self.parts = components(info, job.device)
+        self.loading = time.perf_counter() - began
 
     def pipeline(self, decoder: Decoder, **how: Any) -> DistilledPipeline:
         parts = self.parts
@@ -162,29 +166,26 @@ class Loaded:
         seconds = self.seconds(lambda: pipe.pixels(range(n), cond, 0), 1 if self.job.tiny else 8)
         return {"images per second": n / seconds, "ms per batch": 1000 * seconds}
 
-    def alone(self, changes: Sequence[str]) -> Figures:
+    def noise(self) -> Figures:
+        return {"ms": 1000 * self.seconds(lambda: rng.noise(0, [0], self.info.shape).to(self.job.device))}
+
+    def alone(self, change: str) -> Figures:
         """Network and decoder without the rest of a call, together and each: what the card itself needs."""
-        net, decode = copy.deepcopy(self.denoiser.net), self.tiny()
-        z, cond = rng.noise(0, [0], self.info.shape).to(self.job.device), self.cond(1)
+        pipe = self.pipeline("tiny")
+        net, decode = pipe.denoiser.net, pipe.parts.decode
+        if change == FUSED:
+            net = copy.deepcopy(net)
+            net.get_submodule("unet").fuse_qkv_projections()  # pyright: ignore[reportCallIssue]
+        dtype = next(net.parameters()).dtype
+        z, cond = rng.noise(0, [0], self.info.shape).to(self.job.device, dtype), self.cond(1)
         t = torch.full((1,), self.info.times[0], device=self.job.device)
-        precision = self.precision
-        if "no autocast" in changes and precision == "bf16":
-            net, decode, z, precision = net.bfloat16(), decode.bfloat16(), z.bfloat16(), "fp32"
-        if "decoder channels last" in changes:
-            decode = decode.to(memory_format=torch.channels_last)
-        if "network not channels last" in changes:
-            net = net.to(memory_format=torch.contiguous_format)
 
         def passes(work: Callable[[], Tensor]) -> Callable[[], Any]:
-            @torch.inference_mode()
-            def run() -> Tensor:
-                with autocast(self.job.device, precision):
-                    return work()
-
+            run = torch.inference_mode()(work)
             return captured(run) if self.job.gpu else run
 
         benchmark = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = "cudnn.benchmark" in changes
+        torch.backends.cudnn.benchmark = change == SEARCHED
         try:
             return {
                 "ms": 1000 * self.seconds(passes(lambda: decode(net(z, t, cond)))),
