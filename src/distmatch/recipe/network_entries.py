@@ -94,8 +94,9 @@ class Student(Strict):
         "Times at which the student is evaluated, falling, on the schedule's own scale: sigma for EDM, 0 to 999 for "
         "Stable Diffusion. One time makes a one-step student; several make one of that many steps, trained on its own "
         "rollouts: a random step k, from the image of its first k steps. null: as student.nfe says, or the "
-        "schedule's last, T - 1 in the paper. A teacher that predicts eps makes its student's errors sigma / alpha times "
-        "larger there, 14.6 times for Stable Diffusion; at 399, 1.2 times. `student.t=X` is short for a single time.",
+        "schedule's last, T - 1 in the paper. A teacher that predicts eps makes its student's errors sigma / alpha "
+        "times larger there, 14.6 times for Stable Diffusion; at 399, 1.2 times. `student.t=X` is short for a single "
+        "time.",
         "Section 3.1; DMD2, arXiv 2405.14867, Section 4.5 for several",
     )
     nfe: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = entry(
