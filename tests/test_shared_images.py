@@ -195,6 +195,21 @@ def test_what_a_dead_job_has_left_is_deleted(tmp_path, temporary, monkeypatch):
     assert now != left
 
 
+def test_what_an_earlier_start_of_the_same_torchrun_has_left_is_deleted(tmp_path, temporary, monkeypatch):
+    place = str(real_folder(tmp_path / "images"))
+    among_others(monkeypatch)
+    shared_images.shared_images(place, "train")
+    (left,) = temporary.iterdir()
+    monkeypatch.setattr(parallel, "start", lambda: "another start")
+    shared_images.shared_images(place, "train")
+    assert left in temporary.iterdir()  # of a job beside this one, for all that is known
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    found = shared_images.shared_images(place, "train")
+    (now,) = temporary.iterdir()
+    assert now != left
+    assert torch.equal(found.pixels, load_images(place).pixels)
+
+
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, temporary, monkeypatch):
     place, other = (str(real_folder(tmp_path / name)) for name in ("images", "other"))
     among_others(monkeypatch)

@@ -52,11 +52,15 @@ def shared_images(place: str, split: str) -> Images:
 def _temporary(name: str) -> Path:
     """Make this machine's folder for temporary files of this job, after deleting those of jobs that have ended.
 
-    It belongs to what started this process, which on each machine is one `torchrun`.
+    It belongs to what started this process, which on each machine is one `torchrun`. One that starts its processes
+    again has ended those of its earlier starts.
     """
-    root = Path(tempfile.gettempdir())
+    root, owner = Path(tempfile.gettempdir()), identity(os.getppid())
     sweep(root, ABANDONED, spare=is_here)
-    folder = root / f".images.{identity(os.getppid())}-{name}"
+    folder = root / f".images.{owner}-{name}"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        for left in set(root.glob(f".images.{owner}-*")) - {folder}:
+            shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user, who could change what is read from it; delete it")
