@@ -111,9 +111,12 @@ def test_a_run_of_another_recipe_is_refused_with_the_differences(tmp_path):
     distil(load_recipe(file), tmp_path / "run", tmp_path / "runs")
     with pytest.raises(
         ValueError, match=r"run with other settings:\n  match.weighting: algorithm2 there, eq8 here\nChoose"
-    ):
+    ) as refused:
         distil(load_recipe(file, ["match.weighting=eq8", "log.every=1"]), tmp_path / "run", tmp_path / "runs")
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["match"]["weighting"] == "algorithm2"
+    own = tmp_path / "run" / "recipe.yaml"
+    assert yaml.safe_load(own.read_text())["match"]["weighting"] == "algorithm2"
+    assert str(refused.value).endswith(f"as it began: distmatch train {own} --out {tmp_path / 'run'}")
+    distil(load_recipe(str(own)), tmp_path / "run", tmp_path / "runs")
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):

@@ -14,6 +14,7 @@ from distmatch.system import parallel
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_atomic, write_json
 from distmatch.system.plain import read_json, read_yaml
+from distmatch.system.terminal import command
 
 REMEDY = "Delete it to go on, if you know that its settings were these"
 
@@ -36,7 +37,8 @@ def same_recipe(recipe: Recipe, began: Recipe | None, out: Path) -> None:
     if began is not None:
         before, now = flat(began.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
         free = free_entries()
-        _same({k: v for k, v in now.items() if k not in free}, before, out)
+        go_on = f"To continue it as it began: {command('train', out / 'recipe.yaml', '--out', out)}"
+        _same({k: v for k, v in now.items() if k not in free}, before, out, go_on)
 
 
 @parallel.on_first
@@ -83,8 +85,9 @@ def _has_begun(file: Path) -> bool:
     return bool(found)
 
 
-def _same(now: dict[str, Any], before: dict[str, Any], out: Path) -> None:
+def _same(now: dict[str, Any], before: dict[str, Any], out: Path, go_on: str = "") -> None:
     changed = [k for k in now if now[k] != before.get(k)]
     if changed:
         lines = "\n".join(f"  {k}: {before.get(k)} there, {now[k]} here" for k in changed)
-        raise UserError(f"{out} is a run with other settings:\n{lines}\nChoose another folder with --out, or delete it")
+        choice = "Choose another folder with --out, or delete it"
+        raise UserError(f"{out} is a run with other settings:\n{lines}\n{choice}" + (go_on and f". {go_on}"))
