@@ -145,6 +145,7 @@ def test_a_student_makes_no_more_images_at_once_than_it_may():
     assert torch.equal(whole, parts)
     assert sizes == [7] * 3 + [3] * 6 + [1] * 3
     assert Steps((80.0,)).sample(lambda x, t, cond: x, schedule, z, None, most=3).shape == z.shape
+    assert Steps((80.0,)).sample(lambda x, t, cond: x, schedule, z[:0], None).shape == z[:0].shape
 
 
 def test_churn_adds_what_the_forward_process_adds():

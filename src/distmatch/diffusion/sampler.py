@@ -82,8 +82,9 @@ class Steps:
         `most`: images at once; default: all.
         """
         last, made = len(self) - 1, []
-        for i in range(0, len(z), most or len(z)):
-            rows = slice(i, i + (most or len(z)))
+        most = most or max(1, len(z))
+        for i in range(0, max(1, len(z)), most):  # also for no images at all
+            rows = slice(i, i + most)
             own = cond and cond[rows]
             x = self.start(model, schedule, z[rows], own, [one[rows] for one in noise], last)
             made.append(self.step(model, x, own, last))
