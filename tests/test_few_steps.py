@@ -105,7 +105,10 @@ def test_a_denoiser_in_its_place_does_not_reach_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["student.times=[80, 5]", "student.nfe=2"], r"expected times or nfe, not both: \[80.0, 5.0\] and 2"),
+        (
+            ["student.times=[80, 5]", "student.nfe=2"],
+            r"expected times or nfe, not both: \[80.0, 5.0\] and 2; set the other",
+        ),
         (["student.shift=3"], "shift 3 is for the times that nfe makes"),
         (["student.nfe=9"], "student.nfe"),
         (["student.times=[9, 8, 7, 6, 5, 4, 3, 2, 1]"], "student.times.* at most 8"),

@@ -111,7 +111,10 @@ def _shard(run, step):
 
 def test_impossible_stages_are_named(tmp_path):
     for stages, message in (
-        ([{"until": 3}], r"stages end at \[3\]; expected rising step numbers, ending at steps \(12\)"),
+        (
+            [{"until": 3}],
+            r"stages end at \[3\]; expected rising step numbers, ending at steps \(12\), or stages=\[\]",
+        ),
         ([{"until": 5}, {"until": 5}, {"until": 12}], r"stages end at \[5, 5, 12\]"),
         (
             [{"until": 12, "change": {"student.ema": 0.5}}],

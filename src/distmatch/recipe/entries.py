@@ -326,7 +326,10 @@ class Recipe(Strict):
     def _stages_in_order(self) -> Self:
         ends = [stage.until for stage in self.stages]
         if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
-            raise UserError(f"stages end at {ends}; expected rising step numbers, ending at steps ({self.steps})")
+            raise UserError(
+                f"stages end at {ends}; expected rising step numbers, ending at steps ({self.steps}), or stages=[] for "
+                "none"
+            )
         for number in range(len(self.stages)):
             self.stage(number)  # raises if its changes are not entries
         return self

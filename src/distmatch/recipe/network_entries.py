@@ -147,7 +147,9 @@ class Student(Strict):
     @model_validator(mode="after")
     def _times_or_count(self) -> Self:
         if self.times is not None and self.nfe is not None:
-            raise UserError(f"expected times or nfe, not both: {list(self.times)} and {self.nfe}")
+            raise UserError(
+                f"expected times or nfe, not both: {list(self.times)} and {self.nfe}; set the other one to null"
+            )
         if self.shift != 1 and self.nfe is None:
             raise UserError(f"shift {self.shift:g} is for the times that nfe makes; give nfe, or write the times")
         return self
