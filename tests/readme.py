@@ -33,7 +33,7 @@ LINES: dict[str, tuple[list[str], str | None]] = {
     "distmatch eval mnist": ([], WORKS),
     "distmatch teach IMAGES": (["--steps", "2", "--batch", "2"], WORKS),
     "distmatch teach-text IMAGES": ([], "IMAGES has no captions"),
-    "distmatch teach-text runs/emoji": ([], "runs/emoji"),
+    "distmatch teach-text data/emoji": ([], "data/emoji"),
     "distmatch sample emoji --teacher": ([], DIFFUSERS),
     "distmatch sample runs/my-emoji": ([], "'runs/my-emoji' is neither a model folder nor a run"),
     "distmatch train emoji": ([], DIFFUSERS),

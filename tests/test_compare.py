@@ -256,7 +256,7 @@ def quick(monkeypatch, tmp_path):
 
 def compared(teacher: str, student: Any, prompts: list[str], out, **settings) -> list[dict[str, Any]]:
     options = {"n": 30_000, "seed": 0, "device": "cpu", **settings}
-    return compare.compare_on(prompts, teacher, student, compare.Options(out=out, **options))
+    return compare.compare_on(prompts, teacher, student, compare.Options(out=out, **{"guidance": 8.0} | options))
 
 
 def test_figures_are_those_of_the_reduced_images_and_stay_when_it_runs_again(

@@ -41,8 +41,9 @@ class Options:
     seed: int = 1
     """Seed of the noise and of the choice of coco's captions."""
 
-    guidance: Annotated[float, Parameter(validator=Range(1))] = 8.0
-    """Guidance scale of the teacher and its solvers, and of a student that takes one. The paper uses 3 and 8."""
+    guidance: Annotated[float | None, Parameter(validator=Range(1))] = None
+    """Guidance scale of the teacher and its solvers, and of a student that takes one; default: that of the student's
+    training, 8 without a student. The paper uses 3 and 8."""
 
     lora: Name | None = None
     """An LCM-LoRA for 1, 2 and 4 steps: a file, a folder, or latent-consistency/lcm-lora-sdv1-5."""
@@ -92,16 +93,17 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     Parameters
     ----------
     teacher
-        A folder in diffusers' format, or the name of a model on Hugging Face.
+        A folder in diffusers' format, the name of a model on Hugging Face, or a model of the package: emoji.
     student
         A model or run folder; default: no student.
     """
     from distmatch.commands.references import captioned
-    from distmatch.commands.shared import find_student
+    from distmatch.commands.shared import find_student, guidance_of
     from distmatch.data.prompts import coco_prompts, read_prompts
     from distmatch.models.diffusers.families import family_in
     from distmatch.models.library import diffusers_source
     from distmatch.system import parallel
+    from distmatch.system.screen import console
 
     need("diffusers", "transformers", by="a comparison")
     name, teacher = Path(teacher).name, diffusers_source(teacher) or teacher  # if not, a model id
@@ -124,7 +126,12 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
             raise UserError("--only-student: give a student, after the teacher")
         ours = None if student is None else find_student(student, None, options.device)
         out = options.out or Path("runs") / f"compare-{name}"
-        options = replace(options, n=n, picture=min(options.picture, n, len(prompts)), out=out)
+        guidance = options.guidance
+        if guidance is None:
+            guidance = 8.0 if ours is None else guidance_of(ours) or 8.0
+            console.print(f"guidance {guidance:g}, {'the default' if ours is None else 'that of the student'}")
+        picture = min(options.picture, n, len(prompts))
+        options = replace(options, n=n, picture=picture, out=out, guidance=guidance)
         compare_on(prompts, teacher, ours, options, pictures)
 
 
@@ -142,8 +149,8 @@ def compare_on(
 
     Args:
         teacher: a folder in diffusers' format, or the name of a model on Hugging Face.
-        options: with `n` and `out` set. `guidance` applies to the teacher, its solvers and a student that takes one;
-            for any other student and for LCM-LoRA, guidance is part of the weights.
+        options: with `n`, `out` and `guidance` set. `guidance` applies to the teacher, its solvers and a student that
+            takes one; for any other student and for LCM-LoRA, guidance is part of the weights.
         pictures: those that the prompts belong to, of the size that is made, if they do.
 
     Raises `UserError` if something is missing or does not fit, or if `out` has figures of other settings.
@@ -154,6 +161,7 @@ def compare_on(
     n, picture, batch = options.n, options.picture, options.batch
     assert options.out is not None
     assert n is not None
+    assert options.guidance is not None
     with owned(options.out):
         if not prompts:
             raise UserError("there are no prompts; give at least one")

@@ -65,6 +65,7 @@ def run(
     comparison = Comparison(
         prompts, shape, options.seed, spaces, clip, found, None if pictures is None else pictures.pixels
     )
+    assert options.guidance is not None
     columns: list[Any] = methods(pipe, merged, student, options.guidance, dtype)
     if options.only_student:
         columns = columns[:1]

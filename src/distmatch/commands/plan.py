@@ -49,8 +49,8 @@ def plan(
     price
         Dollars per GPU-hour, to see what pairs and training cost. No prices are built in.
     ladder
-        List which settings make a step fit on cards of 12 to 80 GB, the cheapest of them first: a step is tried with
-        each, which takes seconds.
+        List which settings make a step fit on cards of 12 to 80 GB, the cheapest of them first. A step is tried with
+        each: seconds for Stable Diffusion, minutes for the largest.
     """
     with no_collection():  # among so many modules and layers it takes a sixth of the time
         from distmatch.planning.gpus import GPUS

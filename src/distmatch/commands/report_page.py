@@ -277,7 +277,9 @@ def differing(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 def _ablation(runs: list[Run]) -> Table:
     """Return a table of what each run changes with respect to the first, and of its final figures."""
-    changes = {k: v for k, v in differing([run.recipe for run in runs]).items() if k not in ("name", "description")}
+    changes = {
+        k: v for k, v in differing([run.recipe for run in runs]).items() if k not in ("name", "description", "expected")
+    }
     # eval.json may also hold the teacher, and real images, which take none: the student has the fewest evaluations.
     models = [[row for row in run.figures.get("rows", []) if row.get("nfe")] for run in runs]
     students = [min(rows, key=lambda row: row["nfe"], default={}) for rows in models]

@@ -27,7 +27,8 @@ class Options:
     """For a text-to-image model: what to draw; several prompts take turns."""
 
     out: Out = None
-    """Folder for the images, replacing those of an earlier call; default: samples/MODEL."""
+    """Folder for the images, replacing those of an earlier call; default: samples/MODEL, with --teacher
+    samples/MODEL-teacher."""
 
     teacher: bool = False
     """Sample the teacher called MODEL instead of the student."""
@@ -55,7 +56,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     Parameters
     ----------
     model
-        A model or run folder, or a model of the package: mnist.
+        A model or run folder, or a model of the package: mnist, emoji.
     """
     from distmatch.evaluation import samples
     from distmatch.system.ownership import owned
@@ -63,7 +64,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     from distmatch.system.screen import console, counted
 
     n, label, prompts = options.n, options.label, options.prompt
-    out = options.out or Path("samples") / Path(model).name
+    out = options.out or Path("samples") / (Path(model).name + "-teacher" * options.teacher)
     with owned(out):
         replaced = samples.earlier(out)
         if options.times is None:
@@ -92,6 +93,6 @@ def sample(model: Name, /, options: Options = Options()) -> None:
             zoom,
             made | {name: getattr(options, name) for name in ("teacher", "steps", "times", "guidance")},
         )
-    instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
+    instead = f", in place of {len(replaced) - 1} of an earlier call" if replaced else ""
     made_of = f"{counted(n, 'image')}, {counted(pipe.nfe, 'evaluation')} each"
     console.print(f"{made_of}, in {out}{instead}; see {out / samples.GRID}")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from distmatch.commands.shared import find_student, find_teacher, starting
+from distmatch.commands.shared import find_student, find_teacher, guidance_of, starting
 from distmatch.system.extras import need
 from distmatch.system.options import Count, Name, Range, Scale
 
@@ -52,7 +52,7 @@ def serve(model: Name, /, options: Options = Options()) -> None:
     Parameters
     ----------
     model
-        A student: a model or run folder, or a model of the package: mnist.
+        A student: a model or run folder, or a model of the package: mnist, emoji.
     """
     need("fastapi", "uvicorn", "websockets", by="the web page")
     starting(f"Loading PyTorch and {model}")
@@ -65,7 +65,6 @@ def serve(model: Name, /, options: Options = Options()) -> None:
     if options.teacher:
         guidance = options.guidance
         if guidance is None:
-            trained = student.info.card.get("recipe", {}).get("match", {}).get("guidance", 1.0)
-            guidance = sum(student.info.guidance) / 2 if student.info.guidance else trained
+            guidance = guidance_of(student)
         teacher = find_teacher(options.teacher, options.steps, guidance, options.device)
     listen(student, teacher, options.host, options.port, options.open_browser)

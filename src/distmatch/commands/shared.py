@@ -91,6 +91,13 @@ def find_student(model: str, guidance: float | None, device: str, **how: Any) ->
     return student
 
 
+def guidance_of(student: "Pipeline") -> float | None:
+    """Return the guidance scale that a student was trained for, or the middle of its range; `None` if it is unknown."""
+    if student.info.guidance is not None:
+        return sum(student.info.guidance) / 2
+    return student.info.card.get("recipe", {}).get("match", {}).get("guidance")
+
+
 def find_precision(asked: str, before: str | None, device: "torch.device") -> str:
     """Return the precision `asked` for; `auto`: that of the run `before`, or the one that is faster on `device`."""
     from distmatch.system import machine

@@ -327,8 +327,8 @@ class Recipe(Strict):
         ends = [stage.until for stage in self.stages]
         if ends and (ends != sorted(set(ends)) or ends[-1] != self.steps):
             raise UserError(
-                f"stages end at {ends}; expected rising step numbers, ending at steps ({self.steps}), or stages=[] for "
-                "none"
+                f"stages end at {ends}; expected rising step numbers, ending at steps ({self.steps}). For other steps "
+                "give stages of your own, or stages=[] for one stage with all terms of the recipe"
             )
         for number in range(len(self.stages)):
             self.stage(number)  # raises if its changes are not entries

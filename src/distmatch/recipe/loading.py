@@ -22,7 +22,7 @@ from distmatch.system.plain import fitting, read_yaml, yaml_of
 
 def recipes() -> dict[str, Path]:
     """Return the recipes of the package, by name."""
-    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
