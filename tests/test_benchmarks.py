@@ -135,7 +135,7 @@ def test_rows_side_by_side_do_not_wait_for_nor_reach_each_other(job, tmp_path):
         "quick": quick,
     }
     targets: dict[str, Target] = {"s": ("at most", 2.0)}
-    gpu_rows.side_by_side(job, rows, together=3, limit=1.0, targets=targets, threads=3)
+    gpu_rows.side_by_side(job, rows, together=3, limit=5.0, targets=targets, threads=3)
     found = job.results.part("part")["rows"]
     assert {row: content.get("figures") for row, content in found.items()} == {
         **dict.fromkeys(rows),

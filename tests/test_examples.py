@@ -88,10 +88,10 @@ def test_any_prediction_on_any_schedule(tmp_path, schedule, prediction):
 
 
 def test_the_readmes_python(tmp_path):
-    """In a folder where `one-step` is an exported student, as the text before the block says."""
+    """In a folder where `runs/pipeline` is an exported student, as the text before the block says."""
     denoiser, info = find_model(f"diffusers:{write_tiny_sd(tmp_path / 'sd')}", "teacher")
     save_model(tmp_path / "student", denoiser, replace(info, times=(999.0,)))
-    export_diffusers(str(tmp_path / "student"), tmp_path / "one-step")
+    export_diffusers(str(tmp_path / "student"), tmp_path / "runs" / "pipeline")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     own = (ROOT / "examples" / "own_teacher.py").read_text().partition("\n\n")[2]  # run by `test_own_teacher`
     assert own.split() in [block.split() for block in blocks]

@@ -4,16 +4,13 @@ What is planned is planned in a process of its own (`planner`): once a process h
 tensors without numbers, PyTorch's autograd does not work in those that it forks, of which other tests make use.
 """
 
-import gc
-import inspect
 import json
 import re
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
-from weakref import ref
+from typing import Any
 
 import graphs
 import pytest
@@ -28,7 +25,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmatch.commands.cli import app
-from distmatch.commands.plan import plan
 from distmatch.data.images import load_images
 from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Denoiser, Prediction
@@ -45,16 +41,14 @@ from distmatch.planning import rehearsal
 from distmatch.planning.cost import Cost, Traffic, cost, numel
 from distmatch.planning.gpus import GPUS, Gpu
 from distmatch.planning.ladder import Ladder
-from distmatch.planning.plan import Cluster, bill, pace, settled, verdict
+from distmatch.planning.plan import Cluster, pace, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.real_images import latents_bytes
 from distmatch.system import parallel, rng
 from distmatch.system.digests import load_file
-from distmatch.system.garbage import no_collection
 from distmatch.system.precision import autocast
-from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
 from distmatch.training.gradients import Adder
 
@@ -447,59 +441,6 @@ def test_a_folder_and_a_cached_model_win_over_published_settings(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     folder.mkdir(parents=True)
     assert without_weights(source) == source
-
-
-def test_gpus_are_those_of_the_command():
-    gpus, _ = get_args(inspect.signature(plan).parameters["gpu"].annotation)
-    assert sorted(GPUS) == sorted(get_args(gpus))
-    t4, a100 = GPUS["t4"], GPUS["a100"]
-    assert [t4.rate(precision) for precision in ("fp32", "bf16", "fp16")] == [8.1e12, 8.1e12, 65e12]  # no bf16
-    assert [a100.rate(precision) for precision in ("fp32", "bf16", "fp16")] == [156e12, 312e12, 312e12]
-    for gpu in GPUS.values():  # 2:4 sparsity would be four times fp32, at least
-        assert gpu.bf16 / gpu.fp32 == pytest.approx(2, rel=0.05) or gpu in (t4, GPUS["mi300x"])
-
-
-def test_auto_is_the_precision_in_which_a_gpu_is_faster():
-    recipe = load_recipe("cifar10-cond", ["precision=auto", "pairs.precision=auto"])
-    for gpu, faster in (("a100", "bf16"), ("t4", "fp32")):
-        found = settled(recipe, GPUS[gpu])
-        assert (found.precision, found.pairs.precision) == (faster, faster)
-    asked = load_recipe("cifar10-cond", ["precision=bf16", "pairs.precision=fp16"])
-    assert settled(asked, GPUS["t4"]) == asked
-
-
-def test_what_a_plan_made_is_not_looked_through_for_garbage_at_its_end():
-    """It would take half a second, when all that is left to do is to exit."""
-
-    class Loop:
-        def __init__(self):
-            self.itself = self
-
-    with no_collection():
-        kept = [[] for _ in range(10_000)]
-        lost = ref(Loop())
-    assert gc.isenabled()
-    assert gc.get_count()[0] < len(kept)
-    assert lost() is not None
-    gc.collect()
-    assert lost() is None
-
-
-def test_amounts_have_units_that_fit():
-    assert [shown(n) for n in (0, 999, 1e3, 1.26e6, 24.06e9, 3.93e14)] == [
-        *("0 bytes", "999 bytes", "1.0 kB", "1.3 MB", "24.1 GB", "393.0 TB")
-    ]
-    assert [duration(s) for s in (2e-5, 0.0452, 3.42, 59.96, 90, 4572, 3600 * 1368.4)] == [
-        *("20.0 µs", "45.2 ms", "3.42 s", "60.0 s", "1.50 minutes", "1.27 hours", "1,368 hours")
-    ]
-    assert duration(90, 5400) == "1.50 to 90.0 minutes"
-    assert duration(3600.0, 3600.1, of="GPU-") == "1.00 GPU-hours"
-
-
-def test_a_price_is_that_of_all_gpus():
-    told = bill(2.5, 4, 1800, (3600, 7200))
-    assert "$5.00 for the pairs and $10.00 to $20.00 for training, $15.00 to $25.00 in all" in told
-    assert bill(2, 72, 0, (68400, 68400)).startswith("price: $2,736 for training, at $2.00")
 
 
 def said(*arguments: str) -> str:
