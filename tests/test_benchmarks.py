@@ -147,7 +147,7 @@ def test_rows_side_by_side_do_not_wait_for_nor_reach_each_other(job, tmp_path):
     assert "ZeroDivisionError: injected" in found["fails"]["error"]
     assert found["dies"]["error"] == "exit status -9"
     assert "time.sleep(60)" in found["hangs"]["error"]
-    assert "TimeoutError: not done after 1 s" in found["hangs"]["error"]
+    assert "TimeoutError: not done after 5 s" in found["hangs"]["error"]
 
 
 def test_a_row_that_cannot_even_say_where_it_is_is_killed(job, monkeypatch):

@@ -219,7 +219,7 @@ def test_every_command_that_fills_a_folder_needs_it_for_itself(tmp_path, command
 
 
 def test_a_comparison_needs_its_folder_for_itself(tmp_path):
-    options = compare.Options(n=1, out=tmp_path)
+    options = compare.Options(n=1, guidance=3.0, out=tmp_path)
     with owned(tmp_path), pytest.raises(ValueError, match=rf"belongs to another job .*process {os.getpid()} on "):
         compare.compare_on([], "anything", None, options)
 
