@@ -167,7 +167,7 @@ class _Texts:
 def _texts(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int) -> _Texts:
     """Return what it takes to encode the prompts, for the cache or else for one of `parts` parts of a batch."""
     before = encoded_before(recipe)
-    weights = sum(map(numel, _encoders(info.source)))
+    weights = encoder_weights(info.source)
     if not weights:
         return _Texts(0, 0, before)
     cond = family_of(info).example_cond(denoiser.net, info, 1)
@@ -186,10 +186,15 @@ def _encoders(source: str) -> list[nn.Module]:
     return family_in(source).encoders(source) if source else []
 
 
+def encoder_weights(source: str) -> int:
+    """Return the number of weights of a model's text encoders."""
+    return sum(map(numel, _encoders(source)))
+
+
 @cache
 def _decoder_weights(source: str) -> int:
     """Return the number of weights of a model's decoder."""
-    return family_in(source).component_weights(source) - sum(map(numel, _encoders(source))) if source else 0
+    return family_in(source).component_weights(source) - encoder_weights(source) if source else 0
 
 
 @cache

@@ -10,7 +10,7 @@ from distmatch.data.embeddings import LARGE
 from distmatch.diffusion.denoiser import Denoiser
 from distmatch.models.info import Info
 from distmatch.models.library import family_of, outline
-from distmatch.planning.cost import Cost, cost
+from distmatch.planning.cost import Cost, cost, encoder_weights
 from distmatch.recipe.entries import Recipe, parse_recipe
 from distmatch.recipe.entry import flat, set_entry
 from distmatch.recipe.objectives import trains_fake
@@ -153,8 +153,7 @@ class Ladder:
 
     def _large_encoders(self) -> bool:
         """Whether the text encoders are so large that their precision matters."""
-        encoders = family_of(self.info).encoders(self.info.source) if self.info.text else []
-        return sum(p.numel() for encoder in encoders for p in encoder.parameters()) > LARGE
+        return self.info.text and encoder_weights(self.info.source) > LARGE
 
     def _cacheable(self) -> bool:
         """Whether the states of prompts in a cache take the place of the text encoders."""
