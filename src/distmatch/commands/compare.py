@@ -128,8 +128,10 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
         out = options.out or Path("runs") / f"compare-{name}"
         guidance = options.guidance
         if guidance is None:
-            guidance = 8.0 if ours is None else guidance_of(ours) or 8.0
-            console.print(f"guidance {guidance:g}, {'the default' if ours is None else 'that of the student'}")
+            trained = None if ours is None else guidance_of(ours)
+            guidance = trained or 8.0
+            if parallel.rank() == 0:
+                console.print(f"guidance {guidance:g}, {'that of the student' if trained else 'the default'}")
         picture = min(options.picture, n, len(prompts))
         options = replace(options, n=n, picture=picture, out=out, guidance=guidance)
         compare_on(prompts, teacher, ours, options, pictures)

@@ -66,7 +66,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     n, label, prompts = options.n, options.label, options.prompt
     out = options.out or Path("samples") / (Path(model).name + "-teacher" * options.teacher)
     with owned(out):
-        replaced = samples.earlier(out)
+        replaced = [file for file in samples.earlier(out) if file.name != samples.GRID]
         if options.times is None:
             pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
         elif options.teacher:
@@ -93,6 +93,6 @@ def sample(model: Name, /, options: Options = Options()) -> None:
             zoom,
             made | {name: getattr(options, name) for name in ("teacher", "steps", "times", "guidance")},
         )
-    instead = f", in place of {len(replaced) - 1} of an earlier call" if replaced else ""
+    instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
     made_of = f"{counted(n, 'image')}, {counted(pipe.nfe, 'evaluation')} each"
     console.print(f"{made_of}, in {out}{instead}; see {out / samples.GRID}")
