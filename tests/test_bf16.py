@@ -98,6 +98,16 @@ class Conversions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def made_by(plain, low):
+    """What both make of the same noise, and the weights that the second one converted on the way."""
+    z, cond = asked(plain)
+    later = plain.noise_of(0, range(3))
+    x = plain.make(z, cond, later)
+    with torch.no_grad(), Conversions(low.denoiser.parameters()) as conversions:
+        ours = low.make(z, cond, later)
+    return x, ours, conversions.found
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 def test_networks_that_allow_it_are_wholly_in_bf16_and_their_x0_is_that_of_fp32(kind, models):
     denoiser, info, parts = models(kind)
@@ -107,12 +117,8 @@ def test_networks_that_allow_it_are_wholly_in_bf16_and_their_x0_is_that_of_fp32(
     assert torch.bfloat16 not in {buffer.dtype for buffer in low.denoiser.buffers()}  # frequencies, empty prompts
     assert all(torch.equal(value, before[name]) for name, value in denoiser.state_dict().items())
     assert plain.denoiser is denoiser
-    z, cond = asked(plain)
-    later = plain.noise_of(0, range(3))
-    x = plain.make(z, cond, later)
-    with torch.no_grad(), Conversions(low.denoiser.parameters()) as conversions:
-        ours = low.make(z, cond, later)
-    assert conversions.found == []
+    x, ours, found = made_by(plain, low)
+    assert found == []
     assert ours.dtype == torch.float32
     # eps at t_max is multiplied by some ten: what bf16 rounds there shows in x0.
     assert 0 < (ours - x).norm() / x.norm() < 0.06
@@ -165,12 +171,8 @@ def test_networks_that_round_the_time_stay_under_autocast(kind, models):
     assert not allows_bf16(denoiser.net)
     plain, low = (DistilledPipeline(denoiser, info, parts, precision=p) for p in ("fp32", "bf16"))
     assert low.denoiser is denoiser
-    z, cond = asked(plain)
-    later = plain.noise_of(0, range(3))
-    x = plain.make(z, cond, later)
-    with torch.no_grad(), Conversions(low.denoiser.parameters()) as conversions:
-        ours = low.make(z, cond, later)
-    assert conversions.found  # by autocast
+    x, ours, found = made_by(plain, low)
+    assert found  # by autocast
     assert 0 < (ours - x).norm() / x.norm() < 0.06
 
 

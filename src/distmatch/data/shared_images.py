@@ -15,7 +15,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from distmatch.data.images import Images, load_images
 from distmatch.system import parallel
@@ -99,7 +98,7 @@ def _read(file: Path, of: str) -> Images:
         raise Damaged(f"{file} holds other images than those that this job has made; delete it, and start again")
     if "problem" in metadata:
         raise UserError(metadata["problem"])
-    about = json.loads(_bytes(tensors["about"]))
+    about = json.loads(tensors["about"].numpy().tobytes())
     captions = about["captions"]
     return Images(
         tensors["pixels"],
@@ -107,7 +106,3 @@ def _read(file: Path, of: str) -> Images:
         tuple(about["classes"]),
         captions=None if captions is None else tuple(map(tuple, captions)),
     )
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()
