@@ -439,12 +439,15 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
 
 
 def test_a_stage_may_turn_it_off_and_on(tmp_path):
-    stages = [{"until": 2, "change": {"gan.weight": 0.0}}, {"until": 4}]
+    stages = [{"until": 2, "change": {"gan.weight": 0.0}}, {"until": 4, "change": {"gan.optimizer.warmup": 2}}]
     found = recipe(tmp_path, f"stages={json.dumps(stages)}", "steps=4", "gan.optimizer.lr=3e-4")
     subject = subjects.subject(found)
     d = build.distiller(found.parts[0], subject, None)
     gan = d.terms[1]
     assert (gan.weight, gan.trained["head"].optimizer.lr) == (0, 3e-4)
     build.enter(d, found.parts[1], subject, None)
+    build.schedule(d, found, 1)
     assert d.terms[1] is gan
     assert (gan.weight, gan.trained["head"].optimizer.lr, d.fake_optimizer.lr) == (0.1, 3e-4, 1e-3)
+    assert [gan.trained["head"].optimizer.rate(step) for step in (2, 3)] == [1.5e-4, 3e-4]  # warms up in the stage
+    assert d.fake_optimizer.warmup == found.fake.optimizer.warmup

@@ -1,14 +1,19 @@
 """Stages: each changes the terms for a part of the run, and a continued run lands where it was."""
 
 import json
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 
 from distmatch.commands import distillation
 from distmatch.models.folder import load_model
+from distmatch.recipe import build
 from distmatch.recipe.loading import load_recipe
+from distmatch.training.optim import Optimizer
 
 STAGES = [
     {"until": 4, "change": {"pairs.count": 10, "regress.weight": 0.5}},
@@ -16,9 +21,16 @@ STAGES = [
     {"until": 12, "change": {"regress.batch": 2, "regress.loss": "huber", "critic.lr": 3e-4}},
 ]
 
+SCHEDULED = [
+    {"until": 4, "change": {"terms": ["regress"], "student.optimizer.decay": 0.5}},
+    {"until": 9, "change": {"student.optimizer.lr": 2e-4, "fake.optimizer.warmup": 2, "fake.alone": 2}},
+    {"until": 12, "change": {"match.batch": 2}},
+]
+"""The second stage has all rates for itself, the first the student's; the third goes on with those of the run."""
 
-def recipe(folder, **changes):
-    return load_recipe(str(tiny.recipe_file(folder, stages=STAGES, **changes)))
+
+def recipe(folder, stages=STAGES, **changes):
+    return load_recipe(str(tiny.recipe_file(folder, stages=stages, **changes)))
 
 
 def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
@@ -46,28 +58,108 @@ def test_each_stage_has_its_terms_and_its_pairs(tmp_path, monkeypatch):
     assert [s for s in steps if s in (4, 7, 12)] == [4, 7, 12]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The undisturbed run."""
+@pytest.fixture(scope="module", params=[STAGES, SCHEDULED], ids=["terms", "schedules"])
+def whole(request, tmp_path_factory):
+    """The undisturbed run: its folder and its stages."""
     folder = tmp_path_factory.mktemp("stages")
-    distillation.distil(recipe(folder), folder / "whole", folder)
-    return folder
+    distillation.distil(recipe(folder, request.param), folder / "whole", folder)
+    return folder, request.param
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 7, 11])
 def test_a_run_stopped_anywhere_ends_as_the_undisturbed(whole, stop):
     """Within a stage, and between two: the same weights to the last bit."""
+    whole, stages = whole
     out = whole / f"stopped-{stop}"
     with tiny.stopped_before(stop):
-        distillation.distil(recipe(whole), out, whole)
-    distillation.distil(recipe(whole), out, whole)
+        distillation.distil(recipe(whole, stages), out, whole)
+    distillation.distil(recipe(whole, stages), out, whole)
     expected, found = (load_model(run / "model")[0].state_dict() for run in (whole / "whole", out))
     assert all(found[name].equal(value) for name, value in expected.items())
 
 
+def rates_of_a_run(recipe, folder, monkeypatch):
+    """The student's learning rate at each step, and the fake score's at each update, of a run that trains nothing."""
+    student, fake, updates = [], [], recipe.fake.steps
+
+    def spy(recipe, subject, distiller, spaces, out, end, title, watch):
+        student.extend(distiller.optimizer.rate(step) for step in range(len(student), end))
+        fake.extend(distiller.fake_optimizer.rate(index) for index in range(len(fake), end * updates))
+
+    monkeypatch.setattr(distillation, "_train", spy)
+    distillation.distil(recipe, folder / "run", folder)
+    return student, fake
+
+
+def test_a_stages_own_schedules_are_those_of_a_run_of_its_own(tmp_path, monkeypatch):
+    """Also of three updates of the fake score per step; between two stages that state none."""
+    change = {"student.optimizer.warmup": 2, "student.optimizer.decay": 0.6, "fake.optimizer.decay": 0.5}
+    change |= {"fake.alone": 3, "student.optimizer.lr": 2e-4, "fake.optimizer.lr": 4e-4}
+    stages = [{"until": 6}, {"until": 16, "change": change}, {"until": 20}]
+    file = str(tiny.recipe_file(tmp_path, steps=20, fake={"steps": 3, "optimizer": {"warmup": 4}}, critic={}))
+    plain = ["terms=match", "fake.alone=0", "student.optimizer.decay=0.5"]
+    staged = load_recipe(file, [*plain, f"stages={json.dumps(stages)}"])
+    whole = load_recipe(file, plain)
+    alone = load_recipe(file, [*plain, *(f"{name}={value}" for name, value in change.items()), "steps=10"])
+    found, run, own = (
+        rates_of_a_run(one, tmp_path / name, monkeypatch)
+        for name, one in (("staged", staged), ("whole", whole), ("alone", alone))
+    )
+    for (mine, all_steps, of_stage), updates in zip(zip(found, run, own, strict=True), (1, 3), strict=True):
+        first, end = 6 * updates, 16 * updates
+        assert mine == all_steps[:first] + of_stage + all_steps[end:]
+    assert found[0][6:16] == pytest.approx([2e-4 * k for k in (0, 0, 0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+
+
+def rates(recipe):
+    """The learning rates of student and fake score at each step of a staged recipe, with a weight in place of both."""
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    student, fake = Optimizer(weights, lr=1), Optimizer(weights, lr=1)
+    distiller, found = SimpleNamespace(optimizer=student, fake_optimizers=[fake]), []
+    for number, stage in enumerate(recipe.stages):
+        build.schedule(distiller, recipe, number)
+        found += [(student.rate(step), fake.rate(step)) for step in range(len(found), stage.until)]
+    return found
+
+
+def test_stages_that_state_no_schedule_go_on_with_the_runs():
+    """The demo's rates: one warm-up, and one fall at the end of all."""
+    shape = [min((step + 1) / 20, (2500 - step) / 250, 1) for step in range(2500)]
+    recipe = load_recipe("mnist-demo")
+    lr, fake = recipe.student.optimizer.lr, recipe.fake.optimizer.lr
+    expected = [((lr if step < 1200 else 2e-4) * factor, fake * factor) for step, factor in enumerate(shape)]
+    assert rates(recipe) == expected  # to the last bit
+
+
+def test_a_stage_may_begin_with_the_fake_score_alone(tmp_path):
+    """Three steps in which the student stands still and the fake score does not, in the middle of a run."""
+    stages = [{"until": 4, "change": {"terms": ["regress"]}}, {"until": 9, "change": {"fake.alone": 3}}]
+    file = tiny.recipe_file(tmp_path, stages=stages, steps=9, checkpoint={"every": 1, "keep": 9})
+    distillation.distil(load_recipe(str(file)), tmp_path / "run", tmp_path)
+    saved = [_shard(tmp_path / "run", step) for step in range(1, 10)]
+    for role, moves in (("student", [1] * 3 + [0] * 3 + [1] * 2), ("fake", [0] * 3 + [1] * 5)):
+        weights = [{name: value for name, value in one.items() if name.startswith(f"{role}/")} for one in saved]
+        assert all(weights)
+        moved = [any(not now[name].equal(value) for name, value in before.items()) for before, now in pairwise(weights)]
+        assert moved == [bool(one) for one in moves], role
+
+
+def test_an_override_of_a_schedule_leaves_it_the_stages_own(tmp_path):
+    file = str(tiny.recipe_file(tmp_path, stages=SCHEDULED))
+    changed = load_recipe(file, ["fake.optimizer.warmup=3", "fake.alone=1", "student.optimizer.decay=0.2"])
+    assert [changed.span(i, "student.optimizer") for i in range(3)] == [(0, 4), (4, 9), None]
+    assert [changed.span(i, "fake.optimizer") for i in range(3)] == [None, (4, 9), None]
+    entries = [(one.fake.optimizer.warmup, one.fake.alone, one.student.optimizer.decay) for one in changed.parts]
+    assert entries == [(3, 1, 0.2)] * 3
+    # Regression has no use for steps that train only the fake score.
+    assert rates(changed)[0][0] > 0
+    assert [student > 0 for student, _ in rates(changed)[4:6]] == [False, True]
+
+
 def test_an_override_holds_in_every_stage(tmp_path):
     file = str(tiny.recipe_file(tmp_path, stages=STAGES))
-    changed = load_recipe(file, ["match.max_step=300", "pairs.count=15"])
+    changed = load_recipe(file, ["match.max_step=300", "pairs.count=15", "fake.optimizer.lr=5e-4"])
+    assert [changed.stage(i).fake.optimizer.lr for i in range(3)] == [5e-4] * 3  # also under its earlier name
     assert [changed.stage(i).match.max_step for i in range(3)] == [300, 300, 300]
     assert [changed.stage(i).pairs.count for i in range(3)] == [15, 15, 15]
     assert [changed.stage(i).match.batch for i in range(3)] == [4, 2, 4]
@@ -119,6 +211,15 @@ def test_impossible_stages_are_named(tmp_path):
         (
             [{"until": 12, "change": {"student.ema": 0.5}}],
             "stage 1 changes 'student.ema'; a stage can change terms, entries of match",
+        ),
+        (
+            [{"until": 5}, {"until": 12, "change": {"fake.alone": 8}}],
+            "stage 2 has 7 steps, fewer than those that train only the fake score, fake.alone 8",
+        ),
+        ([{"until": 12, "change": {"fake.alone": -1}}], "stage 1: fake.alone = -1: expected 0 or more"),
+        (
+            [{"until": 12, "change": {"student.optimizer.decay": 2}}],
+            "stage 1: student.optimizer.decay = 2: expected 1 or",
         ),
         ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'batch'"),
         ([{"until": 12, "change": {"match.batch": "a"}}], "stage 1: match.batch = 'a'"),

@@ -74,6 +74,8 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
             )
         else:
             build.enter(distiller, stage, subject, pairs)
+        if recipe.stages:
+            build.schedule(distiller, recipe, number - 1)
         title = recipe.name if len(ends) == 1 else f"{recipe.name}, stage {number} of {len(ends)}"
         _train(recipe, subject, distiller, spaces, out, end, title, watch)
     assert distiller is not None

@@ -23,6 +23,7 @@ from distmatch.models.library import find_model
 from distmatch.recipe.entries import Pairs, Recipe
 from distmatch.recipe.entry import marked
 from distmatch.recipe.network_entries import Adapter as AdapterEntries
+from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.objectives import objective, trains_fake
 from distmatch.recipe.steps import student_steps
 from distmatch.recipe.subjects import Subject, components_of, example
@@ -187,14 +188,32 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
 
 
 def enter(distiller: Distiller, stage: Recipe, subject: Subject, pairs: PairStore | None) -> None:
-    """Go on with the objective and the learning rates of the next stage; networks and moments stay."""
+    """Go on with the objective of the next stage; networks and optimizers stay."""
     distiller.objective = objective(stage, subject, distiller.fake, pairs, distiller.objective)
     distiller.gradients.forget()
-    distiller.optimizer.lr = stage.student.optimizer.lr
-    for own in distiller.fake_optimizers:
-        own.lr = stage.fake.optimizer.lr
+
+
+def schedule(distiller: Distiller, recipe: Recipe, number: int) -> None:
+    """Give the optimizers the learning rates of stage `number` of the recipe, from 0; their moments stay.
+
+    A schedule that is the stage's own (`Recipe.span`) is counted over the stage, others over the run.
+    """
+    stage = recipe.stage(number)
+
+    def give(name: str, optimizer: Optimizer, entries: Optimiser, updates: int = 1) -> None:
+        first, end = recipe.span(number, name) or (0, recipe.steps)
+        optimizer.lr, optimizer.warmup, optimizer.decay = entries.lr, entries.warmup, entries.decay
+        optimizer.first, optimizer.steps = first * updates, (end - first) * updates
+
+    give("student.optimizer", distiller.optimizer, stage.student.optimizer)
+    own = recipe.span(number, "student.optimizer") is not None
+    idle = own and not trains_fake(stage)  # nothing would be trained while the student waits
+    distiller.optimizer.wait = 0 if idle else stage.fake.alone
+    for optimizer in distiller.fake_optimizers:
+        give("fake.optimizer", optimizer, stage.fake.optimizer, recipe.fake.steps)
     if stage.gan.optimizer is not None and "gan" in stage.terms:
-        distiller.objective.trained["gan.head"].optimizer.lr = stage.gan.optimizer.lr
+        head = distiller.objective.trained["gan.head"].optimizer
+        give("gan.optimizer", head, stage.gan.optimizer, recipe.fake.steps)
 
 
 def start(recipe: Recipe, subject: Subject) -> Denoiser:

@@ -131,7 +131,9 @@ class Stage(Strict):
     change: dict[str, float | int | str | bool | list[str]] = entry(
         {},
         "Entries that differ from the recipe in this stage, by dotted name. Changes of earlier stages do not carry "
-        "over.",
+        "over. The rates of an optimizer whose warmup or decay is among them (of the student's, also fake.alone) are "
+        "those of a run of this stage alone: counted from its first step, over its length. Otherwise they are counted "
+        "over the whole run. AdamW's averages carry over in any case.",
         "Table 5",
     )
 
@@ -347,12 +349,18 @@ class Recipe(Strict):
             if present_name(key) in fixed:
                 raise UserError(
                     f"stage {number + 1} changes {key!r}; a stage can change terms, entries of match, guide, regress "
-                    "and pairs, student.optimizer.lr and fake.optimizer.lr"
+                    "and pairs, fake.alone, and lr, warmup and decay of an optimizer"
                 )
             set_entry(tree, present_name(key), value)
         found = parse_recipe(tree, f"stage {number + 1}")
         if found.match.divergence != self.match.divergence:
             raise UserError(f"stage {number + 1} changes 'match.divergence', whose averages belong to the whole run")
+        span = self.span(number, "student.optimizer")
+        if span is not None and "match" in found.terms and found.fake.alone > span[1] - span[0]:
+            raise UserError(
+                f"stage {number + 1} has {span[1] - span[0]} steps, fewer than those that train only the fake score, "
+                f"fake.alone {found.fake.alone}; the student would never be trained in it"
+            )
         kept = ("gan", *self.own_terms)
         own = [[term for term in one.terms if term in kept] for one in (self, found)]
         if own[0] != own[1]:
@@ -361,6 +369,17 @@ class Recipe(Strict):
                 "stage changes these: a weight of 0 turns gan off"
             )
         return found
+
+    def span(self, number: int, optimizer: str) -> tuple[int, int] | None:
+        """Return the first step and the end of stage `number`, from 0, if the schedule of `optimizer` is its own.
+
+        It is if the stage states a part of it, even with the recipe's value. `None`: the schedule is the whole run's.
+        """
+        stated = marked(Recipe, "schedule").keys() & map(present_name, self.stages[number].change)
+        whose = {"student.optimizer" if name == "fake.alone" else name.rpartition(".")[0] for name in stated}
+        if optimizer not in whose:
+            return None
+        return self.stages[number - 1].until if number else 0, self.stages[number].until
 
     @property
     def parts(self) -> "list[Recipe]":

@@ -18,6 +18,9 @@ class Facts(TypedDict, total=False):
     stage: bool
     """A stage may change it."""
 
+    schedule: bool
+    """A part of a schedule. If a stage states it, with any value, that schedule is the stage's own: `Recipe.span`."""
+
     unnamed: bool
     """Overriding it does not change the default name of a run's folder; the same is true of free entries."""
 

@@ -42,7 +42,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         stages = fitting(tree.get("stages") or [], f"{path}: stages", list[dict[str, Any]])
         for stage in stages:
             change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
-            stage["change"] = {k: v for k, v in change.items() if k not in keys}
+            stage["change"] = _overridden(change, {key: value for key, value in flat(tree).items() if key in keys})
         tree["stages"] = stages
     source = f"recipe {name}" if name in recipes() else str(path)
     # A mistake that is in the file as well is not blamed on an override.
@@ -80,6 +80,16 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
         for key, value in changes.items()
     }
+
+
+def _overridden(change: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's changes without the entries that are `given` for the whole run.
+
+    Parts of a schedule stay, with the value that is given, so that the schedule remains the stage's own.
+    """
+    left = {key: value for key, value in change.items() if present_name(key) not in given}
+    stated = {present_name(key) for key in change} & marked(Recipe, "schedule").keys() & given.keys()
+    return left | {name: given[name] for name in sorted(stated) if given[name] is not None}
 
 
 def _errors(tree: dict[str, Any]) -> list[Any]:

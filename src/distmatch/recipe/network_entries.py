@@ -23,11 +23,15 @@ class Optimiser(Strict):
         (0.9, 0.999), "Decay per step of AdamW's averages of the gradient and of its square.", "Appendix B"
     )
     weight_decay: Factor = entry(0.01, "AdamW's decoupled weight decay, multiplied by the learning rate.", "Appendix B")
-    warmup: Natural = entry(0, "Linear warm-up of the learning rate, in updates; 0: none.", "ours")
+    warmup: Natural = entry(
+        0, "Linear warm-up of the learning rate, in updates; 0: none.", "ours", stage=True, schedule=True
+    )
     decay: Fraction = entry(
         0.0,
         "Final share of the run over which the learning rate falls linearly to zero; 0: it stays constant.",
         "ours",
+        stage=True,
+        schedule=True,
     )
     clip: Factor = entry(
         10.0, "Largest L2 norm of the gradient; longer ones are scaled down to it. 0: no clipping.", "Appendix B: 10"
@@ -70,7 +74,14 @@ class Fake(Strict):
         "Updates of the fake score per update of the student.",
         "Algorithm 1: 1; DMD2, arXiv 2405.14867: 5 for ImageNet and SDXL, 10 for Stable Diffusion 1.5",
     )
-    alone: Natural = entry(0, "Steps at the beginning that train only the fake score.", "DMD2, arXiv 2405.14867")
+    alone: Natural = entry(
+        0,
+        "Steps at the beginning that train only the fake score; the student's warm-up follows them.",
+        "DMD2, arXiv 2405.14867",
+        stage=True,
+        schedule=True,
+        small=0,
+    )
     ida: Decay = entry(
         0.0,
         "Share of the student's weights that the fake score takes over after each update of the student. 0: none.",

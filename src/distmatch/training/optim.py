@@ -16,13 +16,16 @@ class Optimizer:
     Args:
         lr: peak learning rate.
         warmup: steps of linear warm-up from `lr / warmup`.
-        steps: length of the whole run; needed for the decay.
-        decay: fraction of the run, at its end, over which the rate falls linearly to zero.
+        steps: length of the schedule; needed for the decay.
+        decay: fraction of these steps, at their end, over which the rate falls linearly to zero.
         clip: largest L2 norm of the gradient; 0 turns clipping off.
     """
 
+    first = 0
+    """Step at which the schedule begins."""
+
     wait = 0
-    """Steps at the beginning without an update; the moments follow the gradients meanwhile."""
+    """Steps at its beginning without an update; the moments follow the gradients meanwhile."""
 
     def __init__(
         self,
@@ -44,7 +47,8 @@ class Optimizer:
             self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of step `step`, counted from 0."""
+        """Return the learning rate of step `step` of the run, counted from 0."""
+        step -= self.first
         if step < self.wait:
             return 0.0
         up = min(1.0, (step - self.wait + 1) / self.warmup) if self.warmup else 1.0
