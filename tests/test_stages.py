@@ -131,6 +131,16 @@ def test_stages_that_state_no_schedule_go_on_with_the_runs():
     assert rates(recipe) == expected  # to the last bit
 
 
+def test_the_stages_of_emoji_are_the_two_runs_that_were_measured():
+    """Their commands are in docs/results.md."""
+    first = [3e-4 * min((step + 1) / 20, (500 - step) / 150, 1) for step in range(500)]
+    second = [1e-4 * max(0, min((step - 39) / 20, (500 - step) / 300, 1)) for step in range(500)]
+    fake = [4e-4 * min((step + 1) / 20, (500 - step) / 250, 1) for step in range(500)]
+    found = rates(load_recipe("emoji"))
+    assert [student for student, _ in found] == pytest.approx(first + second, rel=1e-12)
+    assert [score for _, score in found[500:]] == pytest.approx(fake, rel=1e-12)
+
+
 def test_a_stage_may_begin_with_the_fake_score_alone(tmp_path):
     """Three steps in which the student stands still and the fake score does not, in the middle of a run."""
     stages = [{"until": 4, "change": {"terms": ["regress"]}}, {"until": 9, "change": {"fake.alone": 3}}]
