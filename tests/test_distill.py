@@ -9,7 +9,7 @@ import torch
 from forked import command, start
 from torch import nn
 
-from distmatch.diffusion.conditions import WHOLE, Classes
+from distmatch.diffusion.conditions import WHOLE, Classes, with_guidance
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import WEIGHTINGS
@@ -203,6 +203,21 @@ def test_a_student_goes_on_from_an_earlier_one(tmp_path):
     assert all(torch.equal(v, d.fake.state_dict()[k]) for k, v in tiny.teacher().state_dict().items())
     with pytest.raises(ValueError, match=r"student.init 'mnist' has another network"):
         distiller(tmp_path, "student.init=mnist")
+
+
+def test_a_student_of_a_fixed_guidance_learns_others(tmp_path):
+    earlier = tiny.teacher(seed=1)
+    save_model(tmp_path / "earlier", earlier, Info((1, 8, 8), ("a", "b", "c"), times=(80.0,)))
+    d = distiller(tmp_path, f"student.init={tmp_path / 'earlier'}", "student.guidance=[1,4]")
+    x, t, cond = torch.randn(3, 1, 8, 8), torch.full((3,), 80.0), Cond(label=torch.arange(3))
+    scaled = with_guidance(cond, torch.tensor([1.0, 2.0, 4.0]))
+    assert torch.equal(d.student(x, t, scaled), earlier(x, t, cond))
+    d.step(0)
+    d.step(1)
+    x0 = d.student(
+        x[:1].expand(2, -1, -1, -1), t[:2], with_guidance(Cond(torch.zeros(2).long()), torch.tensor([1.0, 4.0]))
+    )
+    assert not torch.equal(x0[0], x0[1])
 
 
 @pytest.mark.parametrize("terms", ["[match, regress]", "[match]", "[regress]"])

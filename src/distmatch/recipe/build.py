@@ -280,9 +280,14 @@ def student_info(recipe: Recipe, subject: Subject) -> Info:
 
 
 def _earlier(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
-    """Load the student `student.init`. Raises `UserError` if its network differs from that of `denoiser`."""
+    """Load the student `student.init`; one without a guidance scale gets it as an input, and computes as before.
+
+    Raises `UserError` if its network differs from that of `denoiser`.
+    """
     assert recipe.student.init is not None
-    student, _ = find_model(recipe.student.init, kind="student")
+    student, info = find_model(recipe.student.init, kind="student")
+    if recipe.student.guidance is not None and info.guidance is None:
+        student = Denoiser(with_guidance(student.net), student.schedule, student.prediction)
     here, there = ({k: v.shape for k, v in m.state_dict().items()} for m in (denoiser, student))
     if here != there:
         raise UserError(f"student.init {recipe.student.init!r} has another network than the teacher {recipe.teacher!r}")

@@ -129,7 +129,10 @@ class Student(Strict):
         "Stable Diffusion 3, arXiv 2403.03206, Eq. 23: 3 for flows",
     )
     init: Place | None = entry(
-        None, "Student to continue from: a model folder, a run, or the name of one in the package. null: none.", "ours"
+        None,
+        "Student to continue from: a model folder, a run, or the name of one in the package; with student.guidance, "
+        "one of a fixed scale too. null: none.",
+        "ours",
     )
     network: Network | None = entry(
         None, "A new network for student and fake score. null: both start as copies of the teacher (Section 3.1)."
