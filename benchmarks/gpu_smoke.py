@@ -132,7 +132,8 @@ def agreement(job: Job) -> None:
 
     Away from a GPU, the CPU is compared with itself without oneDNN: other kernels, other orders of sums.
     """
-    agree(job, ["mnist"] if job.tiny else ["mnist", "cifar10-cond", "imagenet64-cond"])
+    few_steps = "mnist terms=match student.nfe=4"
+    agree(job, ["mnist", few_steps] if job.tiny else ["mnist", few_steps, "cifar10-cond", "imagenet64-cond"])
 
 
 def agreement_sd15(job: Job) -> None:
@@ -140,15 +141,17 @@ def agreement_sd15(job: Job) -> None:
     agree(job, ["sd15-laion-6.25"])
 
 
-def agree(job: Job, names: Sequence[str]) -> None:
+def agree(job: Job, recipes: Sequence[str]) -> None:
+    """Compare each of the recipes, given by its name and overrides."""
     rows = {}
-    for name in names:
+    for name, *overrides in map(str.split, recipes):
         for precision in ["fp32"] if job.tiny else TOLERANCES:
             for graphs in ("false", "true"):
-                row = f"{name}, {precision}, cuda_graphs={graphs}, against fp32 on the CPU"
-                rows[row] = partial(compared, job, name, precision, f"cuda_graphs={graphs}")
+                what = " ".join([name, *overrides])
+                row = f"{what}, {precision}, cuda_graphs={graphs}, against fp32 on the CPU"
+                rows[row] = partial(compared, job, name, precision, *overrides, f"cuda_graphs={graphs}")
     targets: dict[str, Target] = {"of the tolerance": ("at most", 1.0)}
-    import_first(job, diffusers=any(name.startswith("sd15") for name in names))
+    import_first(job, diffusers=any(one.startswith("sd15") for one in recipes))
     side_by_side(job, rows, 2 if job.tiny else 4, LIMIT, targets, threads=1 if job.tiny else 4)
 
 
@@ -179,10 +182,10 @@ def distillers(job: Job, name: str, precision: str, folder: Path, *overrides: st
         recipe = load_recipe(name, [*small, "gradient_checkpointing=false", *settings])
         return recipe, subjects.subject(recipe)
 
-    recipe, subject = made("device=cpu", "precision=fp32")
-    pairs = build.pair_store(recipe, subject, folder)
+    recipe, subject = made(*overrides, "device=cpu", "precision=fp32")
+    pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
     theirs = build.distiller(recipe, subject, pairs)
-    return build.distiller(*made(f"device={job.device}", f"precision={precision}", *overrides), pairs), theirs
+    return build.distiller(*made(*overrides, f"device={job.device}", f"precision={precision}"), pairs), theirs
 
 
 def stepped(distiller: Distiller, index: int, parts: Sequence[Any]) -> dict[str, float]:
