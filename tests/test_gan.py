@@ -382,7 +382,8 @@ def test_the_factors_have_mean_one_in_each_range_of_levels(taught):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["real.images=null"], r"the term gan needs real images, .* name a folder"),
+        (["real.images=null", "teacher=nobody"], r"the term gan needs real images, .* name a folder"),
+        (["real.images=none.zip", "teacher=nobody"], r"real.images none.zip does not exist; expected a folder or an"),
         (["gan.blocks=[1, 12]"], r"gan.blocks is \[1, 12\]; the fake score has 7 blocks, numbered 0 to 6: .*12"),
         (["gan.blocks=[1, 1]"], r"a block is named twice"),
         (["terms=gan"], r"the term gan goes with match"),

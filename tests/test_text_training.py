@@ -1,5 +1,6 @@
 """Training on prompts by a recipe: adapters alone, recomputed activations, cached text, what is refused."""
 
+import shutil
 from dataclasses import replace
 from typing import Any, cast
 
@@ -219,6 +220,18 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         subject = subjects.subject(recipe)
         with pytest.raises(ValueError, match=message):
             build.distiller(recipe, subject, build.pair_store(recipe, subject, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("prompts.path=null", "makes images of prompts"), ("prompts.path=none.txt", "none.txt does not exist")],
+)
+def test_missing_prompts_are_said_before_the_teacher_is_loaded(folder, tmp_path, change, said):
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match=said):
+        distiller(folder, f"teacher=diffusers:{tmp_path / 'sd'}", change)
 
 
 def test_prompts_that_the_encoder_cuts_are_counted_once_and_written_down(folder):

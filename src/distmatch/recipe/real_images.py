@@ -24,6 +24,7 @@ from distmatch.system.digests import digest
 from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
 from distmatch.system.screen import printable
+from distmatch.system.storage import is_url, local
 
 
 def real_images(
@@ -37,17 +38,9 @@ def real_images(
 
     Raises `UserError` if there are none, or if size, channels, classes or captions do not fit the teacher.
     """
-    place = recipe.real.images
-    said, instead = "student.inputs=data", "use student.inputs=rollout"
-    if "gan" in recipe.terms:
-        said, instead = "the term gan", "leave gan out of terms"
-    if place is None:
-        raise UserError(
-            f"{said} needs real images, of what the teacher {recipe.teacher} was trained on: name a folder, an archive "
-            f"or a URL, e.g. real.images=photos.zip. Without any, {instead}"
-        )
+    place = check_named(recipe)
     if len(info.shape) != 3:
-        raise UserError(f"{said} is for images; the teacher {recipe.teacher} makes points")
+        raise UserError(f"{_reader(recipe)[0]} is for images; the teacher {recipe.teacher} makes points")
     images = shared_images(place, recipe.real.split)
     numbered = torch.arange(len(images))
     classes: list[Tensor] = [numbered]
@@ -66,6 +59,27 @@ def real_images(
         check_shape(images, info.shape, place, recipe.teacher)
         read = lambda numbers: imaging.to_float(images.pixels[numbers])  # noqa: E731
     return Reals(classes, read, describe, print_of)
+
+
+def check_named(recipe: Recipe) -> str:
+    """Return `real.images`. Raises `UserError` if it is not set, or names what does not exist here."""
+    place = recipe.real.images
+    if place is None:
+        said, instead = _reader(recipe)
+        raise UserError(
+            f"{said} needs real images, of what the teacher {recipe.teacher} was trained on: name a folder, an archive "
+            f"or a URL, e.g. real.images=photos.zip. Without any, {instead}"
+        )
+    if not is_url(place) and not local(place).exists():
+        raise UserError(f"real.images {place} does not exist; expected a folder or an archive of images")
+    return place
+
+
+def _reader(recipe: Recipe) -> tuple[str, str]:
+    """Return what in the recipe reads real images, and how to do without."""
+    if "gan" in recipe.terms:
+        return "the term gan", "leave gan out of terms"
+    return "student.inputs=data", "use student.inputs=rollout"
 
 
 def latents_bytes(info: Info, count: int) -> int:

@@ -20,10 +20,10 @@ from distmatch.evaluation.measure import Space
 from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
 from distmatch.models.family import Components, Encoder
 from distmatch.models.info import Info
-from distmatch.models.library import components, family_of, find_model
+from distmatch.models.library import components, diffusers_source, family_in, family_of, find_model
 from distmatch.models.offload import Visitor, away, visiting
 from distmatch.recipe.entries import Evaluation, Recipe
-from distmatch.recipe.real_images import real_images
+from distmatch.recipe.real_images import check_named, real_images
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS
 from distmatch.system.progress import progress
@@ -66,19 +66,20 @@ class Subject:
 
 def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject:
     """Return the recipe's subject; `own` is your own teacher, used instead of the one that the recipe names."""
+    # Missing files are said before the teacher is loaded, which may take minutes.
+    source = None if own else diffusers_source(recipe.teacher)
+    prompts = _prompts(recipe) if source is not None and family_in(source).text else []
+    if recipe.needs_images:
+        check_named(recipe)
     denoiser, info = own or find_model(recipe.teacher, kind="teacher")
     info = as_used(recipe, denoiser, info)
     for stage in recipe.parts:
         for scale in _scales(stage):
             info.check_guidance(scale)
     dev = device(recipe.device)
-    conditions, prompts, encoders, cut = Classes(len(info.classes)), [], "", 0
+    conditions, encoders, cut = Classes(len(info.classes)), "", 0
     if info.text:
-        if recipe.prompts.path is None:
-            raise UserError(
-                f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
-            )
-        prompts = read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
+        prompts = prompts or _prompts(recipe)
         encoder = components_of(recipe, info, dev).encode
         assert encoder is not None
         encoders, cut = encoder.fingerprint(), encoder.cut(prompts)
@@ -90,6 +91,14 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     if not any("regress" in stage.terms or stage.own_terms for stage in recipe.parts):  # pairs are made by all its bits
         hold(denoiser.requires_grad_(False).net, recipe.base_weights, dev.type)  # before it takes room on the device
     return Subject(frozen(denoiser, dev), info, conditions, print_of, dev, prompts, encoders, cut, real)
+
+
+def _prompts(recipe: Recipe) -> list[str]:
+    if recipe.prompts.path is None:
+        raise UserError(
+            f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
+        )
+    return read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
 
 
 def as_used(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
