@@ -1,5 +1,6 @@
 """The loop: what it writes, when it stops, what it refuses."""
 
+from io import StringIO
 from itertools import count
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from torch import nn
 
 from distmatch.commands.distillation import distil
 from distmatch.recipe.loading import load_recipe
+from distmatch.system import progress
 from distmatch.system.errors import Diverged
 from distmatch.system.plain import read_json
+from distmatch.system.screen import Screen
 from distmatch.training import log
 from distmatch.training.clock import Clock
 from distmatch.training.ema import EMA
@@ -134,6 +137,19 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match=r"log.track needs wandb .*: pip install 'distmatch\[wandb\]'"):
         train(Quadratic(), tmp_path, Plan(1), trackers=["wandb"])
+
+
+def test_a_log_file_gets_rate_and_time_left_after_seconds_and_at_each_tenth(monkeypatch):
+    file, now = StringIO(), count(step=2.0)
+    monkeypatch.setattr(progress, "console", Screen(file=file, width=200))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with progress.progress("teach-text", 40, unit="step") as advance:
+        for _ in range(5):
+            advance(1)
+    assert file.getvalue().splitlines() == [
+        "teach-text: 2 of 40 steps, 2.0 s/step, 0:01:16 left",
+        "teach-text: 4 of 40 steps, 2.0 s/step, 0:01:12 left",
+    ]
 
 
 def test_passes_within_what_is_counted_count_once(monkeypatch):

@@ -16,6 +16,9 @@ console = Screen(stderr=True)
 UNTOLD = 0.1
 """Seconds after which a rate means something."""
 
+EARLY = 3.0
+"""Seconds after which a first line says the rate, where the first tenth takes longer."""
+
 
 class _Rate(ProgressColumn):
     def __init__(self, unit: str):
@@ -26,15 +29,19 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
-        return Text(f"{speed:,.1f} {named(speed, self.unit)}/s" if speed >= 1 else f"{1 / speed:.1f} s/{self.unit}")
+        return Text(_said(speed, self.unit))
+
+
+def _said(rate: float, unit: str) -> str:
+    return f"{rate:,.1f} {named(rate, unit)}/s" if rate >= 1 else f"{1 / rate:,.1f} s/{unit}"
 
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0, unit: str = "item") -> Iterator[Callable[[int], None]]:
     """Show a bar of `total`, of which `done` is already complete; yields `advance(n)`.
 
-    If standard error is not a terminal, a line with the rate and the time left is printed at each tenth instead. With
-    several processes, only the first shows it.
+    If standard error is not a terminal, a line with the rate and the time left is printed after a few seconds and at
+    each tenth instead. With several processes, only the first shows it.
     """
     title = printable(title)
     if parallel.rank() > 0:
@@ -51,17 +58,18 @@ def progress(title: str, total: int, done: int = 0, unit: str = "item") -> Itera
 
 
 def _lines(title: str, total: int, done: int, unit: str) -> Callable[[int], None]:
-    state = {"done": done, "tenth": 10 * done // max(total, 1)}
+    state = {"done": done, "tenth": 10 * done // max(total, 1), "lines": 0}
     began = time.monotonic()
 
     def advance(n: int) -> None:
         state["done"] += n
-        tenth = 10 * state["done"] // max(total, 1)
-        if tenth > state["tenth"]:
+        tenth, seconds = 10 * state["done"] // max(total, 1), time.monotonic() - began
+        if tenth > state["tenth"] or (not state["lines"] and seconds > EARLY):
             state["tenth"] = tenth
-            rate = (state["done"] - done) / max(time.monotonic() - began, 1e-9)
-            left = timedelta(seconds=round((total - state["done"]) / rate)) if rate else "?"
-            paced = f", {rate:,.1f} {named(rate, unit)}/s, {left} left" if time.monotonic() - began > UNTOLD else ""
+            state["lines"] += 1
+            rate, paced = (state["done"] - done) / max(seconds, 1e-9), ""
+            if rate and seconds > UNTOLD:
+                paced = f", {_said(rate, unit)}, {timedelta(seconds=round((total - state['done']) / rate))} left"
             console.print(f"{title}: {state['done']} of {total} {named(total, unit)}{paced}")
 
     return advance
