@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,7 +24,8 @@ from visitors import INFO, Slow, ask, picture, serving, student, teacher
 from websockets.sync.client import connect
 
 from distmatch import DistilledPipeline, TeacherPipeline
-from distmatch.commands.web_page import LARGEST, Studio, Wish, encode, make_app, noise, serve
+from distmatch.commands.web_page import LARGEST, Studio, Wish, encode, examples, make_app, noise, serve
+from distmatch.data.prompts import read_prompts
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.library import components, find_model
 from distmatch.system import rng
@@ -59,6 +61,17 @@ def test_a_text_model_answers_every_prompt(tmp_path):
             assert np.array_equal(ask(socket, prompt=prompt, seed=5)[1], expected[0].permute(1, 2, 0).numpy())
         socket.send('{"label": 1}')
         assert json.loads(socket.recv())["status"] == 422
+
+
+def test_the_page_suggests_prompts_in_the_styles_that_the_model_learnt():
+    emoji = DistilledPipeline.from_pretrained("emoji")
+    with serving(emoji) as address:
+        suggested = httpx.get(f"http://{address}/model", timeout=30).json()["examples"]
+    styles = {"blob style", "firefox style", "flat style", "glossy style", "noto style"}
+    assert {prompt.rpartition(", ")[2] for prompt in suggested if ", " in prompt} == styles
+    assert len(suggested) == len(styles) + 1  # one names no style
+    assert set(suggested) <= set(read_prompts(Path("emoji")))
+    assert examples(replace(emoji.info, source="")) == examples(replace(emoji.info, source="somebody/else")) == []
 
 
 def test_a_prompt_is_encoded_once_while_a_slider_is_dragged(tmp_path):
@@ -366,6 +379,27 @@ def test_the_command_finds_a_free_port_and_ends_with_ctrl_c():
 def browser():
     """A Chromium of this machine, or none."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
+def test_nothing_of_the_page_is_cut_off_on_a_telephone():
+    from playwright.sync_api import sync_playwright
+
+    pipe = student()
+    pipe.info = replace(pipe.info, classes=("automobile", "a-long-name-of-a-class", "another"))
+    with serving(pipe, teacher()) as address, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox", "--disable-gpu"])
+        page = chromium.new_page(viewport={"width": 380, "height": 800})
+        page.goto(f"http://{address}/")
+        page.wait_for_function("document.getElementById('picture').dataset.id >= 1")
+        cut = """() => [...document.querySelectorAll('body *')]
+            .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== 'inline')
+            .map(e => e.id || e.tagName)"""
+        assert page.evaluate(cut) == []
+        page.click("#tab-game")
+        page.wait_for_function("game.round !== null")
+        assert page.evaluate(cut) == []
+        assert page.evaluate("document.documentElement.scrollWidth") == 380
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium is installed")

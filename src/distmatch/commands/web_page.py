@@ -32,10 +32,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
+from distmatch.data.prompts import read_prompts
 from distmatch.diffusion.denoiser import Cond
+from distmatch.models.info import Info
 from distmatch.pipeline import Output, Pipeline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
+from distmatch.system.paths import ASSETS, named
 from distmatch.system.screen import console
 
 log = logging.getLogger("uvicorn.error")
@@ -59,6 +62,9 @@ PATIENCE = 10.0
 
 LARGEST = 16_384
 """Maximum size of a message or a request body, in bytes."""
+
+EXAMPLES = 8
+"""Maximum number of prompts that the page suggests."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 
@@ -160,6 +166,19 @@ def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
     return (torch.sin((1 - mix) * angle) * a + torch.sin(mix * angle) * b) / torch.sin(angle)
 
 
+def examples(info: Info) -> list[str]:
+    """Return a prompt for each ending, such as ", flat style", of the captions in the package that the model learnt."""
+    file = ASSETS / named(info.source) / "prompts.txt"
+    if named(info.source) == info.source or not file.is_file():
+        return []
+    prompts = read_prompts(file)
+    mixed = (prompts[i] for i in rng.shuffled(0, len(prompts), 0, len(prompts)))
+    by_ending: dict[str, str] = {}
+    for prompt in mixed:
+        by_ending.setdefault(prompt.rpartition(", ")[2] if ", " in prompt else "", prompt)
+    return list(by_ending.values())[:EXAMPLES]
+
+
 def encode(pixels: Tensor) -> tuple[str, bytes]:
     """Return `(media type, file)` of one picture u8[1,C,H,W]."""
     kind = "png" if max(pixels.shape[2:]) <= LOSSLESS else "jpeg"
@@ -211,7 +230,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
         raise UserError(f"this model makes samples of shape {student.info.shape}, not images; there is nothing to show")
     if teacher is not None and (ours := _kind(student)) != (theirs := _kind(teacher)):
         raise UserError(f"the teacher is another student's: it makes {theirs}, this student {ours}")
-    studio = Studio(student, teacher)
+    studio, shown = Studio(student, teacher), examples(student.info)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -239,6 +258,7 @@ def make_app(student: Pipeline, teacher: Pipeline | None = None, names: tuple[st
         return {
             "classes": info.classes,
             "prompts": info.text,
+            "examples": shown,
             "guidance": info.guidance,
             "evaluations": student.nfe,
             "teacher": None if teacher is None else teacher.nfe,
