@@ -71,6 +71,9 @@ WRONG = {
     "train runs/mnist": "runs/mnist is neither a recipe of the package nor a file called .yaml",
     "train mnist.yaml": "recipe file mnist.yaml does not exist",
     "sample nobody": "neither a model folder nor a run; the package ships emoji, mnist",
+    # Conditions that are needed, or not taken.
+    "sample emoji": "this model makes images of prompts; give one (-p of distmatch sample)",
+    "sample mnist -p cat": "this model takes no prompts; give labels (--label of distmatch sample)",
     # What is not there.
     "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",
     "sample mnist --device meta": "device 'meta' is not available here; use auto or cpu",

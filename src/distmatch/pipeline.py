@@ -209,10 +209,11 @@ class Pipeline:
     def _prompts(self, n: int, prompts: Sequence[str] | None) -> list[str] | None:
         if not self.info.text:
             if prompts is not None:
-                raise UserError("this model takes no prompts" + ("; give labels" if self.info.classes else ""))
+                instead = "; give labels (--label of distmatch sample)" if self.info.classes else ""
+                raise UserError(f"this model takes no prompts{instead}")
             return None
         if prompts is None:
-            raise UserError("this model makes images of prompts; give one, or one per image")
+            raise UserError("this model makes images of prompts; give one (-p of distmatch sample), or one per image")
         if len(prompts) not in (1, n):
             raise UserError(f"{counted(len(prompts), 'prompt')} for {counted(n, 'image')}; give one, or one per image")
         return list(prompts) * (n if len(prompts) == 1 else 1)
