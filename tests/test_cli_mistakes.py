@@ -54,6 +54,8 @@ WRONG = {
     "train mnist steps.x=8": "steps.x: steps is a value, not a group of entries",
     "train mnist match=5": "match=5 on the command line: match = 5: expected a group of entries",
     "train mnist image_size=[64]": "image_size = [64]: expected more values than these",
+    "train mnist student.times=399": "student.times = 399: expected a list of values, [399]",
+    "train mnist log.track=wandb": "log.track = 'wandb': expected a list of values, [wandb]",
     "train mnist student.optimizer.betas=0.9": "student.optimizer.betas = 0.9: expected a list of values",
     "train mnist match.max_step=2000": "match.max_step=2000 on the command line: expected min_step < max_step <= bins",
     "train mnist stages=[{until:_500}]": "stages=[{until: 500}] on the command line: stages end at [500]",

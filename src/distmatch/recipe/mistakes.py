@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from distmatch.recipe.entry import group_of
+from distmatch.recipe.entry import group_of, walk
 from distmatch.system.plain import expected_by
 from distmatch.system.screen import printable
 
@@ -100,10 +100,24 @@ def _explained(errors: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]
         return f"{key} = {error['input']!r:.80}: expected one value or a list of names" + (
             f"; name the entries of a group one by one{group}" if group else ""
         ), ""
+    if listed := _in_a_list(key, error["input"], model):
+        return f"{key} = {error['input']!r:.80}: expected a list of values, {listed}", ""
     expected = ", or ".join(dict.fromkeys(KINDS.get(e["type"]) or expected_by(e) for e in errors))
     values = re.findall("'([^']*)'", " ".join(e["ctx"]["expected"] for e in errors if e["type"] == "literal_error"))
     close = difflib.get_close_matches(str(error["input"]), values, n=1, cutoff=0.5)
     return f"{key} = {error['input']!r:.80}: {expected}" + (f"; did you mean {close[0]!r}?" if close else ""), ""
+
+
+def _in_a_list(key: str, value: Any, model: type[BaseModel]) -> str:
+    """Return `value` as the list that the entry `key` would take, of one; empty if it would not."""
+    field = next((field for name, field, _ in walk(model) if name == key), None)
+    try:
+        if field is not None and not isinstance(value, list | tuple | dict):
+            TypeAdapter(field.rebuild_annotation()).validate_python([value])
+            return f"[{value}]"
+    except ValidationError:
+        pass
+    return ""
 
 
 def _dotted(loc: tuple[Any, ...]) -> str:
