@@ -12,7 +12,7 @@ from forked import command
 from distmatch.commands.cli import app
 from distmatch.commands.train import train
 
-COMMANDS = ["demo", "recipes", "train", "teach", "classifier", "pairs", "sample", "eval", "report"]
+COMMANDS = ["demo", "recipes", "train", "teach", "classifier", "pairs", "sample", "compare", "eval", "serve", "report"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -24,6 +24,7 @@ def test_every_command_has_help(command, capsys):
     assert f"distmatch {command}" in out
     assert len(out.splitlines()) > 3
     assert "[ARGS" not in out
+    assert "--no-" not in out  # every switch is off unless it is given
 
 
 def test_the_first_screen_names_every_command(capsys):

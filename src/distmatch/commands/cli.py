@@ -53,7 +53,8 @@ class Flowing(DefaultFormatter):
 
 
 app = App(
-    default_parameter=Parameter(negative_iterable=()),  # an empty list is no answer to any option
+    # An empty list is no answer to any option, and every switch is off unless it is given.
+    default_parameter=Parameter(negative_iterable=(), negative_bool=()),
     name="distmatch",
     help="""Turn a pretrained diffusion model into a one-step generator (Distribution Matching Distillation).
 
