@@ -1,5 +1,6 @@
 """Figures of a model: computed anew from its images, the same for every batch size, written by the command."""
 
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from distmatch.evaluation.measure import evaluate, score
 from distmatch.models.classifier import Classifier
 from distmatch.models.folder import Info, save_model
 from distmatch.pipeline import DistilledPipeline
+from distmatch.system.screen import Screen
 
 
 @pytest.fixture
@@ -44,6 +46,25 @@ def test_figures_equal_those_of_the_pipelines_images(setting):
     assert figures["frechet/pooled"] == pytest.approx(expected, rel=1e-3)
     right = classifier(pixels).argmax(1) == torch.arange(70) % 3
     assert figures["accuracy"] == pytest.approx(right.float().mean().item())
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (200, 1)])
+def test_figures_of_many_models_are_readable_at_any_width(width, tables, monkeypatch):
+    """No name is cut, no figure's name wraps, and a table that would be too wide becomes several."""
+    file = io.StringIO()
+    monkeypatch.setattr(measure, "console", Screen(file=file, width=width))
+    names = ["teacher, 50 PNDM steps", "student, 1 step", "DPM-Solver++, 8 evaluations", "UniPC, 8 evaluations"]
+    measure.show_rows([{"name": name, "images": 10_000, "frechet/3x3 positions": 0.1234} for name in names])
+    lines = file.getvalue().splitlines()
+    assert sum(line.split()[0] == "images" for line in lines) == tables
+    assert sum("Frechet distance (3x3 positions)" in line for line in lines) == tables
+    assert file.getvalue().count("0.123") == len(names)
+    assert all(word in file.getvalue() for name in names for word in name.split())
+    assert max(map(len, lines)) <= width
+    file.truncate(file.seek(0))
+    measure.show_rows([{"name": f"runs/{'x' * 60}, 1 evaluation", "images": 1}, {"name": "real images", "images": 2}])
+    assert file.getvalue().count("x") == 60
+    assert file.getvalue().count(" images ") == 2  # the figure, once, and the second model
 
 
 def test_figures_do_not_depend_on_the_batch(setting):

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from distmatch.diffusion.conditions import Classes, Conditions
@@ -51,6 +51,9 @@ COLUMNS = {
 
 SECONDS = 3.0
 """Minimum duration of a latency measurement."""
+
+LONGEST = 16
+"""Characters of a word, such as the path of a model, that is not broken in a table."""
 
 Space = tuple[FeatureSpace, Reference]
 
@@ -234,12 +237,20 @@ def named(model: str, nfe: int) -> str:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table with one model per column, which fits any terminal; omit figures that no row has."""
-    table = Table("", *(row["name"] for row in rows))
-    for key, (heading, form) in columns(rows).items():
-        if key != "name":
-            table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in rows))
-    console.print(table)
+    """Print rows as a table with one model per column, or as several where the terminal is too narrow for all of them;
+    omit figures that no row has.
+    """
+    shown = {key: said for key, said in columns(rows).items() if key != "name"}
+    gap = 2  # beside each column
+    figures = gap + max((len(heading) for heading, _ in shown.values()), default=0)
+    model = gap + min(LONGEST, max(len(word) for row in rows for word in row["name"].split()))
+    abreast = max(1, (console.width - figures) // model)
+    for start in range(0, len(rows), abreast):
+        part = rows[start : start + abreast]
+        table = Table(Column(no_wrap=True), *(Column(row["name"], overflow="fold") for row in part), box=None)
+        for key, (heading, form) in shown.items():
+            table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in part))
+        console.print(table)
 
 
 def show_spaces(name: str, spaces: Sequence[Space]) -> None:
