@@ -37,7 +37,7 @@ from distmatch.models.edm.networks import SongUNet
 from distmatch.models.folder import Info, save_model
 from distmatch.models.library import family_of, outline
 from distmatch.models.perceptual import write_random_weights
-from distmatch.planning import rehearsal
+from distmatch.planning import preflight, rehearsal
 from distmatch.planning.cost import Cost, Traffic, cost, numel
 from distmatch.planning.gpus import GPUS, Gpu
 from distmatch.planning.ladder import Ladder
@@ -456,12 +456,15 @@ def test_latents_in_a_cache_take_what_is_planned(folder, planner, tmp_path):
     cache = tmp_path / "latents"
     changes = [change.format(folder) for change in (*SD, "terms=match", "student.nfe=2", "student.inputs=data")]
     changes += [f"real.images={place}", f"real.cache={cache}"]
-    subject = subjects.subject(load_recipe(str(folder / "tiny.yaml"), changes))
+    flight = preflight.Flight(load_recipe(str(folder / "tiny.yaml"), changes), tmp_path / "run", tmp_path)
+    subject = flight.subject
     assert subject.real is not None
+    wanted = dict(preflight._sizes(flight))
     subject.real.draw(1, torch.Generator(), WHOLE)
     held = sum(tensor.nbytes for file in cache.rglob("*.safetensors") for tensor in load_file(file).values())
     count = len(load_images(place))
     assert held == latents_bytes(subject.info, count) == 2 * 4 * 8 * 8 * count
+    assert (wanted[subject.real.cache], dict(preflight._sizes(flight))[subject.real.cache]) == (held, 0)
     text = planner(said, "plan", str(folder / "tiny.yaml"), *changes).replace("\n", " ")
     assert f"latents of real images take 512 bytes each on the disk, {shown(held)} for {count}" in text
     later = planner(said, "plan", str(folder / "tiny.yaml"), *changes, f"real.images={tmp_path / 'later'}")

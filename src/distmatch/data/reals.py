@@ -1,6 +1,7 @@
 """Real samples with their conditions, drawn at random."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Reals:
         read: `(numbers i64[B]) -> samples f[B,*D]`.
         describe: see `Describe`.
         fingerprint: SHA-256 of all that decides what they are.
+        cache: the folder in which they are kept once they have been computed, if any.
     """
 
     def __init__(
@@ -28,10 +30,11 @@ class Reals:
         read: Callable[[Tensor], Tensor],
         describe: Describe = lambda _numbers, _u: None,
         fingerprint: str = "",
+        cache: Path | None = None,
     ):
         self.order = torch.cat(list(classes))
         self.counts = torch.tensor([len(one) for one in classes])
-        self.read, self.describe, self.fingerprint = read, describe, fingerprint
+        self.read, self.describe, self.fingerprint, self.cache = read, describe, fingerprint, cache
 
     @torch.no_grad()
     def draw(self, n: int, generator: torch.Generator, share: Share) -> tuple[Tensor, Cond | None]:

@@ -8,7 +8,7 @@ writing and reading the student's folder once.
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from distmatch.models.library import diffusers_source
 from distmatch.planning.recording import record
 from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.real_images import latents_bytes
 from distmatch.system import parallel
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
@@ -432,14 +433,22 @@ def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
     cache, subject = flight.recipe.prompts.cache, flight.subject
     if cache is not None and subject.prompts:
         folder = subjects.states_folder(cache, subject.encoders, subject.prompts)
-        there = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-        yield folder, max(0, subjects.states_bytes(subject.denoiser, subject.info, len(subject.prompts)) - there)
+        nbytes = subjects.states_bytes(subject.denoiser, subject.info, len(subject.prompts))
+        yield folder, _left(nbytes, folder.glob("*"))
+    if subject.real is not None and subject.real.cache is not None:
+        nbytes = latents_bytes(subject.info, len(subject.real.order))
+        yield subject.real.cache, _left(nbytes, subject.real.cache.glob("*"))
     state = _state(flight.student, copies=2)
     if objectives.trains_fake(flight.recipe):
         state += sum(p.numel() for p in flight.fake.parameters()) * 3 * FP32
     kept = flight.recipe.checkpoint.keep + 1 + bool(flight.spaces)
-    there = sum(file.stat().st_size for file in flight.out.glob("checkpoints/step-*/*"))
-    yield flight.out, max(0, kept * state - there) + _state(flight.student, copies=1, trained=0)
+    saved = flight.out.glob("checkpoints/step-*/*")
+    yield flight.out, _left(kept * state, saved) + _state(flight.student, copies=1, trained=0)
+
+
+def _left(nbytes: int, files: Iterable[Path]) -> int:
+    """Return how many of `nbytes` are still to be written beside `files`."""
+    return max(0, nbytes - sum(file.stat().st_size for file in files))
 
 
 def _state(network: Denoiser, copies: int, trained: int = 2) -> int:

@@ -53,12 +53,13 @@ def real_images(
         describe = lambda numbers, _u: Cond(label=labels[numbers])  # noqa: E731
     content = [digest(images.pixels), images.labels is not None and digest(images.labels), images.classes]
     print_of = sha256(str([*content, images.captions]).encode()).hexdigest()
+    cache = None
     if info.latent:
-        read = _latents(recipe, info, images, device)
+        read, cache = _latents(recipe, info, images, device)
     else:
         check_shape(images, info.shape, place, recipe.teacher)
         read = lambda numbers: imaging.to_float(images.pixels[numbers])  # noqa: E731
-    return Reals(classes, read, describe, print_of)
+    return Reals(classes, read, describe, print_of, cache)
 
 
 def check_named(recipe: Recipe) -> str:
@@ -143,8 +144,12 @@ def _few(names: set[str]) -> str:
     return ", ".join(printable(name, 30) for name in sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _latents(recipe: Recipe, info: Info, images: Images, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return what reads latents: each image is encoded when it is drawn, or all once, to a folder of `real.cache`."""
+def _latents(
+    recipe: Recipe, info: Info, images: Images, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], Path | None]:
+    """Return what reads latents: each image is encoded when it is drawn, or all once, to a folder of `real.cache`; and
+    this folder.
+    """
     assert recipe.real.images is not None
     encoder: Any = family_of(info).image_encoder(info.source)
     _, height, width = info.shape
@@ -156,7 +161,7 @@ def _latents(recipe: Recipe, info: Info, images: Images, device: torch.device) -
 
     if recipe.real.cache is None:
         encoder.vae.to(device)
-        return lambda numbers: encoded(numbers.tolist())
+        return lambda numbers: encoded(numbers.tolist()), None
     name = sha256(f"{digest(images.pixels)}{encoder.fingerprint()}".encode()).hexdigest()
     folder, made = Path(recipe.real.cache) / name[:32], []
 
@@ -166,4 +171,4 @@ def _latents(recipe: Recipe, info: Info, images: Images, device: torch.device) -
                 made.append(compute(folder, "latents", len(images), lambda part: {"x": encoded(part)}, advance))
         return made[0](numbers.tolist())["x"]
 
-    return read
+    return read, folder
