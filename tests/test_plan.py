@@ -171,6 +171,20 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(folder, planner, changes
     assert made.checkpoint == pytest.approx(saved, rel=0.02)
 
 
+def test_graphs_are_planned_where_a_run_records_them(folder, planner):
+    """Memory with graphs differs from that without on a GPU of CUDA, and on no other device."""
+    differs = {}
+    for device in ("auto", "cuda:1", "mps", "cpu"):
+        made = [
+            planner(
+                planned, str(folder / "tiny.yaml"), ("terms=match", f"device={device}", f"cuda_graphs={graphs}")
+            ).memory
+            for graphs in (False, True)
+        ]
+        differs[device] = made[0] != made[1]
+    assert differs == {"auto": True, "cuda:1": True, "mps": False, "cpu": False}
+
+
 @pytest.mark.parametrize("changes", [("pairs.count=8",), ("student.nfe=2", "terms=match")])
 def test_graphs_keep_the_planned_gradients_and_what_is_between_them_once(folder, planner, changes):
     plain, made = (

@@ -23,6 +23,7 @@ from distmatch.data.pairs import PairSpec, fingerprint
 from distmatch.models.folder import save_model
 from distmatch.planning import preflight, recording
 from distmatch.planning.preflight import CHECKS, Flight, checks, compiler, pairs
+from distmatch.recipe import subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
@@ -203,7 +204,7 @@ def recorded(monkeypatch):
     build_distiller = recording.build.distiller
     monkeypatch.setattr(recording.build, "distiller", distiller)
     monkeypatch.setattr(preflight, "record", record)
-    monkeypatch.setattr(Flight, "records", True)
+    monkeypatch.setattr(subjects, "recorded", lambda recipe, device: recipe.cuda_graphs)
     return made
 
 

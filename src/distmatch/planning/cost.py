@@ -19,7 +19,7 @@ from distmatch.planning.ledger import LOSSES
 from distmatch.planning.rehearsal import encoding_peak, rehearse
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.objectives import reads_pairs
-from distmatch.recipe.subjects import encoded_before, offloaded
+from distmatch.recipe.subjects import encoded_before, offloaded, recorded
 from distmatch.system.errors import UserError
 from distmatch.training.adapters import Adapted
 from distmatch.training.engine import blocks
@@ -111,8 +111,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     texts, away = _texts(recipe, denoiser, info, parts), offloaded(recipe)
     memory["text encoder, decoder"] = 0 if away else texts.weights + FP32 * _decoder_weights(info.source)
-    recorded = recipe.cuda_graphs and recipe.device != "cpu"
-    if processes == 1 and recorded:  # each graph keeps the gradients that it writes, and all share the rest
+    graphs = recorded(recipe, "cuda" if recipe.device == "auto" else recipe.device.partition(":")[0])
+    if processes == 1 and graphs:  # each graph keeps the gradients that it writes, and all share the rest
         memory["gradients"] = FP32 * _graphs(recipe) * sum(sizes.values())
         memory["activations"] = done.most_activations
     elif processes == 1:
@@ -131,7 +131,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     between = done.pictures
     if not texts.before:
         between = max(between, texts.activations + texts.weights * away)
-    unused = 0 if recorded else memory["gradients"] + memory["activations"]  # what graphs keep is for them alone
+    unused = 0 if graphs else memory["gradients"] + memory["activations"]  # what graphs keep is for them alone
     more = between - unused
     if texts.before:  # alone on the device, before training
         more = max(more, texts.weights + texts.activations - sum(memory.values()))

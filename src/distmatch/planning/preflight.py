@@ -62,11 +62,6 @@ class Flight:
         self.stages = recipe.parts
         self.device = subjects.device(recipe.device)
 
-    @property
-    def records(self) -> bool:
-        """Whether the run will record its steps as CUDA graphs."""
-        return self.recipe.cuda_graphs and self.device.type == "cuda"
-
     @cached_property
     def subject(self) -> subjects.Subject:
         net = self.own and self.own[0].net
@@ -291,7 +286,7 @@ def _other_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
 
 def recording(flight: Flight) -> str | None:
     """With `cuda_graphs`, on a GPU, every stage's updates can be recorded, and what was recorded can be replayed."""
-    if not flight.records:
+    if not subjects.recorded(flight.recipe, flight.device.type):
         return None
     with tried("cuda_graphs: true, a step of one sample"):
         count = record(flight.stages, flight.subject, flight.z, flight.cond)

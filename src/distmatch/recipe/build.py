@@ -26,7 +26,7 @@ from distmatch.recipe.network_entries import Adapter as AdapterEntries
 from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.objectives import objective, trains_fake
 from distmatch.recipe.steps import student_steps
-from distmatch.recipe.subjects import Subject, components_of, example
+from distmatch.recipe.subjects import Subject, components_of, example, recorded
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
@@ -126,8 +126,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     """
     check_batches(recipe)
     dev, info = subject.device, subject.info
-    recorded = recipe.cuda_graphs and dev.type == "cuda"
-    alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": recorded}
+    graphs = recorded(recipe, dev.type)
+    alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": graphs}
     used = [name for name, is_set in alone.items() if is_set]
     if used and parallel.world() > 1:
         raise UserError(f"{used[0]} is for one process, not for {parallel.world()}; use false")
@@ -179,7 +179,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
             accumulate=recipe.accumulate,
             workers=workers(recipe),
             precision=recipe.precision,
-            cuda_graphs=recorded,
+            cuda_graphs=graphs,
             process=(parallel.rank(), parallel.world()),
             conditions=subject.conditions,
             decode=components_of(recipe, info, dev).decode if info.latent else None,

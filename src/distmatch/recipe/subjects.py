@@ -134,6 +134,11 @@ def encoded_before(recipe: Recipe) -> bool:
     return recipe.prompts.cache is not None and not recipe.needs_images
 
 
+def recorded(recipe: Recipe, device: str) -> bool:
+    """Return whether a run on this type of device, e.g. cuda, records its steps as CUDA graphs."""
+    return recipe.cuda_graphs and device == "cuda"
+
+
 def encode_prompts(recipe: Recipe, subject: Subject) -> None:
     """Fill `prompts.cache` before training, so that the encoders meet no network on the device; see `alone`."""
     if recipe.prompts.cache is not None and subject.prompts:
