@@ -6,11 +6,18 @@ from typing import get_args
 from weakref import ref
 
 import pytest
+from diffusers import DiffusionPipeline
+from test_plan import said
 
 from distmatch.commands.plan import plan
+from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.folder import save_model
+from distmatch.models.library import family_of, find_model
+from distmatch.planning.cost import numel
 from distmatch.planning.gpus import GPUS
 from distmatch.planning.plan import bill, settled
 from distmatch.recipe.loading import load_recipe
+from distmatch.system.digests import load_file
 from distmatch.system.garbage import no_collection
 from distmatch.system.screen import duration
 from distmatch.system.screen import size as shown
@@ -67,3 +74,17 @@ def test_a_price_is_that_of_all_gpus():
     told = bill(2.5, 4, 1800, (3600, 7200))
     assert "$5.00 for the pairs and $10.00 to $20.00 for training, $15.00 to $25.00 in all" in told
     assert bill(2, 72, 0, (68400, 68400)).startswith("price: $2,736 for training, at $2.00")
+
+
+def test_the_students_folder_and_the_hosts_memory_are_those_of_the_models(planner, tmp_path):
+    """Networks are read in fp32, of the autoencoder the decoder; the student's folder has its network."""
+    source = str(write_tiny_sd(tmp_path / "sd"))
+    changes = (f"teacher=diffusers:{source}", "terms=match", "match.batch=2")
+    text = planner(said, "plan", "sd15-laion-6.25", *changes, "--gpus", "2").replace("\n", " ")
+    denoiser, info = find_model(f"diffusers:{source}", "teacher")
+    save_model(tmp_path / "student", denoiser, info)
+    weights = sum(tensor.nbytes for tensor in load_file(tmp_path / "student" / "model.safetensors").values())
+    vae = DiffusionPipeline.from_pretrained(source).vae
+    networks = (*family_of(info).encoders(source), denoiser, vae.decoder, vae.post_quant_conv)
+    assert f"the student's folder: {shown(weights)} " in text
+    assert f"host memory per process: {shown(4 * sum(map(numel, networks)))} while the models are read, " in text

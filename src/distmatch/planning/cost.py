@@ -110,7 +110,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     texts, away = _texts(recipe, denoiser, info, parts), offloaded(recipe)
-    memory["text encoder, decoder"] = 0 if away else texts.weights + FP32 * _decoder_weights(info.source)
+    memory["text encoder, decoder"] = 0 if away else texts.weights + FP32 * decoder_weights(info.source)
     graphs = recorded(recipe, "cuda" if recipe.device == "auto" else recipe.device.partition(":")[0])
     if processes == 1 and graphs:  # each graph keeps the gradients that it writes, and all share the rest
         memory["gradients"] = FP32 * _graphs(recipe) * sum(sizes.values())
@@ -192,7 +192,7 @@ def encoder_weights(source: str) -> int:
 
 
 @cache
-def _decoder_weights(source: str) -> int:
+def decoder_weights(source: str) -> int:
     """Return the number of weights of a model's decoder."""
     return family_in(source).component_weights(source) - encoder_weights(source) if source else 0
 

@@ -17,7 +17,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.solvers import evaluations
 from distmatch.models.info import Info
 from distmatch.models.library import outline
-from distmatch.planning.cost import Cost, cost
+from distmatch.planning.cost import FP32, Cost, cost, decoder_weights, encoder_weights
 from distmatch.planning.gpus import Gpu
 from distmatch.planning.ladder import CACHE, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
@@ -129,6 +129,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
     _tell_pace(made, speed, cluster)
     training = _tell_training(recipe, [costs[kind(stage)] for stage in stages], ends, cluster)
     _tell_disk(recipe, made)
+    _tell_host(made, info, cluster)
     if recipe.prompts.cache is not None and info.text:
         console.print(states(recipe, denoiser, info))
     if recipe.real.cache is not None and info.latent and recipe.needs_images:
@@ -216,6 +217,18 @@ def _tell_disk(recipe: Recipe, made: Cost) -> None:
         f"checkpoints: {size(made.checkpoint)} each, {size((kept + 1) * made.checkpoint)} at most "
         f"({kept} kept, one being written)"
     )
+    if recipe.student.network is None and made.parameters:
+        console.print(f"the student's folder: {size(FP32 * made.parameters)}")
+
+
+def _tell_host(made: Cost, info: Info, cluster: Cluster) -> None:
+    """Print the host memory that a process needs besides the GPU's: models are read in fp32 before they go there."""
+    read = FP32 * (made.parameters + encoder_weights(info.source) + decoder_weights(info.source))
+    saved = made.checkpoint / cluster.gpus
+    parts = [f"{size(read)} while the models are read"] if read else []
+    parts.append(f"{size(saved)} while a checkpoint is written")
+    each = " per process" if cluster.gpus > 1 else ""
+    console.print(f"host memory{each}: {', '.join(parts)}")
 
 
 def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> float:
