@@ -107,7 +107,7 @@ def test_files_of_others_stay_and_are_no_claims(finished):
     """Where it can be written, what killed builders left goes, and nothing else does."""
     store = finished / "pairs"
     foreign = names(store) & {*STRAY, ".shard-00001.safetensors.01234567-1-0-abcd1234"}
-    distil(load_recipe(str(finished / "tiny.yaml"), [f"pairs.path={store}"]), finished / "run")
+    distil(load_recipe(str(finished / "tiny.yaml"), [f"pairs.path={store}"]), finished / "another")
     assert names(store) == {"manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"} | foreign
 
 

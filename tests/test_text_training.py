@@ -205,6 +205,24 @@ def test_a_run_whose_prompts_were_edited_is_refused(folder, tmp_path):
     assert "prompts" in read_json(tmp_path / "run" / "teacher.json", dict)
 
 
+def test_a_finished_run_encodes_no_prompts_again(folder, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    changes = [f"prompts.cache={cache}", "terms=match", "match.pairs=false", "steps=1", "evaluate.every=0"]
+    recipe = load_recipe(str(folder / "text.yaml"), changes)
+    distil(recipe, tmp_path / "run")
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    shutil.rmtree(cache)
+    distil(recipe, tmp_path / "run")
+    assert f"The run in {tmp_path / 'run'} is finished" in capsys.readouterr().out.replace("\n", "")
+    assert not cache.exists()
+    assert weights.stat().st_mtime_ns == before
+    (tmp_path / "run" / "teacher-student.png").unlink()  # what a killed run has not made yet is made
+    distil(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "teacher-student.png").exists()
+    assert any(cache.rglob("*.safetensors"))
+
+
 def test_what_does_not_fit_is_named(folder, tmp_path):
     for change, message in {
         "prompts.path=null": "makes images of prompts; name a file",

@@ -51,6 +51,9 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
     binding.bind(recipe, subject, out)
+    if _finished(recipe, subject, out):
+        _say(f"The run in {out} is finished; the student is in {out / 'model'}. Next: {command('report', out)}")
+        return
     subjects.encode_prompts(recipe, subject)
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
 
@@ -93,6 +96,14 @@ def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[D
     for name, found in checks(Flight(recipe, out, runs, teacher)):
         _say(f"✓ {name:<10} {found}")
     _say("Nothing stands in the way of this run")
+
+
+@parallel.on_first
+def _finished(recipe: Recipe, subject: subjects.Subject, out: Path) -> bool:
+    """Return whether the run in `out` has made all that it makes."""
+    made = ["model/config.json", *(["teacher-student.png"] if len(subject.info.shape) == 3 else [])]
+    last = max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
+    return last >= recipe.steps and all((out / name).exists() for name in made)
 
 
 def _settled(recipe: Recipe, out: Path) -> Recipe:
