@@ -166,6 +166,19 @@ def test_an_override_of_a_schedule_leaves_it_the_stages_own(tmp_path):
     assert [student > 0 for student, _ in rates(changed)[4:6]] == [False, True]
 
 
+def test_an_entry_of_a_file_holds_in_every_stage_of_its_base(tmp_path):
+    """As an override does; stages of the file's own say what they change."""
+    base = tiny.recipe_file(tmp_path, stages=STAGES)
+    (tmp_path / "own.yaml").write_text(f"base: {base}\nregress: {{weight: 2.0}}\ncritic: {{lr: 1.0e-5}}\n")
+    own = load_recipe(str(tmp_path / "own.yaml"))
+    assert [stage.regress.weight for stage in own.parts] == [2.0] * 3
+    assert [stage.fake.optimizer.lr for stage in own.parts] == [1e-5] * 3
+    assert [stage.regress.batch for stage in own.parts] == [4, 4, 2]
+    stages = "stages: [{until: 5, change: {regress.weight: 4.0}}, {until: 12}]"
+    (tmp_path / "staged.yaml").write_text(f"base: {tmp_path / 'own.yaml'}\nregress: {{weight: 3.0}}\n{stages}\n")
+    assert [stage.regress.weight for stage in load_recipe(str(tmp_path / "staged.yaml")).parts] == [4.0, 3.0]
+
+
 def test_an_override_holds_in_every_stage(tmp_path):
     file = str(tiny.recipe_file(tmp_path, stages=STAGES))
     changed = load_recipe(file, ["match.max_step=300", "pairs.count=15", "fake.optimizer.lr=5e-4"])

@@ -42,7 +42,8 @@ INTRODUCTION = """\
 *Generated from `src/distmatch/recipe/entries.py` by `python -m distmatch.recipe.docs`.*
 
 A recipe is a YAML file of these entries. `distmatch train RECIPE match.batch=32` overrides the entry `batch` of the
-group `match`. A file may name another recipe as its `base` and hold only what differs. `distmatch train RECIPE
+group `match`. A file may name another recipe as its `base` and hold only what differs. An override holds in every
+stage, and an entry of such a file in every stage of its base, also where the stage sets it. `distmatch train RECIPE
 --dry-run` prints a recipe with all of its values and the descriptions below; `distmatch recipes --schema` prints a
 JSON schema, with which an editor checks and completes a file.
 

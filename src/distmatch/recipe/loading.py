@@ -38,12 +38,8 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     for override in overrides:
         _apply(tree, override)
     keys = {override.partition("=")[0] for override in overrides}
-    if "stages" not in keys:  # an override applies to every stage
-        stages = fitting(tree.get("stages") or [], f"{path}: stages", list[dict[str, Any]])
-        for stage in stages:
-            change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
-            stage["change"] = _overridden(change, {key: value for key, value in flat(tree).items() if key in keys})
-        tree["stages"] = stages
+    if "stages" not in keys:
+        _hold_in_stages(tree, {key: value for key, value in flat(tree).items() if key in keys}, path)
     source = f"recipe {name}" if name in recipes() else str(path)
     # A mistake that is in the file as well is not blamed on an override.
     found, own = _errors(tree), {error["loc"] for error in _errors(file)}
@@ -70,7 +66,10 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
         base = str(tree.pop("base"))
         if base in (name, *above):
             raise UserError(f"{path}: its base {base!r} has itself as base")
-        tree = _merged(_read(base, (name, *above))[1], tree)
+        below = _read(base, (name, *above))[1]
+        if "stages" not in tree:
+            _hold_in_stages(below, flat(tree), path)
+        tree = _merged(below, tree)
     return path, tree
 
 
@@ -80,6 +79,15 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
         for key, value in changes.items()
     }
+
+
+def _hold_in_stages(tree: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+    """Have the entries `given`, of an override or of a file with this base, hold in every stage of `tree`, in place."""
+    stages = fitting(tree.get("stages") or [], f"{path}: stages", list[dict[str, Any]])
+    for stage in stages:
+        change = fitting(stage.get("change") or {}, f"{path}: stages.change", dict[str, Any])
+        stage["change"] = _overridden(change, given)
+    tree["stages"] = stages
 
 
 def _overridden(change: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
