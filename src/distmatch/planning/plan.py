@@ -26,7 +26,7 @@ from distmatch.recipe.real_images import latents_bytes
 from distmatch.recipe.subjects import as_used, states_bytes
 from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
-from distmatch.system.screen import BYTES, FLOPS, console, duration, size, unit
+from distmatch.system.screen import FLOPS, console, duration, size, unit
 from distmatch.training.engine import blocks
 
 MACHINE = 8
@@ -169,15 +169,14 @@ def _work(made: Cost) -> Table:
 def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> Table:
     """Return a table of memory by part, with and without gradient checkpointing; the recipe's own setting is marked."""
     kept, recomputed = (other, made) if checkpointing else (made, other)
-    name, value = unit(made.peak, BYTES)
-    columns = {f"activations kept, {name}": kept, f"recomputed, {name}": recomputed}
+    columns = {"activations kept": kept, "recomputed": recomputed}
     shown = {column: one for column, one in columns.items() if one is not None}
     heads = (f"{column} (recipe)" if one is made else column for column, one in shown.items())
     table = Table(title, *heads, box=None)
     for part in made.memory:
         if any(one.memory[part] for one in shown.values()):
-            table.add_row(part, *(f"{one.memory[part] / value:,.2f}" for one in shown.values()))
-    table.add_row("together", *(f"{one.peak / value:,.2f}" for one in shown.values()))
+            table.add_row(part, *(size(one.memory[part]) if one.memory[part] else "-" for one in shown.values()))
+    table.add_row("together", *(size(one.peak) for one in shown.values()))
     return table
 
 
