@@ -67,6 +67,15 @@ def test_figures_of_many_models_are_readable_at_any_width(width, tables, monkeyp
     assert file.getvalue().count(" images ") == 2  # the figure, once, and the second model
 
 
+def test_a_very_narrow_terminal_shows_every_figure(monkeypatch):
+    """There the figures' names wrap: the columns of the models keep their room."""
+    file = io.StringIO()
+    monkeypatch.setattr(measure, "console", Screen(file=file, width=30))
+    measure.show_rows([{"name": name, "images": 10_000, "frechet/3x3 positions": 12.345} for name in ("one", "two")])
+    words = file.getvalue().split()
+    assert [words.count(said) for said in ("one", "two", "10,000", "12.345", "Frechet")] == [1, 1, 2, 2, 2]
+
+
 def test_figures_do_not_depend_on_the_batch(setting):
     pipe, classifier, real = setting
     spaces = [(classifier, real)]

@@ -247,7 +247,8 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     abreast = max(1, (console.width - figures) // model)
     for start in range(0, len(rows), abreast):
         part = rows[start : start + abreast]
-        table = Table(Column(no_wrap=True), *(Column(row["name"], overflow="fold") for row in part), box=None)
+        first = Column(no_wrap=figures + model <= console.width)  # otherwise it would leave no room for a model
+        table = Table(first, *(Column(row["name"], overflow="fold") for row in part), box=None)
         for key, (heading, form) in shown.items():
             table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in part))
         console.print(table)
