@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from distmatch.commands import distillation
+from distmatch.methods.distill import Distiller
 from distmatch.models.folder import load_model
 from distmatch.recipe import build
 from distmatch.recipe.loading import load_recipe
+from distmatch.system.errors import Stopped
 from distmatch.training.optim import Optimizer
 
 STAGES = [
@@ -75,6 +77,27 @@ def test_a_run_stopped_anywhere_ends_as_the_undisturbed(whole, stop):
         distillation.distil(recipe(whole, stages), out, whole)
     distillation.distil(recipe(whole, stages), out, whole)
     expected, found = (load_model(run / "model")[0].state_dict() for run in (whole / "whole", out))
+    assert all(found[name].equal(value) for name, value in expected.items())
+
+
+def test_the_model_that_an_earlier_stage_left_is_not_the_students(tmp_path, monkeypatch):
+    """A run of points, killed when only the last stage's model was missing."""
+    stages = [{"until": 2, "change": {"terms": ["regress"]}}, {"until": 4}]
+    small = ["steps=4", "pairs.count=8", "match.batch=2", "regress.batch=2", f"stages={json.dumps(stages)}"]
+    recipe, export, begun = load_recipe("toy2d", small), Distiller.export, []
+    distillation.distil(recipe, tmp_path / "whole", tmp_path)
+
+    def killed(self, folder):
+        begun.append(folder)
+        if len(begun) == 2:  # of the last stage, in the first start
+            raise Stopped("by the test")
+        export(self, folder)
+
+    monkeypatch.setattr(Distiller, "export", killed)
+    with pytest.raises(Stopped):
+        distillation.distil(recipe, tmp_path / "run", tmp_path)
+    distillation.distil(recipe, tmp_path / "run", tmp_path)
+    expected, found = (load_model(tmp_path / run / "model")[0].state_dict() for run in ("whole", "run"))
     assert all(found[name].equal(value) for name, value in expected.items())
 
 

@@ -51,7 +51,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     stages, (subject, spaces) = flight.stages, cleared(flight)
     del flight  # and with it the networks that were tried
     binding.bind(recipe, subject, out)
-    if _finished(recipe, subject, out):
+    if _finished(recipe, out):
         _say(f"The run in {out} is finished; the student is in {out / 'model'}. Next: {command('report', out)}")
         return
     subjects.encode_prompts(recipe, subject)
@@ -99,11 +99,14 @@ def check(recipe: Recipe, out: Path, runs: Path = Path("runs"), teacher: tuple[D
 
 
 @parallel.on_first
-def _finished(recipe: Recipe, subject: subjects.Subject, out: Path) -> bool:
-    """Return whether the run in `out` has made all that it makes."""
-    made = ["model/config.json", *(["teacher-student.png"] if len(subject.info.shape) == 3 else [])]
+def _finished(recipe: Recipe, out: Path) -> bool:
+    """Return whether the run in `out` has made all that it makes: its picture, the last, is of the finished student.
+
+    Of points there is none, and `model` may be what an earlier stage left: it is written again.
+    """
     last = max(Checkpoints(out / "checkpoints", {}).steps(), default=0)
-    return last >= recipe.steps and all((out / name).exists() for name in made)
+    made = all((out / name).exists() for name in ("model/config.json", "teacher-student.png"))
+    return last >= recipe.steps and made
 
 
 def _settled(recipe: Recipe, out: Path) -> Recipe:
