@@ -209,6 +209,10 @@ def test_an_override_holds_in_every_stage(tmp_path):
     assert [changed.stage(i).match.max_step for i in range(3)] == [300, 300, 300]
     assert [changed.stage(i).pairs.count for i in range(3)] == [15, 15, 15]
     assert [changed.stage(i).match.batch for i in range(3)] == [4, 2, 4]
+    changed = load_recipe(file, ["fake.optimizer={lr: 1e-5}", "regress={weight: 3.0, batch: 4}"])  # groups, too
+    assert [(one.fake.optimizer.lr, one.regress.weight, one.regress.batch) for one in changed.parts] == [
+        (1e-5, 3, 4)
+    ] * 3
 
 
 def test_batches_of_later_stages_are_checked_before_anything_runs(tmp_path):

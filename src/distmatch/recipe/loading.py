@@ -39,7 +39,9 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         _apply(tree, override)
     keys = {override.partition("=")[0] for override in overrides}
     if "stages" not in keys:
-        _hold_in_stages(tree, {key: value for key, value in flat(tree).items() if key in keys}, path)
+        groups = tuple(f"{key}." for key in keys)  # student.optimizer={lr: 1e-3}
+        given = {key: value for key, value in flat(tree).items() if key in keys or key.startswith(groups)}
+        _hold_in_stages(tree, given, path)
     source = f"recipe {name}" if name in recipes() else str(path)
     # A mistake that is in the file as well is not blamed on an override.
     found, own = _errors(tree), {error["loc"] for error in _errors(file)}
