@@ -343,8 +343,9 @@ def test_matching_sees_the_pairs_images_as_well(tmp_path):
     [
         ["pairs.count=8", "student.adapter.rank=2", "fake.adapter.rank=2", "gradient_checkpointing=true"],
         ["student.nfe=2", "terms=match", "fake.steps=2", "student.guidance=null", "fake.ida=0.1", "fake.alone=2"],
+        ["student.nfe=4", "terms=match", "fake.steps=3", "precision=bf16"],
     ],
-    ids=["pairs", "two steps"],
+    ids=["pairs", "two steps", "four steps in bf16"],
 )
 def test_recorded_updates_are_the_steps_own(tmp_path, overrides):
     plain, recorded = distiller(tmp_path, *overrides), distiller(tmp_path, *overrides)
