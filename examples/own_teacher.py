@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from distmatch import VP, Denoiser, DistilledPipeline, Info, Prediction, Recipe, distil
@@ -12,6 +13,7 @@ class MyNetwork(nn.Conv2d):  # (input f[B,C,H,W], noise f[B], cond) -> eps, v, x
         return super().forward(x)
 
 
+torch.manual_seed(0)  # this teacher is random; yours is trained
 teacher = Denoiser(MyNetwork(3, 3, 3, padding=1), VP(), Prediction("eps"))  # say which, and on what schedule
 recipe = {"name": "own", "teacher": "mine", "steps": 20, "match": {"batch": 8}, "regress": {"batch": 8}}
 recipe["pairs"] = {"count": 64}  # every entry of `distmatch train mnist --dry-run` may stand here

@@ -16,6 +16,8 @@ from distmatch.system.files import write_atomic, write_json
 from distmatch.system.plain import read_json, read_yaml
 from distmatch.system.terminal import command
 
+NAMES = {"fingerprint": "digest of the teacher's settings and weights"}
+
 REMEDY = "Delete it to go on, if you know that its settings were these"
 
 
@@ -88,6 +90,6 @@ def _has_begun(file: Path) -> bool:
 def _same(now: dict[str, Any], before: dict[str, Any], out: Path, go_on: str = "") -> None:
     changed = [k for k in now if now[k] != before.get(k)]
     if changed:
-        lines = "\n".join(f"  {k}: {before.get(k)} there, {now[k]} here" for k in changed)
+        lines = "\n".join(f"  {NAMES.get(k, k)}: {before.get(k)} there, {now[k]} here" for k in changed)
         choice = "Choose another folder with --out, or delete it"
         raise UserError(f"{out} is a run with other settings:\n{lines}\n{choice}" + (go_on and f". {go_on}"))
