@@ -100,7 +100,7 @@ def test_unknown_and_broken_recipes_are_named(tmp_path):
         load_recipe(str(tmp_path / "nowhere.yaml"))
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
-    with pytest.raises(ValueError, match="is not valid YAML"):
+    with pytest.raises(ValueError, match=r"broken.yaml is not valid YAML: .*\n.* in line 1, column 4:"):
         load_recipe(str(broken))
     broken.write_text("- 1")
     with pytest.raises(ValueError, match="holds no recipe"):

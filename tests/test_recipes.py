@@ -162,9 +162,11 @@ def test_a_base_is_merged_group_by_group(tmp_path):
     mine, base = load_recipe(str(tmp_path / "mine.yaml"), ["fake.optimizer.lr=3e-6"]), load_recipe("cifar10-cond-noreg")
     optimizer = base.fake.optimizer.model_copy(update={"lr": 3e-6})
     fake = base.fake.model_copy(update={"steps": 5, "optimizer": optimizer})
-    assert mine == base.model_copy(update={"name": "mine", "description": "mine", "fake": fake})
+    said = {"name": "mine", "description": "mine", "expected": ""}  # what is said of a base is not said of its heirs
+    assert base.expected
+    assert mine == base.model_copy(update={**said, "fake": fake})
     (tmp_path / "lost.yaml").write_text("base: cifar10-con\n")
-    with pytest.raises(ValueError, match="recipe 'cifar10-con' is unknown; did you mean 'cifar10-cond'"):
+    with pytest.raises(ValueError, match=r"lost.yaml: its base 'cifar10-con' is unknown; did you mean 'cifar10-cond'"):
         load_recipe(str(tmp_path / "lost.yaml"))
     (tmp_path / "loop.yaml").write_text(f"base: {tmp_path / 'loop.yaml'}\n")
     with pytest.raises(ValueError, match="has itself as base"):

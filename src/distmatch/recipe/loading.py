@@ -59,16 +59,19 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
         if len(path.parts) > 1 or (path.exists() and name not in recipes()):
             raise UserError(f"{name} is neither a recipe of the package nor a file called .yaml or .yml")
         if name not in recipes():
-            raise UserError(f"recipe {name!r} is unknown{nearest(name, recipes(), 'see `distmatch recipes`')}")
+            said = f"{above[-1]}: its base {name!r}" if above else f"recipe {name!r}"
+            raise UserError(f"{said} is unknown{nearest(name, recipes(), 'see `distmatch recipes`')}")
         path = recipes()[name]
     elif not path.exists():
         raise UserError(f"recipe file {name} does not exist")
     tree = renamed(read_yaml(path))
     if "base" in tree:
         base = str(tree.pop("base"))
-        if base in (name, *above):
+        if base in (*above, name):
             raise UserError(f"{path}: its base {base!r} has itself as base")
-        below = _read(base, (name, *above))[1]
+        below = _read(base, (*above, name))[1]
+        for said in ("description", "expected"):  # of the base, and no longer true
+            below.pop(said, None)
         if "stages" not in tree:
             _hold_in_stages(below, flat(tree), path)
         tree = _merged(below, tree)

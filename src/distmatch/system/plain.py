@@ -4,6 +4,7 @@ JSON files written by `files.write_json` carry a digest of their content, which 
 """
 
 import json
+import re
 from collections import Counter
 from functools import cache
 from hashlib import sha256
@@ -95,7 +96,8 @@ def yaml_of(text: bytes | str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (RecursionError, yaml.YAMLError, ValueError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        said = re.sub('"<(byte|unicode) string>", ', "", str(error))  # PyYAML's name of what has none
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else said
         raise UserError(f"{where} is not valid YAML: {reason}") from error
 
 
@@ -114,7 +116,8 @@ def _parsed(content: bytes | str, where: str, remedy: str) -> Any:
     try:
         return json.loads(content)
     except (RecursionError, ValueError) as error:  # also text that is not UTF-8, numbers of thousands of digits
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        said = re.sub('"<(byte|unicode) string>", ', "", str(error))  # PyYAML's name of what has none
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else said
         raise UserError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
 
 
