@@ -28,7 +28,7 @@ KINDS = {
 }
 """JSON's types in plain words."""
 
-OBVIOUS = ("group", "text", "text or null", "true or false")
+OBVIOUS = ("group", "text", "text or null", "true or false", "list: group")
 """Types that a comment does not mention."""
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -85,6 +85,9 @@ def _lines(tree: dict[str, Any], group: Schema, indent: str = "") -> Iterator[st
         comment = textwrap.TextWrapper(WIDTH, f"{indent}# ", f"{indent}# ", break_on_hyphens=False)
         expected = "" if _kind(spec) in OBVIOUS else f" Expected: {_kind(spec)}."
         yield from comment.wrap(_text(spec) + expected)
+        if inner is not None and isinstance(value, list):
+            for part, about in inner["properties"].items():
+                yield from comment.wrap(f"{part}: {_text(about)}")
         if inner is not None and isinstance(value, dict):
             yield f"{indent}{name}:"
             yield from _lines(value, inner, f"{indent}  ")

@@ -28,7 +28,8 @@ class Optimiser(Strict):
     )
     decay: Fraction = entry(
         0.0,
-        "Final share of the run over which the learning rate falls linearly to zero; 0: it stays constant.",
+        "Final share of the run, or of the stage that states it, over which the learning rate falls linearly to zero; "
+        "0: it stays constant.",
         "ours",
         stage=True,
         schedule=True,
@@ -76,7 +77,8 @@ class Fake(Strict):
     )
     alone: Natural = entry(
         0,
-        "Steps at the beginning that train only the fake score; the student's warm-up follows them.",
+        "Steps at the beginning, of the run or of the stage that states it, that train only the fake score; the "
+        "student's warm-up follows them.",
         "DMD2, arXiv 2405.14867",
         stage=True,
         schedule=True,
