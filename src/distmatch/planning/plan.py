@@ -120,7 +120,10 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
             advance(1)
     name, value = unit(made.parameters, {"": 1, "k": 1e3, "M": 1e6})
     parameters = f"{made.parameters / value:,.1f} {name} parameters" if made.parameters else "an exact teacher"
-    console.print(f"{recipe.name}: {parameters}, {gpus} x {gpu}, {recipe.parallel}")
+    sizes = {"match": heaviest.match.batch, "regress": heaviest.regress.batch}
+    batch = " + ".join(f"{size:,}" for term, size in sizes.items() if term in heaviest.terms)
+    parts = f", accumulate={recipe.accumulate}" if recipe.accumulate > 1 else ""
+    console.print(f"{recipe.name}: {parameters}, {gpus} x {gpu}, {recipe.parallel}, {batch} images a step{parts}")
     if recipe.stages:
         console.print(f"a step and its memory are those of stage {stages.index(heaviest) + 1}, which takes the most")
     console.print(_work(made))
