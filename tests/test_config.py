@@ -170,7 +170,8 @@ def test_entries_by_their_earlier_names_are_the_same(tmp_path):
     assert parse_recipe(tree, "a run of an earlier version") == now
     now = load_recipe("mnist", ["student.optimizer.lr=0.5", "fake.optimizer.betas=[0, 0.9]", "fake.steps=3"])
     tree = earlier
-    variant = {"base": "mnist", "name": "mnist", "description": now.description, "generator": {"lr": 0.5}}
+    said = {"name": "mnist", "description": now.description, "expected": now.expected}
+    variant = {"base": "mnist", **said, "generator": {"lr": 0.5}}
     (tmp_path / "variant.yaml").write_text(yaml.safe_dump({**variant, "critic": {"betas": [0, 0.9], "steps": 3}}))
     assert load_recipe(str(tmp_path / "variant.yaml")) == now
     with pytest.raises(ValueError, match=r"generator.lr is the earlier name of student.optimizer.lr, which is given"):
