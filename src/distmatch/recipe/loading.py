@@ -70,8 +70,8 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
         if base in (*above, name):
             raise UserError(f"{path}: its base {base!r} has itself as base")
         below = _read(base, (*above, name))[1]
-        for said in ("description", "expected"):  # of the base, and no longer true
-            below.pop(said, None)
+        for about in ("description", "expected"):  # of the base, and no longer true
+            below.pop(about, None)
         if "stages" not in tree:
             _hold_in_stages(below, flat(tree), path)
         tree = _merged(below, tree)

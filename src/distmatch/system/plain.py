@@ -116,8 +116,7 @@ def _parsed(content: bytes | str, where: str, remedy: str) -> Any:
     try:
         return json.loads(content)
     except (RecursionError, ValueError) as error:  # also text that is not UTF-8, numbers of thousands of digits
-        said = re.sub('"<(byte|unicode) string>", ', "", str(error))  # PyYAML's name of what has none
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else said
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(_joined(f"{where} is not valid JSON: {reason}", remedy)) from error
 
 
