@@ -85,8 +85,8 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     Raises `UserError` if the processes cannot share the batches in equal parts.
     """
     parts = processes * recipe.accumulate
-    for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
-        if name in recipe.terms and batch % parts:
+    for name, batch in recipe.batches.items():
+        if batch % parts:
             raise UserError(
                 f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate} times {processes} GPUs; "
                 "choose one that is"
@@ -173,8 +173,7 @@ def _texts(recipe: Recipe, denoiser: Denoiser, info: Info, parts: int) -> _Texts
     cond = family_of(info).example_cond(denoiser.net, info, 1)
     assert cond is not None
     assert cond.text is not None
-    sizes = {"match": recipe.match.batch, "regress": recipe.regress.batch}
-    batch = max((size // parts for term, size in sizes.items() if term in recipe.terms), default=1)
+    batch = max((size // parts for size in recipe.batches.values()), default=1)
     precision = recipe.prompts.precision
     taken = _encoding(info.source, per_pass(weights) if before else batch, cond.text.shape[1], precision)
     return _Texts((2 if precision == "bf16" else FP32) * weights, taken, before)

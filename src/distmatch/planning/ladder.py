@@ -168,12 +168,7 @@ class Ladder:
 
     def _divisors(self) -> list[int]:
         """Return the possible values of `accumulate`, from the recipe's own upwards."""
-        batches = {
-            batch
-            for stage in self.recipe.parts
-            for term, batch in (("match", stage.match.batch), ("regress", stage.regress.batch))
-            if term in stage.terms
-        }
+        batches = {batch for stage in self.recipe.parts for batch in stage.batches.values()}
         own = self.recipe.accumulate
         return [n for n in range(own, min(batches) + 1) if not any(batch % (n * self.gpus) for batch in batches)]
 

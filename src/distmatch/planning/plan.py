@@ -120,8 +120,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
             advance(1)
     name, value = unit(made.parameters, {"": 1, "k": 1e3, "M": 1e6})
     parameters = f"{made.parameters / value:,.1f} {name} parameters" if made.parameters else "an exact teacher"
-    sizes = {"match": heaviest.match.batch, "regress": heaviest.regress.batch}
-    batch = " + ".join(f"{size:,}" for term, size in sizes.items() if term in heaviest.terms)
+    batch = " + ".join(f"{images:,}" for images in heaviest.batches.values())
     parts = f", accumulate={recipe.accumulate}" if recipe.accumulate > 1 else ""
     console.print(f"{recipe.name}: {parameters}, {gpus} x {gpu}, {recipe.parallel}, {batch} images a step{parts}")
     if recipe.stages:

@@ -107,8 +107,8 @@ def workers(recipe: Recipe) -> Workers:
 def check_batches(recipe: Recipe) -> None:
     """Raise `UserError` if the processes cannot share a batch equally."""
     world, cuts = parallel.world(), 1 if recipe.workers == "auto" else recipe.workers
-    for name, batch in (("match", recipe.match.batch), ("regress", recipe.regress.batch)):
-        if name in recipe.terms and batch % (recipe.accumulate * world * cuts):
+    for name, batch in recipe.batches.items():
+        if batch % (recipe.accumulate * world * cuts):
             raise UserError(
                 f"{name}.batch {batch} is not a multiple of accumulate {recipe.accumulate}"
                 + (f" times {world} processes" if world > 1 else "")

@@ -382,6 +382,12 @@ class Recipe(Strict):
         return self.stages[number - 1].until if number else 0, self.stages[number].until
 
     @property
+    def batches(self) -> dict[str, int]:
+        """The batches of a step by the term that they are for, `match` and `regress`."""
+        sizes = {"match": self.match.batch, "regress": self.regress.batch}
+        return {term: size for term, size in sizes.items() if term in self.terms}
+
+    @property
     def parts(self) -> "list[Recipe]":
         """The recipe in each of its stages; the recipe itself if it has none."""
         return [self.stage(number) for number in range(len(self.stages))] or [self]

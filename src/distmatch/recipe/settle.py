@@ -62,10 +62,5 @@ def settled(recipe: Recipe, began: Recipe | None = None) -> Settled:
 
 def _shared(recipe: Recipe) -> int:
     """Return how many parts the batches of all stages can be split into."""
-    sizes = [
-        batch
-        for stage in recipe.parts
-        for term, batch in (("match", stage.match.batch), ("regress", stage.regress.batch))
-        if term in stage.terms
-    ]
+    sizes = [batch for stage in recipe.parts for batch in stage.batches.values()]
     return gcd(*sizes) // recipe.accumulate
