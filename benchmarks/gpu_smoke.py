@@ -20,6 +20,7 @@ from distmatch.methods.distill import Distiller
 from distmatch.recipe import build, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe, recipes
+from distmatch.recipe.objectives import reads_pairs
 from distmatch.recipe.smoke import cpu_smoke, make_networks
 from distmatch.system import parallel
 from distmatch.training.replay import mapped
@@ -183,7 +184,7 @@ def distillers(job: Job, name: str, precision: str, folder: Path, *overrides: st
         return recipe, subjects.subject(recipe)
 
     recipe, subject = made(*overrides, "device=cpu", "precision=fp32")
-    pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
+    pairs = build.pair_store(recipe, subject, folder) if reads_pairs(recipe) else None
     theirs = build.distiller(recipe, subject, pairs)
     return build.distiller(*made(*overrides, f"device={job.device}", f"precision={precision}"), pairs), theirs
 

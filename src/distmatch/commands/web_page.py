@@ -38,7 +38,7 @@ from distmatch.models.info import Info
 from distmatch.pipeline import Output, Pipeline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
-from distmatch.system.paths import ASSETS, named
+from distmatch.system.paths import named
 from distmatch.system.screen import console
 
 log = logging.getLogger("uvicorn.error")
@@ -168,10 +168,10 @@ def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
 
 def examples(info: Info) -> list[str]:
     """Return a prompt for each ending, such as ", flat style", of the captions in the package that the model learnt."""
-    file = ASSETS / named(info.source) / "prompts.txt"
-    if named(info.source) == info.source or not file.is_file():
+    name = named(info.source)
+    if not info.text or name == info.source:
         return []
-    prompts = read_prompts(file)
+    prompts = read_prompts(Path(name))
     mixed = (prompts[i] for i in rng.shuffled(0, len(prompts), 0, len(prompts)))
     by_ending: dict[str, str] = {}
     for prompt in mixed:
