@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -138,7 +139,8 @@ def rates(recipe):
     """The learning rates of student and fake score at each step of a staged recipe, with a weight in place of both."""
     weights = [torch.nn.Parameter(torch.zeros(1))]
     student, fake = Optimizer(weights, lr=1), Optimizer(weights, lr=1)
-    distiller, found = SimpleNamespace(optimizer=student, fake_optimizers=[fake]), []
+    distiller: Any = SimpleNamespace(optimizer=student, fake_optimizers=[fake], ema=SimpleNamespace())
+    found = []
     for number, stage in enumerate(recipe.stages):
         build.schedule(distiller, recipe, number)
         found += [(student.rate(step), fake.rate(step)) for step in range(len(found), stage.until)]
@@ -154,14 +156,29 @@ def test_stages_that_state_no_schedule_go_on_with_the_runs():
     assert rates(recipe) == expected  # to the last bit
 
 
-def test_the_stages_of_emoji_are_the_two_runs_that_were_measured():
+def test_the_stages_of_emoji_are_the_runs_that_were_measured():
     """Their commands are in docs/results.md."""
     first = [3e-4 * min((step + 1) / 20, (500 - step) / 150, 1) for step in range(500)]
     second = [1e-4 * max(0, min((step - 39) / 20, (500 - step) / 300, 1)) for step in range(500)]
+    third = [3e-5 * min((step + 1) / 5, (25 - step) / 17.5, 1) for step in range(25)]
     fake = [4e-4 * min((step + 1) / 20, (500 - step) / 250, 1) for step in range(500)]
     found = rates(load_recipe("emoji"))
-    assert [student for student, _ in found] == pytest.approx(first + second, rel=1e-12)
-    assert [score for _, score in found[500:]] == pytest.approx(fake, rel=1e-12)
+    assert [student for student, _ in found] == pytest.approx(first + second + third, rel=1e-12)
+    assert [score for _, score in found[500:1000]] == pytest.approx(fake, rel=1e-12)
+
+
+def test_a_stage_may_have_an_average_of_its_own(tmp_path):
+    """Without decay it is the weights themselves; a later stage averages again, as the run does."""
+    stages = [{"until": 3}, {"until": 6, "change": {"student.ema": 0.0}}, {"until": 8}]
+    file = tiny.recipe_file(tmp_path, stages=stages, steps=8, checkpoint={"every": 1, "keep": 8})
+    distillation.distil(load_recipe(str(file)), tmp_path / "run", tmp_path)
+    for step in range(1, 9):
+        saved = _shard(tmp_path / "run", step)
+        weights = {name.removeprefix("student/"): value for name, value in saved.items() if name.startswith("student/")}
+        average = {name.removeprefix("ema/network/"): value for name, value in saved.items() if name.startswith("ema/")}
+        same = [value.equal(average[name]) for name, value in weights.items()]
+        assert same
+        assert all(same) == (step in (4, 5, 6)), step
 
 
 def test_a_stage_may_begin_with_the_fake_score_alone(tmp_path):
@@ -259,8 +276,8 @@ def test_impossible_stages_are_named(tmp_path):
         ),
         ([{"until": 5}, {"until": 5}, {"until": 12}], r"stages end at \[5, 5, 12\]"),
         (
-            [{"until": 12, "change": {"student.ema": 0.5}}],
-            "stage 1 changes 'student.ema'; a stage can change terms, entries of match",
+            [{"until": 12, "change": {"student.nfe": 2}}],
+            "stage 1 changes 'student.nfe'; a stage can change terms, entries of match",
         ),
         (
             [{"until": 5}, {"until": 12, "change": {"fake.alone": 8}}],

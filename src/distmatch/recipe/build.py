@@ -194,11 +194,12 @@ def enter(distiller: Distiller, stage: Recipe, subject: Subject, pairs: PairStor
 
 
 def schedule(distiller: Distiller, recipe: Recipe, number: int) -> None:
-    """Give the optimizers the learning rates of stage `number` of the recipe, from 0; their moments stay.
+    """Give optimizers and average the rates of stage `number` of the recipe, from 0; moments and weights stay.
 
     A schedule that is the stage's own (`Recipe.span`) is counted over the stage, others over the run.
     """
     stage = recipe.stage(number)
+    distiller.ema.decay = stage.student.ema
 
     def give(name: str, optimizer: Optimizer, entries: Optimiser, updates: int = 1) -> None:
         first, end = recipe.span(number, name) or (0, recipe.steps)

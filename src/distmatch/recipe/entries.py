@@ -349,7 +349,7 @@ class Recipe(Strict):
             if present_name(key) in fixed:
                 raise UserError(
                     f"stage {number + 1} changes {key!r}; a stage can change terms, entries of match, guide, regress "
-                    "and pairs, fake.alone, and lr, warmup and decay of an optimizer"
+                    "and pairs, student.ema, fake.alone, and lr, warmup and decay of an optimizer"
                 )
             set_entry(tree, present_name(key), value)
         found = parse_recipe(tree, f"stage {number + 1}")

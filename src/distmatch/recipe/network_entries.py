@@ -151,6 +151,7 @@ class Student(Strict):
         0.999,
         "Decay per step of the average of the student's weights, which is the result. 0: the last weights.",
         "ours",
+        stage=True,
     )
     optimizer: Optimiser = entry(Optimiser(), "AdamW for the student (Appendix B).")
 
