@@ -26,7 +26,15 @@ STAGES = [
 
 SCHEDULED = [
     {"until": 4, "change": {"terms": ["regress"], "student.optimizer.decay": 0.5}},
-    {"until": 9, "change": {"student.optimizer.lr": 2e-4, "fake.optimizer.warmup": 2, "fake.alone": 2}},
+    {
+        "until": 9,
+        "change": {
+            "student.optimizer.lr": 2e-4,
+            "student.ema": 0.3,
+            "fake.optimizer.warmup": 2,
+            "fake.alone": 2,
+        },
+    },
     {"until": 12, "change": {"match.batch": 2}},
 ]
 """The second stage has all rates for itself, the first the student's; the third goes on with those of the run."""
