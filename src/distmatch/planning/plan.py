@@ -22,6 +22,7 @@ from distmatch.planning.gpus import Gpu
 from distmatch.planning.ladder import CACHE, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.objectives import reads_pairs
 from distmatch.recipe.real_images import latents_bytes
 from distmatch.recipe.subjects import as_used, states_bytes
 from distmatch.system.errors import UserError
@@ -136,7 +137,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         console.print(states(recipe, denoiser, info))
     if recipe.real.cache is not None and info.latent and recipe.needs_images:
         console.print(latents(recipe, info))
-    paired = [stage for stage in stages if "regress" in stage.terms]
+    paired = [stage for stage in stages if reads_pairs(stage)]
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
         console.print(bill(price, gpus, pairs, training))
