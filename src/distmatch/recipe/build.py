@@ -26,7 +26,7 @@ from distmatch.recipe.network_entries import Adapter as AdapterEntries
 from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.objectives import objective, trains_fake
 from distmatch.recipe.steps import student_steps
-from distmatch.recipe.subjects import Subject, components_of, example, recorded
+from distmatch.recipe.subjects import Subject, components_of, example, records_graphs
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
@@ -126,7 +126,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     """
     check_batches(recipe)
     dev, info = subject.device, subject.info
-    graphs = recorded(recipe, dev.type)
+    graphs = records_graphs(recipe, dev.type)
     alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": graphs}
     used = [name for name, is_set in alone.items() if is_set]
     if used and parallel.world() > 1:

@@ -134,7 +134,7 @@ def encoded_before(recipe: Recipe) -> bool:
     return recipe.prompts.cache is not None and not recipe.needs_images
 
 
-def recorded(recipe: Recipe, device: str) -> bool:
+def records_graphs(recipe: Recipe, device: str) -> bool:
     """Return whether a run on this type of device, e.g. cuda, records its steps as CUDA graphs."""
     return recipe.cuda_graphs and device == "cuda"
 
