@@ -122,6 +122,9 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
 
     `fake_score`: whether there is one; default: if a term trains it. A later stage may be the first to do so.
 
+    The learning rates are the recipe's over its steps, so that whatever this returns can be trained; in a run of
+    stages, `schedule` gives it those of each.
+
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
@@ -160,7 +163,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
     own = Optimizer(trained.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
-    own.wait = recipe.fake.alone
+    own.wait = recipe.fake.alone if trains_fake(recipe) else 0  # as in `schedule`
     critic = None
     if fake is not None:
         steps = recipe.steps * recipe.fake.steps
