@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
@@ -34,10 +35,10 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     path, tree = _read(name)
     tree.setdefault("name", path.stem)
     file = deepcopy(tree)
+    keys = overridden(overrides)
     overrides = [_trimmed(override) for override in overrides]
     for override in overrides:
         _apply(tree, override)
-    keys = {override.partition("=")[0] for override in overrides}
     if "stages" not in keys:
         groups = tuple(f"{key}." for key in keys)  # student.optimizer={lr: 1e-3}
         given = {key: value for key, value in flat(tree).items() if key in keys or key.startswith(groups)}
@@ -48,6 +49,11 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     if found:
         raise UserError(explain(found, Recipe, source, lambda e: () if e["loc"] in own else overrides))
     return Recipe.model_validate(tree)
+
+
+def overridden(overrides: Iterable[str]) -> list[str]:
+    """Return the present names of the entries, or groups, that `overrides` set."""
+    return [_trimmed(override).partition("=")[0] for override in overrides]
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:

@@ -27,6 +27,7 @@ from distmatch.recipe.real_images import check_named, real_images
 from distmatch.system.errors import UserError
 from distmatch.system.paths import ASSETS
 from distmatch.system.progress import progress
+from distmatch.system.terminal import notice
 from distmatch.training.rounded import hold
 
 
@@ -84,6 +85,8 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         assert encoder is not None
         encoders, cut = encoder.fingerprint(), encoder.cut(prompts)
         conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts, denoiser))
+    elif recipe.prompts.path is not None:
+        notice(f"prompts.path {recipe.prompts.path} is not read: the teacher {recipe.teacher} takes no prompts")
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     real = real_images(recipe, info, components_of(recipe, info, dev).encode, dev) if recipe.needs_images else None
