@@ -19,7 +19,7 @@ from distmatch.models.info import Info
 from distmatch.models.library import outline
 from distmatch.planning.cost import FP32, Cost, cost, decoder_weights, encoder_weights
 from distmatch.planning.gpus import Gpu
-from distmatch.planning.ladder import CACHE, Ladder, changed, kind
+from distmatch.planning.ladder import CACHE, CHOSEN, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.objectives import reads_pairs
@@ -146,6 +146,8 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         known[("gradient_checkpointing", True),] = other
     steps = Ladder(heaviest, denoiser, info, gpus, known=known)
     console.print(verdict(steps, cluster.gpu.memory))
+    if hint := next_step(steps, cluster.gpu.memory, ladder):
+        console.print(hint)
     if ladder:
         console.print(rungs(steps))
 
@@ -276,6 +278,25 @@ def verdict(ladder: Ladder, memory: float) -> str:
     new = "; adapters learn at rates of their own" if adapters else ""
     disk = f"; {_cached(ladder)}" if CACHE in found.changes else ""
     return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}{disk}"
+
+
+def next_step(ladder: Ladder, memory: float, listed: bool) -> str:
+    """Say how to find settings with which a step fits; empty if it fits as it is, or if there is nothing left to say.
+
+    `listed`: the table of `--ladder` follows.
+    """
+    found = ladder.fitting(memory)
+    if found is not None and not found.changes:
+        return ""
+    told = []
+    # What `memory` chooses among is part of the ladder; bf16 arithmetic it leaves to the recipe.
+    if found is not None and found.changes.keys() <= {*CHOSEN} - {"precision"}:
+        asked = ladder.recipe.memory
+        whose = "memory=fit" if asked is None else f"the recipe's memory={asked}"
+        told.append(f"{whose} makes such a choice when a run begins")
+    if not listed:
+        told.append(f"--ladder lists what fits on cards of {SIZES[0]} to {SIZES[-1]} GB")
+    return "; ".join(told)
 
 
 def _cached(ladder: Ladder) -> str:
