@@ -1,6 +1,5 @@
 """Reads recipes: every number of an experiment in one strict YAML file, with dotted overrides."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from distmatch.recipe.earlier import present_name, present_text, renamed
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.entry import flat, marked, set_entry, walk
-from distmatch.recipe.mistakes import explain, nearest
+from distmatch.recipe.mistakes import explain, nearest, similar
 from distmatch.system.errors import UserError
 from distmatch.system.paths import RECIPES, expand
 from distmatch.system.plain import fitting, read_yaml, yaml_of
@@ -160,10 +159,9 @@ def free_entries() -> set[str]:
 
 
 def meant(name: str) -> list[str]:
-    """Return the entries that `name` may refer to: itself, those with this last part, or else the nearest one."""
+    """Return the entries that `name` may refer to: itself, or those that end like it or are spelled like it."""
     name, known = present_name(name), entries()
-    same = [entry for entry in known if name in (entry, entry.rpartition(".")[2])]
-    return [name] if name in same else same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return [name] if name in known else [entry for entry in similar(name, Recipe) if entry in known]
 
 
 def _trimmed(override: str) -> str:
