@@ -6,7 +6,6 @@
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -311,7 +310,7 @@ def states(recipe: Recipe, denoiser: Denoiser, info: Info) -> str:
     if recipe.prompts.path is None:
         return told
     try:
-        count = len(read_prompts(Path(recipe.prompts.path), recipe.prompts.column))
+        count = len(read_prompts(recipe.prompts.path, recipe.prompts.column))
     except UserError:  # a plan needs none; training says what is wrong with them
         return told
     return f"{told}, {size(count * each)} for {count:,}"
