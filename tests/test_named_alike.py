@@ -1,4 +1,4 @@
-"""Folders here that are called like models of the package: which is taken, and what is said of it."""
+"""Folders here that are called like models of the package: which is taken, what is said, where pictures are written."""
 
 import shutil
 import warnings
@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from forked import command
+from PIL import Image
 
+from distmatch.commands import eval as measuring
+from distmatch.commands import sample as sampling
 from distmatch.data.prompts import read_prompts
 from distmatch.evaluation.spaces import features_folder
 from distmatch.models.diffusers.tiny import write_tiny_sd
@@ -16,7 +20,9 @@ from distmatch.models.library import diffusers_source, find_model, model_folder,
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import recipe_spaces
 from distmatch.system.errors import UserError
+from distmatch.system.files import write_json
 from distmatch.system.paths import ASSETS, shipped
+from distmatch.system.plain import read_json
 from distmatch.system.terminal import Notice
 
 STUDENT = Info((1, 8, 8), ("a", "b", "c"), times=(80.0,))
@@ -108,3 +114,55 @@ def test_prompts_are_the_packages_unless_they_are_named_as_a_path():
     with pytest.warns(Notice, match=r"^prompts emoji: those of the package, .* here, which is ./emoji$"):
         assert len(read_prompts("emoji")) > 1000
     assert read_prompts("./emoji") == ["my own"]
+
+
+def test_pictures_of_a_folder_do_not_replace_those_of_the_package():
+    sampling.sample("mnist", sampling.Options(n=1))
+    run_of_a_student("mnist")
+    run_of_a_student("runs/mnist")
+    run_of_a_student("runs/other")
+    with pytest.warns(Notice):
+        sampling.sample("mnist", sampling.Options(n=1))
+    for model in ("runs/mnist", "runs/mnist/model", "runs/other/"):
+        sampling.sample(model, sampling.Options(n=1))
+    with pytest.warns(Notice):
+        sampling.sample("mnist", sampling.Options(n=1, teacher=True, steps=1))
+    sizes = {file.parent.name: Image.open(file).size[0] for file in Path("samples").glob("*/000000.png")}
+    assert sizes == {"mnist": 28, "mnist-teacher": 28, "project-mnist": 8, "runs-mnist": 8, "other": 8}
+
+
+def test_a_command_says_once_which_is_taken():
+    warnings.simplefilter("default", Notice)
+    run_of_a_student("mnist")
+    done = command("sample", "mnist", "-n", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("distmatch: mnist: the student in the folder of this name here, not that of the pack") == 1
+    assert "in samples/project-mnist; see" in done.stdout
+
+
+@pytest.mark.parametrize(("model", "name"), [(".", "other"), ("model", "other"), ("../other", "other")])
+def test_pictures_of_a_run_are_called_like_it_from_wherever_it_is_named(monkeypatch, model, name):
+    monkeypatch.chdir(run_of_a_student("other"))
+    sampling.sample(model, sampling.Options(n=1))
+    assert [folder.name for folder in Path("samples").iterdir()] == [name]
+
+
+def test_what_a_model_cannot_draw_is_said_before_its_weights_are_read():
+    """Here it has none."""
+    folder = run_of_a_student("own") / "model"
+    (folder / "model.safetensors").unlink()
+    config = read_json(folder / "config.json", dict)
+    with pytest.raises(UserError, match="own is a student; a teacher is needed here"):
+        find_model("own", "teacher")
+    with pytest.raises(UserError, match="this model takes no prompts"):
+        sampling.sample("own", sampling.Options(prompt=["a cat"]))
+    for text in ({"text": True}, {"source": "some/model"}):  # the second as in earlier versions
+        plain = {name: value for name, value in config.items() if name not in ("text", "source")}
+        write_json(folder / "config.json", plain | text)
+        with pytest.raises(UserError, match="this model makes images of prompts; give one"):
+            sampling.sample("own", sampling.Options())
+        with pytest.raises(UserError, match="label 'a': this model has no classes"):
+            sampling.sample("own", sampling.Options(prompt=["a cat"], label="a"))
+        with pytest.raises(UserError, match="own makes images of prompts; `distmatch compare` measures such models"):
+            measuring.evaluate("own", measuring.Options())
+    assert not Path("samples").exists()
