@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from distmatch.evaluation.measure import hardware
 from distmatch.methods.distill import Distiller
 from distmatch.models.folder import save_model
-from distmatch.recipe import build, subjects
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.smoke import make_networks, random_edm
 from distmatch.system import parallel
@@ -139,7 +139,7 @@ def prepare(recipe: str, overrides: list[str], small: bool, folder: Path) -> Cal
     def make(batch: int) -> Distiller:
         final = load_recipe(recipe, [*overrides, f"match.batch={batch}", f"regress.batch={batch}"])
         subject = subjects.subject(final)
-        pairs = build.pair_store(final, subject, folder) if "regress" in final.terms else None
+        pairs = build.pair_store(final, subject, folder) if objectives.reads_pairs(final) else None
         return build.distiller(final, subject, pairs)
 
     return make

@@ -28,7 +28,7 @@ from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.evaluation.measure import hardware
 from distmatch.methods.distill import Distiller
 from distmatch.models.folder import Info, save_model
-from distmatch.recipe import build, subjects
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.smoke import make_networks, random_edm
@@ -62,7 +62,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
     before = memory_peak(subjects.device(recipe.device))
     subject = subjects.subject(recipe)
     teacher, info = subject.denoiser, subject.info
-    pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
+    pairs = build.pair_store(recipe, subject, folder) if objectives.reads_pairs(recipe) else None
     distiller = build.distiller(recipe, subject, pairs)
     device = distiller.device
     limit = bare(distiller, teacher, info, recipe)

@@ -48,7 +48,7 @@ def test_dry_run_prints_the_resolved_recipe_and_touches_nothing(capsys, tmp_path
 
 def test_mistakes_end_with_a_message_and_code_2(tmp_path):
     for arguments, message in (
-        (["train", "mnist", "match.wieghting=eq8"], "did you mean 'weighting'?"),
+        (["train", "mnist", "match.wieghting=eq8"], "did you mean 'match.weighting'?"),
         (["train", "mnist", "teacher=nobody", "--runs", tmp_path], "teacher 'nobody' is neither a model folder nor"),
         (["pairs", "verify", tmp_path], "is not a store of pairs"),
     ):

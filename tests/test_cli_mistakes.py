@@ -121,6 +121,7 @@ def test_entries_are_the_recipes_own():
     assert meant("lr") == ["student.optimizer.lr", "gan.optimizer.lr", "fake.optimizer.lr"]
     assert meant("fake.steps") == ["fake.steps"]
     assert meant("steps") == ["steps"]
+    assert meant("guidence") == [f"{group}.guidance" for group in ("student", "match", "guide", "pairs")]
     assert meant("zzz") == []
 
 

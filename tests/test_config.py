@@ -61,8 +61,17 @@ def test_overrides_reach_nested_entries_with_yaml_types():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("match.wieghting=eq8", r"unknown key 'match.wieghting'; did you mean 'weighting'\? In match there are "),
+        ("match.wieghting=eq8", r"unknown key 'match.wieghting'; did you mean 'match.weighting'\? In match there are "),
         ("step=10", r"unknown key 'step'; did you mean 'steps'\?"),
+        ("matching.guidance=3", r"unknown key 'matching'; did you mean 'match.guidance'\?"),
+        ("matching=3", r"unknown key 'matching'; did you mean 'match'\?"),
+        ("match_guidance=3", r"unknown key 'match_guidance'; did you mean 'match.guidance'\?"),
+        ("batch=3", r"unknown key 'batch'; did you mean 'match.batch', 'regress.batch' or 'pairs.batch'\? At the top "),
+        ("optimizer.lr=3", r"did you mean 'student.optimizer.lr', 'gan.optimizer.lr' or 'fake.optimizer.lr'\?"),
+        ("student.lr=3", r"unknown key 'student.lr'; did you mean 'student.optimizer.lr'\? In student there are "),
+        ("student.optimiser.lr=3", r"unknown key 'student.optimiser'; did you mean 'student.optimizer.lr'\?"),
+        ("evry=3", r"unknown key 'evry'; did you mean 'log.every', 'checkpoint.every' or 'evaluate.every'\?"),
+        ("zzz=3", r"unknown key 'zzz'; at the top level there are "),
         ("match.weighting=eq9", r"match.weighting = 'eq9'.*'algorithm2', 'eq8', 'dreamfusion' or 'prolificdreamer'"),
         ("steps=0", r"steps = 0: expected more than 0"),
         ("steps", r"override 'steps' is not of the form key=value"),
@@ -89,7 +98,7 @@ def test_what_holds_for_several_mistakes_is_said_once(tmp_path):
         "unknown key 'student.bar'; in student",
         "unknown key 'student.baz'",
         "unknown key 'foo'; at the top level",
-        "unknown key 'matchh'; did you mean 'match'?",
+        "unknown key 'matchh'; did you mean 'match.weight'?",
     ]
 
 
@@ -176,7 +185,7 @@ def test_entries_by_their_earlier_names_are_the_same(tmp_path):
     assert load_recipe(str(tmp_path / "variant.yaml")) == now
     with pytest.raises(ValueError, match=r"generator.lr is the earlier name of student.optimizer.lr, which is given"):
         parse_recipe(tree | {"student": {"optimizer": {"lr": 1}}}, "both")
-    with pytest.raises(ValueError, match=r"both: unknown key 'fake.optimizer.lrr'; did you mean 'lr'\?"):
+    with pytest.raises(ValueError, match=r"both: unknown key 'fake.optimizer.lrr'; did you mean 'fake.optimizer.lr'\?"):
         parse_recipe(tree | {"critic": {"lrr": 1}}, "both")
 
 

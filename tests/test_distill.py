@@ -18,7 +18,7 @@ from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Match, NoiseStream, Samples, Start
 from distmatch.models.folder import Info, save_model
 from distmatch.models.mixture import mixture
-from distmatch.recipe import build, subjects
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.training import log
 from distmatch.training.gradients import Adder
@@ -126,7 +126,7 @@ def test_levels_are_drawn_from_the_papers_bins():
 def distiller(folder, *overrides) -> Distiller:
     recipe = load_recipe(str(tiny.recipe_file(folder)), list(overrides))
     subject = subjects.subject(recipe)
-    pairs = build.pair_store(recipe, subject, folder / "runs") if "regress" in recipe.terms else None
+    pairs = build.pair_store(recipe, subject, folder / "runs") if objectives.reads_pairs(recipe) else None
     return build.distiller(recipe, subject, pairs)
 
 

@@ -76,6 +76,18 @@ def test_a_very_narrow_terminal_shows_every_figure(monkeypatch):
     assert [words.count(said) for said in ("one", "two", "10,000", "12.345", "Frechet")] == [1, 1, 2, 2, 2]
 
 
+def test_the_row_of_chance_is_explained_below_the_table_and_only_there(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(measure, "console", Screen(file=file, width=500))
+    rows = [{"name": "mnist, 1 evaluation", "images": 9, "fid": 2.0}, {"name": measure.CHANCE, "images": 9, "fid": 1.0}]
+    measure.show_rows(rows)
+    *_, last = file.getvalue().splitlines()
+    assert last.startswith("real images, expected: the distances that as many images drawn from the reference's own ")
+    file.truncate(file.seek(0))
+    measure.show_rows(rows[:1])
+    assert "expected" not in file.getvalue()
+
+
 def test_figures_do_not_depend_on_the_batch(setting):
     pipe, classifier, real = setting
     spaces = [(classifier, real)]

@@ -18,7 +18,7 @@ from distmatch.models.library import outline
 from distmatch.planning import ladder
 from distmatch.planning.cost import Cost, Traffic
 from distmatch.planning.ladder import CACHE
-from distmatch.planning.plan import verdict
+from distmatch.planning.plan import next_step, verdict
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import offloaded
 from distmatch.system.errors import UserError
@@ -125,6 +125,20 @@ def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tm
     shared = steps_of(file, "terms=match,gan", "real.images=images", gpus=4).rungs
     assert {"parallel": "fsdp"} in shared
     assert RUNGS[2] in shared
+
+
+def test_where_a_step_does_not_fit_the_next_step_is_named(file):
+    listing, choosing = "--ladder lists what fits on cards of 12 to 80 GB", "makes such a choice when a run begins"
+    steps = steps_of(file)
+    assert next_step(steps, 1000, False) == ""
+    assert next_step(steps, 240, False) == f"memory=fit {choosing}; {listing}"
+    assert next_step(steps_of(file, "memory=fit"), 240, True) == f"the recipe's memory=fit {choosing}"
+    for memory in (60, 15):  # adapters, which only you choose; nothing
+        assert next_step(steps, memory, False) == listing
+        assert next_step(steps, memory, True) == ""
+    # And it is true: what is chosen from the same memory is the same.
+    chosen, _ = ladder.fitted(load_recipe(file, ["memory=fit"]), None, 240)
+    assert steps.fitting(240).changes == {"accumulate": chosen.accumulate}
 
 
 def test_what_a_recipe_has_already_is_no_rung(file, monkeypatch):

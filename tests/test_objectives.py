@@ -115,6 +115,13 @@ def test_the_fake_score_is_trained_alone_first(tmp_path):
     assert not torch.equal(weights(d.student), first)
 
 
+def test_the_student_does_not_wait_for_a_fake_score_that_no_term_trains(tmp_path):
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path)), ["terms=regress", "fake.alone=2"])
+    subject = subjects.subject(recipe)
+    d = build.distiller(recipe, subject, build.pair_store(recipe, subject, tmp_path))
+    assert d.optimizer.rate(0) > 0
+
+
 def test_sid_sends_the_students_gradient_through_both_scores(tmp_path):
     """One update written out, on networks with weights everywhere; the fake score's own gradient starts from none."""
     d = distiller(tmp_path, "match.sid=1.2", "student.optimizer.clip=0", "fake.optimizer.clip=0")

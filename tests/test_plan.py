@@ -43,7 +43,7 @@ from distmatch.planning.gpus import GPUS, Gpu
 from distmatch.planning.ladder import Ladder
 from distmatch.planning.plan import Cluster, pace, verdict
 from distmatch.planning.rehearsal import _gpu_autocast
-from distmatch.recipe import build, subjects
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.real_images import latents_bytes
 from distmatch.system import parallel, rng
@@ -90,7 +90,7 @@ def distiller(folder, changes):
     """The real thing, and the teacher."""
     recipe = load_recipe(str(folder / "tiny.yaml"), changes)
     subject = subjects.subject(recipe)
-    pairs = build.pair_store(recipe, subject, folder) if "regress" in recipe.terms else None
+    pairs = build.pair_store(recipe, subject, folder) if objectives.reads_pairs(recipe) else None
     return build.distiller(recipe, subject, pairs), subject.denoiser
 
 

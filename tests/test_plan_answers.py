@@ -2,10 +2,12 @@
 
 import gc
 import inspect
+from pathlib import Path
 from typing import get_args
 from weakref import ref
 
 import pytest
+import tiny
 from diffusers import DiffusionPipeline
 from test_plan import said
 
@@ -88,3 +90,11 @@ def test_the_students_folder_and_the_hosts_memory_are_those_of_the_models(planne
     networks = (*family_of(info).encoders(source), denoiser, vae.decoder, vae.post_quant_conv)
     assert f"the student's folder: {shown(weights)} " in text
     assert f"host memory per process: {shown(4 * sum(map(numel, networks)))} while the models are read, " in text
+
+
+def test_pairs_that_only_a_term_of_your_own_reads_are_planned(planner, tmp_path):
+    source = f"{Path(__file__).parent / 'own_terms.py'}:Judge"
+    own = (f"own_terms={{judge: {{source: '{source}'}}}}", "terms=match,judge")
+    file = str(tiny.recipe_file(tmp_path))
+    assert "pairs: 6.1 kB, " in planner(said, "plan", file, *own)
+    assert "pairs: " not in planner(said, "plan", file, "terms=match")

@@ -204,7 +204,7 @@ def recorded(monkeypatch):
     build_distiller = recording.build.distiller
     monkeypatch.setattr(recording.build, "distiller", distiller)
     monkeypatch.setattr(preflight, "record", record)
-    monkeypatch.setattr(subjects, "recorded", lambda recipe, device: recipe.cuda_graphs)
+    monkeypatch.setattr(subjects, "records_graphs", lambda recipe, device: recipe.cuda_graphs)
     return made
 
 

@@ -7,10 +7,14 @@ from collections import Counter
 
 import pyarrow as pa
 import pytest
+import tiny
 from pyarrow import parquet
 
 from distmatch.data.prompts import coco_prompts, read_prompts
+from distmatch.recipe import subjects
+from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import UserError
+from distmatch.system.terminal import Notice
 
 PROMPTS = ["a red bus", "Zwölf Boxkämpfer", "“quoted, with a comma”"]
 PADDED = ["  a red bus ", "", "Zwölf Boxkämpfer\t", "   ", "“quoted, with a comma”"]
@@ -161,3 +165,9 @@ def test_a_folder_of_a_data_set_gives_its_training_captions(tmp_path):
     for name in ("a.png", "b.JPG"):
         (tmp_path / name).write_bytes(b"no picture")
     assert read_prompts(tmp_path) == ["first", "second"]
+
+
+def test_prompts_for_a_teacher_that_takes_none_are_said_to_be_unread(tmp_path):
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path)), ["prompts.path=later.txt"])
+    with pytest.warns(Notice, match=r"^prompts.path later.txt is not read: the teacher .*teacher takes no prompts$"):
+        subjects.subject(recipe)

@@ -2,17 +2,23 @@
 
 import json
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 
 from distmatch.commands.cli import recipes as command
+from distmatch.commands.train import train
 from distmatch.recipe.docs import commented, page, schema
 from distmatch.recipe.entries import Recipe, Stage
 from distmatch.recipe.entry import walk
-from distmatch.recipe.loading import load_recipe, recipes
+from distmatch.recipe.loading import load_recipe, overridden, recipes
+from distmatch.recipe.unread import told
+from distmatch.system.terminal import Notice
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 
@@ -82,3 +88,47 @@ def _check(value: Any, spec: dict[str, Any], root: dict[str, Any]) -> None:
     for key, inner in value.items():
         assert key in spec["properties"]
         _check(inner, spec["properties"][key], root)
+
+
+def marked(*overrides):
+    """The groups of a variant of the recipe `mnist` that their comments say are not read."""
+    lines = commented(load_recipe("mnist", overrides)).splitlines()
+    top = [(number, line.rstrip(":")) for number, line in enumerate(lines) if re.fullmatch(r"\w+:", line)]
+    comments = {}
+    for number, name in top:
+        start = next(n for n in range(number, -1, -1) if n == 0 or not lines[n - 1].startswith("#"))
+        comments[name] = " ".join(line.lstrip("# ") for line in lines[start:number])
+    return {name for name, said in comments.items() if said.endswith(("reads these.", "in its picture."))}
+
+
+STAGE = "{until: 5, change: {terms: [regress]}}"
+OWN = "own_terms={mine: {source: nowhere:Mine}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups"),
+    [
+        ([], {"guide", "gan", "real"}),
+        (["terms=match"], {"guide", "regress", "gan", "real", "pairs"}),
+        (["terms=regress"], {"match", "guide", "gan", "real", "fake"}),
+        (["terms=match,gan", "real.images=photos"], {"guide", "regress", "pairs"}),
+        (["terms=match", "student.nfe=2", "student.inputs=data"], {"guide", "regress", "gan", "pairs"}),
+        # A stage may add a term; one of your own may read any stream, and is not imported to ask.
+        (["terms=match", f"stages=[{STAGE}, {{until: 9}}]", "steps=9"], {"guide", "gan", "real"}),
+        (["terms=match,mine", OWN], {"guide", "gan", "real"}),
+    ],
+)
+def test_the_groups_that_nothing_in_a_recipe_reads_are_marked(overrides, groups):
+    assert marked(*overrides) == groups
+
+
+def test_entries_that_were_given_and_that_nothing_reads_are_named_when_a_run_begins(tmp_path):
+    said = r"^with the terms match nothing reads gan.r1 \(for the term gan\), real.images \(for the term gan or student"
+    file = tiny.recipe_file(tmp_path, terms=["match"], real={"images": "photos.zip"})
+    with pytest.warns(Notice, match=said), redirect_stdout(StringIO()):
+        train(str(file), "gan.r1=1", "match.weight=2", dry_run=True)
+    for quiet in (["terms=match,gan", "real.images=a"], ["terms=match", "pairs.steps=5", "steps=9"], ["terms=regress"]):
+        assert told(load_recipe("mnist", quiet), overridden(quiet)) == ""
+    earlier = ["terms=regress", "critic.steps=3", "gan.images=photos"]
+    names = told(load_recipe("mnist", earlier), overridden(earlier))
+    assert re.findall(r"[a-z]+\.[a-z]+(?= \()", names) == ["fake.steps", "real.images"]

@@ -239,3 +239,10 @@ def test_fid_is_told_apart_from_other_frechet_distances(tmp_path):
     assert fid[head.index("FID")] == "2.660"
     assert fid[head.index(PLACES[0])] == "–"
     assert (other[head.index("FID")], other[head.index(PLACES[0])]) == ("–", "0.457")
+
+
+def test_the_row_of_what_real_images_would_score_is_explained(tmp_path):
+    folder, said = run_folder(tmp_path / "run"), "Real images, expected: the distances that as many images drawn from "
+    assert said not in page_of(tmp_path, folder)
+    (folder / "eval.json").write_text(json.dumps({"rows": [{"name": "real images, expected", "frechet/pixels": 0.1}]}))
+    assert said in page_of(tmp_path, folder)

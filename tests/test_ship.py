@@ -16,10 +16,10 @@ from PIL import Image
 from distmatch import DistilledPipeline
 from distmatch.commands import demo
 from distmatch.evaluation import baselines, measure
-from distmatch.models import library
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.library import find_model
+from distmatch.system import paths
 from distmatch.system.errors import UserError
 from distmatch.system.paths import located
 
@@ -86,7 +86,8 @@ def _demo(tmp_path, monkeypatch, capsys) -> None:
     """The student as the package's: its column is what it draws, beside its teacher's."""
     (tmp_path / "assets" / "emoji").mkdir(parents=True)
     shutil.copytree(tmp_path / "student", tmp_path / "assets" / "emoji" / "student")
-    monkeypatch.setattr(library, "ASSETS", tmp_path / "assets")
+    (tmp_path / "assets" / "emoji" / "teacher").symlink_to(located("emoji"))
+    monkeypatch.setattr(paths, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(baselines, "PNDM_STEPS", 2)

@@ -296,7 +296,7 @@ def test_impossible_stages_are_named(tmp_path):
             [{"until": 12, "change": {"student.optimizer.decay": 2}}],
             "stage 1: student.optimizer.decay = 2: expected 1 or",
         ),
-        ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'batch'"),
+        ([{"until": 12, "change": {"match.bach": 1}}], "unknown key 'match.bach'; did you mean 'match.batch'"),
         ([{"until": 12, "change": {"match.batch": "a"}}], "stage 1: match.batch = 'a'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -28,7 +28,7 @@ def begun(out: Path) -> Recipe | None:
     return parse_recipe(read_yaml(file), str(file)) if _has_begun(file) else None
 
 
-def recorded(file: Path) -> dict[str, Any]:
+def begun_settings(file: Path) -> dict[str, Any]:
     """Return the settings in `file` with which the run there began; empty if it has saved nothing."""
     return read_json(file, dict[str, Any], REMEDY) if _has_begun(file) else {}
 

@@ -101,12 +101,15 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     from distmatch.commands.shared import find_student, guidance_of
     from distmatch.data.prompts import coco_prompts, read_prompts
     from distmatch.models.diffusers.families import family_in
-    from distmatch.models.library import diffusers_source
+    from distmatch.models.library import diffusers_source, tell_which
     from distmatch.system import parallel
     from distmatch.system.screen import console
 
     need("diffusers", "transformers", by="a comparison")
-    name, teacher = Path(teacher).name, diffusers_source(teacher) or teacher  # if not, a model id
+    name, source = Path(teacher).name, diffusers_source(teacher)
+    if source is not None:
+        tell_which(teacher, "teacher", source)
+    teacher = source or teacher  # if not, a model id
     pictures = None
     with parallel.process_group():
         if Path(options.prompts).is_dir():
@@ -115,7 +118,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
             prompts = [captions[0] for captions in pictures.captions or ()]
             n = options.n or len(prompts)
         elif options.prompts != "coco":
-            prompts = read_prompts(Path(options.prompts), options.column)
+            prompts = read_prompts(options.prompts, options.column)
             n = options.n or len(prompts)
         elif options.coco is not None:
             n = options.n or 30_000

@@ -81,6 +81,7 @@ def _measure(model: str, options: Options) -> None:
     """Measure in every process that `torchrun` started, if any; the first one reports the result."""
     from distmatch.evaluation.measure import evaluate, hardware, judge, named, show_rows, show_spaces, speed
     from distmatch.evaluation.spaces import default_features, find_spaces, known_rows
+    from distmatch.models.library import takes_prompts
     from distmatch.system import parallel
     from distmatch.system.files import check_writable, write_json
     from distmatch.system.progress import progress
@@ -89,9 +90,9 @@ def _measure(model: str, options: Options) -> None:
 
     if options.out is not None and parallel.rank() == 0:
         check_writable(options.out)
-    pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
-    if pipe.info.text:
+    if takes_prompts(model, "teacher" if options.teacher else "student"):
         raise UserError(f"{model} makes images of prompts; `distmatch compare` measures such models")
+    pipe = find_pipeline(model, options.teacher, options.steps, options.guidance, options.device)
     features = options.features or ("pixels" if options.reference else default_features(model, pipe.info))
     spaces = find_spaces(features, options.reference, options.resize, pipe.device, pipe.info.shape)
     known = known_rows(features, pipe.info, spaces, options.n)

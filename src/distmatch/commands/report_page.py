@@ -18,7 +18,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from distmatch.evaluation.measure import columns
+from distmatch.evaluation.measure import CHANCE, EXPECTED, columns
 from distmatch.recipe.earlier import renamed
 from distmatch.recipe.entry import flat
 from distmatch.system.errors import UserError
@@ -173,6 +173,7 @@ def report(runs: list[Path], out: Path) -> Path:
         ablation=_ablation(loaded) if several else None,
         figures=_figures(loaded) if rows else None,
         frechet=any(key.startswith("frechet") for key in columns(rows)),
+        expected=EXPECTED if any(row.get("name") == CHANCE for row in rows) else "",
         charts=_charts(loaded),
         differing=[[key, *values] for key, values in differing([run.recipe for run in loaded]).items()],
     )

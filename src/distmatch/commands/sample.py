@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from distmatch.commands.shared import find_pipeline, find_student
 from distmatch.system.errors import UserError
 from distmatch.system.options import Count, Images, Name, Out, Range, Scale
+from distmatch.system.paths import shipped
 
 
 @Parameter(name="*")
@@ -28,7 +29,7 @@ class Options:
 
     out: Out = None
     """Folder for the images, replacing those of an earlier call; default: samples/MODEL, with --teacher
-    samples/MODEL-teacher."""
+    samples/MODEL-teacher. A folder called like a model of the package, such as runs/mnist: samples/runs-mnist."""
 
     teacher: bool = False
     """Sample the teacher called MODEL instead of the student."""
@@ -64,7 +65,8 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     from distmatch.system.screen import console, counted
 
     n, label, prompts = options.n, options.label, options.prompt
-    out = options.out or Path("samples") / (Path(model).name + "-teacher" * options.teacher)
+    source = _checked(model, options)
+    out = options.out or Path("samples") / (_called(model, source) + "-teacher" * options.teacher)
     with owned(out):
         replaced = [file for file in samples.earlier(out) if file.name != samples.GRID]
         if options.times is None:
@@ -96,3 +98,33 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     instead = f", in place of {len(replaced)} of an earlier call" if replaced else ""
     made_of = f"{counted(n, 'image')}, {counted(pipe.nfe, 'evaluation')} each"
     console.print(f"{made_of}, in {out}{instead}; see {out / samples.GRID}")
+
+
+def _checked(model: str, options: Options) -> str:
+    """Return where `model` is. Raises `UserError` for what it cannot draw, before its weights are read."""
+    from distmatch.models.library import source_of, takes_prompts
+
+    kind = "teacher" if options.teacher else "student"
+    source = source_of(model, kind)
+    if takes_prompts(model, kind):
+        if not options.prompt:
+            raise UserError('this model makes images of prompts; give one (-p of distmatch sample), as -p "red apple"')
+        if options.label is not None:
+            raise UserError(f"label {options.label!r}: this model has no classes; leave the label out")
+    elif options.prompt:
+        raise UserError("this model takes no prompts; give labels (--label of distmatch sample) if it has classes")
+    return source
+
+
+def _called(model: str, source: str) -> str:
+    """Return the name for the images of `model`, which is at `source`: the model's own, or that of its folder.
+
+    A folder that is called like a model of the package gets the name of what holds it before its own.
+    """
+    place = Path(model)
+    if not place.is_dir() or not Path(source).is_relative_to(place):
+        return place.name
+    place = place.resolve()
+    if place.name == "model":
+        place = place.parent  # the run's
+    return f"{place.parent.name}-{place.name}" if shipped(place.name) else place.name

@@ -79,7 +79,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
 
     import torch
 
-    from distmatch.commands.binding import recorded, same_settings
+    from distmatch.commands.binding import begun_settings, same_settings
     from distmatch.data.images import Images
     from distmatch.diffusion.denoiser import Denoiser, Prediction
     from distmatch.diffusion.schedule import EDM
@@ -110,7 +110,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     net = UNet(channels=shape[0], classes=len(real.classes), **network)
     device = subjects.device(options.device)
     denoiser = Denoiser(net, EDM(), Prediction("edm")).to(device).train()
-    precision = find_precision(options.precision, recorded(out / "settings.json").get("precision"), device)
+    precision = find_precision(options.precision, begun_settings(out / "settings.json").get("precision"), device)
     how = teach.Settings(
         batch=options.batch,
         seed=options.seed,

@@ -114,7 +114,7 @@ def train_text_teacher(images: "str | Path | Images", out: Path, options: Option
 def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     import torch
 
-    from distmatch.commands.binding import recorded, same_settings
+    from distmatch.commands.binding import begun_settings, same_settings
     from distmatch.data.images import Images
     from distmatch.data.pairs import prompts_digest
     from distmatch.data.prompts import read_prompts
@@ -143,7 +143,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     drawn = [first[i] for i in rng.shuffled(options.seed, len(first), 0, PREVIEWED)]
     prompts = read_prompts(options.prompts)[:PREVIEWED] if options.prompts else drawn
     device = subjects.device(options.device)
-    precision = find_precision(options.precision, recorded(out / "settings.json").get("precision"), device)
+    precision = find_precision(options.precision, begun_settings(out / "settings.json").get("precision"), device)
     how = teach_text.Settings(
         batch=options.batch,
         seed=options.seed,

@@ -19,7 +19,7 @@ from distmatch.diffusion.losses import matching_loss
 from distmatch.methods.distill import Distiller
 from distmatch.methods.terms import Levels, Match, Samples, Start
 from distmatch.models.mixture import MIXTURES, Mixture
-from distmatch.recipe import build, subjects
+from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
@@ -118,7 +118,7 @@ def distiller(recipe: Recipe, objective: str, runs: Path) -> Distiller:
     terms = ["match", "regress"] if objective == "matching and regression" else ["match"]
     recipe = recipe.model_copy(update={"terms": terms})
     subject = subjects.subject(recipe)
-    pairs = build.pair_store(recipe, subject, runs) if "regress" in terms else None
+    pairs = build.pair_store(recipe, subject, runs) if objectives.reads_pairs(recipe) else None
     task = build.distiller(recipe, subject, pairs)
     if objective == "real score only":
         match = task.terms[0]

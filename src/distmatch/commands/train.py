@@ -39,10 +39,13 @@ def train(
         run begins with these checks.
     """
     from distmatch.recipe.docs import commented
-    from distmatch.recipe.loading import load_recipe, run_name
+    from distmatch.recipe.loading import load_recipe, overridden, run_name
+    from distmatch.recipe.unread import told
     from distmatch.system.terminal import notice
 
     resolved = load_recipe(recipe, overrides)
+    if unread := told(resolved, overridden(overrides)):
+        notice(unread)
     name = run_name(load_recipe(recipe), resolved)
     if scale == "cpu-smoke":
         from distmatch.recipe.smoke import cpu_smoke, make_networks

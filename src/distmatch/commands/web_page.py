@@ -38,7 +38,7 @@ from distmatch.models.info import Info
 from distmatch.pipeline import Output, Pipeline
 from distmatch.system import rng
 from distmatch.system.errors import UserError
-from distmatch.system.paths import named
+from distmatch.system.paths import ASSETS, named
 from distmatch.system.screen import console
 
 log = logging.getLogger("uvicorn.error")
@@ -171,7 +171,7 @@ def examples(info: Info) -> list[str]:
     name = named(info.source)
     if not info.text or name == info.source:
         return []
-    prompts = read_prompts(Path(name))
+    prompts = read_prompts(ASSETS / name / "prompts.txt")
     mixed = (prompts[i] for i in rng.shuffled(0, len(prompts), 0, len(prompts)))
     by_ending: dict[str, str] = {}
     for prompt in mixed:

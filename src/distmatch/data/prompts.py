@@ -9,15 +9,16 @@ from distmatch.data.decode import SUFFIXES
 from distmatch.system import limits, rng
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
-from distmatch.system.paths import ASSETS
+from distmatch.system.paths import shipped
 from distmatch.system.plain import json_of
 from distmatch.system.screen import printable
+from distmatch.system.terminal import notice
 
 KEYS = ("prompt", "caption", "text")
 """The default key of a record's prompt: the first of these that the first record has."""
 
 
-def read_prompts(path: Path, column: str | None = None) -> list[str]:
+def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     """Return the prompts in `path` in order, stripped of surrounding white space; empty or missing ones are left out.
 
     Args:
@@ -28,14 +29,19 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
             .csv, .tsv: a table with a header, separated by commas or tabs;
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`;
             a folder of a data set: its tables, else the .txt files beside its pictures; see `in_folder`;
-            or the name of a text-to-image teacher in the package, for the captions that it was trained on.
+            or the name of a text-to-image teacher in the package, for the captions that it was trained on; of a folder
+            with the same name, the text ./NAME.
         column: the key of a JSON object or the name of a table's column (default: `prompt`, `caption` or `text`).
 
     Raises `UserError` that names the file and the line if it is missing, damaged, without prompts, holds something
     other than text, or exceeds `limits.PROMPT` or `limits.PROMPTS`.
     """
-    if str(path).isidentifier() and (ASSETS / path / "prompts.txt").is_file():
-        path = ASSETS / path / "prompts.txt"
+    package = shipped(str(path))
+    if package is not None and (package / "prompts.txt").is_file():
+        if Path(path).is_dir():
+            notice(f"prompts {path}: those of the package, not of the folder {path} here, which is ./{path}")
+        path = package / "prompts.txt"
+    path = Path(path)
     if path.is_dir():
         found = in_folder(path)
         whole = sum(file.stat().st_size for file in found if file.suffix != ".parquet")

@@ -49,6 +49,16 @@ COLUMNS = {
 }
 """Heading and format of the figures in a row."""
 
+CHANCE = "real images, expected"
+"""Name of the row of `chance`."""
+
+EXPECTED = (
+    f"{CHANCE}: the distances that as many images drawn from the reference's own distribution would have on average, "
+    "computed for normally distributed features. They are above zero only because the number of images is finite; a "
+    "model that comes near one cannot be told from real images by that distance"
+)
+"""What that row means, for those who read a table."""
+
 SECONDS = 3.0
 """Minimum duration of a latency measurement."""
 
@@ -100,7 +110,7 @@ def chance(spaces: Sequence[Space], n: int) -> dict[str, Any]:
         space.distance: frechet_bias(real.cov, n) + (frechet_bias(real.cov, real.count) if real.count else 0.0)
         for space, real in spaces
     }
-    return {"name": "real images, expected", "images": n, **expected}
+    return {"name": CHANCE, "images": n, **expected}
 
 
 @torch.inference_mode()
@@ -238,7 +248,7 @@ def named(model: str, nfe: int) -> str:
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as a table with one model per column, or as several where the terminal is too narrow for all of them;
-    omit figures that no row has.
+    omit figures that no row has. Below it, say what the row of `chance` means.
     """
     shown = {key: said for key, said in columns(rows).items() if key != "name"}
     gap = 2  # beside each column
@@ -252,6 +262,8 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         for key, (heading, form) in shown.items():
             table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in part))
         console.print(table)
+    if any(row["name"] == CHANCE for row in rows):
+        console.print(EXPECTED)
 
 
 def show_spaces(name: str, spaces: Sequence[Space]) -> None:

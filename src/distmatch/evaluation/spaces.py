@@ -21,10 +21,11 @@ from distmatch.models.pixels import Pixels, principal_components
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.files import remove, together, write_json
-from distmatch.system.paths import ASSETS
+from distmatch.system.paths import ASSETS, shipped
 from distmatch.system.plain import read_json
 from distmatch.system.progress import console, progress
 from distmatch.system.storage import local
+from distmatch.system.terminal import notice
 
 FILES = {
     "positions": (Classifier, "reference-positions.safetensors"),
@@ -115,9 +116,12 @@ def _references(
 
 
 def features_folder(name: str) -> Path:
-    """Return the folder of the spaces called `name`. Raises `UserError` if there is none."""
-    for folder in (Path(name), ASSETS / name):
+    """Return the folder of the spaces called `name`, here or in the package. Raises `UserError` if there is none."""
+    package = shipped(name)
+    for folder in filter(None, (Path(name), package)):
         if any((folder / part).is_dir() for part in FILES):
+            if package and folder != package and any((package / part).is_dir() for part in FILES):
+                notice(f"features {name}: those in the folder of this name here, not those of the package")
             return folder
     raise UserError(
         f"features {name!r}: neither a folder made by `distmatch classifier` nor one of the package, "

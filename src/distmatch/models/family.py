@@ -59,6 +59,9 @@ class Family:
     steps: ClassVar[int] = 18
     """The default number of sampler steps."""
 
+    text: ClassVar[bool] = False
+    """Whether its models make images from prompts."""
+
     def load(self, source: str) -> tuple[Denoiser, Info]:
         """Load the teacher `source` in evaluation mode. Raises `UserError` if unavailable or not of this family."""
         raise NotImplementedError

@@ -94,9 +94,7 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
     if not file.exists():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     try:
-        config = read_json(file, dict[str, Any], AGAIN)
-        if config.get("format") != FORMAT:
-            raise UserError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
+        config = _config(folder)
         fitting(
             {name: config.get(name) for name in ("network", "schedule", "prediction")},
             str(file),
@@ -140,12 +138,32 @@ def load_model(folder: Path, net: nn.Module | None = None, schedule: Schedule | 
     return denoiser.eval(), info
 
 
+def is_student(folder: Path) -> bool:
+    """Return whether the model in `folder` is a student, by its settings alone."""
+    config = _config(folder)
+    return bool(config.get("times") or config.get("t") is not None)  # earlier versions had one time or none
+
+
+def text_in(folder: Path) -> bool:
+    """Return whether the model in `folder` makes images from prompts, by its settings alone."""
+    config = _config(folder)
+    return bool(config.get("text", config.get("source")))  # earlier versions: with a source it always did
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    config = read_json(file, dict[str, Any], AGAIN)
+    if config.get("format") != FORMAT:
+        raise UserError(f"{file} has format {config.get('format')!r}; this version reads {FORMAT!r}")
+    return config
+
+
 def load_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the adapter of the student in `folder`: `(down, up)` by layer, whose product is added to the weight.
 
     Raises `UserError` if there is none, or if it is damaged.
     """
-    digest = read_json(folder / "config.json", dict[str, Any], AGAIN).get("adapter")
+    digest = _config(folder).get("adapter")
     if digest is None:
         raise UserError(
             f"{folder}: the student has no adapters: it was trained without student.adapter.rank. Use `distmatch "

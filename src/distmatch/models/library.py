@@ -1,7 +1,8 @@
 """Finds models and their families by name or path.
 
 Names are `mnist` and other models of the package, a model or run folder, `edm:FILE`, `diffusers:FOLDER_OR_ID` and
-`mixture:NAME`.
+`mixture:NAME`. If a folder here and a model of the package have one name, the folder's model is taken; a path such as
+./mnist always means the folder.
 """
 
 import difflib
@@ -20,13 +21,13 @@ from distmatch.models.diffusers.families import family_in
 from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.edm.checkpoints import Published
 from distmatch.models.family import Components, Family
-from distmatch.models.folder import load_model
+from distmatch.models.folder import is_student, load_model, text_in
 from distmatch.models.info import Info, Lora
 from distmatch.models.mixture import Mixtures
 from distmatch.models.offload import Visitor
 from distmatch.system.errors import UserError
-from distmatch.system.paths import ASSETS, RECIPES, expand, located
-from distmatch.system.terminal import command
+from distmatch.system.paths import ASSETS, RECIPES, expand, located, shipped
+from distmatch.system.terminal import command, notice
 
 FAMILIES: dict[str, Family] = {"mixture": Mixtures(), "edm": Published()}
 """Families by scheme; those of `diffusers:` have their own table."""
@@ -53,11 +54,29 @@ def find_model(
     Raises `UserError` if there is nothing of that name, or if it is of the other kind.
     """
     family, source = _by_scheme(name, kind)
-    denoiser, info = family.load(source) if family else load_model(model_folder(source, kind), net, schedule)
-    if bool(info.times) != (kind == "student"):
-        have = "student" if info.times else "teacher"
-        raise UserError(f"{name} is a {have}; a {kind} is needed here")
-    return denoiser, info
+    if family:
+        _check_kind(name, "teacher", kind)
+        return family.load(source)
+    folder = model_folder(source, kind)
+    _check_kind(name, "student" if is_student(folder) else "teacher", kind)
+    return load_model(folder, net, schedule)
+
+
+def _check_kind(name: str, have: str, needed: str) -> None:
+    if have != needed:
+        raise UserError(f"{name} is a {have}; a {needed} is needed here")
+
+
+def source_of(name: str, kind: Literal["teacher", "student"]) -> str:
+    """Return where the model called `name` is: a folder, or what follows the scheme in `name`; see `find_model`."""
+    family, source = _by_scheme(name, kind)
+    return source if family else str(model_folder(source, kind))
+
+
+def takes_prompts(name: str, kind: Literal["teacher", "student"]) -> bool:
+    """Return whether the model called `name` makes images of prompts, without reading its weights; see `find_model`."""
+    family, source = _by_scheme(name, kind)
+    return family.text if family else text_in(model_folder(source, kind))
 
 
 def outline(teacher: str) -> tuple[Denoiser, Info]:
@@ -84,7 +103,8 @@ def diffusers_source(name: str) -> str | None:
     """Return where the teacher called `name` is if it is in diffusers' format: a folder or a model id."""
     name = expand(name)
     if name.startswith("diffusers:"):
-        return located(name.removeprefix("diffusers:"))
+        source = name.removeprefix("diffusers:")
+        return source if (Path(source) / "model_index.json").exists() else located(source)
     folders = (name, f"{name}/model", located(name))
     return next((folder for folder in folders if (Path(folder) / "model_index.json").exists()), None)
 
@@ -136,20 +156,40 @@ def _by_scheme(name: str, kind: str) -> tuple[Family | None, str]:
     found = diffusers_source(name)
     if found is None or (kind == "student" and found == located(name) != name):  # the package may have a student too
         return None, name
+    tell_which(name, kind, found)
     return family_in(found), found
+
+
+def tell_which(name: str, kind: str, found: str | Path) -> None:
+    """Say which model is taken, if a folder here and a model of the package are called `name`: that in `found`."""
+    if (package := shipped(name)) is None or not (package / kind).is_dir() or not Path(name).is_dir():
+        return
+    if Path(found).is_relative_to(package):
+        notice(f"{name}: the {kind} of the package; the folder of this name here has none (./{name} names the folder)")
+    else:
+        notice(f"{name}: the {kind} in the folder of this name here, not that of the package")
 
 
 def model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
     """Return the folder of the model called `name`; see `find_model`."""
-    folder = Path(expand(name))
+    folder = _model_folder(name, kind)
+    tell_which(name, kind, folder)
+    return folder
+
+
+def _model_folder(name: str, kind: Literal["teacher", "student"]) -> Path:
+    folder, package = Path(expand(name)), shipped(name)
+    own = package / kind if package and (package / kind / "config.json").exists() else None
+    if own and kind == "teacher" and (folder / "recipe.yaml").exists():
+        return own  # a distillation's run has no teacher: it may be called like the one that it distils
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists():
             return candidate
     if folder.is_dir() and (folder / "checkpoints").is_dir():
         raise UserError(f"{name} is an unfinished run: it has no model/ yet; run its command again to continue it")
-    if (ASSETS / name / kind / "config.json").exists():
-        return ASSETS / name / kind
-    if (RECIPES / f"{name}.yaml").exists():
+    if own:
+        return own
+    if Path(name).name == name and (RECIPES / f"{name}.yaml").exists():
         raise UserError(f"{name} is a recipe: train it, and name the run's folder: {command('train', name)}")
     if (teach := _teaches(folder)) is not None:
         raise UserError(f"{name} holds images, not a model; train a teacher on them: {command(teach, name)}")

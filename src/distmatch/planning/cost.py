@@ -19,7 +19,7 @@ from distmatch.planning.ledger import LOSSES
 from distmatch.planning.rehearsal import encoding_peak, rehearse
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.objectives import reads_pairs
-from distmatch.recipe.subjects import encoded_before, offloaded, recorded
+from distmatch.recipe.subjects import encoded_before, offloaded, records_graphs
 from distmatch.system.errors import UserError
 from distmatch.training.adapters import Adapted
 from distmatch.training.engine import blocks
@@ -111,7 +111,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     texts, away = _texts(recipe, denoiser, info, parts), offloaded(recipe)
     memory["text encoder, decoder"] = 0 if away else texts.weights + FP32 * decoder_weights(info.source)
-    graphs = recorded(recipe, "cuda" if recipe.device == "auto" else recipe.device.partition(":")[0])
+    graphs = records_graphs(recipe, "cuda" if recipe.device == "auto" else recipe.device.partition(":")[0])
     if processes == 1 and graphs:  # each graph keeps the gradients that it writes, and all share the rest
         memory["gradients"] = FP32 * _graphs(recipe) * sum(sizes.values())
         memory["activations"] = done.most_activations

@@ -6,7 +6,6 @@
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -19,9 +18,10 @@ from distmatch.models.info import Info
 from distmatch.models.library import outline
 from distmatch.planning.cost import FP32, Cost, cost, decoder_weights, encoder_weights
 from distmatch.planning.gpus import Gpu
-from distmatch.planning.ladder import CACHE, Ladder, changed, kind
+from distmatch.planning.ladder import CACHE, CHOSEN, Ladder, changed, kind
 from distmatch.planning.rehearsal import sampling_flops
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.objectives import reads_pairs
 from distmatch.recipe.real_images import latents_bytes
 from distmatch.recipe.subjects import as_used, states_bytes
 from distmatch.system.errors import UserError
@@ -136,7 +136,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         console.print(states(recipe, denoiser, info))
     if recipe.real.cache is not None and info.latent and recipe.needs_images:
         console.print(latents(recipe, info))
-    paired = [stage for stage in stages if "regress" in stage.terms]
+    paired = [stage for stage in stages if reads_pairs(stage)]
     pairs = _tell_pairs(paired, denoiser, info, cluster) if paired else 0.0
     if price is not None:
         console.print(bill(price, gpus, pairs, training))
@@ -145,6 +145,8 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         known[("gradient_checkpointing", True),] = other
     steps = Ladder(heaviest, denoiser, info, gpus, known=known)
     console.print(verdict(steps, cluster.gpu.memory))
+    if hint := next_step(steps, cluster.gpu.memory, ladder):
+        console.print(hint)
     if ladder:
         console.print(rungs(steps))
 
@@ -277,6 +279,25 @@ def verdict(ladder: Ladder, memory: float) -> str:
     return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}{disk}"
 
 
+def next_step(ladder: Ladder, memory: float, listed: bool) -> str:
+    """Say how to find settings with which a step fits; empty if it fits as it is, or if there is nothing left to say.
+
+    `listed`: the table of `--ladder` follows.
+    """
+    found = ladder.fitting(memory)
+    if found is not None and not found.changes:
+        return ""
+    told = []
+    # What `memory` chooses among is part of the ladder; bf16 arithmetic it leaves to the recipe.
+    if found is not None and found.changes.keys() <= {*CHOSEN} - {"precision"}:
+        asked = ladder.recipe.memory
+        whose = "memory=fit" if asked is None else f"the recipe's memory={asked}"
+        told.append(f"{whose} makes such a choice when a run begins")
+    if not listed:
+        told.append(f"--ladder lists what fits on cards of {SIZES[0]} to {SIZES[-1]} GB")
+    return "; ".join(told)
+
+
 def _cached(ladder: Ladder) -> str:
     told = states(ladder.recipe, ladder.denoiser, ladder.info)
     return told if ladder.recipe.offload else f"{told}; offload=true in its place takes time instead"
@@ -289,7 +310,7 @@ def states(recipe: Recipe, denoiser: Denoiser, info: Info) -> str:
     if recipe.prompts.path is None:
         return told
     try:
-        count = len(read_prompts(Path(recipe.prompts.path), recipe.prompts.column))
+        count = len(read_prompts(recipe.prompts.path, recipe.prompts.column))
     except UserError:  # a plan needs none; training says what is wrong with them
         return told
     return f"{told}, {size(count * each)} for {count:,}"

@@ -286,7 +286,7 @@ def _other_loss(flight: Flight, name: str, x: Tensor) -> Tensor:
 
 def recording(flight: Flight) -> str | None:
     """With `cuda_graphs`, on a GPU, every stage's updates can be recorded, and what was recorded can be replayed."""
-    if not subjects.recorded(flight.recipe, flight.device.type):
+    if not subjects.records_graphs(flight.recipe, flight.device.type):
         return None
     with tried("cuda_graphs: true, a step of one sample"):
         count = record(flight.stages, flight.subject, flight.z, flight.cond)

@@ -26,7 +26,7 @@ from distmatch.recipe.network_entries import Adapter as AdapterEntries
 from distmatch.recipe.network_entries import Optimiser
 from distmatch.recipe.objectives import objective, trains_fake
 from distmatch.recipe.steps import student_steps
-from distmatch.recipe.subjects import Subject, components_of, example, recorded
+from distmatch.recipe.subjects import Subject, components_of, example, records_graphs
 from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
@@ -122,11 +122,14 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
 
     `fake_score`: whether there is one; default: if a term trains it. A later stage may be the first to do so.
 
+    The learning rates are the recipe's over its steps, so that whatever this returns can be trained; in a run of
+    stages, `schedule` gives it those of each.
+
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
     dev, info = subject.device, subject.info
-    graphs = recorded(recipe, dev.type)
+    graphs = records_graphs(recipe, dev.type)
     alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": graphs}
     used = [name for name, is_set in alone.items() if is_set]
     if used and parallel.world() > 1:
@@ -160,7 +163,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
     own = Optimizer(trained.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
-    own.wait = recipe.fake.alone
+    own.wait = recipe.fake.alone if trains_fake(recipe) else 0  # as in `schedule`
     critic = None
     if fake is not None:
         steps = recipe.steps * recipe.fake.steps

@@ -1,8 +1,8 @@
 """Reads recipes: every number of an experiment in one strict YAML file, with dotted overrides."""
 
-import difflib
 import json
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from distmatch.recipe.earlier import present_name, present_text, renamed
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.entry import flat, marked, set_entry, walk
-from distmatch.recipe.mistakes import explain, nearest
+from distmatch.recipe.mistakes import explain, nearest, similar
 from distmatch.system.errors import UserError
 from distmatch.system.paths import RECIPES, expand
 from distmatch.system.plain import fitting, read_yaml, yaml_of
@@ -34,10 +34,10 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     path, tree = _read(name)
     tree.setdefault("name", path.stem)
     file = deepcopy(tree)
+    keys = overridden(overrides)
     overrides = [_trimmed(override) for override in overrides]
     for override in overrides:
         _apply(tree, override)
-    keys = {override.partition("=")[0] for override in overrides}
     if "stages" not in keys:
         groups = tuple(f"{key}." for key in keys)  # student.optimizer={lr: 1e-3}
         given = {key: value for key, value in flat(tree).items() if key in keys or key.startswith(groups)}
@@ -48,6 +48,11 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     if found:
         raise UserError(explain(found, Recipe, source, lambda e: () if e["loc"] in own else overrides))
     return Recipe.model_validate(tree)
+
+
+def overridden(overrides: Iterable[str]) -> list[str]:
+    """Return the present names of the entries, or groups, that `overrides` set."""
+    return [_trimmed(override).partition("=")[0] for override in overrides]
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
@@ -154,10 +159,9 @@ def free_entries() -> set[str]:
 
 
 def meant(name: str) -> list[str]:
-    """Return the entries that `name` may refer to: itself, those with this last part, or else the nearest one."""
+    """Return the entries that `name` may refer to: itself, or those that end like it or are spelled like it."""
     name, known = present_name(name), entries()
-    same = [entry for entry in known if name in (entry, entry.rpartition(".")[2])]
-    return [name] if name in same else same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return [name] if name in known else [entry for entry in similar(name, Recipe) if entry in known]
 
 
 def _trimmed(override: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from distmatch.recipe.entry import group_of, walk
+from distmatch.recipe.entry import flat, group_of, walk
 from distmatch.system.plain import expected_by
 from distmatch.system.screen import printable
 
@@ -88,7 +88,9 @@ def _explained(errors: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]
             return f"unknown key {last!r} in {within}{_nearest(last, fields)}", known
         where = f"in {within}" if parents else "at the top level"
         known = f"{where} there are {', '.join(fields)}"
-        return f"unknown key {key!r}{_nearest(last, fields)}", known
+        within_it = list(flat(error["input"])) if isinstance(error["input"], dict) else []
+        written = f"{key}.{within_it[0]}" if len(within_it) == 1 else key  # `matching.guidance=3` is one entry
+        return f"unknown key {key!r}{_did_you_mean(similar(written, model))}", known
     if kind == "missing" and isinstance(error["input"], list | tuple):
         return f"{key} = {list(error['input'])!r:.80}: expected more values than these", ""
     if kind == "missing":
@@ -136,6 +138,47 @@ def _fields(model: Any, parents: list[str]) -> list[str]:
             annotation = model.model_fields[parent].annotation
             model = group_of(annotation) or group_of(get_args(annotation)[0])
     return list(model.model_fields)
+
+
+def similar(name: str, model: type[BaseModel]) -> list[str]:
+    """Return the dotted names of entries or groups of `model` that the unknown `name` may stand for.
+
+    They end as it does (match.batch, regress.batch and pairs.batch for batch), in the group that it names if there are
+    any; or they are spelled like it.
+    """
+    entries = [entry for entry, _, _ in walk(model)]
+    groups = list(dict.fromkeys(entry[: dot.start()] for entry in entries for dot in re.finditer(r"\.", entry)))
+    if found := _ending(name, entries):
+        return found
+    group, _, last = name.rpartition(".")
+    if not group and (close := difflib.get_close_matches(name, [*entries, *groups], n=1, cutoff=0.85)):
+        return close
+    if group not in groups:
+        group = next(iter(difflib.get_close_matches(group, groups, n=1, cutoff=0.6)), "")
+    if group:
+        beside = [entry for entry in entries if entry.rpartition(".")[0] == group]
+        inside = [entry for entry in entries if entry.startswith(f"{group}.")]
+        if found := _ending(last, inside) or _spelled_like(last, beside, 0.5):
+            return found
+    if found := _ending(last, entries) or _spelled_like(last, entries, 0.75):
+        return found
+    return [] if "." in name else difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
+
+
+def _ending(part: str, entries: Sequence[str]) -> list[str]:
+    return [entry for entry in entries if f".{entry}".endswith(f".{part}")]
+
+
+def _spelled_like(part: str, entries: Sequence[str], cutoff: float) -> list[str]:
+    """Return those of `entries` whose last part is the most like `part`; none if that is too little, see difflib."""
+    parts = [entry.rpartition(".")[2] for entry in entries]
+    close = difflib.get_close_matches(part, parts, n=1, cutoff=cutoff)
+    return _ending(close[0], entries) if close else []
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    *others, last = map(repr, names) if names else [""]
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if last else ""
 
 
 def nearest(name: str, known: Collection[str], more: str) -> str:

@@ -17,7 +17,7 @@ from distmatch.data.reals import Reals
 from distmatch.diffusion.conditions import Classes, Conditions, Guided, Prompts, with_guidance
 from distmatch.diffusion.denoiser import Cond, Denoiser
 from distmatch.evaluation.measure import Space
-from distmatch.evaluation.spaces import enough, find_spaces, of_its_images
+from distmatch.evaluation.spaces import enough, features_folder, find_spaces, of_its_images
 from distmatch.models.family import Components, Encoder
 from distmatch.models.info import Info
 from distmatch.models.library import components, diffusers_source, family_in, family_of, find_model
@@ -25,8 +25,9 @@ from distmatch.models.offload import Visitor, away, visiting
 from distmatch.recipe.entries import Evaluation, Recipe
 from distmatch.recipe.real_images import check_named, real_images
 from distmatch.system.errors import UserError
-from distmatch.system.paths import ASSETS
+from distmatch.system.paths import shipped
 from distmatch.system.progress import progress
+from distmatch.system.terminal import notice
 from distmatch.training.rounded import hold
 
 
@@ -84,6 +85,8 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
         assert encoder is not None
         encoders, cut = encoder.fingerprint(), encoder.cut(prompts)
         conditions = Prompts(len(prompts), _encode(recipe, encoder, prompts, denoiser))
+    elif recipe.prompts.path is not None:
+        notice(f"prompts.path {recipe.prompts.path} is not read: the teacher {recipe.teacher} takes no prompts")
     if recipe.student.guidance is not None:
         conditions = Guided(conditions, *recipe.student.guidance)
     real = real_images(recipe, info, components_of(recipe, info, dev).encode, dev) if recipe.needs_images else None
@@ -98,7 +101,7 @@ def _prompts(recipe: Recipe) -> list[str]:
         raise UserError(
             f"teacher {recipe.teacher!r} makes images of prompts; name a file, e.g. prompts.path=prompts.txt"
         )
-    return read_prompts(Path(recipe.prompts.path), recipe.prompts.column)
+    return read_prompts(recipe.prompts.path, recipe.prompts.column)
 
 
 def as_used(recipe: Recipe, denoiser: Denoiser, info: Info) -> Info:
@@ -134,7 +137,7 @@ def encoded_before(recipe: Recipe) -> bool:
     return recipe.prompts.cache is not None and not recipe.needs_images
 
 
-def recorded(recipe: Recipe, device: str) -> bool:
+def records_graphs(recipe: Recipe, device: str) -> bool:
     """Return whether a run on this type of device, e.g. cuda, records its steps as CUDA graphs."""
     return recipe.cuda_graphs and device == "cuda"
 
@@ -204,8 +207,9 @@ def recipe_spaces(evaluation: Evaluation, teacher: str, info: Info, device: torc
     name = evaluation.features
     if not evaluation.every or not name:
         return []
-    packaged = not Path(name).is_dir() and (ASSETS / name).is_dir()
-    if packaged and evaluation.reference is None and not of_its_images(info, ASSETS / name):
+    package = shipped(name)
+    packaged = package is not None and features_folder(name) == package
+    if package and packaged and evaluation.reference is None and not of_its_images(info, package):
         raise UserError(
             f"evaluate.features is {name}, and the teacher {teacher} is not known to be of the same images. Set "
             "evaluate.features=FOLDER (`distmatch classifier IMAGES` makes one), or evaluate.every=0"

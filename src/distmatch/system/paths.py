@@ -36,10 +36,16 @@ def expand(place: str) -> str:
     return scheme + expanded
 
 
+def shipped(name: str) -> Path | None:
+    """Return the package's folder called `name`; `None` if it has none, or if `name` is a path, such as ./mnist."""
+    folder = ASSETS / name
+    return folder if name.isidentifier() and folder.is_dir() else None
+
+
 def located(source: str) -> str:
     """Return the folder of the package's text-to-image teacher called `source`; every other source as it is."""
-    folder = ASSETS / source / "teacher"
-    return str(folder) if source.isidentifier() and (folder / "model_index.json").exists() else source
+    folder = shipped(source)
+    return str(folder / "teacher") if folder and (folder / "teacher" / "model_index.json").exists() else source
 
 
 def named(source: str) -> str:
