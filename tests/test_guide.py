@@ -1,9 +1,12 @@
 """Guidance as a term of its own: what it descends, in closed form, and how it adds up with matching."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
+from distmatch.commands.shared import guidance_of
 from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.guidance import guided
@@ -128,3 +131,18 @@ def test_a_recipe_takes_its_scale_from_the_entry_or_from_each_sample(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(str(tiny.recipe_file(tmp_path)), changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["terms=match,guide", "guide.guidance=4"], 4),
+        (["terms=match,regress", "match.guidance=3", "pairs.guidance=2"], 3),
+        (["terms=regress", "match.guidance=3", "pairs.guidance=2"], 2),
+    ],
+)
+def test_a_students_guidance_is_that_of_its_terms(tmp_path, changes, expected):
+    """Where a comparison with its teacher begins."""
+    recipe = load_recipe(str(tiny.recipe_file(tmp_path)), changes)
+    student = SimpleNamespace(info=SimpleNamespace(guidance=None, card={"recipe": recipe.model_dump()}))
+    assert guidance_of(student) == expected

@@ -12,6 +12,7 @@ from distmatch.methods.identity import Identity, identity_loss
 from distmatch.methods.terms import Levels
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
+from distmatch.system.errors import UserError
 
 A, SIGMA = 0.8, 0.6
 """Signal and noise at one level."""
@@ -120,6 +121,13 @@ def test_the_student_does_not_wait_for_a_fake_score_that_no_term_trains(tmp_path
     subject = subjects.subject(recipe)
     d = build.distiller(recipe, subject, build.pair_store(recipe, subject, tmp_path))
     assert d.optimizer.rate(0) > 0
+
+
+def test_a_run_that_would_train_only_the_fake_score_is_refused(tmp_path):
+    file = str(tiny.recipe_file(tmp_path, steps=12))
+    assert load_recipe(file, ["fake.alone=11"]).fake.alone == 11
+    with pytest.raises(UserError, match=r"fake\.alone 12: all 12 steps would train only the fake score"):
+        load_recipe(file, ["fake.alone=12"])
 
 
 def test_sid_sends_the_students_gradient_through_both_scores(tmp_path):

@@ -288,8 +288,8 @@ def test_impossible_stages_are_named(tmp_path):
             "stage 1 changes 'student.nfe'; a stage can change terms, entries of match",
         ),
         (
-            [{"until": 5}, {"until": 12, "change": {"fake.alone": 8}}],
-            "stage 2 has 7 steps, fewer than those that train only the fake score, fake.alone 8",
+            [{"until": 5}, {"until": 12, "change": {"fake.alone": 7}}],
+            "stage 2 has 7 steps, no more than those that train only the fake score, fake.alone 7",
         ),
         ([{"until": 12, "change": {"fake.alone": -1}}], "stage 1: fake.alone = -1: expected 0 or more"),
         (

@@ -95,7 +95,15 @@ def guidance_of(student: "Pipeline") -> float | None:
     """Return the guidance scale that a student was trained for, or the middle of its range; `None` if it is unknown."""
     if student.info.guidance is not None:
         return sum(student.info.guidance) / 2
-    return student.info.card.get("recipe", {}).get("match", {}).get("guidance")
+    recipe = student.info.card.get("recipe", {})
+    for term, group in (
+        ("guide", "guide"),
+        ("match", "match"),
+        ("regress", "pairs"),
+    ):  # the guide's part is beside match
+        if term in recipe.get("terms", ()):
+            return recipe[group]["guidance"]
+    return None
 
 
 def find_precision(asked: str, before: str | None, device: "torch.device") -> str:

@@ -21,6 +21,7 @@ def check(recipe: "Recipe") -> None:
     _later_steps_start_from_data(recipe)
     _guided_once(recipe)
     _fake_score_stays(recipe)
+    _student_gets_its_turn(recipe)
     _adapters_share_the_teacher(recipe)
     _base_is_shared(recipe)
     _recordable(recipe)
@@ -122,6 +123,15 @@ def _fake_score_stays(recipe: "Recipe") -> None:
         raise UserError(
             f"fake.ida {recipe.fake.ida:g} moves the fake score between the two losses that match.shared gives one "
             "pass; expected one of the two"
+        )
+
+
+def _student_gets_its_turn(recipe: "Recipe") -> None:
+    alone = recipe.fake.alone
+    if "match" in recipe.terms and alone >= recipe.steps:
+        raise UserError(
+            f"fake.alone {alone}: all {recipe.steps} steps would train only the fake score, and the student would stay "
+            "as it began; use more steps, or fake.alone=0"
         )
 
 
