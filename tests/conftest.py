@@ -24,6 +24,7 @@ SLOW = {
     *("test_parallel", "test_plan", "test_recipes", "test_serve", "test_stages", "test_teach", "test_text_training"),
     *("test_benchmarks", "test_game", "test_toy2d", "test_two_runs", "test_watch"),
     *("test_flow_teachers", "test_folders", "test_pixart", "test_pixel_teachers", "test_stable"),
+    "test_results_table",
 }
 """Files of tests that start processes, or train, for minutes in all."""
 
