@@ -71,7 +71,7 @@ def main(
     if dry_run:
         print(script(table, tasks, out, data))
         return 0
-    same_commands(tasks, out)
+    same_commands(plan(table, out), out)  # of all rows: `table.md` shows what others have measured, too
     from distmatch.system.ownership import owned  # imports torch
 
     try:
@@ -100,20 +100,28 @@ def same_commands(tasks: Sequence[Task], out: Path) -> None:
     for task in tasks:
         record = out / "logs" / f"{task.name}.command"
         if task.result.exists() and record.exists() and record.read_text() != task.said:
+            made = task.result.parent if task.name.endswith("-train") else task.result  # a run's folder as a whole
             raise UserError(
                 f"{task.result} was made by another command: {record.read_text()}\nnow it is: {task.said}\n"
-                "Delete it, or choose another folder with --out"
+                f"Delete {made}, or choose another folder with --out"
             )
 
 
 def link(table: Table, out: Path, data: Path) -> None:
-    """Link the table's data sets into `out`, so that commands name them as docs/results.md does."""
+    """Link the table's data sets into `out`, so that commands name them as docs/results.md does.
+
+    Raises `UserError` for one that is missing, or if `out` has another of its own, which is not replaced.
+    """
     for name in table.files:
-        file = (data / name).resolve()
+        file, place = (data / name).resolve(), out / name
         if not file.exists():
             raise UserError(f"{data / name} does not exist; say with --data FOLDER where {name} is")
-        (out / name).unlink(missing_ok=True)
-        (out / name).symlink_to(file)
+        if place.resolve() == file:  # linked before, or `data` is `out`
+            continue
+        if place.exists() and not place.is_symlink():
+            raise UserError(f"{place} is there already; delete it, or say --data {out} to use it")
+        place.unlink(missing_ok=True)
+        place.symlink_to(file)
 
 
 def work(tasks: Sequence[Task], out: Path, jobs: int, ends: float) -> dict[str, str]:

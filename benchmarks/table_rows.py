@@ -44,9 +44,15 @@ class Table(BaseModel, extra="forbid"):
     last: str = ""  # overrides after those of each row, of `--tiny`
 
     def split(self, text: str) -> list[str]:
-        """Return `text` as arguments, with words replaced by what they stand for."""
+        """Return `text` as arguments, with words replaced by what they stand for.
+
+        Raises `UserError` for quotes that are not closed.
+        """
         words = {"COMMON": self.common, **self.words}
-        return [part for word in shlex.split(text) for part in shlex.split(words.get(word, shlex.quote(word)))]
+        try:
+            return [part for word in shlex.split(text) for part in shlex.split(words.get(word, shlex.quote(word)))]
+        except ValueError as error:
+            raise UserError(f"{text!r}, with the words that it uses: {error}") from error
 
     def overrides(self, row: Row) -> list[str]:
         """Return the overrides of a row, but for those that depend on the seed."""
@@ -126,7 +132,7 @@ def plan(table: Table, out: Path, only: Sequence[str] = ()) -> list[Task]:
     for row in chosen(table.rows, only):
         for seed in range(row.seeds):
             run = f"{row.name}-{seed}"
-            figures, model, before = out / run / "figures.json", shlex.split(row.measure or run), ready
+            figures, model, before = out / run / "figures.json", table.split(row.measure or run), ready
             if row.measure is None:
                 init = [f"student.init={row.after}-{seed}"] if row.after else []
                 start = [f"{row.after}-{seed}-train"] if row.after else []

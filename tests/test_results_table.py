@@ -190,8 +190,32 @@ def test_after_its_time_it_starts_nothing(make, capsys):
 
 def test_what_another_command_made_is_not_taken_for_it(make):
     make()
-    with pytest.raises(UserError, match=r"made by another command: distmatch .* -n 100 .*\n.* -n 200 .*\nDelete it"):
+    with pytest.raises(
+        UserError, match=r"made by another command: distmatch .* -n 100 .*\n.* -n 200 .*\nDelete .*figures.json, or"
+    ):
         make(change={"evaluate": "-n 200"})
+    with pytest.raises(UserError, match=r"first-0/trained was made by another command.*\n.*\nDelete .*first-0, or"):
+        make(change={"common": "steps=11", "prepare": []})
+    edited = [*ROWS[:2], {**ROWS[2], "measure": "emoji --teacher"}]
+    with pytest.raises(UserError, match=r"teacher-0/figures\.json was made by another command"):
+        make(change={"rows": edited}, only=("first",))  # the table shows all rows
+
+
+def test_data_sets_are_linked_and_never_deleted(make, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for folder in (data, out):
+        folder.mkdir(exist_ok=True)
+        (folder / "a.tar").write_text(folder.name)
+    change = {"files": ["a.tar"], "rows": ROWS[2:], "prepare": []}
+    with pytest.raises(UserError, match=r"a\.tar is there already; delete it, or say --data .*out to use it"):
+        make(change=change, data=data)
+    assert make(change=change, data=out)[0] == 0
+    assert (out / "a.tar").read_text() == "out"
+    (out / "a.tar").unlink()
+    for _ in range(2):
+        assert make(change=change, data=data)[0] == 0
+        assert (out / "a.tar").is_symlink()
+        assert (out / "a.tar").read_text() == "data"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -219,6 +243,7 @@ def test_stopped_it_stops_its_commands_and_goes_on_later(make, tmp_path, number)
     [
         ({"row": []}, "row: extra inputs are not permitted"),
         ({"rows": [{"name": "a", "overrides": "stepz=3"}]}, "row a: .*stepz.*steps"),
+        ({"rows": [{"name": "a", "overrides": "terms='match"}]}, "row a: .*: No closing quotation"),
         ({"rows": [{"name": "a", "after": "b"}]}, "row a: after b must be a row above"),
         ({"rows": [ROWS[0], {**ROWS[1], "seeds": 3}]}, "row second: after first must be a row above, with as many"),
         ({"rows": [ROWS[0], {**ROWS[0]}]}, "two rows are called first"),
