@@ -10,6 +10,7 @@ import torch
 from forked import command
 from PIL import Image
 
+from distmatch.commands import compare as comparing
 from distmatch.commands import eval as measuring
 from distmatch.commands import sample as sampling
 from distmatch.data.prompts import read_prompts
@@ -114,6 +115,15 @@ def test_prompts_are_the_packages_unless_they_are_named_as_a_path():
     with pytest.warns(Notice, match=r"^prompts emoji: those of the package, .* here, which is ./emoji$"):
         assert len(read_prompts("emoji")) > 1000
     assert read_prompts("./emoji") == ["my own"]
+
+
+def test_a_comparison_takes_the_same_prompts_as_training(monkeypatch):
+    calls = []
+    monkeypatch.setattr(comparing, "compare_on", lambda prompts, *_: calls.append(prompts))
+    run_of_a_student("emoji")
+    with pytest.warns(Notice):
+        comparing.compare("emoji", options=comparing.Options(prompts="emoji"))
+    assert calls == [read_prompts(ASSETS / "emoji" / "prompts.txt")]
 
 
 def test_pictures_of_a_folder_do_not_replace_those_of_the_package():

@@ -99,7 +99,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     """
     from distmatch.commands.references import captioned
     from distmatch.commands.shared import find_student, guidance_of
-    from distmatch.data.prompts import coco_prompts, read_prompts
+    from distmatch.data.prompts import coco_prompts, read_prompts, shipped_prompts
     from distmatch.models.diffusers.families import family_in
     from distmatch.models.library import diffusers_source, tell_which
     from distmatch.system import parallel
@@ -112,7 +112,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     teacher = source or teacher  # if not, a model id
     pictures = None
     with parallel.process_group():
-        if Path(options.prompts).is_dir():
+        if Path(options.prompts).is_dir() and shipped_prompts(options.prompts) is None:
             side = max(family_in(teacher).settings(teacher).size)
             pictures = captioned(Path(options.prompts), options.split, side, options.seed)
             prompts = [captions[0] for captions in pictures.captions or ()]

@@ -18,6 +18,12 @@ KEYS = ("prompt", "caption", "text")
 """The default key of a record's prompt: the first of these that the first record has."""
 
 
+def shipped_prompts(name: str | Path) -> Path | None:
+    """Return the file of the package's prompts called `name`; `None` if it has none, or if `name` is a path."""
+    package = shipped(str(name))
+    return package / "prompts.txt" if package and (package / "prompts.txt").is_file() else None
+
+
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     """Return the prompts in `path` in order, stripped of surrounding white space; empty or missing ones are left out.
 
@@ -36,12 +42,10 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     Raises `UserError` that names the file and the line if it is missing, damaged, without prompts, holds something
     other than text, or exceeds `limits.PROMPT` or `limits.PROMPTS`.
     """
-    package = shipped(str(path))
-    if package is not None and (package / "prompts.txt").is_file():
-        if Path(path).is_dir():
-            notice(f"prompts {path}: those of the package, not of the folder {path} here, which is ./{path}")
-        path = package / "prompts.txt"
-    path = Path(path)
+    package = shipped_prompts(path)
+    if package and Path(path).is_dir():
+        notice(f"prompts {path}: those of the package, not of the folder {path} here, which is ./{path}")
+    path = package or Path(path)
     if path.is_dir():
         found = in_folder(path)
         whole = sum(file.stat().st_size for file in found if file.suffix != ".parquet")
