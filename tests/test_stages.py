@@ -214,6 +214,13 @@ def test_an_override_of_a_schedule_leaves_it_the_stages_own(tmp_path):
     assert [student > 0 for student, _ in rates(changed)[4:6]] == [False, True]
 
 
+def test_a_stage_of_regression_does_not_wait_for_a_fake_score(tmp_path):
+    """Nor with the schedule of the whole run, whose first steps train the fake score alone if there is one."""
+    stages = [{"until": 2, "change": {"terms": ["regress"]}}, {"until": 6}]
+    waiting = load_recipe(str(tiny.recipe_file(tmp_path, stages=stages, steps=6)), ["fake.alone=4"])
+    assert [student > 0 for student, _ in rates(waiting)] == [True, True, False, False, True, True]
+
+
 def test_an_entry_of_a_file_holds_in_every_stage_of_its_base(tmp_path):
     """As an override does; stages of the file's own say what they change."""
     base = tiny.recipe_file(tmp_path, stages=STAGES)

@@ -210,9 +210,8 @@ def schedule(distiller: Distiller, recipe: Recipe, number: int) -> None:
         optimizer.first, optimizer.steps = first * updates, (end - first) * updates
 
     give("student.optimizer", distiller.optimizer, stage.student.optimizer)
-    own = recipe.span(number, "student.optimizer") is not None
-    idle = own and not trains_fake(stage)  # nothing would be trained while the student waits
-    distiller.optimizer.wait = 0 if idle else stage.fake.alone
+    # Without a fake score, nothing would be trained while the student waits.
+    distiller.optimizer.wait = stage.fake.alone if trains_fake(stage) else 0
     for optimizer in distiller.fake_optimizers:
         give("fake.optimizer", optimizer, stage.fake.optimizer, recipe.fake.steps)
     if stage.gan.optimizer is not None and "gan" in stage.terms:
