@@ -129,6 +129,10 @@ def test_entries_that_were_given_and_that_nothing_reads_are_named_when_a_run_beg
         train(str(file), "gan.r1=1", "match.weight=2", dry_run=True)
     for quiet in (["terms=match,gan", "real.images=a"], ["terms=match", "pairs.steps=5", "steps=9"], ["terms=regress"]):
         assert told(load_recipe("mnist", quiet), overridden(quiet)) == ""
+    group = ["terms=match", "pairs={steps: 5}"]  # its steps are read, for the picture
+    assert told(load_recipe("mnist", group), overridden(group)) == ""
+    stages = ["real.images=a", "steps=9", "stages=[{until: 4, change: {terms: [regress]}}, {until: 9}]", "terms=match"]
+    assert told(load_recipe("mnist", stages), []).startswith("with the terms regress, match nothing reads real.images")
     earlier = ["terms=regress", "critic.steps=3", "gan.images=photos"]
     names = told(load_recipe("mnist", earlier), overridden(earlier))
     assert re.findall(r"[a-z]+\.[a-z]+(?= \()", names) == ["fake.steps", "real.images"]

@@ -48,12 +48,13 @@ def remarks(recipe: Recipe) -> dict[str, str]:
 def told(recipe: Recipe, given: Iterable[str]) -> str:
     """Return which of the entries `given`, by dotted names, are not read, in words; empty if all of them are.
 
-    `real.images` counts as given wherever it was set: a data set is named in order to be used.
+    `real.images` counts as given wherever it was set: a data set is named in order to be used. A group given as a
+    whole, such as pairs={steps: 18}, is not looked into, unless nothing reads any of it.
     """
     names = list(given)
     if recipe.real.images is not None and "real.images" not in names:
         names.append("real.images")
-    pictured = {f"pairs.{name}" for name in PICTURED}
+    pictured = {"pairs", *(f"pairs.{name}" for name in PICTURED)}
     lost: dict[str, list[str]] = {}
     groups = unread(recipe)
     for name in names:
@@ -61,4 +62,5 @@ def told(recipe: Recipe, given: Iterable[str]) -> str:
         if group in groups and name not in pictured:
             lost.setdefault(group, []).append(name)
     said = [f"{', '.join(entries)} ({READERS[group]})" for group, entries in lost.items()]
-    return f"with the terms {', '.join(recipe.terms)} nothing reads {', '.join(said)}" if said else ""
+    terms = dict.fromkeys(term for stage in recipe.parts for term in stage.terms)
+    return f"with the terms {', '.join(terms)} nothing reads {', '.join(said)}" if said else ""
