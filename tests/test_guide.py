@@ -146,3 +146,8 @@ def test_a_students_guidance_is_that_of_its_terms(tmp_path, changes, expected):
     recipe = load_recipe(str(tiny.recipe_file(tmp_path)), changes)
     student = SimpleNamespace(info=SimpleNamespace(guidance=None, card={"recipe": recipe.model_dump()}))
     assert guidance_of(student) == expected
+
+
+@pytest.mark.parametrize("card", [{}, {"recipe": {}}, {"recipe": {"terms": ["regress"], "match": {"guidance": 2.0}}}])
+def test_a_students_guidance_is_unknown_if_its_recipe_does_not_say_it(card):
+    assert guidance_of(SimpleNamespace(info=SimpleNamespace(guidance=None, card=card))) is None

@@ -96,14 +96,9 @@ def guidance_of(student: "Pipeline") -> float | None:
     if student.info.guidance is not None:
         return sum(student.info.guidance) / 2
     recipe = student.info.card.get("recipe", {})
-    for term, group in (
-        ("guide", "guide"),
-        ("match", "match"),
-        ("regress", "pairs"),
-    ):  # the guide's part is beside match
-        if term in recipe.get("terms", ()):
-            return recipe[group]["guidance"]
-    return None
+    groups = {"guide": "guide", "match": "match", "regress": "pairs"}  # guide first: it is the guidance beside match
+    used = [group for term, group in groups.items() if term in recipe.get("terms", ())]
+    return recipe.get(used[0], {}).get("guidance") if used else None  # earlier recipes may lack it
 
 
 def find_precision(asked: str, before: str | None, device: "torch.device") -> str:
