@@ -420,5 +420,5 @@ def test_the_command_reads_prompts_and_draws_cocos_captions(tmp_path, monkeypatc
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions}))
     command("sd", None, tmp_path, coco=tmp_path / "captions.json", n=12)
     assert len(set(calls[1][0])) == calls[1][1].n == 12
-    with pytest.raises(ValueError, match=r"--prompts coco needs the captions: --coco captions_val2014.json"):
+    with pytest.raises(ValueError, match=r"no prompts: .* --prompts FILE_OR_FOLDER, .*--coco captions_val2014.json"):
         command("sd", None, tmp_path)

@@ -157,8 +157,11 @@ def test_weights_come_from_the_argument_the_variable_or_the_cache_in_this_order(
     x, y = (v.detach() for v in images(1, 3, 8, 8))
     base = Lpips(str(argument))(x, y)
     torch.testing.assert_close(Lpips()(x, y), 2 * base)
-    (argument / FILES[1]).unlink()  # a file that is missing there is looked for further
-    torch.testing.assert_close(Lpips(str(argument))(x, y), 2 * base)
+    (variable / FILES[1]).unlink()  # a file that is missing there is looked for further
+    torch.testing.assert_close(Lpips()(x, y), 3 * base)
+    (argument / FILES[1]).unlink()  # a folder that was named is not passed over
+    with pytest.raises(UserError, match=f"argument, the folder of LPIPS's weights by .*, has no {FILES[1]}"):
+        Lpips(str(argument))
     monkeypatch.delenv("DISTMATCH_WEIGHTS")
     torch.testing.assert_close(Lpips()(x, y), 3 * base)
 
@@ -183,11 +186,11 @@ def test_what_no_folder_has_is_downloaded_to_the_cache(monkeypatch, tmp_path, fo
 def test_offline_the_error_names_files_addresses_and_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("DISTMATCH_WEIGHTS", str(tmp_path / "variable"))
     with pytest.raises(ValueError, match="LPIPS needs") as caught:
-        Lpips(str(tmp_path / "argument"))
+        Lpips()
     message = str(caught.value)
     for url in (torchvision.models.VGG16_Weights.IMAGENET1K_V1.url, piq.LPIPS._weights_url):
         assert url in message
-    for place in ("argument", "variable", "hub/checkpoints"):
+    for place in ("variable", "hub/checkpoints"):
         assert str(tmp_path / place) in message
     assert "no route to host" in message
     assert "regress.weights (of teach-text: --weights) or DISTMATCH_WEIGHTS" in message

@@ -213,7 +213,7 @@ class Pipeline:
                 raise UserError(f"this model takes no prompts{instead}")
             return None
         if prompts is None:
-            raise UserError("this model makes images of prompts; give one (-p of distmatch sample), or one per image")
+            raise UserError('this model makes images of prompts; give prompts="red apple", or a list of one per image')
         if len(prompts) not in (1, n):
             raise UserError(f"{counted(len(prompts), 'prompt')} for {counted(n, 'image')}; give one, or one per image")
         return list(prompts) * (n if len(prompts) == 1 else 1)

@@ -124,7 +124,10 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
             n = options.n or 30_000
             prompts = coco_prompts(options.coco, n, options.seed)
         else:
-            raise UserError("--prompts coco needs the captions: --coco captions_val2014.json")
+            raise UserError(
+                "no prompts: name a file or a folder of captioned pictures, --prompts FILE_OR_FOLDER, or MS-COCO's "
+                "captions, --coco captions_val2014.json"
+            )
         if options.only_student and student is None:
             raise UserError("--only-student: give a student, after the teacher")
         ours = None if student is None else find_student(student, None, options.device)

@@ -126,11 +126,12 @@ def emoji(out: Path) -> None:
     from distmatch.commands.compare import Options, compare_on
     from distmatch.commands.shared import find_student
     from distmatch.system.extras import need
-    from distmatch.system.paths import located
+    from distmatch.system.paths import ASSETS
     from distmatch.system.screen import console
 
     need("diffusers", "transformers", by="text to image")
-    student = find_student("emoji", None, "auto")
+    package = ASSETS / "emoji"  # whatever a folder here is called
+    student = find_student(str(package / "student"), None, "auto")
     options = Options(n=len(PROMPTS), picture=len(PROMPTS), guidance=3.0, out=out)
-    compare_on(PROMPTS, located("emoji"), student, options)
+    compare_on(PROMPTS, str(package / "teacher"), student, options)
     console.print("\nNext: distmatch serve emoji --teacher emoji      a page that draws while you type")

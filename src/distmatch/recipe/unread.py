@@ -51,7 +51,7 @@ def told(recipe: Recipe, given: Iterable[str]) -> str:
     `real.images` counts as given wherever it was set: a data set is named in order to be used. A group given as a
     whole, such as pairs={steps: 18}, is not looked into, unless nothing reads any of it.
     """
-    names = list(given)
+    names = list(dict.fromkeys(given))
     if recipe.real.images is not None and "real.images" not in names:
         names.append("real.images")
     pictured = {"pairs", *(f"pairs.{name}" for name in PICTURED)}
