@@ -81,6 +81,7 @@ def test_the_key_is_the_first_known_one_or_the_one_that_is_named(tmp_path):
         ("p.csv", b"caption\n\xff\n", r"p.csv is no table in UTF-8 text"),
         ("p.csv", b'caption\n"' + b"a" * 2_000_000, r"p.csv is no table in UTF-8 text: field larger than field limit"),
         ("p.txt", None, r"p.txt does not exist; expected a file of prompts"),
+        ("emojii", None, r"emojii does not exist; expected a file of prompts"),
         ("p.txt", b" \n\n", r"p.txt holds no prompts"),
         ("p.txt", b"fine\n\xff\n", r"p.txt, line 2 is not UTF-8 text"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": ', r"p.jsonl, line 3 is not valid JSON"),

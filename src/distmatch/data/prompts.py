@@ -51,10 +51,10 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
         whole = sum(file.stat().st_size for file in found if file.suffix != ".parquet")
         limits.check(whole, limits.PROMPTS, str(path))
         return [prompt for file in found for prompt in read_prompts(file, column)]
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}, and from folders of them")
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a file of prompts ({', '.join(READERS)}), or a folder")
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: prompts are read from files called {', '.join(READERS)}, and from folders of them")
     if column is not None and path.suffix == ".txt":
         raise UserError(f"{path} is plain text, which has no column {column!r}; leave the column out")
     if path.suffix != ".parquet":  # of which only one column is read
