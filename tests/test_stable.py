@@ -151,7 +151,7 @@ def test_a_student_survives_its_folder_and_starts_at_its_time(folders, tmp_path,
     several, one = pipe(3, prompts="a cat", seed=7).pixels[0].int(), pipe(prompts=["a cat"], seed=7).pixels[0].int()
     assert (several - one).abs().max() <= 1  # but for rounding in batches of other sizes
     for message, wrong in {
-        "this model makes images of prompts; give one": {},
+        'this model makes images of prompts; give prompts="red apple"': {},
         "this model has no classes": {"labels": 1},
         "2 prompts for 3 images": {"prompts": ["a", "b"]},
         "this model's guidance is fixed": {"prompts": "a", "guidance_scale": 3.0},
