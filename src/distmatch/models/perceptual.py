@@ -119,13 +119,17 @@ def write_random_weights(folder: Path) -> None:
 def _find(url: str, urls: Sequence[str], weights: str | None) -> Path:
     """Return the file of `url` in `weights`, if given, or in the first folder that has it; download it if none has."""
     name = url.rsplit("/", 1)[-1]
-    if weights is not None and not (Path(expand(weights)) / name).is_file():
-        raise UserError(
-            f"{weights}, the folder of LPIPS's weights by regress.weights (of teach-text: --weights), has no {name}; "
-            "`distmatch fetch lpips` gets it. Leave the folder out to have the weights looked for, and downloaded"
-        )
+    if weights is not None:
+        if not (file := Path(expand(weights)) / name).is_file():
+            raise UserError(
+                f"{weights}, the folder of LPIPS's weights by regress.weights (of teach-text: --weights), has no "
+                f"{name}; `distmatch fetch lpips` gets it. Leave the folder out to have the weights looked for, and "
+                "downloaded"
+            )
+        return file
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    folders = [*(Path(expand(folder)) for folder in (weights, os.environ.get(VARIABLE)) if folder), cache]
+    variable = os.environ.get(VARIABLE)
+    folders = [Path(expand(variable)), cache] if variable else [cache]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
