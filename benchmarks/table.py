@@ -28,6 +28,8 @@ from distmatch.system.options import Count
 
 DISTMATCH = [sys.executable, "-m", "distmatch"]
 
+NOTHING = "Cut by --tiny to a try of the commands: these figures mean nothing."
+
 
 def main(
     file: Path,
@@ -55,7 +57,8 @@ def main(
     seeds
         Of each row; default: as many as the file says.
     only
-        Rows to make, by name, with those that they come after.
+        Rows to make, by name, with those that they come after. The table names the others once, unless they have
+        been measured before.
     seconds
         Start nothing more after this time. What runs by then goes on to its end.
     data
@@ -69,7 +72,7 @@ def main(
     table = load_table(file, tiny, seeds)
     tasks = plan(table, out, only)
     if dry_run:
-        print(script(table, tasks, out, data))
+        print(f"# {NOTHING}\n" * tiny + script(table, tasks, out, data))
         return 0
     same_commands(plan(table, out), out)  # of all rows: `table.md` shows what others have measured, too
     from distmatch.system.ownership import owned  # imports torch
@@ -81,7 +84,7 @@ def main(
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue")
         return 130
-    shown = markdown(table, out)
+    shown = markdown(table, out, only) + f"\n\n{NOTHING}" * tiny
     (out / "table.md").write_text(shown + "\n")
     print(shown)
     for name, why in left.items():
@@ -90,8 +93,10 @@ def main(
 
 
 def script(table: Table, tasks: Sequence[Task], out: Path, data: Path) -> str:
-    lines = [f"mkdir -p {shlex.quote(str(out))} && cd {shlex.quote(str(out))}"]
-    lines += [f"ln -s {shlex.quote(str((data / name).resolve()))} {name}" for name in table.files]
+    """Return `tasks` as lines for a shell, which may be run again: what `link` does is done once, `out` is absolute."""
+    folder = shlex.quote(str(out.resolve()))
+    lines = [f"mkdir -p {folder} && cd {folder}"]
+    lines += [f"test -e {name} || ln -s {shlex.quote(str((data / name).resolve()))} {name}" for name in table.files]
     return "\n".join([*lines, *(task.said for task in tasks)])
 
 

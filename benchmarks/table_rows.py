@@ -156,9 +156,9 @@ def chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
     return [row for row in rows if row.name in wanted]
 
 
-def markdown(table: Table, out: Path) -> str:
+def markdown(table: Table, out: Path, only: Sequence[str] = ()) -> str:
     """Return the table of what has been measured in `out`, and the commands: means over seeds; of distances also the
-    lowest and the highest.
+    lowest and the highest. Other rows than `only` that have not been measured are named below it.
     """
     measured = {row.name: figures(row, out) for row in table.rows}
     keys = list(dict.fromkeys(key for seeds in measured.values() for found in seeds for key in found))
@@ -169,7 +169,8 @@ def markdown(table: Table, out: Path) -> str:
     headings += [f"precision, recall: {space}" for space in spaces]
     headings = ["run", "override", "steps", *headings, "class accuracy", "minutes", "seeds"]
     lines = [headings, ["---"] * len(headings)]
-    for row in table.rows:
+    shown = [row for row in table.rows if measured[row.name] or row in chosen(table.rows, only)]
+    for row in shown:
         seeds = measured[row.name]
         override = f"`{row.overrides}`" if row.overrides else ""
         cells = [row.title or row.name, f"after {row.after}: {override}" if row.after else override]
@@ -181,7 +182,10 @@ def markdown(table: Table, out: Path) -> str:
     words = [f"`{word}`: `{stands_for}`" for word, stands_for in {"COMMON": table.common, **table.words}.items()]
     trained = " ".join(["COMMON OVERRIDE", *shlex.split(table.last), "seed=S"])
     commands = f"`distmatch train {table.recipe} {trained}`, `distmatch eval RUN {table.evaluate}`"
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", ". ".join([commands, *words])])
+    below = ["", ". ".join([commands, *words])]
+    if absent := [row.name for row in table.rows if row not in shown]:
+        below += ["", f"Not run: {', '.join(absent)}"]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *below])
 
 
 def figures(row: Row, out: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_the_dry_run_is_a_script_of_the_same_commands(make, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
         f"mkdir -p {tmp_path / 'out'} && cd {tmp_path / 'out'}",
-        f"ln -s '{tmp_path / 'my data' / 'a.tar'}' a.tar",
+        f"test -e a.tar || ln -s '{tmp_path / 'my data' / 'a.tar'}' a.tar",
         "distmatch pairs build mnist steps=10",
     ]
     assert lines[-3:] == [
@@ -149,6 +150,42 @@ def test_the_dry_run_is_a_script_of_the_same_commands(make, tmp_path, capsys):
         "distmatch eval second-1 -n 100 --out second-1/figures.json",
         "distmatch eval mnist --teacher -n 100 --out teacher-0/figures.json",
     ]
+
+
+def test_the_dry_run_may_be_run_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.tar").touch()
+    found = table_rows.load_table(TABLES[0]).model_copy(update={"files": ["a.tar"]})
+    lines = table.script(found, [], Path("out"), Path())
+    for _ in range(2):
+        subprocess.run(["sh", "-ec", f"{lines}\n{lines}"], check=True)
+    assert (tmp_path / "out" / "a.tar").resolve() == tmp_path / "a.tar"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.tar"]
+
+
+def test_a_tiny_table_says_that_its_figures_mean_nothing(make, tmp_path, capsys):
+    assert make(tiny=True)[0] == 0
+    shown = (tmp_path / "out" / "table.md").read_text()
+    assert shown.splitlines()[-1] == table.NOTHING
+    assert "mean nothing" in table.NOTHING
+    assert shown in capsys.readouterr().out
+    make(tiny=True, dry_run=True)
+    assert capsys.readouterr().out.startswith(f"# {table.NOTHING}\nmkdir ")
+    make(dry_run=True)
+    assert "mean nothing" not in capsys.readouterr().out
+
+
+def test_rows_that_were_left_out_are_named_once(make, tmp_path):
+    def shown():
+        lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+        return [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("|")][2:], lines[-1]
+
+    make(only=("teacher",))
+    assert shown() == (["teacher"], "Not run: first, second")
+    make(only=("second",), seeds=1)
+    rows, last = shown()
+    assert rows == ["first of all", "second", "teacher"]  # the last is measured, from before
+    assert "Not run" not in last
 
 
 def test_only_some_rows_with_what_they_come_after_and_fewer_seeds(make):
