@@ -28,8 +28,10 @@ class Options:
     """For a text-to-image model: what to draw; several prompts take turns."""
 
     out: Out = None
-    """Folder for the images, replacing those of an earlier call; default: samples/MODEL, with --teacher
-    samples/MODEL-teacher. A folder called like a model of the package, such as runs/mnist: samples/runs-mnist."""
+    """Folder for the images, replacing those of an earlier call: 000000.png and so on by the number of their noise,
+    grid.png with all of them, and sample.json, which says how they were made. Default: samples/MODEL, with --teacher
+    samples/MODEL-teacher, where MODEL is the name of the model or of its folder. A folder called like a model of the
+    package gets its parent's name in front, so that neither replaces the other's: runs/mnist has samples/runs-mnist."""
 
     teacher: bool = False
     """Sample the teacher called MODEL instead of the student."""
