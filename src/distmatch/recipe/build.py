@@ -163,7 +163,7 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
     own = Optimizer(trained.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
-    own.wait = recipe.fake.alone if trains_fake(recipe) else 0  # as in `schedule`
+    own.wait = _wait(recipe)
     critic = None
     if fake is not None:
         steps = recipe.steps * recipe.fake.steps
@@ -210,13 +210,17 @@ def schedule(distiller: Distiller, recipe: Recipe, number: int) -> None:
         optimizer.first, optimizer.steps = first * updates, (end - first) * updates
 
     give("student.optimizer", distiller.optimizer, stage.student.optimizer)
-    # Without a fake score, nothing would be trained while the student waits.
-    distiller.optimizer.wait = stage.fake.alone if trains_fake(stage) else 0
+    distiller.optimizer.wait = _wait(stage)
     for optimizer in distiller.fake_optimizers:
         give("fake.optimizer", optimizer, stage.fake.optimizer, recipe.fake.steps)
     if stage.gan.optimizer is not None and "gan" in stage.terms:
         head = distiller.objective.trained["gan.head"].optimizer
         give("gan.optimizer", head, stage.gan.optimizer, recipe.fake.steps)
+
+
+def _wait(recipe: Recipe) -> int:
+    """Return the steps that the student waits. Without a fake score, nothing would be trained meanwhile."""
+    return recipe.fake.alone if trains_fake(recipe) else 0
 
 
 def start(recipe: Recipe, subject: Subject) -> Denoiser:
