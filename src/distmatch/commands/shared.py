@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distmatch.recipe.consistency import GUIDANCE
 from distmatch.system.errors import UserError
 from distmatch.system.options import Count, Rate, Share, Whole
 from distmatch.system.screen import Screen
@@ -96,8 +97,7 @@ def guidance_of(student: "Pipeline") -> float | None:
     if student.info.guidance is not None:
         return sum(student.info.guidance) / 2
     recipe = student.info.card.get("recipe", {})
-    groups = {"guide": "guide", "match": "match", "regress": "pairs"}  # guide first: it is the guidance beside match
-    used = [group for term, group in groups.items() if term in recipe.get("terms", ())]
+    used = [group for term, group in GUIDANCE.items() if term in recipe.get("terms", ())]
     return recipe.get(used[0], {}).get("guidance") if used else None  # earlier recipes may lack it
 
 

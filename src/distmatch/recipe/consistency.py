@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 TERMS = ("match", "guide", "regress", "gan")
 """The terms of the package."""
 
+GUIDANCE = {"guide": "guide", "match": "match", "regress": "pairs"}
+"""The group whose `guidance` is a term's. Of several terms the first here counts for the student: guide is the guidance
+beside match."""
+
 
 def check(recipe: "Recipe") -> None:
     """Raise `UserError` for entries that contradict one another."""

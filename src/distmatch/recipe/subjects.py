@@ -22,6 +22,7 @@ from distmatch.models.family import Components, Encoder
 from distmatch.models.info import Info
 from distmatch.models.library import components, diffusers_source, family_in, family_of, find_model
 from distmatch.models.offload import Visitor, away, visiting
+from distmatch.recipe.consistency import GUIDANCE
 from distmatch.recipe.entries import Evaluation, Recipe
 from distmatch.recipe.real_images import check_named, real_images
 from distmatch.system.errors import UserError
@@ -165,8 +166,7 @@ def _scales(recipe: Recipe) -> list[float | None]:
     """Return the scales with which the recipe guides its teacher; `None` stands for a range."""
     if recipe.student.guidance is not None:
         return [None]
-    by_term = {"match": recipe.match.guidance, "guide": recipe.guide.guidance, "regress": recipe.pairs.guidance}
-    return [by_term[term] for term in recipe.terms if term in by_term]
+    return [getattr(recipe, GUIDANCE[term]).guidance for term in recipe.terms if term in GUIDANCE]
 
 
 def _encode(
