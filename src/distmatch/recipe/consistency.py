@@ -131,12 +131,16 @@ def _fake_score_stays(recipe: "Recipe") -> None:
 
 
 def _student_gets_its_turn(recipe: "Recipe") -> None:
-    alone = recipe.fake.alone
-    if "match" in recipe.terms and alone >= recipe.steps:
+    if only_the_fake_score(recipe, recipe.steps):
         raise UserError(
-            f"fake.alone {alone}: all {recipe.steps} steps would train only the fake score, and the student would stay "
-            "as it began; use more steps, or fake.alone=0"
+            f"fake.alone {recipe.fake.alone}: all {recipe.steps} steps would train only the fake score, and the "
+            "student would stay as it began; use more steps, or fake.alone=0"
         )
+
+
+def only_the_fake_score(recipe: "Recipe", steps: int) -> bool:
+    """Return whether all of so many `steps` would train only the fake score."""
+    return "match" in recipe.terms and recipe.fake.alone >= steps
 
 
 def _adapters_share_the_teacher(recipe: "Recipe") -> None:

@@ -356,7 +356,7 @@ class Recipe(Strict):
         if found.match.divergence != self.match.divergence:
             raise UserError(f"stage {number + 1} changes 'match.divergence', whose averages belong to the whole run")
         span = self.span(number, "student.optimizer")
-        if span is not None and "match" in found.terms and found.fake.alone >= span[1] - span[0]:
+        if span is not None and consistency.only_the_fake_score(found, span[1] - span[0]):
             raise UserError(
                 f"stage {number + 1} has {span[1] - span[0]} steps, no more than those that train only the fake score, "
                 f"fake.alone {found.fake.alone}; the student would never be trained in it"
