@@ -91,8 +91,8 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     from distmatch.system.screen import console
     from distmatch.system.storage import name_of
     from distmatch.system.terminal import command
+    from distmatch.training import teaching
     from distmatch.training.clip_share import Clipped, Clipping
-    from distmatch.training.optim import Optimizer
     from distmatch.training.train import Plan, train
 
     given = isinstance(images, Images)
@@ -124,9 +124,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     labels = None if real.labels is None else sha256(real.labels.numpy().data).hexdigest()
     content = {"pixels": image_fingerprint(real.pixels), "labels": labels, "classes": list(real.classes)}
     same_settings({**settings, "network": network, **content}, out / "settings.json")
-    optimizer = Optimizer(
-        denoiser.parameters(), lr=options.lr, weight_decay=0.0, warmup=200, steps=options.steps, decay=0.3, clip=1.0
-    )
+    optimizer = teaching.optimizer(denoiser, options.lr, warmup=200, steps=options.steps)
     info = Info(shape, real.classes, card={"teach": settings, "pixels": content["pixels"]})
     task = teach.Teaching(denoiser, real, optimizer, info, how, find_workers(options.workers, device))
     plan = Plan(options.steps, log_every=50, save_every=options.save_every, preview_every=options.preview_every)

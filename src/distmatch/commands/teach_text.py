@@ -126,6 +126,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     from distmatch.system.screen import console
     from distmatch.system.storage import name_of
     from distmatch.system.terminal import command
+    from distmatch.training import teaching
     from distmatch.training.train import Plan, train
 
     given = isinstance(images, Images)
@@ -160,7 +161,7 @@ def _train(images: "str | Path | Images", out: Path, options: Options) -> None:
     tokenizer = make_tokenizer((caption for texts in captions for caption in texts), sizes)
     torch.manual_seed(options.seed)  # for the initial weights
     network = TextDenoiser(sizes, latents[0].shape[-1], tokenizer).to(device).train()
-    optimizer = _optimizer(network, options.lr, warmup=200, steps=options.steps)
+    optimizer = teaching.optimizer(network, options.lr, warmup=200, steps=options.steps)
     task = teach_text.TextTeaching(network, autoencoder, tokenizer, latents, captions, prompts, optimizer, how)
     plan = Plan(options.steps, log_every=50, save_every=options.save_every, preview_every=options.preview_every)
     train(task, out, plan, config=settings, title="teach-text")
@@ -193,6 +194,7 @@ def _autoencoder(
     from distmatch.models.diffusers import hub
     from distmatch.models.diffusers.small import make_autoencoder, standardise
     from distmatch.models.perceptual import Lpips
+    from distmatch.training import teaching
     from distmatch.training.train import Plan, train
 
     folder = options.autoencoder or out / "model"
@@ -200,7 +202,7 @@ def _autoencoder(
         torch.manual_seed(options.seed)  # for the initial weights
         network = make_autoencoder(sizes, images.pixels.shape[-1]).to(device).train()
         steps = options.autoencoder_steps
-        optimizer = _optimizer(network, options.autoencoder_lr, warmup=100, steps=steps)
+        optimizer = teaching.optimizer(network, options.autoencoder_lr, warmup=100, steps=steps)
         how = autoencode.Settings(
             batch=options.autoencoder_batch,
             perceptual=options.perceptual,
@@ -220,9 +222,3 @@ def _autoencoder(
     standardise(autoencoder, mean, std)
     mean, std = mean[:, None, None], std[:, None, None]
     return autoencoder, ((means - mean) / std, stds / std)
-
-
-def _optimizer(network: Any, lr: float, *, warmup: int, steps: int) -> Any:
-    from distmatch.training.optim import Optimizer
-
-    return Optimizer(network.parameters(), lr=lr, weight_decay=0.0, warmup=warmup, steps=steps, decay=0.3, clip=1.0)

@@ -1,6 +1,10 @@
-"""The settings that every training of a teacher has."""
+"""The settings and the optimizer that every training of a teacher has."""
 
 from dataclasses import dataclass
+
+from torch import nn
+
+from distmatch.training.optim import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +22,7 @@ class Settings:
 
     precision: str = "fp32"
     """fp32, or bf16 for autocast around the networks."""
+
+
+def optimizer(network: nn.Module, lr: float, *, warmup: int, steps: int) -> Optimizer:
+    return Optimizer(network.parameters(), lr=lr, weight_decay=0.0, warmup=warmup, steps=steps, decay=0.3, clip=1.0)
