@@ -159,7 +159,7 @@ def _train(
 def _teacher_student(recipe: Recipe, subject: subjects.Subject, distiller: Distiller, out: Path) -> None:
     """Write `teacher-student.png`: the images of both from the same noise."""
     p, info = recipe.pairs, subject.info
-    guidance = p.guidance if recipe.student.guidance is None else None
+    guidance = recipe.scale(p.guidance)
     parts = subjects.components_of(recipe, info, distiller.device)
     slow = TeacherPipeline(subject.denoiser, info, parts, sampler=p.sampler, steps=p.steps, guidance=guidance)
     fast = DistilledPipeline(distiller.ema.network, distiller.info, parts)

@@ -237,7 +237,7 @@ def _tell_host(made: Cost, info: Info, cluster: Cluster) -> None:
 def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: Cluster) -> float:
     """Print disk and time of the pairs; return seconds."""
     p = stages[0].pairs
-    guidance = p.guidance if stages[0].student.guidance is None else None
+    guidance = stages[0].scale(p.guidance)
     count = max(stage.pairs.count for stage in stages)
     nbytes = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
     flops = count * evaluations(p.sampler, p.steps, guidance, p.taken) * sampling_flops(denoiser, info)

@@ -212,9 +212,8 @@ def trackers(flight: Flight) -> str | None:
 def teacher(flight: Flight) -> str:
     """It loads, and one step of its sampler, guided as for pairs and matching, makes a valid sample."""
     recipe, info, denoiser = flight.recipe, flight.subject.info, flight.subject.denoiser
-    own = recipe.student.guidance is not None
     guidances = [scale for stage in flight.stages for scale in (stage.match.guidance, stage.guide.guidance)]
-    scales = {None} if own else {recipe.pairs.guidance, *guidances}
+    scales = {recipe.scale(scale) for scale in (recipe.pairs.guidance, *guidances)}
     with torch.no_grad(), tried("the teacher, one sample"):
         sampler = solver(recipe.pairs.sampler, info.scheduler)
         for scale in scales:

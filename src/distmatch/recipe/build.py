@@ -42,10 +42,9 @@ from distmatch.training.rounded import hold
 
 def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
     """Return the description of the recipe's pair store."""
-    info, guidances = subject.info, recipe.student.guidance
+    info = subject.info
     asked = {name: getattr(recipe.pairs, name) for name in marked(Pairs, "pairs")}
-    if guidances is not None:
-        asked["guidance"] = None
+    asked["guidance"] = recipe.scale(asked["guidance"])
     return PairSpec(
         teacher=recipe.teacher,
         fingerprint=subject.fingerprint,
@@ -54,7 +53,7 @@ def pair_spec(recipe: Recipe, subject: Subject) -> PairSpec:
         classes=len(info.classes),
         scheduler={} if asked["sampler"] in SAMPLERS else info.scheduler,
         prompts=prompts_digest(subject.prompts) if subject.prompts else "",
-        guidances=guidances,
+        guidances=recipe.student.guidance,
         encoders=subject.encoders,
         **asked,
     )

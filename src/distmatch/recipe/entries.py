@@ -381,6 +381,10 @@ class Recipe(Strict):
             return None
         return self.stages[number - 1].until if number else 0, self.stages[number].until
 
+    def scale(self, guidance: float) -> float | None:
+        """Return the scale to guide the teacher by: `guidance`, or `None` if each sample has its own."""
+        return guidance if self.student.guidance is None else None
+
     @property
     def batches(self) -> dict[str, int]:
         """The batches of a step by the term that they are for, `match` and `regress`."""

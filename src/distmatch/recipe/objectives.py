@@ -159,7 +159,7 @@ def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) 
         "reads": ("noise", "pairs") if m.pairs and reads_pairs(recipe) else ("noise",),
         "bins": m.bins,
         "steps": (m.min_step, m.max_step),
-        "real": guided(subject.denoiser, 1.0 if "guide" in recipe.terms else _scale(recipe, m.guidance), m.rescale),
+        "real": guided(subject.denoiser, 1.0 if "guide" in recipe.terms else recipe.scale(m.guidance), m.rescale),
     }
     if m.sid is not None:
         term = Identity(subject.denoiser, fake, m.sid, **settings)
@@ -171,18 +171,13 @@ def _match(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) 
     return term
 
 
-def _scale(recipe: Recipe, guidance: float) -> float | None:
-    """Return the scale of guidance; `None` if each sample has its own."""
-    return guidance if recipe.student.guidance is None else None
-
-
 def _guide(recipe: Recipe, subject: Subject, fake: nn.Module | None, name: str) -> Term:
     g = recipe.guide
     if subject.info.condition == "none":
         raise UserError(f"the term guide needs classes or prompts to guide by; teacher {recipe.teacher!r} has neither")
     return Guide(
         subject.denoiser,
-        guidance=_scale(recipe, g.guidance),
+        guidance=recipe.scale(g.guidance),
         weighting=WEIGHTINGS[g.weighting],
         times=student_steps(recipe, subject.denoiser.schedule).times,
         weight=g.weight,
