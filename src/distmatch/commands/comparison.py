@@ -167,10 +167,10 @@ class Measured:
     each: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def lanczos(pixels: Tensor, side: int = SIDE) -> Tensor:
-    """Return `pixels u8[B,3,H,W]` resized to u8[B,3,side,side] by Pillow's Lanczos filter."""
+def lanczos(pixels: Tensor) -> Tensor:
+    """Return `pixels u8[B,3,H,W]` resized to u8[B,3,SIDE,SIDE] by Pillow's Lanczos filter."""
     images = (Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy())
-    small = [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in images]
+    small = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for image in images]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -97,14 +97,14 @@ def figures(ranks: Tensor | None, nearest: Tensor, copy: float | None) -> dict[s
     return found
 
 
-def _whitening(within: Tensor, share: float = 0.1) -> Tensor:
-    """Return W f[F,F] that turns the covariance of `within f[N,F]`, with a `share` of its mean variance added to each
+def _whitening(within: Tensor) -> Tensor:
+    """Return W f[F,F] that turns the covariance of `within f[N,F]`, with a tenth of its mean variance added to each
     variance, into the identity. If nothing varies, W is the identity."""
     cov = (within.double().T @ within.double()) / len(within)
     variance = cov.diagonal().mean()
     if variance == 0:
         return torch.eye(len(cov))
-    values, vectors = torch.linalg.eigh(cov / variance + share * torch.eye(len(cov), dtype=cov.dtype))
+    values, vectors = torch.linalg.eigh(cov / variance + 0.1 * torch.eye(len(cov), dtype=cov.dtype))
     return (vectors / values.sqrt()).float()
 
 
