@@ -111,8 +111,7 @@ class Adversarial:
         self.balance = None if settings.balance is None else Balance(settings.balance)
         self.factors = None if settings.divergence is None else Averages(BINS, DECAY)
         averages = {"balance": self.balance, "factors": self.factors}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.key(seed, "gan"))
+        with rng.seeded(rng.key(seed, "gan")):
             made = Head([shapes[number] for number in self.blocks], {k: v for k, v in averages.items() if v})
         self.head = made.to(example[0].device)
         own = optimizer(self.head)

@@ -197,8 +197,7 @@ def train_classifier(
         )
     assert images.labels is not None
     t, (channels, *size) = training, images.pixels.shape[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(t.seed, "classifier"))
+    with rng.seeded(rng.key(t.seed, "classifier")):
         net = Classifier(channels, size, images.classes, t.widths, positions)
     optimizer = Optimizer(net.parameters(), lr=t.lr, weight_decay=0.05, warmup=t.steps // 10, steps=t.steps, decay=0.9)
     for step in range(t.steps):

@@ -89,7 +89,6 @@ def principal_components(images: Images, components: int = COMPONENTS, sample: i
     x = imaging.to_float(images.pixels[rows]).flatten(1)
     mean = x.mean(0)
     most = min(components, x.shape[1], len(images) // 2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the method starts from random directions
+    with rng.seeded(0):  # the method starts from random directions
         basis = torch.svd_lowrank(x - mean, q=min(most + 16, *x.shape), niter=4)[2][:, :most]
     return Pixels(tuple(images.pixels.shape[1:]), mean, basis.contiguous())

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distmatch.data.pair_builder import build
@@ -250,8 +249,7 @@ def _network(recipe: Recipe, subject: Subject) -> nn.Module:
         return denoiser.net
     if len(info.shape) != 1:
         raise UserError(f"student.network {network.type!r} is for points; this teacher makes samples of {info.shape}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(recipe.seed, "network"))
+    with rng.seeded(rng.key(recipe.seed, "network")):
         return NETWORKS[network.type](dim=info.shape[0], width=network.width, depth=network.depth)
 
 
@@ -305,8 +303,7 @@ def _adapted(recipe: Recipe, base: Denoiser, how: AdapterEntries) -> Adapted:
     if recipe.compile:
         raise UserError("compile does not work with adapters; use compile=false")
     net = base.requires_grad_(False).net
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(recipe.seed, "adapters"))
+    with rng.seeded(rng.key(recipe.seed, "adapters")):
         targets = getattr(net, "adapted", ()) if how.targets is None else how.targets
         inputs = [name for name, layer in net.named_modules() if isinstance(layer, GuidanceInput)]
         adapter = Adapter(net, how.rank, how.alpha or how.rank, targets, whole=inputs)

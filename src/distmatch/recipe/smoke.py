@@ -76,8 +76,7 @@ def _short(recipe: Recipe) -> list[dict[str, Any]]:
 
 def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
     """Write what the overrides of `cpu_smoke` name to `folder`: a random teacher, real images, LPIPS's weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.key(recipe.seed, "smoke"))
+    with rng.seeded(rng.key(recipe.seed, "smoke")):
         if teacher and recipe.teacher.startswith("edm:"):
             save_model(folder / "teacher", *random_edm(Path(recipe.teacher).stem))
         if teacher and (source := diffusers_source(recipe.teacher)):

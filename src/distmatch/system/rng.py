@@ -4,7 +4,8 @@ With per-sample noise, sample `i` of a seed is the same whatever the batch size 
 a generator named by its purpose and its step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
@@ -21,6 +22,14 @@ def key(*parts: int | str) -> int:
 def stream(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """Return a fresh generator for `parts`, e.g. `(seed, "critic", step)`."""
     return torch.Generator(device).manual_seed(key(*parts))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's own generators, for what takes no other, such as initial weights; put the CPU's back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def noise(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int], step: int = 0) -> Tensor:

@@ -13,6 +13,7 @@ from distmatch.models.diffusers.hub import Count, Settings, config, index
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.info import Info
+from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.plain import fitting
@@ -114,17 +115,15 @@ def write_tiny_ddpm(
     classes: int | None = None,
     prediction: str = "epsilon",
     learned: bool = False,
-    seed: int = 0,
 ) -> Path:
-    """Write a tiny random DDPM of images 3x16x16 with weights from `seed` to `folder`; return `folder`.
+    """Write a tiny random DDPM of images 3x16x16 to `folder`; return `folder`.
 
     Args:
         prediction: `epsilon`, `v_prediction` or `sample`.
         learned: the network also predicts its variance, in three further channels.
     """
     diffusers, _ = libraries()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         unet = diffusers.UNet2DModel(
             sample_size=16,
             out_channels=6 if learned else 3,

@@ -15,6 +15,7 @@ from distmatch.models.diffusers.hub import Count, Settings, config, index
 from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.info import Info
+from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.plain import fitting
@@ -111,18 +112,14 @@ class ClassTransformer(DiffusersFamily):
         return pipe.to(dtype=dtype)
 
 
-def write_tiny_dit(folder: Path, *, learned: bool = True, seed: int = 0) -> Path:
-    """Write a tiny random DiT of 1000 classes with weights from `seed` to `folder`: latents 4x8x8, images 32x32.
-
-    `learned`: the network also predicts its variance, in four further channels.
-    """
+def write_tiny_dit(folder: Path) -> Path:
+    """Write a tiny random DiT of 1000 classes to `folder`: latents 4x8x8, images 32x32."""
     diffusers, _ = libraries()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=8,
-            out_channels=8 if learned else 4,
+            out_channels=8,  # four of them predict the variance
             num_layers=2,
             sample_size=8,
         )

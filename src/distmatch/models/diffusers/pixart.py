@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from distmatch.diffusion.denoiser import Cond, Denoiser
@@ -15,6 +14,7 @@ from distmatch.models.diffusers.schedulers import mathematics, scheduler_of
 from distmatch.models.diffusers.small import libraries
 from distmatch.models.diffusers.tiny_flow import t5_tokenizer, tiny_t5, tiny_vae
 from distmatch.models.info import Info
+from distmatch.system import rng
 
 PIXELS = 8
 """Pixels per latent of its autoencoder, Stable Diffusion's."""
@@ -86,16 +86,15 @@ class PixArtSigma(PixArt):
         return write_tiny_pixart(folder, sigma=True)
 
 
-def write_tiny_pixart(folder: Path, *, sigma: bool = False, side: int = 8, seed: int = 0) -> Path:
-    """Write a tiny random PixArt with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 64x64.
+def write_tiny_pixart(folder: Path, *, sigma: bool = False, side: int = 8) -> Path:
+    """Write a tiny random PixArt to `folder`; return `folder`. Latents 4x8x8, images 64x64.
 
     Args:
         sigma: PixArt-Sigma instead of alpha.
         side: of the latents; at 128, alpha's network is told the image's size.
     """
     diffusers, _ = libraries()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.PixArtTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=12,  # a third of it for each of height, width and ratio

@@ -6,9 +6,8 @@ The parts have the classes and names of the real ones, with a million parameters
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from distmatch.models.diffusers.small import SCHEDULER, clip_tokenizer, libraries
+from distmatch.system import rng
 
 MERGES = [("a", "n"), ("t", "h"), ("th", "e</w>"), ("i", "n"), ("o", "f</w>")]
 """The merges that the tokenizer knows in addition to single bytes."""
@@ -42,8 +41,7 @@ def write_tiny_sd(
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(seed):
         vae = diffusers.AutoencoderKL(
             **KL,
             block_out_channels=VAE_WIDTHS,
@@ -105,11 +103,10 @@ def clip_config(tokenizer: Any, width: int) -> Any:
     )
 
 
-def write_tiny_vae(folder: Path, seed: int = 0) -> Path:
+def write_tiny_vae(folder: Path) -> Path:
     """Write a tiny autoencoder (diffusers' `AutoencoderTiny`) for the same latents to `folder`; return `folder`."""
     diffusers, _ = libraries()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         vae = diffusers.AutoencoderTiny(
             encoder_block_out_channels=(8, 8, 8, 8),
             decoder_block_out_channels=(8, 8, 8, 8),

@@ -7,10 +7,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distmatch.models.diffusers.small import clip_tokenizer, libraries
 from distmatch.models.diffusers.tiny import KL, MERGES, clip_config
+from distmatch.system import rng
 
 WORDS = ("▁a", "▁cat", "▁two", "▁dogs", "▁on", "▁the", "▁sofa", "▁sea", "▁at", "▁night", "▁red", "▁bicycle", "▁old")
 """What the tiny tokenizers of sentence pieces know, beside single letters."""
@@ -19,17 +18,14 @@ FLOW_KL: dict[str, Any] = {**KL, "block_out_channels": (8, 8, 16, 16)}
 """Settings of the tiny autoencoders."""
 
 
-def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed: int = 0) -> Path:
-    """Write a Stable Diffusion 3.5 with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 64x64.
+def write_tiny_sd3(folder: Path, dynamic: bool = False) -> Path:
+    """Write a Stable Diffusion 3.5 to `folder`; return `folder`. Latents 4x8x8, images 64x64.
 
-    Args:
-        shift: of the scheduler.
-        dynamic: let the shift depend on the image's size instead.
+    `dynamic`: the scheduler's shift depends on the image's size.
     """
     diffusers, _ = libraries()
     clip = clip_tokenizer(MERGES, 77)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.SD3Transformer2DModel(
             sample_size=8,
             in_channels=4,
@@ -46,7 +42,7 @@ def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed
         )
         pipe = diffusers.StableDiffusion3Pipeline(
             transformer=transformer,
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
             vae=tiny_vae(scaling_factor=1.5305, shift_factor=0.0609),
             text_encoder=tiny_clip(clip),
             tokenizer=clip,
@@ -59,11 +55,10 @@ def write_tiny_sd3(folder: Path, shift: float = 3.0, dynamic: bool = False, seed
     return folder
 
 
-def write_tiny_sana(folder: Path, seed: int = 0) -> Path:
-    """Write a Sana with weights from `seed` to `folder`; return `folder`. Latents 4x4x4, images 32x32."""
+def write_tiny_sana(folder: Path) -> Path:
+    """Write a Sana to `folder`; return `folder`. Latents 4x4x4, images 32x32."""
     diffusers, _ = libraries()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         widths = {"block_types": ("ResBlock",) * 4, "block_out_channels": (8,) * 4, "layers_per_block": (1,) * 4}
         sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in widths.items()}
         multiscales = {f"{side}_qkv_multiscales": ((),) * 4 for side in ("encoder", "decoder")}
@@ -91,11 +86,11 @@ def write_tiny_sana(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_vae(channels: int = 4, **scaling: float) -> Any:
+def tiny_vae(**scaling: float) -> Any:
     """Return a random `AutoencoderKL` as the flow models have it: without convolutions around the latents."""
     diffusers, _ = libraries()
     plain = {"use_quant_conv": False, "use_post_quant_conv": False}
-    return diffusers.AutoencoderKL(**FLOW_KL, **plain, latent_channels=channels, sample_size=64, **scaling)
+    return diffusers.AutoencoderKL(**FLOW_KL, **plain, latent_channels=4, sample_size=64, **scaling)
 
 
 def tiny_clip(tokenizer: Any) -> Any:

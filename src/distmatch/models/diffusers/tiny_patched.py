@@ -10,6 +10,7 @@ from distmatch.models.diffusers.hub import CARD
 from distmatch.models.diffusers.small import clip_tokenizer, libraries
 from distmatch.models.diffusers.tiny import MERGES
 from distmatch.models.diffusers.tiny_flow import FLOW_KL, t5_tokenizer, tiny_clip, tiny_t5, tiny_vae
+from distmatch.system import rng
 from distmatch.system.files import write_json
 
 CHAT = (
@@ -21,12 +22,11 @@ CHAT = (
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
 
 
-def write_tiny_z_image(folder: Path, seed: int = 0) -> Path:
-    """Write a Z-Image with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 64x64."""
+def write_tiny_z_image(folder: Path) -> Path:
+    """Write a Z-Image to `folder`; return `folder`. Latents 4x8x8, images 64x64."""
     diffusers, transformers = libraries()
     tokenizer = qwen_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.ZImageTransformer2DModel(
             in_channels=4,
             dim=32,
@@ -51,12 +51,11 @@ def write_tiny_z_image(folder: Path, seed: int = 0) -> Path:
     return _saved(pipe, folder, 64)
 
 
-def write_tiny_qwen_image(folder: Path, seed: int = 0) -> Path:
-    """Write a Qwen-Image with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 32x32."""
+def write_tiny_qwen_image(folder: Path) -> Path:
+    """Write a Qwen-Image to `folder`; return `folder`. Latents 4x8x8, images 32x32."""
     diffusers, transformers = libraries()
     tokenizer = qwen_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -92,12 +91,11 @@ def write_tiny_qwen_image(folder: Path, seed: int = 0) -> Path:
     return _saved(pipe, folder, 32)
 
 
-def write_tiny_flux(folder: Path, seed: int = 0) -> Path:
-    """Write a FLUX.1 dev with weights from `seed` to `folder`; return `folder`. Latents 4x8x8, images 64x64."""
+def write_tiny_flux(folder: Path) -> Path:
+    """Write a FLUX.1 dev to `folder`; return `folder`. Latents 4x8x8, images 64x64."""
     diffusers, transformers = libraries()
     clip = clip_tokenizer(MERGES, 77)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -122,12 +120,11 @@ def write_tiny_flux(folder: Path, seed: int = 0) -> Path:
     return _saved(pipe, folder, 64)
 
 
-def write_tiny_flux2(folder: Path, seed: int = 0) -> Path:
-    """Write a FLUX.2 klein with weights from `seed` to `folder`; return `folder`. Latents 16x4x4, images 64x64."""
+def write_tiny_flux2(folder: Path) -> Path:
+    """Write a FLUX.2 klein to `folder`; return `folder`. Latents 16x4x4, images 64x64."""
     diffusers, transformers = libraries()
     tokenizer = qwen_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(0):
         transformer = diffusers.Flux2Transformer2DModel(
             in_channels=16,
             num_layers=2,
