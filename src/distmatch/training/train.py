@@ -99,16 +99,7 @@ def train(
             return
         table = parallel.mean(torch.stack([torch.stack(list(row.values())) for row in pending]).cpu())
         names = list(pending[0])
-        if not table.isfinite().all():
-            row, column = (~table.isfinite()).nonzero()[0].tolist()
-            saved = checkpoints.steps()
-            last = (
-                f"the last good checkpoint is {checkpoints.path(saved[-1])}" if saved else "no checkpoint was saved yet"
-            )
-            raise Diverged(
-                f"{names[column]} is {table[row, column].item()} at step {done - len(pending) + row + 1}; {last}. "
-                "Lower the learning rate or clip the gradient, in a folder of its own (--out)"
-            )
+        _check_finite(table, names, done, checkpoints)
         network, total = task.clock.read()
         rate = task.images_per_step * len(pending) / total
         values = dict(zip(names, table.mean(0).tolist(), strict=True))
@@ -175,3 +166,16 @@ def train(
         with ExitStack() as stack:  # closes each, even if closing the other fails
             stack.callback(checkpoints.close)  # finishes writing, however the run ended
             stack.callback(log.close)
+
+
+def _check_finite(table: Tensor, names: Sequence[str], done: int, checkpoints: Checkpoints) -> None:
+    """Raise `Diverged` if a number in `table f[steps, names]`, of the steps up to `done`, is not finite."""
+    if table.isfinite().all():
+        return
+    row, column = (~table.isfinite()).nonzero()[0].tolist()
+    saved = checkpoints.steps()
+    last = f"the last good checkpoint is {checkpoints.path(saved[-1])}" if saved else "no checkpoint was saved yet"
+    raise Diverged(
+        f"{names[column]} is {table[row, column].item()} at step {done - len(table) + row + 1}; {last}. "
+        "Lower the learning rate or clip the gradient, in a folder of its own (--out)"
+    )
