@@ -97,10 +97,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     student
         A model or run folder; default: no student.
     """
-    from distmatch.commands.references import captioned
     from distmatch.commands.shared import find_student, guidance_of
-    from distmatch.data.prompts import coco_prompts, read_prompts, shipped_prompts
-    from distmatch.models.diffusers.families import family_in
     from distmatch.models.library import diffusers_source, tell_which
     from distmatch.system import parallel
     from distmatch.system.screen import console
@@ -110,24 +107,9 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     if source is not None:
         tell_which(teacher, "teacher", source)
     teacher = source or teacher  # if not, a model id
-    pictures = None
     with parallel.process_group():
-        if Path(options.prompts).is_dir() and shipped_prompts(options.prompts) is None:
-            side = max(family_in(teacher).settings(teacher).size)
-            pictures = captioned(Path(options.prompts), options.split, side, options.seed)
-            prompts = [captions[0] for captions in pictures.captions or ()]
-            n = options.n or len(prompts)
-        elif options.prompts != "coco":
-            prompts = read_prompts(options.prompts, options.column)
-            n = options.n or len(prompts)
-        elif options.coco is not None:
-            n = options.n or 30_000
-            prompts = coco_prompts(options.coco, n, options.seed)
-        else:
-            raise UserError(
-                "no prompts: name a file or a folder of captioned pictures, --prompts FILE_OR_FOLDER, or MS-COCO's "
-                "captions, --coco captions_val2014.json"
-            )
+        prompts, pictures = _prompts(teacher, options)
+        n = options.n or len(prompts)
         if options.only_student and student is None:
             raise UserError("--only-student: give a student, after the teacher")
         ours = None if student is None else find_student(student, None, options.device)
@@ -141,6 +123,26 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
         picture = min(options.picture, n, len(prompts))
         options = replace(options, n=n, picture=picture, out=out, guidance=guidance)
         compare_on(prompts, teacher, ours, options, pictures)
+
+
+def _prompts(teacher: str, options: Options) -> "tuple[list[str], Pictures | None]":
+    """Return the prompts, and the pictures if they are the captions of some."""
+    from distmatch.commands.references import captioned
+    from distmatch.data.prompts import coco_prompts, read_prompts, shipped_prompts
+    from distmatch.models.diffusers.families import family_in
+
+    if Path(options.prompts).is_dir() and shipped_prompts(options.prompts) is None:
+        side = max(family_in(teacher).settings(teacher).size)
+        pictures = captioned(Path(options.prompts), options.split, side, options.seed)
+        return [captions[0] for captions in pictures.captions or ()], pictures
+    if options.prompts != "coco":
+        return read_prompts(options.prompts, options.column), None
+    if options.coco is not None:
+        return coco_prompts(options.coco, options.n or 30_000, options.seed), None
+    raise UserError(
+        "no prompts: name a file or a folder of captioned pictures, --prompts FILE_OR_FOLDER, or MS-COCO's captions, "
+        "--coco captions_val2014.json"
+    )
 
 
 def compare_on(
