@@ -103,31 +103,19 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     if recipe.base_weights != "fp32":
         memory["teacher"] = _stored(teacher) / cuts["teacher"]
     bases = [n.base for n in trained.values() if isinstance(n, Adapted)]
-    if bases and next(bases[0].parameters()) is not next(
-        teacher.parameters(), None
-    ):  # one of its own; see `build.start`
+    first = next(teacher.parameters(), None)
+    if bases and next(bases[0].parameters()) is not first:  # one of its own; see `build.start`
         memory["base of adapters"] = _stored(bases[0]) / cuts["teacher"]
     memory["optimizer"] = 2 * FP32 * (head + sum(slices(n, cuts[name], trained=True) for name, n in trained.items()))
     memory[LOSSES] = FP32 * sum(numel(network) for network in done.losses)
     texts, away = _texts(recipe, denoiser, info, parts), offloaded(recipe)
     memory["text encoder, decoder"] = 0 if away else texts.weights + FP32 * decoder_weights(info.source)
     graphs = records_graphs(recipe, "cuda" if recipe.device == "auto" else recipe.device.partition(":")[0])
-    if processes == 1 and graphs:  # each graph keeps the gradients that it writes, and all share the rest
-        memory["gradients"] = FP32 * _graphs(recipe) * sum(sizes.values())
-        memory["activations"] = done.most_activations
-    elif processes == 1:
-        memory["gradients"], memory["activations"] = done.gradients, done.activations
-    elif not sharded:  # DDP never frees its buckets; sums over parts are held in addition until the last part
-        memory["gradients"] = FP32 * (sum(sizes.values()) + (max(sizes.values()) if recipe.accumulate > 1 else 0))
-        memory["activations"] = done.most_activations
-    else:  # FSDP2 keeps sums over parts unsharded until the last part
-        kept = {n: 1 if recipe.accumulate > 1 else cuts[n] for n in trained if not adapted(trained[n])}
-        largest = max((slices(trained[name], cut, trained=True) for name, cut in kept.items()), default=0)
-        memory["gradients"] = FP32 * (largest + sum(sizes[n] for n in trained if adapted(trained[n])))  # as in DDP
+    freed = processes == 1 and not graphs  # gradients come and go: what counts is the peak of both together
+    memory["gradients"] = done.gradients if freed else FP32 * _gradients(recipe, trained, cuts, processes, head)
+    if sharded:
         memory["gathered blocks"] = max(_gathered(network, recipe) for network in trained.values())
-        memory["activations"] = done.most_activations
-    if processes > 1:
-        memory["gradients"] += FP32 * head
+    memory["activations"] = done.activations if freed else done.most_activations
     between = done.pictures
     if not texts.before:
         between = max(between, texts.activations + texts.weights * away)
@@ -144,6 +132,23 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     if processes > 1:
         traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
     return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+
+
+def _gradients(recipe: Recipe, trained: dict[str, nn.Module], cuts: dict[str, int], processes: int, head: int) -> float:
+    """Return the most numbers held as gradients of the networks `trained` and of a GAN's `head`: by CUDA graphs in one
+    process, or in several.
+
+    `cuts`: of how many parts of each network a process holds one.
+    """
+    sizes = {name: numel(network, trained=True) for name, network in trained.items()}
+    if processes == 1:  # each graph keeps the gradients that it writes
+        return _graphs(recipe) * sum(sizes.values())
+    if recipe.parallel != "fsdp":  # DDP never frees its buckets; sums over parts are held beside them until the last
+        return head + sum(sizes.values()) + (max(sizes.values()) if recipe.accumulate > 1 else 0)
+    # FSDP2 keeps sums over parts unsharded until the last part; adapters are as in DDP.
+    kept = {n: 1 if recipe.accumulate > 1 else cuts[n] for n in trained if not adapted(trained[n])}
+    largest = max((slices(trained[name], cut, trained=True) for name, cut in kept.items()), default=0)
+    return head + largest + sum(sizes[n] for n in trained if adapted(trained[n]))
 
 
 def _graphs(recipe: Recipe) -> int:
