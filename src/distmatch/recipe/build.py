@@ -132,12 +132,43 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     used = [name for name, is_set in alone.items() if is_set]
     if used and parallel.world() > 1:
         raise UserError(f"{used[0]} is for one process, not for {parallel.world()}; use false")
+    networks, fake = _networks(recipe, subject, trains_fake(recipe) if fake_score is None else fake_score)
+    own = Optimizer(networks.student.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
+    own.wait = _wait(recipe)
+    critic = None
+    if fake is not None:
+        steps = recipe.steps * recipe.fake.steps
+        critic = Optimizer(fake.parameters(), steps=steps, **recipe.fake.optimizer.model_dump())
+    return Distiller(
+        networks,
+        objective(recipe, subject, networks.fake, pairs),
+        own,
+        critic,
+        info=student_info(recipe, subject),
+        settings=Settings(
+            steps=student_steps(recipe, subject.denoiser.schedule),
+            fake_updates=recipe.fake.steps,
+            ida=recipe.fake.ida,
+            seed=recipe.seed,
+            accumulate=recipe.accumulate,
+            workers=workers(recipe),
+            precision=recipe.precision,
+            cuda_graphs=graphs,
+            process=(parallel.rank(), parallel.world()),
+            conditions=subject.conditions,
+            decode=components_of(recipe, info, dev).decode if info.latent else None,
+        ),
+    )
+
+
+def _networks(recipe: Recipe, subject: Subject, fake_score: bool) -> tuple[Networks, Denoiser | None]:
+    """Return the networks as they are distributed over the processes, and the fake score, if any, before it is."""
     inputs = example(subject, recipe.student.guidance is not None)
-    hold(subject.denoiser.net, recipe.base_weights, dev.type)
+    hold(subject.denoiser.net, recipe.base_weights, subject.device.type)
     first = start(recipe, subject)
-    hold(first.net, recipe.base_weights, dev.type)  # as in the teacher, unless it is the teacher
+    hold(first.net, recipe.base_weights, subject.device.type)  # as in the teacher, unless it is the teacher
     trained = student(recipe, first)
-    fake = fake_network(recipe, first) if (trains_fake(recipe) if fake_score is None else fake_score) else None
+    fake = fake_network(recipe, first) if fake_score else None
     average = frozen_copy(trained)
     bases = {id(n.base): n.base for n in (trained, fake) if isinstance(n, Adapted)}
     if recipe.gradient_checkpointing:
@@ -160,32 +191,8 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     if recipe.compile:
         for network in filter(None, (trained, fake, subject.denoiser)):
             compile_blocks(network)
-    own = Optimizer(trained.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
-    own.wait = _wait(recipe)
-    critic = None
-    if fake is not None:
-        steps = recipe.steps * recipe.fake.steps
-        critic = Optimizer(fake.parameters(), steps=steps, **recipe.fake.optimizer.model_dump())
-    return Distiller(
-        Networks(trained, score, subject.denoiser, forward, EMA(trained, recipe.student.ema, average)),
-        objective(recipe, subject, score, pairs),
-        own,
-        critic,
-        info=student_info(recipe, subject),
-        settings=Settings(
-            steps=student_steps(recipe, subject.denoiser.schedule),
-            fake_updates=recipe.fake.steps,
-            ida=recipe.fake.ida,
-            seed=recipe.seed,
-            accumulate=recipe.accumulate,
-            workers=workers(recipe),
-            precision=recipe.precision,
-            cuda_graphs=graphs,
-            process=(parallel.rank(), parallel.world()),
-            conditions=subject.conditions,
-            decode=components_of(recipe, info, dev).decode if info.latent else None,
-        ),
-    )
+    networks = Networks(trained, score, subject.denoiser, forward, EMA(trained, recipe.student.ema, average))
+    return networks, fake
 
 
 def enter(distiller: Distiller, stage: Recipe, subject: Subject, pairs: PairStore | None) -> None:
