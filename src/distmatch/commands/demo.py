@@ -1,10 +1,13 @@
 """`distmatch demo`: small distillations from start to finish, with their results."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distmatch.commands.shared import starting
 from distmatch.system.options import Out, Runs
+
+if TYPE_CHECKING:
+    from distmatch.evaluation.measure import Space
 
 
 def demo(which: Literal["mnist", "toy2d", "emoji"] = "mnist", /, *, out: Out = None, runs: Runs = Path("runs")) -> None:
@@ -37,23 +40,12 @@ def mnist(out: Path, runs: Path) -> None:
     """Distil the package's teacher by the recipe `mnist-demo`, measure teacher and student, write `out/report.html`."""
     import time
 
-    import torch
-
-    from distmatch.commands import binding
     from distmatch.commands.distillation import distil
     from distmatch.commands.report_page import report
-    from distmatch.data import imaging
-    from distmatch.evaluation.measure import evaluate, hardware, score, show_rows, show_spaces, speed
-    from distmatch.evaluation.spaces import find_spaces, known_rows
-    from distmatch.models.folder import Info
-    from distmatch.pipeline import DistilledPipeline, TeacherPipeline
-    from distmatch.recipe import build, subjects
+    from distmatch.evaluation.measure import show_rows, show_spaces
     from distmatch.recipe.loading import load_recipe
-    from distmatch.system.files import write_json
-    from distmatch.system.progress import progress
     from distmatch.system.screen import console
     from distmatch.system.terminal import command
-    from distmatch.system.workers import using
 
     began, continued = time.perf_counter(), (out / "recipe.yaml").exists()
     console.print(
@@ -61,6 +53,36 @@ def mnist(out: Path, runs: Path) -> None:
         "Ctrl-C keeps what is done; the same command goes on."
     )
     distil(load_recipe("mnist-demo"), out, runs)
+    rows, spaces = _measure(out, runs)
+    page = report([out], out / "report.html")
+
+    show_rows(rows)
+    show_spaces("mnist", spaces)
+    minutes = (time.perf_counter() - began) / 60
+    console.print(f"{minutes:.1f} minutes{' since it was continued' if continued else ''}. Look at {page.resolve()}")
+    ablation = command("train", "mnist", "terms=match", "-o", runs / "match")
+    console.print(
+        "\nNext (in a clone, after `. .venv/bin/activate`):\n"
+        "  distmatch sample mnist      images from the student that ships, distilled for longer\n"
+        "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
+        f"  {ablation}      an ablation; compare with distmatch report"
+    )
+
+
+def _measure(out: Path, runs: Path) -> "tuple[list[dict[str, Any]], list[Space]]":
+    """Return the rows of teacher and student of the run `out`, which also go to `eval.json`, and their spaces."""
+    import torch
+
+    from distmatch.commands import binding
+    from distmatch.data import imaging
+    from distmatch.evaluation.measure import evaluate, hardware, score, speed
+    from distmatch.evaluation.spaces import find_spaces, known_rows
+    from distmatch.models.folder import Info
+    from distmatch.pipeline import DistilledPipeline, TeacherPipeline
+    from distmatch.recipe import build, subjects
+    from distmatch.system.files import write_json
+    from distmatch.system.progress import progress
+    from distmatch.system.workers import using
 
     recipe = binding.begun(out)
     assert recipe is not None
@@ -96,19 +118,7 @@ def mnist(out: Path, runs: Path) -> None:
         *known_rows("mnist", Info(info.shape), spaces, n),
     ]
     write_json(out / "eval.json", {"hardware": hardware(fast.device), "rows": rows})
-    page = report([out], out / "report.html")
-
-    show_rows(rows)
-    show_spaces("mnist", spaces)
-    minutes = (time.perf_counter() - began) / 60
-    console.print(f"{minutes:.1f} minutes{' since it was continued' if continued else ''}. Look at {page.resolve()}")
-    ablation = command("train", "mnist", "terms=match", "-o", runs / "match")
-    console.print(
-        "\nNext (in a clone, after `. .venv/bin/activate`):\n"
-        "  distmatch sample mnist      images from the student that ships, distilled for longer\n"
-        "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
-        f"  {ablation}      an ablation; compare with distmatch report"
-    )
+    return rows, spaces
 
 
 PROMPTS = [
