@@ -212,6 +212,26 @@ def test_auto_is_what_is_faster_and_fits(tmp_path, four_cores, monkeypatch):
     assert (found.recipe.precision, found.recipe.workers) == ("fp32", 1)
 
 
+def test_a_busy_machine_chooses_the_same_precision(monkeypatch):
+    """What waits for a core is not slower: bf16 computes less here, and takes longer by the clock on the wall."""
+    threads = []
+
+    def backward(network, x):
+        threads.append(torch.get_num_threads())
+        if torch.is_autocast_enabled("cpu"):
+            time.sleep(0.02)
+        else:
+            until = time.thread_time() + 0.002
+            while time.thread_time() < until:
+                pass
+
+    monkeypatch.setattr(machine, "_backward", backward)
+    before = torch.get_num_threads()
+    assert inspect.unwrap(machine.bf16_gain)(torch.device("cpu")) > 1
+    assert {*threads} == {1}
+    assert torch.get_num_threads() == before
+
+
 def test_workers_are_refused_where_there_can_be_one(tmp_path, monkeypatch):
     monkeypatch.setattr(settle.parallel, "world", lambda: 2)
     on_first = inspect.unwrap(settle.settled)

@@ -23,7 +23,10 @@ each time."""
 
 @cache
 def bf16_gain(device: torch.device) -> float:
-    """Return how many times faster bf16 autocast is than fp32 on `device`; below 1 where it is emulated."""
+    """Return how many times faster bf16 autocast is than fp32 on `device`; below 1 where it is emulated.
+
+    Of a CPU it is the ratio in one thread, in time that this thread computed: others that are busy move it little.
+    """
     if device.type == "cuda":
         return 2.0 if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
     if device.type != "cpu":
@@ -34,7 +37,13 @@ def bf16_gain(device: torch.device) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             _backward(network, x)
 
-    fp32, bf16 = _seconds({"fp32": lambda: run(False), "bf16": lambda: run(True)}, rounds=5).values()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for one another, and each in turn for a core that something else has
+    try:
+        ways = {"fp32": lambda: run(False), "bf16": lambda: run(True)}
+        fp32, bf16 = map(min, _seconds(ways, rounds=5, clock=time.thread_time).values())
+    finally:
+        torch.set_num_threads(threads)
     return fp32 / bf16
 
 
@@ -47,7 +56,7 @@ def workers_gain(count: int) -> float:
         "one": lambda: _backward(network, x),
         "many": lambda: list(workers.map(lambda part: _backward(network, part), parts)),
     }
-    one, many = _seconds(ways, rounds=7).values()
+    one, many = map(median, _seconds(ways, rounds=7).values())
     return one / many
 
 
@@ -98,13 +107,15 @@ def _backward(network: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(network(x).square().mean(), list(network.parameters()))
 
 
-def _seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each way, tried in turn so that a slow moment of the machine hits all."""
+def _seconds(
+    ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Return the seconds, by `clock`, of each round of each way, tried in turn so that a slow moment hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, run in ways.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if turn:  # the first is to warm up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: median(times) for name, times in seconds.items()}
+                seconds[name].append(clock() - began)
+    return seconds
