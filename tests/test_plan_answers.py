@@ -17,7 +17,7 @@ from distmatch.models.folder import save_model
 from distmatch.models.library import family_of, find_model
 from distmatch.planning.cost import numel
 from distmatch.planning.gpus import GPUS
-from distmatch.planning.plan import bill, settled
+from distmatch.planning.plan import bill, missing_bf16, settled
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.digests import load_file
 from distmatch.system.garbage import no_collection
@@ -42,6 +42,20 @@ def test_auto_is_the_precision_in_which_a_gpu_is_faster():
         assert (found.precision, found.pairs.precision) == (faster, faster)
     asked = load_recipe("cifar10-cond", ["precision=bf16", "pairs.precision=fp16"])
     assert settled(asked, GPUS["t4"]) == asked
+
+
+def test_a_card_without_bf16_says_so_where_a_recipe_counts_on_it(planner, tmp_path):
+    def lack(gpu, *changes):
+        return missing_bf16(load_recipe("cifar10-cond", [*changes]), gpu, GPUS[gpu])
+
+    auto, bf16 = ("precision=auto", "pairs.precision=auto"), ("precision=bf16", "pairs.precision=fp16")
+    assert lack("t4", *auto) == "the t4 has no bf16: precision auto is fp32, pairs.precision auto is fp32"
+    assert lack("t4", *bf16) == "the t4 has no bf16: precision bf16 is emulated, no faster than fp32"
+    assert lack("t4", "precision=fp32", "pairs.precision=fp32") == lack("a100", *auto) == lack("a100", *bf16) == ""
+    file = str(tiny.recipe_file(tmp_path, precision="auto"))
+    text = planner(said, "plan", file, "--gpu", "t4")
+    assert text.count("the t4 has no bf16: precision auto is fp32") == 1
+    assert "no bf16" not in planner(said, "plan", file)
 
 
 def test_what_a_plan_made_is_not_looked_through_for_garbage_at_its_end():

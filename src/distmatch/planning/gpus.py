@@ -18,6 +18,11 @@ class Gpu:
     link: float
     fp16: float | None = None
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16; if not, PyTorch emulates it, no faster than fp32."""
+        return self.bf16 > self.fp32
+
     def rate(self, precision: str) -> float:
         """Return FLOP/s in `precision`: "fp32", "bf16" or "fp16"."""
         return {"fp32": self.fp32, "bf16": self.bf16, "fp16": self.fp16 or self.bf16}[precision]

@@ -98,6 +98,7 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         ladder: print what has to be set on cards of several sizes, too.
     """
     gpus = cluster.gpus
+    lack = missing_bf16(recipe, gpu, cluster.gpu)
     recipe = settled(recipe, cluster.gpu)
     denoiser, info = outline(recipe.teacher)
     info = as_used(recipe, denoiser, info)
@@ -125,6 +126,8 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
     console.print(f"{recipe.name}: {parameters}, {gpus} x {gpu}, {recipe.parallel}, {batch} images a step{parts}")
     if recipe.stages:
         console.print(f"a step and its memory are those of stage {stages.index(heaviest) + 1}, which takes the most")
+    if lack:
+        console.print(lack)
     console.print(_work(made))
     console.print(_memory(made, other, recipe.gradient_checkpointing, f"one {gpu}, {cluster.gpu.memory / 1e9:.0f} GB"))
     speed = pace(made, recipe, cluster)
@@ -145,6 +148,9 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
         known[("gradient_checkpointing", True),] = other
     steps = Ladder(heaviest, denoiser, info, gpus, known=known)
     console.print(verdict(steps, cluster.gpu.memory))
+    found = steps.fitting(cluster.gpu.memory)
+    if found is not None and found.changes.get("precision") == "bf16" and not cluster.gpu.has_bf16:
+        console.print(f"the {gpu} only emulates bf16: there it saves memory, but no time")
     if hint := next_step(steps, cluster.gpu.memory, ladder):
         console.print(hint)
     if ladder:
@@ -153,12 +159,20 @@ def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None,
 
 def settled(recipe: Recipe, gpu: Gpu) -> Recipe:
     """Replace each `auto` precision by the one in which `gpu` is faster."""
-    faster = "bf16" if gpu.bf16 > gpu.fp32 else "fp32"
+    faster = "bf16" if gpu.has_bf16 else "fp32"
     pairs = recipe.pairs
     if pairs.precision == "auto":
         pairs = pairs.model_copy(update={"precision": faster})
     precision = faster if recipe.precision == "auto" else recipe.precision
     return recipe.model_copy(update={"precision": precision, "pairs": pairs})
+
+
+def missing_bf16(recipe: Recipe, name: str, gpu: Gpu) -> str:
+    """Say what the `recipe` asks for, or leaves to the machine, that `gpu`, called `name`, lacks; empty if nothing."""
+    instead = {"auto": "auto is fp32", "bf16": "bf16 is emulated, no faster than fp32"}
+    asked = {"precision": recipe.precision, "pairs.precision": recipe.pairs.precision}
+    told = [f"{entry} {instead[value]}" for entry, value in asked.items() if value in instead]
+    return "" if gpu.has_bf16 or not told else f"the {name} has no bf16: {', '.join(told)}"
 
 
 def _work(made: Cost) -> Table:
