@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from distmatch.models.folder import Info, save_model
 from distmatch.models.library import diffusers_source, find_model, model_folder, takes_prompts
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import recipe_spaces
+from distmatch.system import parallel
 from distmatch.system.errors import UserError
 from distmatch.system.files import write_json
 from distmatch.system.paths import ASSETS, shipped
@@ -148,6 +150,17 @@ def test_a_command_says_once_which_is_taken():
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("distmatch: mnist: the student in the folder of this name here, not that of the pack") == 1
     assert "in samples/project-mnist; see" in done.stdout
+
+
+def test_a_notice_names_the_line_that_called_the_package():
+    """Not the package's own, nor that of a wrapper around its function: here contextlib's and PyTorch's."""
+    run_of_a_student("mnist")
+    inner = partial(model_folder, "mnist", "student")
+    wrapped = (partial(find_model, "mnist", "student"), parallel.process_group()(inner), torch.no_grad()(inner))
+    for call in wrapped:
+        with pytest.warns(Notice) as said:
+            call()
+        assert [one.filename for one in said] == [__file__]
 
 
 @pytest.mark.parametrize(("model", "name"), [(".", "other"), ("model", "other"), ("../other", "other")])
