@@ -11,6 +11,7 @@ import torch
 from forked import command
 from PIL import Image
 
+from distmatch.commands import cli
 from distmatch.commands import compare as comparing
 from distmatch.commands import eval as measuring
 from distmatch.commands import sample as sampling
@@ -18,7 +19,7 @@ from distmatch.data.prompts import read_prompts
 from distmatch.evaluation.spaces import features_folder
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import Info, save_model
-from distmatch.models.library import diffusers_source, find_model, model_folder, takes_prompts
+from distmatch.models.library import diffusers_source, find_model, model_folder, source_of, takes_prompts
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import recipe_spaces
 from distmatch.system import parallel
@@ -150,6 +151,23 @@ def test_a_command_says_once_which_is_taken():
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("distmatch: mnist: the student in the folder of this name here, not that of the pack") == 1
     assert "in samples/project-mnist; see" in done.stdout
+
+
+def test_a_notice_is_shown_once_though_filters_change(monkeypatch, capsys):
+    """As imports of packages change them, on the way from the first look at a model to its weights."""
+    warnings.simplefilter("default", Notice)
+    Path("emoji").mkdir()
+
+    def look(*_, **__):
+        warnings.simplefilter("default", FutureWarning)
+        source_of("emoji", "teacher")
+        raise UserError("enough")
+
+    monkeypatch.setattr(sampling, "find_pipeline", look)
+    monkeypatch.setattr("sys.argv", ["distmatch", "sample", "emoji", "--teacher", "-p", "pizza"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.count("distmatch: emoji: the teacher of the package; the folder of this name") == 1
 
 
 def test_a_notice_names_the_line_that_called_the_package():

@@ -111,7 +111,7 @@ def main() -> None:
     try:
         try:
             with warnings.catch_warnings(), raises_terminated():
-                warnings.showwarning = _show
+                warnings.showwarning = _show_once()
                 app(sys.argv[1:], exit_on_error=False, print_error=False)
         finally:
             sys.stdout.flush()  # so that a full disk is an error now rather than after the command has ended
@@ -145,14 +145,23 @@ def main() -> None:
         )
 
 
-def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
-    """Show our own notices as one line, and warnings of other packages the way Python does."""
-    if category.__name__ == "Notice":
-        from distmatch.system.screen import escaped
+def _show_once() -> Callable[..., None]:
+    """Return what shows our notices as one line, each of them once, and warnings of other packages as Python does.
 
-        print(f"distmatch: {escaped(message)[:LONGEST]}", file=sys.stderr)
-    else:
-        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
+    Python itself forgets what it has shown whenever filters of warnings change, as they do in many imports.
+    """
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        if category.__name__ != "Notice":
+            print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
+        elif str(message) not in shown:
+            from distmatch.system.screen import escaped
+
+            shown.add(str(message))
+            print(f"distmatch: {escaped(message)[:LONGEST]}", file=sys.stderr)
+
+    return show
 
 
 def _command() -> str:
