@@ -54,7 +54,8 @@ def test_figures_of_many_models_are_readable_at_any_width(width, tables, monkeyp
     file = io.StringIO()
     monkeypatch.setattr(measure, "console", Screen(file=file, width=width))
     names = ["teacher, 50 PNDM steps", "student, 1 step", "DPM-Solver++, 8 evaluations", "UniPC, 8 evaluations"]
-    measure.show_rows([{"name": name, "images": 10_000, "frechet/3x3 positions": 0.1234} for name in names])
+    others = {f"{figure}/3x3 positions": 0.5 for figure in ("kernel_distance", "precision", "recall")}
+    measure.show_rows([{"name": name, "images": 10_000, "frechet/3x3 positions": 0.1234, **others} for name in names])
     lines = file.getvalue().splitlines()
     assert sum(line.split()[0] == "images" for line in lines) == tables
     assert sum("Frechet distance (3x3 positions)" in line for line in lines) == tables
@@ -65,6 +66,22 @@ def test_figures_of_many_models_are_readable_at_any_width(width, tables, monkeyp
     measure.show_rows([{"name": f"runs/{'x' * 60}, 1 evaluation", "images": 1}, {"name": "real images", "images": 2}])
     assert file.getvalue().count("x") == 60
     assert file.getvalue().count(" images ") == 2  # the figure, once, and the second model
+
+
+def test_few_figures_of_many_models_have_a_line_for_each_where_columns_are_too_many(monkeypatch):
+    """As those of `distmatch demo emoji` at 80 characters."""
+    file = io.StringIO()
+    monkeypatch.setattr(measure, "console", Screen(file=file, width=80))
+    names = ["student 1", "DPM-Solver++ 4", "UniPC 4", "LCM-LoRA 1", "LCM-LoRA 2", "LCM-LoRA 4", "PNDM 50"]
+    figures = {"nfe": 102, "images": 30_000, "ms_per_image": 1325.3, "fid": 11.493, "speedup": 42.0}
+    measure.show_rows([*({"name": name, **figures} for name in names), {"name": "real", "images": 6}])
+    first, second, *lines = file.getvalue().splitlines()
+    assert " ".join(first.split()) == "network ms per times as fast"
+    assert " ".join(second.split()) == "evaluations images image FID as the teacher"
+    told = [line.split() for line in lines]
+    assert told == [[*name.split(), "102", "30,000", "1325.3", "11.493", "42.0"] for name in names] + [
+        ["real", "-", "6", "-", "-", "-"]
+    ]
 
 
 def test_a_very_narrow_terminal_shows_every_figure(monkeypatch):

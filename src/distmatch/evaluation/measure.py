@@ -247,23 +247,50 @@ def named(model: str, nfe: int) -> str:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table with one model per column, or as several where the terminal is too narrow for all of them;
-    omit figures that no row has. Below it, say what the row of `chance` means.
+    """Print rows as a table; omit figures that no row has. Below it, say what the row of `chance` means.
+
+    Each model has a column. Where the terminal is too narrow for all of them, each has a line, or, if there are too
+    many figures for that, the table becomes several.
     """
     shown = {key: said for key, said in columns(rows).items() if key != "name"}
     gap = 2  # beside each column
     figures = gap + max((len(heading) for heading, _ in shown.values()), default=0)
     model = gap + min(LONGEST, max(len(word) for row in rows for word in row["name"].split()))
     abreast = max(1, (console.width - figures) // model)
-    for start in range(0, len(rows), abreast):
-        part = rows[start : start + abreast]
-        first = Column(no_wrap=figures + model <= console.width)  # otherwise it would leave no room for a model
-        table = Table(first, *(Column(row["name"], overflow="fold") for row in part), box=None)
-        for key, (heading, form) in shown.items():
-            table.add_row(heading, *("-" if row.get(key) is None else form.format(row[key]) for row in part))
-        console.print(table)
+    lines = _a_line_each(rows, shown)
+    if abreast < len(rows) and sum(gap + (column.width or 0) for column in lines.columns) <= console.width:
+        console.print(lines)
+    else:
+        for start in range(0, len(rows), abreast):
+            part = rows[start : start + abreast]
+            first = Column(no_wrap=figures + model <= console.width)  # otherwise it would leave no room for a model
+            table = Table(first, *(Column(row["name"], overflow="fold") for row in part), box=None)
+            for key, (heading, form) in shown.items():
+                table.add_row(heading, *(_written(row.get(key), form) for row in part))
+            console.print(table)
     if any(row["name"] == CHANCE for row in rows):
         console.print(EXPECTED)
+
+
+def _a_line_each(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[str, str]]) -> Table:
+    """Return a table with one model per line, and headings of two lines."""
+    table = Table(Column(width=max(len(row["name"]) for row in rows)), box=None)
+    cells = [[_written(row.get(key), form) for key, (_, form) in shown.items()] for row in rows]
+    for (heading, _), column in zip(shown.values(), zip(*cells, strict=True), strict=True):
+        table.add_column(heading, width=max(_halved(heading), *map(len, column)), justify="right")
+    for row, figures in zip(rows, cells, strict=True):
+        table.add_row(row["name"], *figures)
+    return table
+
+
+def _written(figure: Any, form: str) -> str:
+    return "-" if figure is None else form.format(figure)
+
+
+def _halved(heading: str) -> int:
+    """Return the least number of characters in which `heading` takes two lines."""
+    words = heading.split()
+    return min(max(len(" ".join(words[:n])), len(" ".join(words[n:]))) for n in range(1, len(words) + 1))
 
 
 def show_spaces(name: str, spaces: Sequence[Space]) -> None:
