@@ -23,6 +23,9 @@ KINDS = {
 EXAMPLE = "match.weight: 2"
 """What a stage may change."""
 
+LISTED = "listed by `distmatch train RECIPE --dry-run` and in docs/recipe.md"
+"""Where the entries of a recipe are listed: too many for a message."""
+
 
 def explain(
     errors: Sequence[Any], model: type[BaseModel], source: str, overrides: Callable[[Any], Sequence[str]] = lambda _: ()
@@ -86,8 +89,9 @@ def _explained(errors: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]
         if within.startswith("stage "):
             known = f"a stage takes until, its last step, and change, e.g. {{until: 600, change: {{{EXAMPLE}}}}}"
             return f"unknown key {last!r} in {within}{_nearest(last, fields)}", known
-        where = f"in {within}" if parents else "at the top level"
-        known = f"{where} there are {', '.join(fields)}"
+        known = f"at the top level there are {len(fields)}, {LISTED}"
+        if parents:
+            known = f"in {within} there are {', '.join(fields)}"
         within_it = list(flat(error["input"])) if isinstance(error["input"], dict) else []
         written = f"{key}.{within_it[0]}" if len(within_it) == 1 else key  # `matching.guidance=3` is one entry
         return f"unknown key {key!r}{_did_you_mean(similar(written, model))}", known
