@@ -103,6 +103,19 @@ def test_what_holds_for_several_mistakes_is_said_once(tmp_path):
     ]
 
 
+def test_a_mistake_names_where_the_value_stands_that_an_override_does_not_go_with(tmp_path):
+    """In the recipe's file, or in its base's; what the command line itself sets stands there."""
+    (tmp_path / "below.yaml").write_text("base: mnist\ncuda_graphs: true\n")
+    (tmp_path / "mine.yaml").write_text(f"base: {tmp_path / 'below.yaml'}\nsteps: 9\n")
+    said = "terms=match,gan on the command line: cuda_graphs works with the terms match, guide and regress, not with"
+    for name, place in (("emoji", "recipe emoji"), (str(tmp_path / "mine.yaml"), str(tmp_path / "below.yaml"))):
+        with pytest.raises(UserError) as told:
+            load_recipe(name, ["terms=match,gan"])
+        assert str(told.value).startswith(f"cuda_graphs: true in {place}, with {said}")
+    with pytest.raises(UserError, match=rf"^cuda_graphs=true {said} gan; use cuda_graphs=false$"):
+        load_recipe("mnist", ["cuda_graphs=true", "terms=match,gan"])
+
+
 def test_unknown_and_broken_recipes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"recipe 'mnits' is unknown; did you mean 'mnist'\? See `distmatch recipes`"):
         load_recipe("mnits")

@@ -176,7 +176,9 @@ def _recordable(recipe: "Recipe") -> None:
         return
     others = [term for term in recipe.terms if term not in ("match", "guide", "regress")]
     if others:
-        raise UserError(f"cuda_graphs works with the terms match, guide and regress, not with {others[0]}; use false")
+        raise UserError(
+            f"cuda_graphs works with the terms match, guide and regress, not with {others[0]}; use cuda_graphs=false"
+        )
     for name, is_set in (
         ("match.shared", recipe.match.shared),
         ("compile", recipe.compile),

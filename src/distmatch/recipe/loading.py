@@ -46,7 +46,11 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     # A mistake that is in the file as well is not blamed on an override.
     found, own = _errors(tree), {error["loc"] for error in _errors(file)}
     if found:
-        raise UserError(explain(found, Recipe, source, lambda e: () if e["loc"] in own else overrides))
+
+        def guilty(error: Any) -> list[str]:
+            return [] if error["loc"] in own else overrides
+
+        raise UserError(explain(found, Recipe, source, guilty, lambda entry: _standing(name, entry)))
     return Recipe.model_validate(tree)
 
 
@@ -81,6 +85,16 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]
             _hold_in_stages(below, flat(tree), path)
         tree = _merged(below, tree)
     return path, tree
+
+
+def _standing(name: str, entry: str) -> str:
+    """Say what `entry` is in the recipe called `name`, or in the one of its bases where it stands; empty if in none."""
+    while name:
+        tree = renamed(read_yaml(_read(name)[0]))
+        if entry in (own := flat(tree)):
+            return f"{entry}: {json.dumps(own[entry])} in {'recipe ' * (name in recipes())}{name}"
+        name = str(tree.get("base") or "")
+    return ""
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

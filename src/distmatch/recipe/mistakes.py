@@ -28,13 +28,18 @@ LISTED = "listed by `distmatch train RECIPE --dry-run` and in docs/recipe.md"
 
 
 def explain(
-    errors: Sequence[Any], model: type[BaseModel], source: str, overrides: Callable[[Any], Sequence[str]] = lambda _: ()
+    errors: Sequence[Any],
+    model: type[BaseModel],
+    source: str,
+    overrides: Callable[[Any], Sequence[str]] = lambda _: (),
+    standing: Callable[[str], str] = lambda _: "",
 ) -> str:
     """Return pydantic's `errors` about a `model` in terms of the recipe; each source, and each advice, is given once.
 
     Args:
         source: where the recipe comes from.
         overrides: those on the command line that may have caused an error.
+        standing: says where an entry that none of these sets has its value; empty if it is the default.
     """
     said: dict[str, list[str]] = {}
     advised: set[str] = set()
@@ -42,6 +47,8 @@ def explain(
         key = _dotted(same[0]["loc"])
         guilty = [o for o in overrides(same[0]) if _touches(o.partition("=")[0], key)]
         blamed = f"{' '.join(printable(o) for o in guilty)} on the command line" if guilty else source
+        if guilty and (about := _about(same[0], model, guilty)) and (place := standing(about)):
+            blamed = f"{place}, with {blamed}"
         mistake, advice = _explained(same, model)
         said.setdefault(blamed, []).append(mistake if advice in advised else _advised(mistake, advice))
         advised.add(advice)
@@ -49,6 +56,16 @@ def explain(
         f"{blamed}: {told[0]}" if len(told) == 1 else "\n  ".join([f"{blamed}:", *told])
         for blamed, told in said.items()
     )
+
+
+def _about(error: Any, model: type[BaseModel], overrides: Sequence[str]) -> str:
+    """Return the entry that an error of the whole recipe begins with, such as `cuda_graphs works with`; empty if there
+    is none, or if one of the `overrides` sets it.
+    """
+    words = error["msg"].removeprefix("Value error, ") if error["type"] == "value_error" and not error["loc"] else ""
+    first = words.partition(" ")[0].partition("=")[0].rstrip(":")
+    known = first in {name for name, _, _ in walk(model)}
+    return first if known and not any(_touches(o.partition("=")[0], first) for o in overrides) else ""
 
 
 def _by_entry(errors: Sequence[Any], model: type[BaseModel]) -> dict[str, list[Any]]:
