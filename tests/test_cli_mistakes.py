@@ -18,6 +18,7 @@ from distmatch.models.library import find_model
 from distmatch.recipe import subjects
 from distmatch.recipe.loading import entries, load_recipe, meant
 from distmatch.system import options
+from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
 from distmatch.system.storage import Folder
 from distmatch.system.terminal import command
@@ -102,6 +103,23 @@ def test_a_wrong_call_is_told_what_is_wrong_with_it(line, monkeypatch, capsys, t
     assert "site-packages" not in said
     assert len(said) < 600
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("line", ["sample @", "compare emoji @", "train @", "report @", "train mnist --out @"])
+def test_an_empty_name_is_said_to_be_empty(line, monkeypatch, capsys, tmp_path):
+    """It would be the folder here, whose contents the messages would then be about."""
+    monkeypatch.chdir(tmp_path)
+    Path("000000.png").touch()
+    for empty in ("", " "):
+        code, said = run(monkeypatch, capsys, *(word.replace("@", empty) for word in line.split()))
+        assert code == 2
+        assert f"Expected a name or a path, not {empty!r}, which is empty; . is the folder here; see" in said
+        assert ("for --out: " in said) == ("--out" in line)
+
+
+def test_a_model_of_no_name_is_none():
+    with pytest.raises(UserError, match="the name of the student is empty"):
+        find_model("", "student")
 
 
 def test_a_mistake_of_the_file_is_not_blamed_on_the_command_line(tmp_path):

@@ -149,6 +149,8 @@ def _components(
 
 def _by_scheme(name: str, kind: str) -> tuple[Family | None, str]:
     """Split `name` into a family and a source; the family is None if `name` is a model folder of ours."""
+    if not name:
+        raise UserError(f"the name of the {kind} is empty; give a model of the package, a folder or a run")
     name = expand(name)
     scheme, _, source = name.partition(":")
     if scheme in FAMILIES:

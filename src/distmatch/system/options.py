@@ -50,8 +50,10 @@ Images = Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))]
 
 
 def place(kind: Any, tokens: Sequence[Token]) -> Any:
-    """Replace `~` by the home folder. Every path given to a command passes through here."""
+    """Replace `~` by the home folder; refuse nothing at all. Every path given to a command passes through here."""
     (token,) = tokens
+    if not token.value.strip():  # as of a variable of the shell that is not set; Path would make it the folder here
+        raise UserError(f"Expected a name or a path, not {token.value!r}, which is empty; . is the folder here.")
     return Path(expand(token.value)) if Path in (kind, *get_args(kind)) else expand(token.value)
 
 
