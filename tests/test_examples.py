@@ -60,7 +60,9 @@ def test_own_teacher(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "runs" / "own" / "log.jsonl").read_text().splitlines()]
     assert {"match/student", "regress/student", "match/fake"} <= log[-1].keys()
     assert log[-1]["step"] == 20
-    assert "The run in runs/own is finished" in run(script, cwd=tmp_path)  # again, with the same random teacher
+    again = run(script, cwd=tmp_path)  # with the same random teacher
+    assert "The run in runs/own is finished" in again
+    assert "Next: DistilledPipeline.from_pretrained('runs/own', net=MyNetwork(...))(n=16) in Python, " in again
 
 
 @pytest.mark.parametrize("schedule", [EDM(), VP(), Flow(t_max=0.98)], ids=lambda s: type(s).__name__)

@@ -214,7 +214,10 @@ def test_a_finished_run_encodes_no_prompts_again(folder, tmp_path, capsys):
     before = weights.stat().st_mtime_ns
     shutil.rmtree(cache)
     distil(recipe, tmp_path / "run")
-    assert f"The run in {tmp_path / 'run'} is finished" in capsys.readouterr().out.replace("\n", "")
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"The run in {tmp_path / 'run'} is finished" in said
+    then = said.partition("is finished")[2]
+    assert f"Next: distmatch sample {tmp_path / 'run'} -p PROMPT, distmatch report" in then
     assert not cache.exists()
     assert weights.stat().st_mtime_ns == before
     (tmp_path / "run" / "teacher-student.png").unlink()  # what a killed run has not made yet is made

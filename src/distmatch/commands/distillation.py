@@ -24,7 +24,6 @@ from distmatch.system.ownership import owns_out
 from distmatch.system.screen import console
 from distmatch.system.terminal import command
 from distmatch.system.workers import using
-from distmatch.training.adapters import network_of
 from distmatch.training.checkpoint import Checkpoints
 from distmatch.training.clip_share import Clipping, distillation
 from distmatch.training.train import Plan, train
@@ -52,7 +51,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     del flight  # and with it the networks that were tried
     binding.bind(recipe, subject, out)
     if _finished(recipe, out):
-        _say(f"The run in {out} is finished; the student is in {out / 'model'}. Next: {command('report', out)}")
+        _say_next(out, f"The run in {out} is finished; the")
         return
     subjects.encode_prompts(recipe, subject)
     ends = [stage.until for stage in recipe.stages] or [recipe.steps]
@@ -84,8 +83,7 @@ def _distil(recipe: Recipe, out: Path, runs: Path, teacher: tuple[Denoiser, Info
     assert distiller is not None
     if len(subject.info.shape) == 3:
         _teacher_student(recipe, subject, distiller, out)
-    look = how_to_sample(out, network_of(distiller.student), distiller.info)
-    _say(f"The student is in {out / 'model'}. Next: {look}, {command('report', out)}")
+    _say_next(out, "The")
 
 
 @parallel.process_group()
@@ -167,6 +165,12 @@ def _teacher_student(recipe: Recipe, subject: subjects.Subject, distiller: Disti
     picture = side_by_side(slow, fast, subject.conditions, columns, rows)
     if parallel.rank() == 0:
         write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(imaging.png(picture, zoom=zoom)))
+
+
+def _say_next(out: Path, said: str) -> None:
+    """Say, after what was `said`, where the student of the run in `out` is, and what can be done with it."""
+    if parallel.rank() == 0:  # which alone has written the student
+        console.print(f"{said} student is in {out / 'model'}. Next: {how_to_sample(out)}, {command('report', out)}")
 
 
 def _say(text: str) -> None:

@@ -180,13 +180,15 @@ def load_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def how_to_sample(folder: Path, net: nn.Module, info: Info) -> str:
+def how_to_sample(run: Path) -> str:
     """Say how to sample a run's student: by a command, or in Python if no command can know its network."""
-    if not isinstance(net, tuple(NETWORKS.values())):
-        return f"DistilledPipeline.from_pretrained({str(folder)!r}, net={type(net).__name__}(...))(n=16) in Python"
-    if len(info.shape) != 3:
-        return f"DistilledPipeline.from_pretrained({str(folder)!r}).sample(z) in Python"
-    return command("sample", folder, *(["-p", "PROMPT"] if info.text else []))
+    config = _config(run / "model")
+    network = config["network"]
+    if network["type"] is None:
+        return f"DistilledPipeline.from_pretrained({str(run)!r}, net={network['class']}(...))(n=16) in Python"
+    if len(config["shape"]) != 3:
+        return f"DistilledPipeline.from_pretrained({str(run)!r}).sample(z) in Python"
+    return command("sample", run, *(["-p", "PROMPT"] if text_in(run / "model") else []))
 
 
 def _info(entries: dict[str, Any], file: Path, schedule: Schedule) -> Info:
