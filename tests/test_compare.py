@@ -35,6 +35,7 @@ from distmatch.models.folder import Info, save_model
 from distmatch.models.library import find_model
 from distmatch.pipeline import DistilledPipeline
 from distmatch.system import parallel, rng
+from distmatch.system.errors import UserError
 
 PROMPTS = ["the inn of an ant", "a tin hat", "an island in the north"]
 SHAPE = (4, 8, 8)
@@ -409,6 +410,17 @@ def command(teacher: str, student: str | None, out, **changes) -> None:
     compare.compare(teacher, student, options=compare.Options(out=out, **settings))
 
 
+def test_an_option_without_effect_is_refused(tmp_path):
+    coco, file = tmp_path / "captions.json", tmp_path / "p.txt"
+    for said, given in {
+        "-n 12: without --features or --clip .* only the 7 images .*; .* or give --picture 12 ": {"n": 12},
+        "--reference .*real is what --features are compared with": {"reference": tmp_path / "real"},
+        "--prompts .*p.txt and --coco .* both name the prompts": {"coco": coco},
+    }.items():
+        with pytest.raises(UserError, match=said):
+            command("sd", None, tmp_path, prompts=str(file), **given)
+
+
 def test_the_command_reads_prompts_and_draws_cocos_captions(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(compare, "compare_on", lambda prompts, *_: calls.append((prompts, _[2])))
@@ -418,7 +430,7 @@ def test_the_command_reads_prompts_and_draws_cocos_captions(tmp_path, monkeypatc
     assert (calls[0][1].n, calls[0][1].picture, calls[0][1].precision) == (3, 3, "bf16")
     captions = [{"caption": f"caption {i}"} for i in range(40)]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions}))
-    command("sd", None, tmp_path, coco=tmp_path / "captions.json", n=12)
+    command("sd", None, tmp_path, coco=tmp_path / "captions.json", n=12, clip=tmp_path / "clip.pt")
     assert len(set(calls[1][0])) == calls[1][1].n == 12
     with pytest.raises(ValueError, match=r"no prompts: .* --prompts FILE_OR_FOLDER, .*--coco captions_val2014.json"):
         command("sd", None, tmp_path)

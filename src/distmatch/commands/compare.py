@@ -36,7 +36,7 @@ class Options:
 
     n: Images | None = None
     """Number of images to measure; default: 30,000 for coco, one per prompt otherwise. Without --features and --clip,
-    only the images of the picture are made."""
+    only the images of the picture are made, see --picture, and more are refused."""
 
     seed: int = 1
     """Seed of the noise and of the choice of coco's captions."""
@@ -102,6 +102,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     from distmatch.system import parallel
     from distmatch.system.screen import console
 
+    _check_all_is_read(options)
     need("diffusers", "transformers", by="a comparison")
     name, source = Path(teacher).name, diffusers_source(teacher)
     if source is not None:
@@ -143,6 +144,20 @@ def _prompts(teacher: str, options: Options) -> "tuple[list[str], Pictures | Non
         "no prompts: name a file or a folder of captioned pictures, --prompts FILE_OR_FOLDER, or MS-COCO's captions, "
         "--coco captions_val2014.json"
     )
+
+
+def _check_all_is_read(options: Options) -> None:
+    """Raise `UserError` for an option that the others leave without effect."""
+    measures = options.features is not None or options.clip is not None
+    if options.n is not None and options.n > options.picture and not measures:
+        raise UserError(
+            f"-n {options.n}: without --features or --clip nothing is measured, and only the {options.picture} images "
+            f"of the picture are made; add one of them, or give --picture {options.n} in place of -n"
+        )
+    if options.reference is not None and options.features is None:
+        raise UserError(f"--reference {options.reference} is what --features are compared with; add them")
+    if options.coco is not None and options.prompts != "coco":
+        raise UserError(f"--prompts {options.prompts} and --coco {options.coco} both name the prompts; give one")
 
 
 def compare_on(
