@@ -185,7 +185,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_verify_reads_every_byte_and_prune_keeps_the_best(tmp_path):
     network = torch.nn.Linear(4, 4)
     checkpoints = Checkpoints(tmp_path / "checkpoints", {"network": network}, keep=9)
-    for step in (1, 2, 3, 4):
+    checkpoints.save(1)
+    checkpoints.wait()
+    assert len(command("checkpoints", tmp_path).stdout.splitlines()[1].split("┃")) == 6  # four columns, none empty
+    for step in (2, 3, 4):
         checkpoints.save(step, best=0.5 if step == 2 else None)
     checkpoints.wait()
     with torch.no_grad():

@@ -32,7 +32,7 @@ def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) 
         for step in found.prune():
             console.print(f"deleted step {step}")
     best, problems = found.best(), 0
-    table = Table("step", "size", "shards", "saved", "")
+    rows = []
     for step in found.steps():
         files = list(found.path(step).glob("*.safetensors"))
         saved = datetime.fromtimestamp((found.path(step) / "state.json").stat().st_mtime).isoformat(" ", "seconds")
@@ -43,7 +43,11 @@ def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) 
                 remark += " complete and finite"
             except UserError as error:
                 remark, problems = str(error), problems + 1
-        table.add_row(str(step), size(sum(f.stat().st_size for f in files)), str(len(files)), saved, remark.strip())
+        rows.append((str(step), size(sum(f.stat().st_size for f in files)), str(len(files)), saved, remark.strip()))
+    shown = 5 if any(row[-1] for row in rows) else 4
+    table = Table(*("step", "size", "shards", "saved", "")[:shown])
+    for row in rows:
+        table.add_row(*row[:shown])
     console.print(table)
     if problems:
         raise UserError(f"{problems} of {len(found.steps())} checkpoints cannot be used; delete them to go on without")
