@@ -35,21 +35,24 @@ def alone():
 
 
 class Followed(TorchDispatchMode):
-    """Bytes alive and FLOPs, by the storages of PyTorch's fake tensors."""
+    """Bytes alive, FLOPs and kernels, by the storages of PyTorch's fake tensors."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.flops, self.known = 0, Counter(), WeakSet()
+        self.alive, self.flops, self.known, self.kernels = 0, Counter(), WeakSet(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
             self.flops["all"] += formula(*args, **(kwargs or {}), out_val=out)
+        before = self.alive
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
                 self.known.add(storage)
                 self.alive += storage.nbytes()
                 finalize(storage, self.gone, storage.nbytes()).atexit = False
+        writes = func._schema.is_mutable or (self.alive > before and "empty" not in func.name())
+        self.kernels += writes and func.namespace != "profiler"
         return out
 
     def gone(self, nbytes):
@@ -91,7 +94,7 @@ def passed(account, low: bool) -> list[int]:
         optimizer.zero_grad()
         del loss
         found.append(account.alive)
-    return [*found, account.flops.total()]
+    return [*found, account.flops.total(), account.kernels]
 
 
 def both(low: bool) -> tuple[list[int], list[int]]:
@@ -102,11 +105,12 @@ def both(low: bool) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-def test_bytes_and_flops_are_those_of_fake_tensors(alone, low):
+def test_bytes_flops_and_kernels_are_those_of_fake_tensors(alone, low):
     found, expected = alone(both, low)
     assert found == expected
     assert len(set(expected)) > 3
-    assert expected[-1] > 1e5
+    assert expected[-2] > 1e5
+    assert expected[-1] > 100
 
 
 def asked_twice() -> tuple[int, list[str]]:

@@ -15,9 +15,9 @@ from distmatch.commands.plan import plan
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
 from distmatch.models.library import family_of, find_model
-from distmatch.planning.cost import numel
+from distmatch.planning.cost import Cost, Traffic, numel
 from distmatch.planning.gpus import GPUS
-from distmatch.planning.plan import bill, missing_bf16, settled
+from distmatch.planning.plan import LAUNCHED, REPLAYED, Cluster, bill, missing_bf16, pace, settled
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.digests import load_file
 from distmatch.system.garbage import no_collection
@@ -56,6 +56,20 @@ def test_a_card_without_bf16_says_so_where_a_recipe_counts_on_it(planner, tmp_pa
     text = planner(said, "plan", file, "--gpu", "t4")
     assert text.count("the t4 has no bf16: precision auto is fp32") == 1
     assert "no bf16" not in planner(said, "plan", file)
+
+
+def test_a_small_step_takes_as_long_as_its_kernels_do(planner, tmp_path):
+    made = Cost(1, {"student": 1e6}, {}, Traffic(1), 0, kernels=1000)
+    one = Cluster(1, GPUS["h100"], 1e9, 0.4)
+    for changes, seconds in ((), 1000 * LAUNCHED), (("cuda_graphs=true",), 1000 * REPLAYED), (("compile=true",), 0):
+        assert pace(made, load_recipe("mnist", [*changes]), one).kernels == seconds
+    file = str(tiny.recipe_file(tmp_path))
+    text = planner(said, "plan", file, "steps=1000", "--gpu", "h100")
+    kernels, what, _ = text.partition("a step has ")[2].partition(" kernels, each of which takes about 30 µs from Py")
+    assert what
+    together = duration(1000 * int(kernels.replace(",", "")) * LAUNCHED)
+    assert f"training: {together}\n  Arithmetic is " in text
+    assert "Arithmetic is " not in planner(said, "plan", file, "--utilisation", "1e-9")
 
 
 def test_what_a_plan_made_is_not_looked_through_for_garbage_at_its_end():

@@ -50,7 +50,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one step: FLOPs of all processes, by network; peak bytes of one process, by part; traffic.
+    """The cost of one step: FLOPs of all processes, by network; peak bytes and kernels of one process; traffic.
 
     What previews and prompts take between steps counts as far as it exceeds the gradients and activations of a step.
     `checkpoint` is the size of one checkpoint in bytes, over all processes.
@@ -61,6 +61,7 @@ class Cost:
     memory: dict[str, float]
     traffic: Traffic
     checkpoint: float
+    kernels: int = 0
 
     @property
     def peak(self) -> float:
@@ -131,7 +132,7 @@ def cost(recipe: Recipe, denoiser: Denoiser, info: Info, processes: int = 1, onc
     traffic = _traffic(recipe, trained, teacher, processes, done.rolled)
     if processes > 1:
         traffic = replace(traffic, reduced=traffic.reduced + recipe.fake.steps * FP32 * head)
-    return Cost(numel(denoiser), flops, memory, traffic, checkpoint)
+    return Cost(numel(denoiser), flops, memory, traffic, checkpoint, recipe.accumulate * done.kernels)
 
 
 def _gradients(recipe: Recipe, trained: dict[str, nn.Module], cuts: dict[str, int], processes: int, head: int) -> float:

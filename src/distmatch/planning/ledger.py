@@ -75,16 +75,22 @@ class Made:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an operation does with arguments of certain shapes: FLOPs, and outputs, in a list of type `series`."""
+    """What an operation does with arguments of certain shapes: FLOPs, outputs, in a list of type `series`, and whether
+    it computes anything (1), as views do not (0).
+    """
 
     flops: int
     outputs: list[Any]
     series: type | None
+    kernels: int
 
 
 _aten = torch.ops.aten
 CONVOLUTIONS = {_aten.convolution.default: 0, _aten.convolution_backward.default: 1}
 """Operations that choose another layout on the meta device, and where their input stands among their arguments."""
+
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+"""Operations that give new memory, and compute nothing."""
 
 _answers: dict[Any, Answer] = {}
 _numbers: dict[Any, int] = {}
@@ -97,6 +103,7 @@ class Ledger(TorchDispatchMode):
     New tensors have no data. `peak` is the most bytes alive at once, `gradients_then` the gradients among them, and
     `peak_without_gradients` the most bytes alive at once not counting gradients. `later_peak` and `later_gradients` are
     `peak` and `gradients_then` for another part of the batch, which meets all gradients of the part before it.
+    `kernels` counts the operations that compute something: on a GPU each is at least one kernel.
     """
 
     def __init__(self):
@@ -104,6 +111,7 @@ class Ledger(TorchDispatchMode):
         self.alive = self.gradients = self.peak = self.gradients_then = self.peak_without_gradients = 0
         self.later_peak = self.later_gradients = self._update_peak = 0  # the last without gradients, in this update
         self.flops: Counter[str] = Counter()
+        self.kernels = 0
         self.network = LOSSES
         self._have: set[nn.Parameter] = set()
 
@@ -122,6 +130,7 @@ class Ledger(TorchDispatchMode):
             if func.namespace == "profiler":
                 return func(*args, **(kwargs or {}))
             answer = _answers[key] = _ask(func, args, kwargs or {})
+        self.kernels += answer.kernels
         if answer.flops:
             self.flops[self.network] += answer.flops
         if answer.series is None and len(answer.outputs) == 1:  # nearly all
@@ -331,4 +340,6 @@ def _answer(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) 
         else:
             outputs.append(Made(_layout(one), nbytes=one.untyped_storage().nbytes()))
         blocks.append(block)
-    return Answer(int(flops), outputs, series)
+    fresh = any(isinstance(made, Made) and made.nbytes for made in outputs)
+    computes = func._schema.is_mutable or (fresh and func._overloadpacket.__name__ not in ALLOCATIONS)
+    return Answer(int(flops), outputs, series, int(computes))

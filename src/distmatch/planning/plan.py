@@ -19,7 +19,7 @@ from distmatch.models.library import outline
 from distmatch.planning.cost import FP32, Cost, cost, decoder_weights, encoder_weights
 from distmatch.planning.gpus import Gpu
 from distmatch.planning.ladder import CACHE, CHOSEN, Ladder, changed, kind
-from distmatch.planning.rehearsal import sampling_flops
+from distmatch.planning.rehearsal import evaluated
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.objectives import reads_pairs
 from distmatch.recipe.real_images import latents_bytes
@@ -32,8 +32,9 @@ from distmatch.training.engine import blocks
 MACHINE = 8
 """GPUs in one machine."""
 
-LAUNCHED = 0.01
-"""Seconds of arithmetic per step below which a GPU waits for Python to launch its kernels."""
+LAUNCHED, REPLAYED = 30e-6, 7e-6
+"""Seconds that a kernel takes at least, on average: launched by Python, and replayed in a CUDA graph. From steps and
+pairs of `emoji` on an H100 beside other work (docs/scaling.md): 37 and 24 µs launched, 7 replayed."""
 
 SIZES = (12, 16, 24, 48, 80)
 """GB of the cards that a ladder is shown for."""
@@ -68,10 +69,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per step spent computing networks, and seconds spent moving data between GPUs."""
+    """Seconds per step spent computing networks, and seconds spent moving data between GPUs; `kernels`: those that the
+    step's kernels take however little they compute.
+    """
 
     arithmetic: float
     traffic: float
+    kernels: float = 0.0
 
     @property
     def in_turn(self) -> float:
@@ -86,7 +90,8 @@ class Pace:
 
 def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
     arithmetic = cluster.arithmetic(made.step_flops, recipe.precision)
-    return Pace(arithmetic, made.traffic.sent / cluster.bandwidth)
+    each = 0.0 if recipe.compile else REPLAYED if recipe.cuda_graphs else LAUNCHED  # compiled, they are far fewer
+    return Pace(arithmetic, made.traffic.sent / cluster.bandwidth, each * made.kernels)
 
 
 def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None, ladder: bool = False) -> None:
@@ -218,12 +223,15 @@ def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: 
     """Print the time of training; return seconds, at least and at most."""
     paces = [pace(made, recipe, cluster) for made in costs]
     steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    fast = sum(n * each.at_once for n, each in zip(steps, paces, strict=True))
-    slow = sum(n * each.in_turn for n, each in zip(steps, paces, strict=True))
+    computed = sum(n * each.arithmetic for n, each in zip(steps, paces, strict=True))
+    fast = sum(n * max(each.at_once, each.kernels) for n, each in zip(steps, paces, strict=True))
+    slow = sum(n * max(each.in_turn, each.kernels) for n, each in zip(steps, paces, strict=True))
     console.print(f"training: {_of_all(cluster, fast, slow)}")
-    if paces[0].arithmetic < LAUNCHED:
+    if any(each.kernels > each.in_turn for each in paces):
+        most, each = max(made.kernels for made in costs), 1e6 * (REPLAYED if recipe.cuda_graphs else LAUNCHED)
+        how = f"{each:.0f} µs {'in a CUDA graph' if recipe.cuda_graphs else 'from Python'}"
         console.print(
-            "  In practice longer: launching the kernels of so small a step takes more time than computing them"
+            f"  Arithmetic is {duration(computed)} of it: a step has {most:,} kernels, each of which takes about {how}"
         )
     return fast, slow
 
@@ -254,8 +262,10 @@ def _tell_pairs(stages: list[Recipe], denoiser: Denoiser, info: Info, cluster: C
     guidance = stages[0].scale(p.guidance)
     count = max(stage.pairs.count for stage in stages)
     nbytes = count * math.prod(info.shape) * (4 if p.dtype == "float32" else 2)
-    flops = count * evaluations(p.sampler, p.steps, guidance, p.taken) * sampling_flops(denoiser, info)
-    seconds = cluster.arithmetic(flops, p.precision)
+    calls, (flops, kernels) = evaluations(p.sampler, p.steps, guidance, p.taken), evaluated(denoiser, info)
+    seconds = cluster.arithmetic(count * calls * flops, p.precision)
+    if seconds:
+        seconds = max(seconds, math.ceil(count / p.batch) / cluster.gpus * calls * kernels * LAUNCHED)
     console.print(f"pairs: {size(nbytes)}" + (f", {_of_all(cluster, seconds)}" if seconds else ""))  # exact teachers
     return seconds
 

@@ -45,7 +45,7 @@ class Rehearsal:
     Args:
         networks: student, fake score, GAN head, teacher and average, under these names, if the recipe has them.
         losses: frozen networks of the regression loss.
-        flops: of one part of the step, by network.
+        flops, kernels: of one part of the step; FLOPs by network, and how many operations compute something.
         gradients, activations: bytes at the time of peak memory; activations are everything that is neither a gradient
             nor was there before the step.
         most_activations: the largest value of these at any time.
@@ -56,6 +56,7 @@ class Rehearsal:
     networks: dict[str, nn.Module]
     losses: list[nn.Module]
     flops: Counter[str]
+    kernels: int
     gradients: int
     activations: int
     most_activations: int
@@ -96,7 +97,7 @@ def rehearse(
                 for number in term.blocks:
                     ledger.enter(judge, blocks(networks[judge])[number])
         with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
-            flops = stage.run(ledger, once)
+            flops, kernels = stage.run(ledger, once)
         drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
         peak, gradients = ledger.peak, ledger.gradients_then
         if recipe.accumulate > 1:
@@ -106,6 +107,7 @@ def rehearse(
         {**networks, "average": stage.distiller.ema.network},
         stage.losses,
         flops,
+        kernels,
         gradients,
         drawn + peak - gradients - held,
         drawn + ledger.peak_without_gradients - held,
@@ -116,13 +118,19 @@ def rehearse(
 
 def sampling_flops(denoiser: Denoiser, info: Info) -> float:
     """Return the FLOPs of one evaluation of one sample."""
+    return evaluated(denoiser, info)[0]
+
+
+def evaluated(denoiser: Denoiser, info: Info) -> tuple[float, int]:
+    """Return the FLOPs of one evaluation of one sample, and its kernels, which are those of a batch as well."""
     ready(denoiser)
     ledger = Ledger()
     with _in_place(), _light_copies(), _longest_texts(), ledger, torch.no_grad():
         twin = _emptied(denoiser)
         cond = family_of(info).example_cond(twin.net, info, 1)
+        ledger.kernels = 0
         twin(torch.empty(1, *info.shape), torch.empty(1), cond)
-    return ledger.flops.total()
+    return ledger.flops.total(), ledger.kernels
 
 
 def encoding_peak(encoder: nn.Module, prompts: int, tokens: int, precision: torch.dtype) -> int:
@@ -206,13 +214,14 @@ def _alike(ledger: Ledger) -> Callable[[Decoder, Tensor], Tensor]:
 
     def run(decoder: Decoder, z: Tensor) -> Tensor:
         first, *between = z.split(1)
-        before = ledger.flops[LOSSES]
+        before, kernels = ledger.flops[LOSSES], ledger.kernels
         images = [decoder.decode(first)]
-        spent = ledger.flops[LOSSES] - before
+        spent, launched = ledger.flops[LOSSES] - before, ledger.kernels - kernels
         if between:
             images += [torch.empty_like(images[0]) for _ in between[1:]]
             images.append(decoder.decode(between[-1]))
             ledger.flops[LOSSES] += spent * len(between[1:])
+            ledger.kernels += launched * len(between[1:])
         return torch.cat(images)
 
     return run
@@ -263,36 +272,39 @@ class _Stage:
                 for parameter in network.parameters():
                     replace_data(parameter, parameter.data.bfloat16())
 
-    def run(self, ledger: Ledger, once: bool) -> Counter[str]:
-        """Run one step; return the FLOPs of one part of it, by network. See `rehearse`."""
-        before = ledger.alive
+    def run(self, ledger: Ledger, once: bool) -> tuple[Counter[str], int]:
+        """Run one step; return the FLOPs of one part of it, by network, and its kernels. See `rehearse`."""
+        before, ledger.kernels = ledger.alive, 0
         parts = [self.distiller.draw(0, WHOLE)]
         images_too = 4 * (self.match + self.regress) * math.prod(self.info.shape)
         self.drawn = ledger.alive - before + images_too
         images, _ = self.distiller.update_student(0, parts)
         ledger.updated()
         again: Counter[str] = Counter()
+        kernels_again = 0
         if self.distiller.fake is not None:
             self.distiller.update_fake(0, parts, images)
             ledger.updated()
             if self.recipe.fake.steps > 1 and not once:  # further updates are like the second, which makes new images
-                before = Counter(ledger.flops)
+                before, kernels = Counter(ledger.flops), ledger.kernels
                 for part, made in zip(parts, images, strict=True):
                     self.distiller.renew(part, made, 0, 1, WHOLE)
                 ledger.updated()
                 self.distiller.update_fake(1, parts, images)
                 ledger.updated()
-                again = ledger.flops - before
-                ledger.flops = before
+                again, kernels_again = ledger.flops - before, ledger.kernels - kernels
+                ledger.flops, ledger.kernels = before, kernels
         names = dict.fromkeys([*ledger.flops, *again])
         more = self.recipe.fake.steps - 1
         flops = Counter({name: ledger.flops[name] + more * again[name] for name in names})
+        launched = ledger.kernels + more * kernels_again
         if self.rolled and not once:
-            before = Counter(ledger.flops)
+            before, kernels = Counter(ledger.flops), ledger.kernels
             self.distiller.generate(parts[0].starts["noise"])
             rolls = self.rolled * (self.recipe.fake.steps if self.distiller.fake is not None else 1)
             flops["student"] += round(rolls * (ledger.flops - before)["student"])
-        return flops
+            launched += round(rolls * (ledger.kernels - kernels))
+        return flops, launched
 
     def pictures(self, ledger: Ledger) -> int:
         """Return the most bytes alive at once, besides those that are now, while a preview is made and decoded."""
