@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-TONE = re.compile(r"-(?:medium-)?(?:light|medium|dark)$")
+TONE = re.compile(r"(?<!traffic)-(?:medium-)?(?:light|medium|dark)$")
 TONES = re.compile(r"skin-tone|-tone\d")
 FLAG = re.compile(r"^flag-for-(?:flag-)?")
 ENGLISH = {"oclock": "o'clock", "mans": "man's", "womans": "woman's", "ii": "2", "piata": "pinata"}
