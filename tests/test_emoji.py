@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
 
 import fetch
 import names
+import prompts
 
 from distmatch.data.images import load_images
+from distmatch.data.prompts import read_prompts
 from distmatch.system.errors import UserError
 
 
@@ -62,6 +64,14 @@ def test_a_thing_has_one_name_in_all_sets():
     tones = names.named({"a": SPELLED}, tones=True)["a"]
     assert tones["artist medium dark skin tone"] == "artist-medium-dark"
     assert tones["man cook light skin tone"] == "man-cook-light-skin-tone"
+    lamps = icons("horizontal-traffic-light", "artist-light", "artist")  # one of them is no tone
+    assert names.named({"a": lamps})["a"] == {
+        "artist": "artist",
+        "horizontal traffic light": "horizontal-traffic-light",
+    }
+    assert set(names.named({"a": lamps}, tones=True)["a"]) == {
+        "artist", "artist light skin tone", "horizontal traffic light",
+    }  # fmt: skip
 
 
 def test_every_eighth_shared_name_is_held_out_in_one_style():
@@ -157,3 +167,44 @@ def test_the_folder_is_a_captioned_set(tmp_path, monkeypatch):
         "MIT.txt",
         *(f"{source}.json" for source in fetch.SETS),
     }
+
+
+def test_prompts_are_captions_and_every_name_in_every_style_but_what_is_held_out(tmp_path, monkeypatch, capsys):
+    def split(name: str, *pairs: tuple[str, str]) -> None:
+        (tmp_path / name).mkdir()
+        lines = [
+            {
+                "file_name": f"{style}/{thing}.png",
+                "text": [f"{thing}, {style} style", thing],
+                "name": thing,
+                "style": style,
+            }
+            for thing, style in pairs
+        ]
+        (tmp_path / name / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    split("train", ("cat", "noto"), ("cat", "flat"), ("dog", "noto"), ("sun", "blob"))
+    split("test", ("dog", "flat"))
+    unseen = ["cat, blob style", "dog, blob style", "sun, flat style", "sun, noto style"]
+    captions = ["sun, blob style", "sun", "cat, flat style", "cat", "cat, noto style", "dog, noto style", "dog"]
+    out = tmp_path / "prompts.txt"
+    monkeypatch.setattr(sys, "argv", ["prompts.py", str(tmp_path), str(out)])
+    prompts.main()
+    assert read_prompts(out) == unseen + captions
+    assert "4 prompts that no picture has, 7 captions" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--captions", "2"])
+    prompts.main()
+    new, few = read_prompts(out)[:4], read_prompts(out)[4:]
+    assert new == unseen
+    assert len(set(few)) == 2
+    assert set(few) < set(captions)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "8"])
+    with pytest.raises(SystemExit):
+        prompts.main()
+    assert "expected 0 to 7" in capsys.readouterr().err
+
+
+def test_the_packages_prompts_are_those():
+    ours = read_prompts("emoji")
+    assert len(ours) == len(set(ours)) == 10_039
+    assert ours[1532:1534] == ["1st place medal, blob style", "1st place medal"]
