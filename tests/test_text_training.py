@@ -183,6 +183,16 @@ def test_a_run_matches_the_guided_teacher_of_its_prompts(folder):
     assert loss == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("count", "told"), [(2, True), (4, False)])
+def test_pairs_that_leave_out_prompts_say_so(folder, tmp_path, capsys, count, told):
+    recipe = load_recipe(str(folder / "text.yaml"), [f"pairs.count={count}"])
+    subject = subjects.subject(recipe)
+    store = build.pair_store(recipe, subject, tmp_path)
+    assert store.prompts() == ["a cat", "a dog", "a house"]
+    said = "They have the first of 3 prompts; if the file is sorted, shuffle it"
+    assert (said in " ".join(capsys.readouterr().out.split())) == told
+
+
 def test_a_run_whose_prompts_were_edited_is_refused(folder, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\na dog\n")

@@ -74,6 +74,8 @@ def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
     if parallel.rank() == 0 and not Folder(folder).exists(MANIFEST):
         nfe = counted(evaluations(spec.sampler, spec.steps, spec.guidance, spec.taken), "evaluation")
         console.print(f"{counted(spec.count, 'pair')} of {nfe} each, {size(spec.nbytes)}, in {folder}")
+        if spec.count < len(subject.prompts):  # pair i has prompt i
+            console.print(f"They have the first of {len(subject.prompts):,} prompts; if the file is sorted, shuffle it")
     with ExitStack() as stack:
         advance: Callable[[int], None] | None = None
 
