@@ -84,6 +84,19 @@ def test_few_figures_of_many_models_have_a_line_for_each_where_columns_are_too_m
     ]
 
 
+def test_no_figure_is_broken_and_no_name_is_cut(monkeypatch):
+    """Figures may be wider than the words of names, and characters of names than one column of a terminal."""
+    file = io.StringIO()
+    figures = {"nfe": 102, "images": 30_000, "ms_per_image": 1325.3, "fid": 11.493, "speedup": 42.0}
+    for width in range(40, 100):
+        file.truncate(file.seek(0))
+        monkeypatch.setattr(measure, "console", Screen(file=file, width=width))
+        measure.show_rows([{"name": name, **figures} for name in ("a 1", "b 2", "c 3", "日本語のモデル")])
+        assert [file.getvalue().count(said) for said in ("30,000", "1325.3", "11.493")] == [4, 4, 4]
+        assert "…" not in file.getvalue()
+    measure.show_rows([{"name": name} for name in "abc"])  # none that any has
+
+
 def test_a_very_narrow_terminal_shows_every_figure(monkeypatch):
     """There the figures' names wrap: the columns of the models keep their room."""
     file = io.StringIO()

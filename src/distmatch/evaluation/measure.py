@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from rich.table import Column, Table
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from distmatch.evaluation.metrics import Moments, frechet, frechet_bias, kernel_
 from distmatch.pipeline import Pipeline
 from distmatch.system import parallel
 from distmatch.system.errors import UserError
-from distmatch.system.screen import console
+from distmatch.system.screen import console, escaped
 
 COLUMNS = {
     "name": ("model", "{}"),
@@ -255,31 +256,32 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     shown = {key: said for key, said in columns(rows).items() if key != "name"}
     gap = 2  # beside each column
     figures = gap + max((len(heading) for heading, _ in shown.values()), default=0)
-    model = gap + min(LONGEST, max(len(word) for row in rows for word in row["name"].split()))
+    cells = [[_written(row.get(key), form) for key, (_, form) in shown.items()] for row in rows]
+    word = min(LONGEST, max(cell_len(word) for row in rows for word in row["name"].split()))
+    model = gap + max([word, *(len(figure) for row in cells for figure in row)])
     abreast = max(1, (console.width - figures) // model)
-    lines = _a_line_each(rows, shown)
+    lines = _a_line_each([row["name"] for row in rows], [heading for heading, _ in shown.values()], cells)
     if abreast < len(rows) and sum(gap + (column.width or 0) for column in lines.columns) <= console.width:
         console.print(lines)
     else:
         for start in range(0, len(rows), abreast):
-            part = rows[start : start + abreast]
+            part = range(start, min(start + abreast, len(rows)))
             first = Column(no_wrap=figures + model <= console.width)  # otherwise it would leave no room for a model
-            table = Table(first, *(Column(row["name"], overflow="fold") for row in part), box=None)
-            for key, (heading, form) in shown.items():
-                table.add_row(heading, *(_written(row.get(key), form) for row in part))
+            table = Table(first, *(Column(rows[i]["name"], overflow="fold") for i in part), box=None)
+            for number, (heading, _) in enumerate(shown.values()):
+                table.add_row(heading, *(cells[i][number] for i in part))
             console.print(table)
     if any(row["name"] == CHANCE for row in rows):
         console.print(EXPECTED)
 
 
-def _a_line_each(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[str, str]]) -> Table:
-    """Return a table with one model per line, and headings of two lines."""
-    table = Table(Column(width=max(len(row["name"]) for row in rows)), box=None)
-    cells = [[_written(row.get(key), form) for key, (_, form) in shown.items()] for row in rows]
-    for (heading, _), column in zip(shown.values(), zip(*cells, strict=True), strict=True):
+def _a_line_each(names: Sequence[str], headings: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
+    """Return a table with one model per line, called `names`, its figures in `cells`, and `headings` of two lines."""
+    table = Table(Column(width=max(cell_len(escaped(name)) for name in names)), box=None)
+    for heading, column in zip(headings, zip(*cells, strict=True), strict=True):
         table.add_column(heading, width=max(_halved(heading), *map(len, column)), justify="right")
-    for row, figures in zip(rows, cells, strict=True):
-        table.add_row(row["name"], *figures)
+    for name, figures in zip(names, cells, strict=True):
+        table.add_row(name, *figures)
     return table
 
 
