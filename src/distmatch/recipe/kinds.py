@@ -6,8 +6,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from distmatch.system.paths import expand
 
-Place = Annotated[str, AfterValidator(expand)]
-"""A path, a URL, or a model's name."""
+Place = Annotated[str, Field(min_length=1), AfterValidator(expand)]
+"""A path, a URL, or a model's name. An empty one would be the folder here."""
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]

@@ -31,6 +31,7 @@ EXPECTED = {
     "bool_type": "expected true or false",
     "bool_parsing": "expected true or false",
     "string_type": "expected a text",
+    "string_too_short": "expected a text that is not empty",
     "greater_than": "expected more than {gt:g}",
     "greater_than_equal": "expected {ge:g} or more",
     "less_than": "expected less than {lt:g}",
