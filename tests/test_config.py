@@ -115,6 +115,9 @@ def test_a_mistake_names_where_the_value_stands_that_an_override_does_not_go_wit
         assert str(told.value).startswith(f"cuda_graphs: true in {place}, with {said}")
     with pytest.raises(UserError, match=rf"^cuda_graphs=true {said} gan; use cuda_graphs=false$"):
         load_recipe("mnist", ["cuda_graphs=true", "terms=match,gan"])
+    # A list of stages would fill the screen.
+    with pytest.raises(UserError, match=r"^stages in recipe emoji, with steps=10 on the command line: stages end at "):
+        load_recipe("emoji", ["steps=10"])
 
 
 def test_unknown_and_broken_recipes_are_named(tmp_path):

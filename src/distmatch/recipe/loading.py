@@ -19,6 +19,9 @@ from distmatch.system.errors import UserError
 from distmatch.system.paths import RECIPES, expand
 from distmatch.system.plain import fitting, read_yaml, yaml_of
 
+SHOWN = 80
+"""Characters of a value that a message shows."""
+
 
 def recipes() -> dict[str, Path]:
     """Return the recipes of the package, by name."""
@@ -92,7 +95,9 @@ def _standing(name: str, entry: str) -> str:
     while name:
         tree = renamed(read_yaml(_read(name)[0]))
         if entry in (own := flat(tree)):
-            return f"{entry}: {json.dumps(own[entry])} in {'recipe ' * (name in recipes())}{name}"
+            value = json.dumps(own[entry])
+            said = f"{entry}: {value}" if len(value) <= SHOWN else entry  # as of stages, which would fill the screen
+            return f"{said} in {'recipe ' * (name in recipes())}{name}"
         name = str(tree.get("base") or "")
     return ""
 
