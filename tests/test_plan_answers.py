@@ -51,6 +51,7 @@ def test_a_card_without_bf16_says_so_where_a_recipe_counts_on_it(planner, tmp_pa
     auto, bf16 = ("precision=auto", "pairs.precision=auto"), ("precision=bf16", "pairs.precision=fp16")
     assert lack("t4", *auto) == "the t4 has no bf16: precision auto is fp32, pairs.precision auto is fp32"
     assert lack("t4", *bf16) == "the t4 has no bf16: precision bf16 is emulated, no faster than fp32"
+    assert lack("t4", *auto, "terms=match") == "the t4 has no bf16: precision auto is fp32"  # without pairs
     assert lack("t4", "precision=fp32", "pairs.precision=fp32") == lack("a100", *auto) == lack("a100", *bf16) == ""
     file = str(tiny.recipe_file(tmp_path, precision="auto"))
     text = planner(said, "plan", file, "--gpu", "t4")
@@ -70,6 +71,9 @@ def test_a_small_step_takes_as_long_as_its_kernels_do(planner, tmp_path):
     together = duration(1000 * int(kernels.replace(",", "")) * LAUNCHED)
     assert f"training: {together}\n  Arithmetic is " in text
     assert "Arithmetic is " not in planner(said, "plan", file, "--utilisation", "1e-9")
+    text = planner(said, "plan", file, "steps=1000", "compile=true", "--gpu", "h100")
+    assert f"  In practice longer: without compile, launching its kernels would take {together}" in text
+    assert "In practice" not in planner(said, "plan", file, "compile=true", "--utilisation", "1e-9")
 
 
 def test_what_a_plan_made_is_not_looked_through_for_garbage_at_its_end():

@@ -175,7 +175,9 @@ def settled(recipe: Recipe, gpu: Gpu) -> Recipe:
 def missing_bf16(recipe: Recipe, name: str, gpu: Gpu) -> str:
     """Say what the `recipe` asks for, or leaves to the machine, that `gpu`, called `name`, lacks; empty if nothing."""
     instead = {"auto": "auto is fp32", "bf16": "bf16 is emulated, no faster than fp32"}
-    asked = {"precision": recipe.precision, "pairs.precision": recipe.pairs.precision}
+    asked = {"precision": recipe.precision}
+    if any(map(reads_pairs, recipe.parts)):
+        asked["pairs.precision"] = recipe.pairs.precision
     told = [f"{entry} {instead[value]}" for entry, value in asked.items() if value in instead]
     return "" if gpu.has_bf16 or not told else f"the {name} has no bf16: {', '.join(told)}"
 
@@ -233,6 +235,11 @@ def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: 
         console.print(
             f"  Arithmetic is {duration(computed)} of it: a step has {most:,} kernels, each of which takes about {how}"
         )
+    elif recipe.compile and any(
+        LAUNCHED * made.kernels > each.in_turn for made, each in zip(costs, paces, strict=True)
+    ):
+        launched = sum(n * LAUNCHED * made.kernels for n, made in zip(steps, costs, strict=True))
+        console.print(f"  In practice longer: without compile, launching its kernels would take {duration(launched)}")
     return fast, slow
 
 
