@@ -167,7 +167,7 @@ def noise(shape: tuple[int, ...], seed: int, other: int, mix: float) -> Tensor:
 
 
 def examples(info: Info) -> list[str]:
-    """Return a prompt for each ending, such as ", flat style", of the captions in the package that the model learnt."""
+    """Return a prompt for each ending, such as ", flat style", of the prompts in the package that the model learnt."""
     name = named(info.source)
     if not info.text or name == info.source:
         return []

@@ -35,8 +35,8 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
             .csv, .tsv: a table with a header, separated by commas or tabs;
             .json: captions of MS-COCO, `{"annotations": [{"caption": ...}, ...]}`;
             a folder of a data set: its tables, else the .txt files beside its pictures; see `in_folder`;
-            or the name of a text-to-image teacher in the package, for the captions that it was trained on; of a folder
-            with the same name, the text ./NAME.
+            or the name of a text-to-image teacher in the package, for the prompts that ship with it: the captions that
+            it was trained on, after others (assets/emoji/README.md); of a folder with the same name, the text ./NAME.
         column: the key of a JSON object or the name of a table's column (default: `prompt`, `caption` or `text`).
 
     Raises `UserError` that names the file and the line if it is missing, damaged, without prompts, holds something
