@@ -19,6 +19,7 @@ import prompts
 
 from distmatch.data.images import load_images
 from distmatch.data.prompts import read_prompts
+from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import UserError
 
 
@@ -208,3 +209,4 @@ def test_the_packages_prompts_are_those():
     ours = read_prompts("emoji")
     assert len(ours) == len(set(ours)) == 10_039
     assert ours[1532:1534] == ["1st place medal, blob style", "1st place medal"]
+    assert load_recipe("emoji").pairs.count >= len(ours)  # or the last ones, all of one style, would have no pairs
