@@ -190,7 +190,7 @@ def test_pairs_that_leave_out_prompts_say_so(folder, tmp_path, capsys, count, to
     store = build.pair_store(recipe, subject, tmp_path)
     assert store.prompts() == ["a cat", "a dog", "a house"]
     said = "They have the first of 3 prompts; if the file is sorted, shuffle it"
-    assert (said in " ".join(capsys.readouterr().out.split())) == told
+    assert (said in " ".join(capsys.readouterr().err.split())) == told
 
 
 def test_a_run_whose_prompts_were_edited_is_refused(folder, tmp_path):
