@@ -179,6 +179,7 @@ def test_a_notice_names_the_line_that_called_the_package():
         with pytest.warns(Notice) as said:
             call()
         assert [one.filename for one in said] == [__file__]
+    exec("call()", {"__name__": None, "call": wrapped[0]})  # code that is no module: Python drops its warnings, no more
 
 
 @pytest.mark.parametrize(("model", "name"), [(".", "other"), ("model", "other"), ("../other", "other")])

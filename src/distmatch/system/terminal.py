@@ -25,7 +25,7 @@ def _depth() -> int:
     """Return how many calls within the package led to the one of `notice`, itself included."""
     # `skip_file_prefixes` of `warnings.warn` would do this from Python 3.12 on.
     frame, depth = inspect.currentframe(), -1  # this function's own frame does not count
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PASSED_THROUGH:
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in PASSED_THROUGH:
         frame, depth = frame.f_back, depth + 1
     return depth
 
