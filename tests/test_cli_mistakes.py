@@ -76,6 +76,7 @@ WRONG = {
     "sample nobody": "neither a model folder nor a run; the package ships emoji, mnist",
     # Conditions that are needed, or not taken.
     "sample emoji": "this model makes images of prompts; give one (-p of distmatch sample)",
+    "sample emoji -p x\udcff": r"the prompt: character 2, '\udcff', is not Unicode text",
     "sample mnist -p cat": "this model takes no prompts; give labels (--label of distmatch sample)",
     # What is not there.
     "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",

@@ -89,6 +89,7 @@ def test_the_key_is_the_first_known_one_or_the_one_that_is_named(tmp_path):
         ("p.jsonl", b'{"words": "a"}', r"line 1 has none of prompt, caption, text; it has words"),
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}', r"line 2 has no 'prompt'; it has text"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}', r"line 2: expected text, found 7"),
+        ("p.jsonl", b'{"prompt": "a \\ud800"}', r"p.jsonl, line 1: character 3, '\\ud800', is not Unicode text"),
         ("p.parquet", b"PAR1 but not really", r"p.parquet cannot be read as Parquet"),
         ("p.json", b"[1", r"p.json is not valid JSON: .* Expected captions of MS-COCO"),
         ("p.json", b'["a"]', r"p.json has the wrong form: .* Expected captions of MS-COCO"),

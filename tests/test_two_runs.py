@@ -199,6 +199,17 @@ def test_what_was_not_made_by_train_is_not_taken_for_a_run(folder):
     assert (folder / "foreign" / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["teacher-student.png", "log.jsonl", "previews/holiday.png", "report.html"])
+def test_a_file_that_no_run_made_is_not_written_over(folder, name):
+    out = folder / f"foreign-{name.partition('/')[0]}"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"of something else: it has no recipe.yaml. Choose another folder"):
+        distil(load_recipe(str(folder / "tiny.yaml"), [f"pairs.path={folder / 'pairs'}"]), out)
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+    assert (out / name).read_text() == "mine"
+
+
 COMMANDS = [
     "train mnist",
     "teach anything",

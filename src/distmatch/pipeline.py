@@ -26,6 +26,7 @@ from distmatch.models.library import components, family_of, find_model
 from distmatch.system import rng
 from distmatch.system.errors import UserError
 from distmatch.system.finite import check_rows, finite_rows
+from distmatch.system.plain import check_text
 from distmatch.system.precision import autocast
 from distmatch.system.screen import counted
 from distmatch.training.engine import try_compiler
@@ -214,6 +215,8 @@ class Pipeline:
             return None
         if prompts is None:
             raise UserError('this model makes images of prompts; give prompts="red apple", or a list of one per image')
+        for prompt in prompts:
+            check_text(prompt, "the prompt")
         if len(prompts) not in (1, n):
             raise UserError(f"{counted(len(prompts), 'prompt')} for {counted(n, 'image')}; give one, or one per image")
         return list(prompts) * (n if len(prompts) == 1 else 1)

@@ -18,6 +18,12 @@ from distmatch.system.terminal import command
 
 NAMES = {"fingerprint": "digest of the teacher's settings and weights"}
 
+SAVED = ("model", "methods", "checkpoints/step-*")
+"""What a run has that is worth keeping."""
+FIGURES = ("teacher-student.png", "compare.png", "compare.json", "eval.json", "report.html")
+WRITTEN = (*SAVED, *FIGURES, "previews", "log.jsonl")
+"""What a run would write over, or take for its own."""
+
 REMEDY = "Delete it to go on, if you know that its settings were these"
 
 
@@ -76,15 +82,16 @@ def same_settings(settings: dict[str, Any], file: Path, new: Collection[str] = (
 def _has_begun(file: Path) -> bool:
     """Return whether the run that `file` describes has saved anything worth keeping.
 
-    Raises `UserError` if something is saved there that such a run did not make.
+    Raises `UserError` if the folder holds something of such a name that no run made.
     """
     out = file.parent
-    found = next((name for name in ("model", "methods", "checkpoints/step-*") if any(out.glob(name))), None)
-    if found and not file.exists():
-        raise UserError(
-            f"{out} holds {out / found} of something else: it has no {file.name}. Choose another folder with --out"
-        )
-    return bool(found)
+    if not file.exists():
+        if found := next((name for name in WRITTEN if any(out.glob(name))), None):
+            raise UserError(
+                f"{out} holds {out / found} of something else: it has no {file.name}. Choose another folder with --out"
+            )
+        return False
+    return any(any(out.glob(name)) for name in SAVED)
 
 
 def _same(now: dict[str, Any], before: dict[str, Any], out: Path, go_on: str = "") -> None:

@@ -10,7 +10,7 @@ from distmatch.system import limits, rng
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.paths import shipped
-from distmatch.system.plain import json_of
+from distmatch.system.plain import check_text, json_of
 from distmatch.system.screen import printable
 from distmatch.system.terminal import notice
 
@@ -65,6 +65,7 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
             if not isinstance(text, str | None):
                 raise UserError(f"{path}, {place}: expected text, found {text!r:.80}")
             if text and text.strip():
+                check_text(text, f"{path}, {place}")
                 prompts.append(text.strip())
     if not prompts:
         raise UserError(f"{path} holds no prompts")

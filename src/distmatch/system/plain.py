@@ -147,3 +147,11 @@ class _Loader(yaml.SafeLoader):
                 problem = f"the key {keys.most_common(1)[0][0]!r:.80} is given twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise `UserError` that names `where` if `text` is no Unicode: of bytes, or a JSON file, that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: character {error.start + 1}, {text[error.start]!r}, is not Unicode text") from None
