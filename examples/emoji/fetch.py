@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from names import IconSet, named, styles
+from names import IconSet, in_style, named, styles
 from PIL import Image
 
 from distmatch.system.errors import UserError
@@ -56,7 +56,7 @@ class Picture:
 
     @property
     def captions(self) -> list[str]:
-        return [f"{self.name}, {self.style} style", self.name]
+        return [in_style(self.name, self.style), self.name]
 
 
 def fetch(out: Path, size: int = 64, tones: bool = False, most: int | None = None) -> None:

@@ -368,6 +368,11 @@ def toned(name: str, names: set[str]) -> bool:
     return bool(TONES.search(name)) or (plain != name and (plain in names or plain != TONE.sub("", plain)))
 
 
+def in_style(name: str, style: str) -> str:
+    """Return the caption of a picture in a style: "red apple, flat style"."""
+    return f"{name}, {style} style"
+
+
 def english(icon: str) -> str:
     """Return an icon's name as words: `mans-shoe` becomes "man's shoe"."""
     if icon in COMPOUNDS:

@@ -1,7 +1,7 @@
 """Write prompts for distillation: names in styles in which no set draws them, then the captions of training pictures.
 
     python examples/emoji/prompts.py data/emoji src/distmatch/assets/emoji/prompts.txt
-    python examples/emoji/prompts.py data/emoji half.txt --captions 1532
+    python examples/emoji/prompts.py data/emoji mixed.txt --captions 1532
 
 Pairs and distribution matching need the teacher and a prompt, but no picture, so a student can learn what the teacher
 draws for "video camera, firefox style" though no set has that. What is held out in `test` is left out here, too.
@@ -13,24 +13,27 @@ import random
 from pathlib import Path
 from typing import Any
 
+from names import in_style
+
 from distmatch.system.errors import UserError
 
+Records = list[dict[str, Any]]
 
-def unseen(data: Path) -> list[str]:
-    """Return the prompts of each name of `data/train` in each style of which neither split has a picture, sorted."""
-    train, test = records(data / "train"), records(data / "test")
+
+def unseen(train: Records, test: Records) -> list[str]:
+    """Return the prompts of each name of `train` in each style of which neither split has a picture, sorted."""
     drawn = {(record["name"], record["style"]) for record in train + test}
     names, styles = sorted({record["name"] for record in train}), sorted({record["style"] for record in train})
-    return [f"{name}, {style} style" for name in names for style in styles if (name, style) not in drawn]
+    return [in_style(name, style) for name in names for style in styles if (name, style) not in drawn]
 
 
-def captions(data: Path) -> list[str]:
-    """Return the different captions of `data/train`, in the order of the pictures' files."""
-    in_order = sorted(records(data / "train"), key=lambda record: record["file_name"])
+def captions(train: Records) -> list[str]:
+    """Return the different captions of `train`, in the order of the pictures' files."""
+    in_order = sorted(train, key=lambda record: record["file_name"])
     return list(dict.fromkeys(caption for record in in_order for caption in record["text"]))
 
 
-def records(split: Path) -> list[dict[str, Any]]:
+def records(split: Path) -> Records:
     file = split / "metadata.jsonl"
     if not file.is_file():
         raise UserError(f"{file} does not exist; expected a folder that examples/emoji/fetch.py has made")
@@ -44,8 +47,8 @@ def main() -> None:
     parser.add_argument("--captions", type=int, help="how many captions to draw at random; default: all, in order")
     given = parser.parse_args()
     try:
-        new = unseen(given.data)
-        old = captions(given.data)
+        train, test = records(given.data / "train"), records(given.data / "test")
+        new, old = unseen(train, test), captions(train)
         if given.captions is not None:
             if not 0 <= given.captions <= len(old):
                 raise UserError(f"--captions {given.captions}: expected 0 to {len(old):,}, as many as there are")
