@@ -20,7 +20,7 @@ from distmatch.methods.terms import Levels, Match, Samples, Start
 from distmatch.models.folder import load_model, save_model
 from distmatch.models.mixture import mixture
 from distmatch.planning.preflight import Flight, checks
-from distmatch.planning.rehearsal import rehearse, sampling_flops
+from distmatch.planning.rehearsal import evaluated, rehearse
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 
@@ -293,7 +293,7 @@ def test_a_plan_counts_the_rollouts(tmp_path, updates):
         for few in (("student.nfe=1",), ("student.nfe=3", "match.intervals=true"))
     ]
     more = costs[1]["student"] - costs[0]["student"]
-    assert more == pytest.approx(updates * 4 * sampling_flops(tiny.teacher(), tiny.INFO))
+    assert more == pytest.approx(updates * 4 * evaluated(tiny.teacher(), tiny.INFO)[0])
     assert {name: n for name, n in costs[0].items() if name != "student"} == {
         name: n for name, n in costs[1].items() if name != "student"
     }
@@ -301,7 +301,7 @@ def test_a_plan_counts_the_rollouts(tmp_path, updates):
 
 def test_a_plan_counts_the_passes_of_guidance_and_of_shared_noise(tmp_path):
     """In passes of the teacher for the images of a step: its own, and two of the guide; the fake score loses one."""
-    one = 4 * sampling_flops(tiny.teacher(), tiny.INFO)
+    one = 4 * evaluated(tiny.teacher(), tiny.INFO)[0]
     plain, guided, shared = (
         rehearse(recipe(tmp_path, *changes), tiny.teacher(), tiny.INFO, 1).flops
         for changes in (

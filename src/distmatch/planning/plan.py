@@ -34,7 +34,8 @@ MACHINE = 8
 
 LAUNCHED, REPLAYED = 30e-6, 7e-6
 """Seconds that a kernel takes at least, on average: launched by Python, and replayed in a CUDA graph. From steps and
-pairs of `emoji` on an H100 beside other work (docs/scaling.md): 37 and 24 µs launched, 7 replayed."""
+pairs of `emoji` on an H100 beside other work, their times in docs/scaling.md over the kernels that a plan counts: 37
+and 24 µs launched, 7 replayed."""
 
 SIZES = (12, 16, 24, 48, 80)
 """GB of the cards that a ladder is shown for."""
@@ -90,8 +91,12 @@ class Pace:
 
 def pace(made: Cost, recipe: Recipe, cluster: Cluster) -> Pace:
     arithmetic = cluster.arithmetic(made.step_flops, recipe.precision)
-    each = 0.0 if recipe.compile else REPLAYED if recipe.cuda_graphs else LAUNCHED  # compiled, they are far fewer
-    return Pace(arithmetic, made.traffic.sent / cluster.bandwidth, each * made.kernels)
+    return Pace(arithmetic, made.traffic.sent / cluster.bandwidth, _per_kernel(recipe) * made.kernels)
+
+
+def _per_kernel(recipe: Recipe) -> float:
+    """Return the seconds that a kernel of a step takes at least; 0 if it is compiled, which leaves far fewer."""
+    return 0.0 if recipe.compile else REPLAYED if recipe.cuda_graphs else LAUNCHED
 
 
 def show(recipe: Recipe, gpu: str, cluster: Cluster, price: float | None = None, ladder: bool = False) -> None:
@@ -230,8 +235,8 @@ def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: 
     slow = sum(n * max(each.in_turn, each.kernels) for n, each in zip(steps, paces, strict=True))
     console.print(f"training: {_of_all(cluster, fast, slow)}")
     if any(each.kernels > each.in_turn for each in paces):
-        most, each = max(made.kernels for made in costs), 1e6 * (REPLAYED if recipe.cuda_graphs else LAUNCHED)
-        how = f"{each:.0f} µs {'in a CUDA graph' if recipe.cuda_graphs else 'from Python'}"
+        most = max(made.kernels for made in costs)
+        how = f"{1e6 * _per_kernel(recipe):.0f} µs {'in a CUDA graph' if recipe.cuda_graphs else 'from Python'}"
         console.print(
             f"  Arithmetic is {duration(computed)} of it: a step has {most:,} kernels, each of which takes about {how}"
         )

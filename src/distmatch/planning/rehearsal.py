@@ -116,11 +116,6 @@ def rehearse(
     )
 
 
-def sampling_flops(denoiser: Denoiser, info: Info) -> float:
-    """Return the FLOPs of one evaluation of one sample."""
-    return evaluated(denoiser, info)[0]
-
-
 def evaluated(denoiser: Denoiser, info: Info) -> tuple[float, int]:
     """Return the FLOPs of one evaluation of one sample, and its kernels, which are those of a batch as well."""
     ready(denoiser)
