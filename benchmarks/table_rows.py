@@ -169,7 +169,8 @@ def markdown(table: Table, out: Path, only: Sequence[str] = ()) -> str:
     headings += [f"precision, recall: {space}" for space in spaces]
     headings = ["run", "override", "steps", *headings, "class accuracy", "minutes", "seeds"]
     lines = [headings, ["---"] * len(headings)]
-    shown = [row for row in table.rows if measured[row.name] or row in chosen(table.rows, only)]
+    asked = chosen(table.rows, only)
+    shown = [row for row in table.rows if measured[row.name] or row in asked]
     for row in shown:
         seeds = measured[row.name]
         override = f"`{row.overrides}`" if row.overrides else ""

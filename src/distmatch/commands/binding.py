@@ -21,6 +21,7 @@ NAMES = {"fingerprint": "digest of the teacher's settings and weights"}
 SAVED = ("model", "methods", "checkpoints/step-*")
 """What a run has that is worth keeping."""
 FIGURES = ("teacher-student.png", "compare.png", "compare.json", "eval.json", "report.html")
+"""What a run or a comparison is looked at by."""
 WRITTEN = (*SAVED, *FIGURES, "previews", "log.jsonl")
 """What a run would write over, or take for its own."""
 
