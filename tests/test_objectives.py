@@ -116,6 +116,17 @@ def test_the_fake_score_is_trained_alone_first(tmp_path):
     assert not torch.equal(weights(d.student), first)
 
 
+def test_the_fake_score_is_not_drawn_to_a_student_that_waits(tmp_path):
+    d, plain = distiller(tmp_path, "fake.alone=2", "fake.ida=0.25"), distiller(tmp_path, "fake.alone=2")
+    for index in range(2):
+        d.step(index)
+        plain.step(index)
+        assert torch.equal(weights(d.fake), weights(plain.fake))
+    d.step(2)
+    plain.step(2)
+    assert not torch.equal(weights(d.fake), weights(plain.fake))
+
+
 def test_the_student_does_not_wait_for_a_fake_score_that_no_term_trains(tmp_path):
     recipe = load_recipe(str(tiny.recipe_file(tmp_path)), ["terms=regress", "fake.alone=2"])
     subject = subjects.subject(recipe)

@@ -174,7 +174,7 @@ class Distiller:
         made, losses = self.gradients.add("student", parts, loss, self.forward, self.optimizer.parameters)
         norm = self.optimizer.step(index)
         self.ema.update()
-        if self.ida and self.fake is not None:
+        if self.ida and self.fake is not None and self.optimizer.rate(index):  # not in steps of the fake score alone
             draw_towards(self.fake, self.student, self.ida)
         for own in self.fake_optimizers:
             own.clear()  # gradients that the student's loss sent through the fake score, as in a GAN
