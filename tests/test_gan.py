@@ -268,7 +268,25 @@ def test_the_balance_keeps_the_ratio_of_the_gradients(tmp_path):
     balance.settle()
     squares = torch.stack([one.square().sum() for one in alone])
     torch.testing.assert_close(balance.sums[0], 0.99 * before[0] + squares)
-    torch.testing.assert_close(balance.scale() * (balance.sums[0, 1] / balance.sums[0, 0]).sqrt(), torch.tensor(0.5))
+    match, gan = balance.means()
+    torch.testing.assert_close(balance.scale() * (gan / match).sqrt(), torch.tensor(0.5))
+
+
+def test_a_balance_forgets_no_gradient_while_a_term_is_off(tmp_path):
+    """Nor takes it for small: that would let the GAN begin with many times its share."""
+    d = distiller(tmp_path, "gan.balance=0.5")
+    gan, balance = d.terms[1], d.terms[1].balance
+    gan.weight = 0.0
+    for index in range(3):
+        d.step(index)
+    assert balance.scale() == 1
+    gan.weight = 0.1
+    d.step(3)
+    assert balance.scale() == pytest.approx(0.5 * (balance.means()[0] / balance.means()[1]).sqrt().item())
+    assert balance.sums[1, 1] == 1
+    d.terms[0].weight, before = 0.0, balance.means()[0].item()
+    d.step(4)
+    assert balance.means()[0].item() == pytest.approx(before)
 
 
 # Latents

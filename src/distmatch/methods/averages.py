@@ -26,7 +26,7 @@ class Averages(nn.Module):
         return torch.where(count > 0, total / count, unseen)
 
     def note(self, values: Tensor, bins: Tensor) -> None:
-        """Note the `values f[N]`, each in the bin `i64[N]`."""
+        """Note the `values f[N]`, each in the bin `i64[N]`; those in bin -1 not at all."""
         member = (bins[:, None] == torch.arange(self.bins, device=bins.device)).float()  # summed in a fixed order
         self._noted.append(torch.stack([(values.detach().float()[:, None] * member).sum(0), member.sum(0)]))
 

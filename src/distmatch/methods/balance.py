@@ -23,9 +23,9 @@ class Balance(Averages):
         self.ratio = ratio
 
     def scale(self) -> Tensor:
-        """Return the factor f[] on the gradient of `gan`; 1 before anything was seen."""
+        """Return the factor f[] on the gradient of `gan`; 1 before both were seen."""
         match, gan = self.means(0.0)
-        return torch.where(gan > 0, self.ratio * (match / gan).sqrt(), 1.0)
+        return torch.where((match > 0) & (gan > 0), self.ratio * (match / gan).sqrt(), 1.0)
 
     def seen(self, term: str, x: Tensor) -> Tensor:
         """Return `x f[B,*D]` as `term` is to see it: the gradient there is measured, and that of `gan` scaled."""
@@ -35,7 +35,9 @@ class Balance(Averages):
         scale = self.scale() if term == "gan" else None
 
         def measure(gradient: Tensor) -> Tensor | None:
-            self.note(gradient.float().square().sum()[None], number)
+            squared = gradient.float().square().sum()[None]
+            # Zero is of a term that a stage turns off. As a small norm it would count when the term is on again.
+            self.note(squared, torch.where(squared > 0, number, -1))
             return None if scale is None else gradient * scale.to(gradient.dtype)
 
         own = x.view_as(x)
