@@ -8,8 +8,9 @@ from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.guidance import guided
 from distmatch.diffusion.losses import WEIGHTINGS
+from distmatch.diffusion.schedule import Flow
 from distmatch.methods.identity import Identity, identity_loss
-from distmatch.methods.terms import Levels
+from distmatch.methods.terms import Levels, Samples
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.errors import UserError
@@ -32,9 +33,8 @@ def slope(variance):
 
 
 def unweighted(x, fake, real, alpha):
-    """The loss of the whole batch as one sample, times the distance by which it is divided."""
-    one = [v.reshape(1, -1) for v in (x, fake, real)]
-    return identity_loss(*one, alpha) * (real - x).abs().mean().detach()
+    """The loss with weight 1."""
+    return identity_loss(x, fake, real, alpha, torch.ones(len(x)).to(x))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
@@ -63,13 +63,27 @@ def test_its_alpha_weighs_the_difference_of_the_scores(noise, alpha):
     torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
 
 
-def test_it_is_weighted_by_the_distance_of_sample_and_real_score():
-    x, fake, real = (torch.randn(2, 3, 4, 4) for _ in range(3))
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_it_is_weighted_by_the_distance_of_sample_and_real_score_or_as_it_is_told(weighting):
+    """The weight is a constant in the gradient. With `eq8` it has a factor alpha, which is `1 - t` for flows."""
+    schedule, t = Flow(), torch.tensor([0.3, 0.8])
+    x, eps, f, r = (torch.randn(2, 3, 4, 4, requires_grad=i == 0) for i in range(4))
+    identity = Identity(tiny.teacher(), tiny.teacher(), 1.2, weighting=WEIGHTINGS[weighting])
+    identity.schedule, identity.fake, identity.real = schedule, lambda *_: f, lambda *_: r
+    found = identity.student_loss(Levels(t, eps, t, eps), Samples(x, None))
+    distances = [(y - one).abs().mean().item() for y, one in zip(x, r, strict=True)]
+    factors = {
+        "algorithm2": [1 / distance for distance in distances],
+        "eq8": [(1 - time) / distance for time, distance in zip(t.tolist(), distances, strict=True)],
+        "dreamfusion": [0.7 / 0.3, 0.2 / 0.8],
+        "prolificdreamer": [0.7 * 0.3, 0.2 * 0.8],
+    }[weighting]
     each = [
-        ((r - f) * ((r - y) - 1.2 * (r - f))).mean() / (y - r).abs().mean()
-        for y, f, r in zip(x, fake, real, strict=True)
+        factor * ((b - a) * ((b - y) - 1.2 * (b - a))).mean() for factor, y, a, b in zip(factors, x, f, r, strict=True)
     ]
-    torch.testing.assert_close(identity_loss(x, fake, real, 1.2), torch.stack(each).mean())
+    expected = torch.stack(each).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (found, expected)))
 
 
 def test_a_rescaled_guidance_keeps_the_direction_and_takes_the_conditional_norm():
@@ -149,7 +163,8 @@ def test_sid_sends_the_students_gradient_through_both_scores(tmp_path):
     start, drawn = part.starts["noise"], part.drawn["match"]
     x = d.generate_all(part.starts)["noise"].x
     x_t = d.student.schedule.add_noise(x, drawn.eps, drawn.t)
-    loss = identity_loss(x, d.fake(x_t, drawn.t, start.cond), term.teacher(x_t, drawn.t, start.cond), 1.2)
+    fake, real = d.fake(x_t, drawn.t, start.cond), term.teacher(x_t, drawn.t, start.cond)
+    loss = identity_loss(x, fake, real, 1.2, 1 / (x - real).abs().flatten(1).mean(1).detach())
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(d.student.parameters()))]).norm()
     _, found = d.update_student(1, [part])
     torch.testing.assert_close(found["gradient_norm"], expected)

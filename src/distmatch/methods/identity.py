@@ -31,10 +31,12 @@ class Identity(Match):
             )
 
     def student_loss(self, drawn: Levels, samples: Samples) -> Tensor:
-        t, x, cond = drawn.t, samples.x, samples.cond
-        x_t = self.schedule.add_noise(x, drawn.eps, t)
+        t, x, cond, schedule = drawn.t, samples.x, samples.cond, self.schedule
+        x_t = schedule.add_noise(x, drawn.eps, t)
         # The fake score's weights get a gradient too; `Distiller.update_student` clears it.
-        return identity_loss(x, self.fake(x_t, t, cond), self.real(x_t, t, cond), self.alpha)
+        x0_fake, x0_real = self.fake(x_t, t, cond), self.real(x_t, t, cond)
+        w = self.weighting(x.detach(), x0_real.detach(), schedule.alpha(t), schedule.sigma(t))
+        return identity_loss(x, x0_fake, x0_real, self.alpha, w)
 
 
 def _check_differentiable(network: nn.Module, name: str) -> None:
@@ -48,12 +50,12 @@ def _check_differentiable(network: nn.Module, name: str) -> None:
             )
 
 
-def identity_loss(x: Tensor, x0_fake: Tensor, x0_real: Tensor, alpha: float) -> Tensor:
-    """Return `(mu_real - mu_fake) . ((mu_real - x) - alpha (mu_real - mu_fake))` over the mean of `|mu_real - x|`, f[].
+def identity_loss(x: Tensor, x0_fake: Tensor, x0_real: Tensor, alpha: float, w: Tensor) -> Tensor:
+    """Return the mean f[] of `w (mu_real - mu_fake) . ((mu_real - x) - alpha (mu_real - mu_fake))`.
 
-    All three f[B,*D] carry the student's graph. With an exact fake score and `alpha` 0, the expectation of the product
-    is the Fisher divergence. The paper takes 1 to 1.2: the fake score's weights are constants in the gradient.
+    The three f[B,*D] carry the student's graph; `w f[B]` is constant, in the paper `1 / mean |mu_real - x|`. With an
+    exact fake score and `alpha` 0, the expectation of the product is the Fisher divergence. The paper takes 1 to 1.2:
+    the fake score's weights are constants in the gradient.
     """
     apart = x0_real - x0_fake
-    distance = (x0_real - x).abs().flatten(1).mean(1).detach()
-    return (apart * (x0_real - x - alpha * apart) / expand(distance, x)).mean()
+    return (expand(w, x) * apart * (x0_real - x - alpha * apart)).mean()

@@ -53,7 +53,7 @@ class MatchTerm(Strict):
     sid: Factor | None = entry(
         None,
         "Alpha of Score identity Distillation, which then takes the place of Algorithm 2: gradients pass through both "
-        "scores. null: Algorithm 2.",
+        "scores. weighting is that of its product; eq8 is its authors' 1 - t for flows. null: Algorithm 2.",
         "Zhou et al., arXiv 2404.04057: 1 to 1.2",
     )
     intervals: bool = entry(
