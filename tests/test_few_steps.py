@@ -110,6 +110,7 @@ def test_a_denoiser_in_its_place_does_not_reach_it():
             r"expected times or nfe, not both: \[80.0, 5.0\] and 2; set the other",
         ),
         (["student.shift=3"], "shift 3 is for the times that nfe makes"),
+        (["student.shift=3", "student.nfe=1"], "shift 3 .* leaves the first where it is; give nfe above 1"),
         (["student.nfe=9"], "student.nfe"),
         (["student.times=[9, 8, 7, 6, 5, 4, 3, 2, 1]"], "student.times.* at most 8"),
         (["student.times=[5, 80]"], r"expected times: \[high, ..., low\], falling, not \[5.0, 80.0\]"),

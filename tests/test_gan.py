@@ -26,6 +26,7 @@ from distmatch.models.mlp import MLP
 from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import rng
+from distmatch.system.terminal import Notice
 from distmatch.training.engine import blocks, compile_blocks
 from distmatch.training.optim import Optimizer
 
@@ -411,6 +412,9 @@ def test_the_factors_have_mean_one_in_each_range_of_levels(taught):
         (["gan.min_step=900", "gan.max_step=900"], r"expected gan.min_step < gan.max_step <= match.bins"),
         (['stages=[{until: 12, change: {terms: [match]}}]'], r"stage 1 has the terms \[\] in addition .* weight of 0"),
         (['stages=[{until: 12, change: {"match.divergence": js}}]'], r"stage 1 changes 'match.divergence'"),
+        (['stages=[{until: 12, change: {"match.bins": 990}}]'], r"stage 1 changes 'match.bins', by which the term gan"),
+        (["gan.head_weight=0"], r"gan.head_weight = 0: expected more than 0"),
+        (["gan.r1_noise=0"], r"gan.r1_noise = 0: expected more than 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_named_before_anything_is_made(tmp_path, changes, said):
@@ -434,6 +438,11 @@ def test_images_of_another_kind_are_refused(tmp_path, images, changes, said):
     real_folder(tmp_path / "real", **images)
     with pytest.raises(ValueError, match=said):
         subjects.subject(recipe(tmp_path, *changes))
+
+
+def test_a_cache_of_latents_that_there_are_not_is_said_to_be_unused(tmp_path):
+    with pytest.warns(Notice, match=r"real.cache .*latents is not used: the teacher .* makes no latents"):
+        subjects.subject(recipe(tmp_path, f"real.cache={tmp_path / 'latents'}"))
 
 
 def test_classes_are_matched_by_name_or_if_asked_by_number(tmp_path):

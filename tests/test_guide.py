@@ -125,6 +125,11 @@ def test_a_recipe_takes_its_scale_from_the_entry_or_from_each_sample(tmp_path):
             ["terms=match,guide", "guide.guidance=2", "guide.max_step=1200"],
             "guide.max_step 1200: expected at most match.bins, 1000",
         ),
+        (["match.rescale=true"], "match.rescale is for a guided real score; with match.guidance 1 it does nothing"),
+        (
+            ["terms=match,guide", "guide.guidance=2", "match.rescale=true"],
+            "match.rescale is for a guided real score, which the term guide replaces",
+        ),
         (["guide.min_step=990"], "expected min_step < max_step, not 990, 980"),
     ],
 )

@@ -133,6 +133,9 @@ def test_entries_that_were_given_and_that_nothing_reads_are_named_when_a_run_beg
     assert told(load_recipe("mnist", group), overridden(group)) == ""
     stages = ["real.images=a", "steps=9", "stages=[{until: 4, change: {terms: [regress]}}, {until: 9}]", "terms=match"]
     assert told(load_recipe("mnist", stages), []).startswith("with the terms regress, match nothing reads real.images")
+    paired = ["terms=match", "match.pairs=true"]
+    assert told(load_recipe("mnist", paired), overridden(paired)).endswith("reads match.pairs (for the term regress)")
+    assert told(load_recipe("mnist", paired), overridden(paired[:1])) == ""
     earlier = ["terms=regress", "critic.steps=3", "gan.images=photos"]
     names = told(load_recipe("mnist", earlier), overridden(earlier))
     assert re.findall(r"[a-z]+\.[a-z]+(?= \()", names) == ["fake.steps", "real.images"]

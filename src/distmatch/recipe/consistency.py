@@ -24,6 +24,7 @@ def check(recipe: "Recipe") -> None:
     _several_steps(recipe)
     _later_steps_start_from_data(recipe)
     _guided_once(recipe)
+    _rescaled_if_guided(recipe)
     _fake_score_stays(recipe)
     _student_gets_its_turn(recipe)
     _adapters_share_the_teacher(recipe)
@@ -120,6 +121,12 @@ def _guided_once(recipe: "Recipe") -> None:
         raise UserError("match.rescale is for a guided real score, which the term guide replaces; use false")
     if recipe.guide.max_step > recipe.match.bins:
         raise UserError(f"guide.max_step {recipe.guide.max_step}: expected at most match.bins, {recipe.match.bins}")
+
+
+def _rescaled_if_guided(recipe: "Recipe") -> None:
+    m = recipe.match
+    if "match" in recipe.terms and m.rescale and m.guidance == 1 and recipe.student.guidance is None:
+        raise UserError("match.rescale is for a guided real score; with match.guidance 1 it does nothing: use false")
 
 
 def _fake_score_stays(recipe: "Recipe") -> None:

@@ -355,6 +355,8 @@ class Recipe(Strict):
         found = parse_recipe(tree, f"stage {number + 1}")
         if found.match.divergence != self.match.divergence:
             raise UserError(f"stage {number + 1} changes 'match.divergence', whose averages belong to the whole run")
+        if "gan" in found.terms and found.match.bins != self.match.bins:
+            raise UserError(f"stage {number + 1} changes 'match.bins', by which the term gan counts in the whole run")
         span = self.span(number, "student.optimizer")
         if span is not None and consistency.only_the_fake_score(found, span[1] - span[0]):
             raise UserError(

@@ -167,8 +167,11 @@ class Student(Strict):
             raise UserError(
                 f"expected times or nfe, not both: {list(self.times)} and {self.nfe}; set the other one to null"
             )
-        if self.shift != 1 and self.nfe is None:
-            raise UserError(f"shift {self.shift:g} is for the times that nfe makes; give nfe, or write the times")
+        if self.shift != 1 and (self.nfe or 1) == 1:
+            raise UserError(
+                f"shift {self.shift:g} is for the times that nfe makes, and leaves the first where it is; give nfe "
+                "above 1, or write the times"
+            )
         return self
 
     @property

@@ -25,6 +25,7 @@ from distmatch.system.errors import UserError
 from distmatch.system.progress import progress
 from distmatch.system.screen import printable
 from distmatch.system.storage import is_url, local
+from distmatch.system.terminal import notice
 
 
 def real_images(
@@ -58,6 +59,8 @@ def real_images(
         read, cache = _latents(recipe, info, images, device)
     else:
         check_shape(images, info.shape, place, recipe.teacher)
+        if recipe.real.cache is not None:
+            notice(f"real.cache {recipe.real.cache} is not used: the teacher {recipe.teacher} makes no latents")
         read = lambda numbers: imaging.to_float(images.pixels[numbers])  # noqa: E731
     return Reals(classes, read, describe, print_of, cache)
 

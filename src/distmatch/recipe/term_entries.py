@@ -192,7 +192,7 @@ class GanTerm(Strict):
         "DMD2, arXiv 2405.14867: 3e-3 for ImageNet, 1e-3 for Stable Diffusion 1.5",
         stage=True,
     )
-    head_weight: Factor = entry(
+    head_weight: Annotated[float, Field(gt=0)] = entry(
         1e-2,
         "Weight of the head's loss in that of the fake score, whose features it trains too.",
         "DMD2, arXiv 2405.14867: 1e-2",
@@ -218,7 +218,7 @@ class GanTerm(Strict):
         "Weight of an approximate R1 penalty in the head's loss, (D(x) - D(x + r1_noise eps))^2 for real x. 0: none.",
         "FastGen, for f-distill",
     )
-    r1_noise: Factor = entry(0.1, "Standard deviation of the noise in that penalty.", "ours")
+    r1_noise: Annotated[float, Field(gt=0)] = entry(0.1, "Standard deviation of the noise in that penalty.", "ours")
     min_step: Natural = entry(0, "Lowest noise level at which images are judged, as a bin of match.bins.", "ours")
     max_step: Positive | None = entry(
         None, "End of these noise levels, as a bin, exclusive. null: match.bins.", "DMD2, arXiv 2405.14867: all of them"

@@ -61,6 +61,8 @@ def told(recipe: Recipe, given: Iterable[str]) -> str:
         group = name.partition(".")[0]
         if group in groups and name not in pictured:
             lost.setdefault(group, []).append(name)
+    if "pairs" in groups and "match" not in groups and recipe.match.pairs and "match.pairs" in names:
+        lost.setdefault("pairs", []).append("match.pairs")
     said = [f"{', '.join(entries)} ({READERS[group]})" for group, entries in lost.items()]
     terms = dict.fromkeys(term for stage in recipe.parts for term in stage.terms)
     return f"with the terms {', '.join(terms)} nothing reads {', '.join(said)}" if said else ""
