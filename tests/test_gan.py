@@ -18,6 +18,7 @@ from distmatch.diffusion.denoiser import Denoiser
 from distmatch.diffusion.schedule import EDM
 from distmatch.methods.adversarial import Adversarial, Settings
 from distmatch.methods.divergence import FACTORS
+from distmatch.methods.heads import Head
 from distmatch.methods.terms import Levels, Match, NoiseStream, Samples
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.folder import save_model
@@ -182,6 +183,14 @@ def test_adapters_get_the_gradients_of_whole_networks_and_the_shared_weights_get
     assert seen > 5
     if features == "teacher":
         assert all(p.grad is None for p in low.fake.parameters())
+
+
+def test_the_logit_is_the_mean_over_the_blocks():
+    head = Head([(3,), (5, 4), (2, 8, 8)])
+    found = [torch.randn(6, 3), torch.randn(6, 5, 4), torch.randn(6, 2, 8, 8)]
+    expected = sum(part(one) for part, one in zip(head.parts, found, strict=True)) / 3
+    torch.testing.assert_close(head(found), expected)
+    assert expected.shape == (6,)
 
 
 def test_only_the_blocks_that_the_head_reads_are_not_compiled():
