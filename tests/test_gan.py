@@ -404,6 +404,28 @@ def test_the_factors_have_mean_one_in_each_range_of_levels(taught):
         assert factor.mean() == pytest.approx(1, abs=0.1)
 
 
+def test_a_recipe_of_another_divergence_weighs_its_matching_in_every_stage(tmp_path):
+    stages = json.dumps([{"until": 2}, {"until": 4, "change": {"match.min_step": 30}}])
+    found = recipe(tmp_path, "match.divergence=forward_kl", "steps=4", f"stages={stages}")
+    subject = subjects.subject(found)
+    d = build.distiller(found.parts[0], subject, None)
+    d.step(0)
+    d.step(1)
+    build.enter(d, found.parts[1], subject, None)
+    match, gan = d.terms
+    part = d.draw(2, WHOLE)
+    drawn, samples = part.drawn["match"], d.generate(part.starts["noise"])
+    t, cond = drawn.t, samples.cond
+    with torch.no_grad():
+        x_t = d.student.schedule.add_noise(samples.x, drawn.eps, t)
+        fake, real = d.fake(x_t, t, cond), subject.denoiser(x_t, t, cond)
+        factor = gan.logits(x_t, t, cond).exp().clamp(0.1, 20) / gan.factors.means()[gan._bin(t)]
+        w = factor / (samples.x - real).abs().flatten(1).mean(1)
+        expected = 0.5 * (w[:, None, None, None] * (fake - real)).square().mean()
+        torch.testing.assert_close(match.student_loss(drawn, samples), expected)
+    assert (factor - 1).abs().max() > 1e-3
+
+
 # What cannot work
 
 
