@@ -172,8 +172,10 @@ def test_a_teacher_that_never_went_without_labels_is_not_guided(info, message, t
     save_model(tmp_path / "taught", denoiser, info)
     changes = ["match.guidance=3", "pairs.guidance=3", "student.guidance=[1,4]"]
     changes.append("stages=[{until: 4, change: {}}, {until: 12, change: {match.guidance: 3}}]")
+    changes.append("terms=match pairs.guidance=3")  # of the teacher's images in the run's picture
     for change in changes:
-        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [f"teacher={tmp_path / 'taught'}", change])
+        given = [f"teacher={tmp_path / 'taught'}", *([change] if "stages" in change else change.split())]
+        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), given)
         with pytest.raises(ValueError, match=message):
             subject(recipe)
     recipe = load_recipe(str(tiny.recipe_file(tmp_path)), [f"teacher={tmp_path / 'taught'}", "match.guidance=3"])

@@ -78,6 +78,8 @@ def subject(recipe: Recipe, own: tuple[Denoiser, Info] | None = None) -> Subject
     for stage in recipe.parts:
         for scale in _scales(stage):
             info.check_guidance(scale)
+    if len(info.shape) == 3:  # the last thing a run makes is a picture with the teacher's images beside the student's
+        info.check_guidance(recipe.scale(recipe.pairs.guidance))
     dev = device(recipe.device)
     conditions, encoders, cut = Classes(len(info.classes)), "", 0
     if info.text:
