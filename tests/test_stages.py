@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from distmatch.commands import distillation
 from distmatch.methods.distill import Distiller
 from distmatch.models.folder import load_model
+from distmatch.planning import preflight
+from distmatch.planning.preflight import Flight
 from distmatch.recipe import build
 from distmatch.recipe.loading import load_recipe
+from distmatch.system import parallel
 from distmatch.system.errors import Stopped
 from distmatch.training.optim import Optimizer
 
@@ -255,6 +258,15 @@ def test_batches_of_later_stages_are_checked_before_anything_runs(tmp_path):
             load_recipe(str(tiny.recipe_file(tmp_path, stages=stages, accumulate=2))), tmp_path / "run", tmp_path
         )
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_later_stage_for_one_process_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    stages = [{"until": 4}, {"until": 12, "change": {"match.shared": True}}]
+    flight = Flight(load_recipe(str(tiny.recipe_file(tmp_path, stages=stages))), tmp_path / "run", tmp_path)
+    preflight.batches(flight)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(ValueError, match=r"match.shared is for one process, not for 2; use false"):
+        preflight.batches(flight)
 
 
 def test_the_fake_score_can_wait_for_a_later_stage(tmp_path):

@@ -177,9 +177,10 @@ def packages(flight: Flight) -> str | None:
 
 
 def batches(flight: Flight) -> str:
-    """The processes can share the batches equally, in every stage."""
+    """The processes can share the batches equally, in every stage, and no stage is for one process alone."""
     for stage in flight.stages:
         build.check_batches(stage)
+        build.check_alone(stage, flight.device.type)
     terms = [name for name in ("match", "regress") if name in flight.recipe.terms]
     sizes = [f"{name} {getattr(flight.recipe, name).batch}" for name in terms]
     return f"{', '.join(sizes)} over {parallel.world()} process{'es' if parallel.world() > 1 else ''}"

@@ -117,6 +117,17 @@ def check_batches(recipe: Recipe) -> None:
             )
 
 
+def check_alone(recipe: Recipe, device: str) -> None:
+    """Raise `UserError` if the recipe, on this type of device, works only in one process and there are several."""
+    alone = {
+        "match.shared": recipe.match.shared and "match" in recipe.terms,
+        "cuda_graphs": records_graphs(recipe, device),
+    }
+    used = [name for name, is_set in alone.items() if is_set]
+    if used and parallel.world() > 1:
+        raise UserError(f"{used[0]} is for one process, not for {parallel.world()}; use false")
+
+
 def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_score: bool | None = None) -> Distiller:
     """Return the recipe's distillation. Student and fake score start as copies of one network, see `start`.
 
@@ -128,12 +139,9 @@ def distiller(recipe: Recipe, subject: Subject, pairs: PairStore | None, fake_sc
     Each of several processes holds its share; `parallel` says how networks are distributed over them.
     """
     check_batches(recipe)
+    check_alone(recipe, subject.device.type)
     dev, info = subject.device, subject.info
     graphs = records_graphs(recipe, dev.type)
-    alone = {"match.shared": recipe.match.shared and "match" in recipe.terms, "cuda_graphs": graphs}
-    used = [name for name, is_set in alone.items() if is_set]
-    if used and parallel.world() > 1:
-        raise UserError(f"{used[0]} is for one process, not for {parallel.world()}; use false")
     networks, fake = _networks(recipe, subject, trains_fake(recipe) if fake_score is None else fake_score)
     own = Optimizer(networks.student.parameters(), steps=recipe.steps, **recipe.student.optimizer.model_dump())
     own.wait = _wait(recipe)
