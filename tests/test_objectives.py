@@ -108,6 +108,15 @@ def weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()]).clone()
 
 
+@pytest.mark.parametrize(("rescale", "alike"), [("true", True), ("false", False)])
+def test_a_recipe_rescales_its_real_score_if_asked(tmp_path, rescale, alike):
+    d = distiller(tmp_path, "match.guidance=4", f"match.rescale={rescale}")
+    x, t, cond = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0]), Cond(label=torch.tensor([0, 1, 2]))
+    with torch.no_grad():
+        found, plain = (one(x, t, cond).flatten(1).norm(dim=1) for one in (d.terms[0].real, d.terms[0].teacher))
+    assert torch.allclose(found, plain, rtol=1e-4) == alike
+
+
 def test_the_fake_score_is_drawn_to_the_student(tmp_path):
     d = distiller(tmp_path, "fake.ida=0.25")
     d.step(0)
