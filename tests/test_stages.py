@@ -15,7 +15,7 @@ from distmatch.methods.distill import Distiller
 from distmatch.models.folder import load_model
 from distmatch.planning import preflight
 from distmatch.planning.preflight import Flight
-from distmatch.recipe import build
+from distmatch.recipe import build, subjects
 from distmatch.recipe.loading import load_recipe
 from distmatch.system import parallel
 from distmatch.system.errors import Stopped
@@ -294,6 +294,18 @@ def _shard(run, step):
     for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
         found |= load_file(file)
     return found
+
+
+def test_the_fake_score_is_not_drawn_to_the_student_in_a_stage_without_it(tmp_path):
+    stages = [{"until": 2, "change": {"terms": ["regress"]}}, {"until": 4}]
+    found = load_recipe(str(tiny.recipe_file(tmp_path, stages=stages, steps=4)), ["fake.ida=0.25"])
+    subject = subjects.subject(found)
+    pairs = build.pair_store(found, subject, tmp_path)
+    d = build.distiller(found.parts[0], subject, pairs, fake_score=True)
+    before = [weight.clone() for weight in d.fake.parameters()]
+    d.step(0)
+    assert all(map(torch.equal, before, d.fake.parameters()))
+    assert not all(map(torch.equal, before, d.student.parameters()))
 
 
 def test_impossible_stages_are_named(tmp_path):

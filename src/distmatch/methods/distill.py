@@ -51,7 +51,7 @@ class Settings:
 
     steps: Steps | None = None  # the student's times; default: only the schedule's t_max
     fake_updates: int = 1  # of the fake score per update of the student; the first uses the same images (Algorithm 1)
-    ida: float = 0.0  # share of the student that the fake score takes over after each update (arXiv 2506.00523)
+    ida: float = 0.0  # share of the student that the fake score takes over in steps that train both (arXiv 2506.00523)
     seed: int = 0
     accumulate: int = 1  # parts that each worker's share of a batch is split into; gradients are summed over them
     workers: Workers = ALONE  # threads that share a batch, on a CPU and in a single process
@@ -174,7 +174,7 @@ class Distiller:
         made, losses = self.gradients.add("student", parts, loss, self.forward, self.optimizer.parameters)
         norm = self.optimizer.step(index)
         self.ema.update()
-        if self.ida and self.fake is not None and self.optimizer.rate(index):  # not in steps of the fake score alone
+        if self.ida and self.fake is not None and self.objective.fake_terms and self.optimizer.rate(index):
             draw_towards(self.fake, self.student, self.ida)
         for own in self.fake_optimizers:
             own.clear()  # gradients that the student's loss sent through the fake score, as in a GAN

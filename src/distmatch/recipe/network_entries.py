@@ -86,7 +86,8 @@ class Fake(Strict):
     )
     ida: Decay = entry(
         0.0,
-        "Share of the student's weights that the fake score takes over after each update of the student. 0: none.",
+        "Share of the student's weights that the fake score takes over after each update of the student, in steps that "
+        "train both. 0: none.",
         "SenseFlow, arXiv 2506.00523: 0.02 to 0.03",
     )
 
