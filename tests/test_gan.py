@@ -230,6 +230,16 @@ def test_its_losses_are_softplus_of_the_logits(tmp_path):
     assert (real - moved).abs().max() > 1e-4
 
 
+def test_it_judges_at_the_levels_that_a_recipe_names(tmp_path):
+    d = distiller(
+        tmp_path, "match.bins=100", "match.min_step=1", "match.max_step=99", "gan.min_step=40", "gan.max_step=60"
+    )
+    levels = set(d.student.schedule.grid(100).flip(0).float()[40:60].tolist())
+    drawn = [d.draw(index, WHOLE).drawn["gan"] for index in range(100)]
+    assert set(torch.cat([one.t for one in drawn]).tolist()) == levels
+    assert set(torch.cat([one.t_head for one in drawn]).tolist()) == levels
+
+
 HOW = ("gan.balance=0.5", "match.divergence=js", "gan.r1=1")
 
 

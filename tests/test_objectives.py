@@ -117,6 +117,25 @@ def test_a_recipe_rescales_its_real_score_if_asked(tmp_path, rescale, alike):
     assert torch.allclose(found, plain, rtol=1e-4) == alike
 
 
+def test_weights_and_levels_of_a_recipe_reach_the_terms(tmp_path):
+    d = distiller(
+        tmp_path,
+        *("terms=match,guide", "match.bins=100", "match.weight=0.3", "match.min_step=10", "match.max_step=30"),
+        *("guide.guidance=3", "guide.weight=0.7", "guide.min_step=40", "guide.max_step=60"),
+    )
+    assert [(term.name, term.weight) for term in d.terms] == [("match", 0.3), ("guide", 0.7)]
+    levels = d.student.schedule.grid(100).flip(0).float()
+    drawn = [d.draw(index, WHOLE).drawn for index in range(100)]
+    for name, (low, high) in {"match": (10, 30), "guide": (40, 60)}.items():
+        assert set(torch.cat([one[name].t for one in drawn]).tolist()) == set(levels[low:high].tolist())
+    assert len(torch.cat([one["match"].t_fake for one in drawn]).unique()) > 90  # of 400: all levels
+    part = d.draw(0, WHOLE)
+    samples = d.generate_all(part.starts)["noise"]
+    total = sum(term.weight * term.student_loss(part.drawn[term.name], samples) for term in d.terms)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(d.student.parameters()))])
+    torch.testing.assert_close(d.update_student(0, [part])[1]["gradient_norm"], expected.norm())
+
+
 def test_the_fake_score_is_drawn_to_the_student(tmp_path):
     d = distiller(tmp_path, "fake.ida=0.25")
     d.step(0)
