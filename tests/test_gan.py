@@ -230,6 +230,19 @@ def test_its_losses_are_softplus_of_the_logits(tmp_path):
     assert (real - moved).abs().max() > 1e-4
 
 
+def test_rates_of_fake_score_and_head_are_counted_over_all_their_updates(tmp_path):
+    """Three in each of 12 steps, of which the last half decays."""
+    d = distiller(tmp_path, "fake.steps=3", "fake.optimizer.decay=0.5", "fake.optimizer.warmup=0")
+    seen = {id(own): [] for own in d.fake_optimizers}
+    assert len(seen) == 2
+    for own in d.fake_optimizers:
+        assert [own.rate(update) / own.lr for update in (0, 18, 27, 35)] == pytest.approx([1, 1, 0.5, 1 / 18])
+        own.step = lambda update, own=own, step=own.step: seen[id(own)].append(update) or step(update)
+    d.step(0)
+    d.step(5)
+    assert list(seen.values()) == [[0, 1, 2, 15, 16, 17]] * 2
+
+
 def test_it_judges_at_the_levels_that_a_recipe_names(tmp_path):
     d = distiller(
         tmp_path, "match.bins=100", "match.min_step=1", "match.max_step=99", "gan.min_step=40", "gan.max_step=60"
