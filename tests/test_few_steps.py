@@ -187,6 +187,20 @@ def test_sub_intervals_descend_each_steps_divergence_between_its_times(schedule)
     assert sum(map(len, seen)) == bins
 
 
+def test_a_recipe_of_intervals_judges_each_step_below_its_time(tmp_path):
+    file = recipe(tmp_path, "terms=match", "student.times=[80, 5, 0.5]", "match.intervals=true")
+    d = build.distiller(file, subjects.subject(file), None)
+    between = [(5, 80), (0.5, 5), (0, 0.5)]
+    seen = set()
+    for index in range(20):
+        part = d.draw(index, WHOLE)
+        k, drawn = len(part.starts["noise"].noise), part.drawn["match"]
+        seen.add(k)
+        for levels in (drawn.t, drawn.t_fake):
+            assert between[k][0] < levels.min() <= levels.max() <= between[k][1] * (1 + 1e-6)
+    assert seen == {0, 1, 2}
+
+
 def test_intervals_without_a_level_are_refused_at_the_start(tmp_path):
     file = recipe(tmp_path, "terms=match", "student.times=[80, 79.9, 1]", "match.intervals=true")
     with pytest.raises(ValueError, match=r"no noise level lies between the student's times 80 and 79.9 within bins 20"):
