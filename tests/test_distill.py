@@ -252,6 +252,23 @@ def test_critic_steps_draw_fresh_fakes(tmp_path):
     assert not torch.equal(first.z, second.z)
 
 
+def test_each_update_of_the_fake_score_has_noise_and_levels_of_its_own(tmp_path):
+    d = distiller(tmp_path, "terms=match", "fake.steps=3")
+    term, seen = d.terms[0], []
+    loss = term.fake_loss
+    term.fake_loss = lambda drawn, samples: (
+        seen.append((drawn.t_fake, drawn.eps_fake, samples.x)) or loss(drawn, samples)
+    )
+    student = d.student.forward
+    inputs = []
+    d.forward = lambda x, t, cond: inputs.append(x) or student(x, t, cond)
+    d.step(0)
+    d.step(1)
+    assert (len(seen), len(inputs)) == (6, 6)
+    for kind in (*zip(*seen, strict=True), inputs):
+        assert len({tuple(one.flatten().tolist()) for one in kind}) == 6
+
+
 def test_bf16_keeps_fp32_weights_and_preconditioning(tmp_path):
     d = distiller(tmp_path, "precision=bf16")
     plain = distiller(tmp_path)
