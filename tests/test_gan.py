@@ -243,6 +243,16 @@ def test_rates_of_fake_score_and_head_are_counted_over_all_their_updates(tmp_pat
     assert list(seen.values()) == [[0, 1, 2, 15, 16, 17]] * 2
 
 
+def test_real_images_are_judged_under_the_scales_of_the_students(tmp_path):
+    """A fake score that takes a guidance scale needs one for real images, which have none."""
+    d = distiller(tmp_path, "student.guidance=[1,4]")
+    part = d.draw(0, WHOLE)
+    scales = part.starts["noise"].cond.extra["guidance"]
+    assert torch.equal(part.drawn["gan"].real.cond.extra["guidance"], scales)
+    assert (scales > 1).all()
+    assert d.step(0)["gan/student"] > 0
+
+
 def test_it_judges_at_the_levels_that_a_recipe_names(tmp_path):
     d = distiller(
         tmp_path, "match.bins=100", "match.min_step=1", "match.max_step=99", "gan.min_step=40", "gan.max_step=60"
