@@ -291,6 +291,10 @@ def test_later_steps_start_from_real_images(tmp_path):
             real = x - d.steps.times[k] * start.noise[k - 1]
             torch.testing.assert_close(real, grey.view(4, 1, 1, 1).expand_as(x), rtol=0, atol=2e-5 * d.steps.times[k])
     assert seen == {(k, turn) for k in range(3) for turn in range(2)}
+    first, second = (
+        torch.cat([d.start(d.objective.streams["noise"], i, turn, WHOLE).real for i in range(4)]) for turn in (0, 1)
+    )
+    assert not torch.equal(first, second)  # further updates of the fake score see other images
     assert d.step(0)["match/fake"] > 0
     plans = [
         rehearse(recipe(tmp_path, *changes), tiny.teacher(), tiny.INFO, 1).flops
