@@ -15,7 +15,7 @@ from distmatch.commands.distillation import distil
 from distmatch.data.reals import Reals
 from distmatch.diffusion.conditions import WHOLE, Classes
 from distmatch.diffusion.denoiser import Denoiser
-from distmatch.diffusion.schedule import EDM
+from distmatch.diffusion.schedule import EDM, Flow
 from distmatch.methods.adversarial import Adversarial, Settings
 from distmatch.methods.divergence import FACTORS
 from distmatch.methods.heads import Head
@@ -211,11 +211,15 @@ def test_only_the_blocks_that_the_head_reads_are_not_compiled():
     torch.testing.assert_close(*found)
 
 
-def test_its_losses_are_softplus_of_the_logits(tmp_path):
+@pytest.mark.parametrize("flow", [False, True])  # where the image is scaled down as it is noised
+def test_its_losses_are_softplus_of_the_logits(tmp_path, flow):
     d = distiller(tmp_path, "gan.r1=3", "gan.r1_noise=0.5", "gan.head_weight=0.7")
     gan, part = d.terms[1], d.draw(0, WHOLE)
     drawn, samples = part.drawn["gan"], d.generate(part.starts["noise"])
-    add_noise = d.student.schedule.add_noise
+    if flow:
+        gan.schedule = Flow()
+        drawn = replace(drawn, t=drawn.t / 100, t_head=drawn.t_head / 100)
+    add_noise = gan.schedule.add_noise
     with torch.no_grad():
         student = gan.logits(add_noise(samples.x, drawn.eps, drawn.t), drawn.t, samples.cond)
         torch.testing.assert_close(gan.student_loss(drawn, samples), (1 + (-student).exp()).log().mean())
@@ -366,6 +370,8 @@ def test_latents_are_the_encoders_and_are_encoded_once(tmp_path, monkeypatch):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr("distmatch.models.diffusers.autoencoder.ImageEncoder.__call__", fails)
+    with pytest.warns(Notice, match=r"real.classes is not used: the teacher .* has prompts, and no classes"):
+        subjects.subject(recipe(tmp_path, *entries, cache, "real.classes=number"))
     third = subjects.subject(recipe(tmp_path, *entries, cache)).real
     assert torch.equal(third.draw(4, torch.Generator().manual_seed(0), WHOLE)[0], again)
     with pytest.raises(ValueError, match=r"has no captions, which the teacher needs as prompts"):

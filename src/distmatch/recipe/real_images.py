@@ -47,6 +47,8 @@ def real_images(
     classes: list[Tensor] = [numbered]
     describe: Describe = lambda _numbers, _u: None  # noqa: E731
     if info.text:
+        if recipe.real.classes == "number":
+            notice(f"real.classes is not used: the teacher {recipe.teacher} has prompts, and no classes")
         describe = _captions(images, place, encode)
     elif info.classes:
         labels = _labels(images, info, recipe)
