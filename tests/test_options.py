@@ -1,10 +1,12 @@
 """Numbers beyond their range are refused by every command, before it starts, and by recipes."""
 
 import inspect
+import re
 import typing
+from dataclasses import is_dataclass
 
 import pytest
-from cyclopts import ValidationError
+from cyclopts import App, CoercionError, ValidationError
 
 from distmatch.commands import classifier, compare, eval, plan, sample, serve, teach
 from distmatch.commands.cli import app
@@ -49,6 +51,52 @@ def test_a_number_beyond_its_range_is_refused(line, message):
         app(line.split(), exit_on_error=False, print_error=False)
     assert f"It must be {message}." in str(refused.value)
     assert line.split()[-1] in str(refused.value) or "nan" in line or "widths" in line
+
+
+def test_every_whole_number_of_a_command_is_read_as_one():
+    """By cyclopts, 1.5 images would be two."""
+    for name, function in _commands(app):
+        options = [kind for kind in _kinds(function).values() if is_dataclass(kind)]
+        kinds = [item for command in (function, *options) for item in _kinds(command).items()]
+        for parameter, kind in kinds:
+            if re.search(r"\bint\b", str(kind)):
+                assert "function whole" in str(kind), f"{name} rounds {parameter}"
+
+
+def _commands(commands: App, above: str = ""):
+    for name in commands:
+        if not name.startswith("-"):
+            yield from _commands(commands[name], f"{above} {name}")
+    if commands.default_command is not None:
+        yield above, commands.default_command
+
+
+def _kinds(command) -> dict:
+    return typing.get_type_hints(command, include_extras=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("sample mnist -n 1.5", "-n: Expected a whole number, not 1.5."),
+        ("sample mnist --seed -0.5", "--seed: Expected a whole number, not -0.5."),
+        ("sample mnist -n inf", "-n: Expected a whole number, not inf."),
+        ("sample mnist -n nan", "-n: Expected a whole number, not nan."),
+        ("teach x --widths 8 16.5", "--widths: Expected a whole number, not 16.5."),
+        ("checkpoints x --keep 1.5", "--keep: Expected a whole number, not 1.5."),
+        ("eval mnist --workers 1.5", "--workers: Expected a whole number, not 1.5."),
+    ],
+)
+def test_a_fraction_is_no_whole_number(line, said):
+    with pytest.raises(CoercionError) as refused:
+        app(line.split(), exit_on_error=False, print_error=False)
+    assert said in str(refused.value)
+
+
+def test_whole_numbers_may_be_written_in_any_way_that_is_exact():
+    read = app.parse_args("sample mnist -n 2.0 --seed 0x10 --batch 1_000", exit_on_error=False)[1].arguments["options"]
+    assert (read.n, read.seed, read.batch) == (2, 16, 1000)
+    assert app.parse_args("eval mnist --workers auto", exit_on_error=False)[1].arguments["options"].workers == "auto"
 
 
 def test_the_ends_of_a_range():

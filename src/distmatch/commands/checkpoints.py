@@ -1,10 +1,10 @@
 """`distmatch checkpoints`: lists, verifies and deletes a run's checkpoints."""
 
 from distmatch.system.errors import UserError
-from distmatch.system.options import File
+from distmatch.system.options import File, Integer
 
 
-def checkpoints(run: File, /, *, verify: bool = False, keep: int | None = None) -> None:
+def checkpoints(run: File, /, *, verify: bool = False, keep: Integer | None = None) -> None:
     """List the checkpoints of a run, verify them, or delete old ones.
 
     Parameters

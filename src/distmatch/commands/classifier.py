@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import read_images
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Name, Out, Range, Rate
+from distmatch.system.options import WHOLE, Count, Integer, Name, Out, Range, Rate
 
 
 @Parameter(name="*")
@@ -26,7 +26,7 @@ class Options:
     lr: Rate = 2e-3
     """Peak learning rate of AdamW."""
 
-    widths: Annotated[tuple[int, int, int], Parameter(consume_multiple=True, validator=Range(1))] = (16, 32, 64)
+    widths: Annotated[tuple[int, int, int], WHOLE, Parameter(consume_multiple=True, validator=Range(1))] = (16, 32, 64)
     """Channels at half resolution (two layers) and at quarter resolution; the last is the number of features."""
 
     positions: Count = 3
@@ -35,7 +35,7 @@ class Options:
     flip: bool = False
     """Mirror half of the images."""
 
-    seed: int = 0
+    seed: Integer = 0
     """Seed of the initial weights and of the image order."""
 
 

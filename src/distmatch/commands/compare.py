@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
-from distmatch.system.options import Count, File, Images, Name, Out, Range
+from distmatch.system.options import Count, File, Images, Integer, Name, Out, Range
 
 if TYPE_CHECKING:
     from distmatch.data.images import Images as Pictures
@@ -38,7 +38,7 @@ class Options:
     """Number of images to measure; default: 30,000 for coco, one per prompt otherwise. Without --features and --clip,
     only the images of the picture are made, see --picture, and more are refused."""
 
-    seed: int = 1
+    seed: Integer = 1
     """Seed of the noise and of the choice of coco's captions."""
 
     guidance: Annotated[float | None, Parameter(validator=Range(1))] = None

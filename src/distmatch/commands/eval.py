@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import find_pipeline, find_workers, starting
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Images, Name, Out, Scale, WorkerCount
+from distmatch.system.options import Count, Images, Integer, Name, Out, Scale, WorkerCount
 
 
 @Parameter(name="*")
@@ -16,7 +16,7 @@ class Options:
     n: Images = 50_000
     """Number of images; the classes take turns."""
 
-    seed: int = 1
+    seed: Integer = 1
     """Seed of the images' noise. 0 is the seed of the recipes' pairs: a student has seen the first of that noise."""
 
     teacher: bool = False

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import find_pipeline, find_student
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Images, Name, Out, Range, Scale
+from distmatch.system.options import Count, Images, Integer, Name, Out, Range, Scale
 from distmatch.system.paths import shipped
 
 
@@ -18,7 +18,7 @@ class Options:
     n: Images = 64
     """Number of images."""
 
-    seed: int = 0
+    seed: Integer = 0
     """Seed of the noise."""
 
     label: str | None = None

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import find_student, find_teacher, guidance_of, starting
 from distmatch.system.extras import need
-from distmatch.system.options import Count, Name, Range, Scale
+from distmatch.system.options import WHOLE, Count, Name, Range, Scale
 
 
 @Parameter(name="*")
@@ -25,7 +25,7 @@ class Options:
     host: str = "127.0.0.1"
     """Address to listen on. Any other than 127.0.0.1 lets everybody on your network use the page."""
 
-    port: Annotated[int, Parameter(validator=Range(0, 65535))] = 7860
+    port: Annotated[int, WHOLE, Parameter(validator=Range(0, 65535))] = 7860
     """Port to listen on; if it is taken, a free one is used."""
 
     device: str = "auto"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distmatch.recipe.consistency import GUIDANCE
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Rate, Share, Whole
+from distmatch.system.options import Count, Integer, Rate, Share, Whole
 from distmatch.system.screen import Screen
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class TeachingOptions:
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """bf16: autocast around the networks; auto: bf16 where it is faster than fp32, tried when the run begins."""
 
-    seed: int = 0
+    seed: Integer = 0
     """Seed of the initial weights, the image order and all noise."""
 
     save_every: Count = 500

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from distmatch.commands.shared import TeachingOptions, find_precision, find_workers, read_images, starting
 from distmatch.system.errors import UserError
-from distmatch.system.options import Count, Name, Out, Range, Share, WorkerCount
+from distmatch.system.options import WHOLE, Count, Name, Out, Range, Share, WorkerCount
 
 if TYPE_CHECKING:
     from distmatch.data.images import Images
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Options(TeachingOptions):
     """How to train a teacher."""
 
-    widths: Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))] = (32, 64)
+    widths: Annotated[tuple[int, ...], WHOLE, Parameter(consume_multiple=True, validator=Range(1))] = (32, 64)
     """U-Net channels per resolution level."""
 
     blocks: Count = 1

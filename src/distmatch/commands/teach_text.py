@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from distmatch.commands.shared import TeachingOptions, find_precision, read_images, starting
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
-from distmatch.system.options import Count, File, Name, Out, Range, Rate, Scale, Share, Whole
+from distmatch.system.options import WHOLE, Count, File, Name, Out, Range, Rate, Scale, Share, Whole
 
 if TYPE_CHECKING:
     from distmatch.data.images import Images
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PREVIEWED = 36
 """Captions drawn for the previews, if no prompts are given."""
 
-Widths = Annotated[tuple[int, ...], Parameter(consume_multiple=True, validator=Range(1))]
+Widths = Annotated[tuple[int, ...], WHOLE, Parameter(consume_multiple=True, validator=Range(1))]
 
 
 @Parameter(name="*")
@@ -63,7 +63,7 @@ class Options(TeachingOptions):
     tokens: Count = 32
     """Length of a text in tokens; what is longer is cut."""
 
-    vocabulary: Annotated[int, Parameter(validator=Range(514))] = 2048
+    vocabulary: Annotated[int, WHOLE, Parameter(validator=Range(514))] = 2048
     """Pieces of words that the tokenizer learns from the captions."""
 
     text_dropout: Share = 0.1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter, Token
+from cyclopts import CoercionError, Parameter, Token, convert
 
 from distmatch.system.errors import UserError
 from distmatch.system.paths import expand
@@ -37,15 +37,32 @@ class Range:
         )
 
 
-Count = Annotated[int, Parameter(validator=Range(1))]
-Whole = Annotated[int, Parameter(validator=Range(0))]
+def whole(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Read whole numbers, and refuse fractions, which cyclopts would round. Every `int` of a command passes here."""
+    for token in tokens:
+        if _is_fraction(token.value):
+            raise CoercionError(msg=f"Expected a whole number, not {token.value}.", token=token)
+    return convert(kind, tokens)
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return not float(text).is_integer()
+    except ValueError:  # no number, or a hexadecimal one
+        return False
+
+
+WHOLE = Parameter(converter=whole)
+Integer = Annotated[int, WHOLE]
+Count = Annotated[int, WHOLE, Parameter(validator=Range(1))]
+Whole = Annotated[int, WHOLE, Parameter(validator=Range(0))]
 Rate = Annotated[float, Parameter(validator=Range(0, open="("))]
 Share = Annotated[float, Parameter(validator=Range(0, 1, open=")"))]
 Scale = Annotated[float, Parameter(validator=Range(0))]
-WorkerCount = Annotated[int | Literal["auto"], Parameter(validator=Range(1))]
+WorkerCount = Annotated[int | Literal["auto"], WHOLE, Parameter(validator=Range(1))]
 """Threads that share the work on a CPU; `auto`: see `shared.find_workers`."""
 
-Images = Annotated[int, Parameter(name=["-n", "--n"], validator=Range(1))]
+Images = Annotated[int, WHOLE, Parameter(name=["-n", "--n"], validator=Range(1))]
 """A number of images, `-n`."""
 
 
