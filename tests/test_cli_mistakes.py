@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import signal
 import sys
 from dataclasses import is_dataclass
@@ -279,21 +280,34 @@ def test_no_message_builds_a_command_line_with_bare_paths():
         assert not re.findall(r'distmatch [a-z]+ [^"`\n]*\{', file.read_text()), file
 
 
-@pytest.mark.parametrize("line", ["sample mnist", "teach somewhere", "pairs build mnist", "serve mnist", "demo"])
-def test_ctrl_c_says_how_to_go_on_wherever_it_comes(line, monkeypatch, capsys, tmp_path):
+CONTINUED = ("teach somewhere", "pairs build mnist", "demo", "train mnist -o 'my run'", "compare emoji")
+BEGUN_AGAIN = ("sample mnist", "serve mnist", "plan mnist", "demo toy2d", "train mnist --check", "classifier somewhere")
+
+
+@pytest.mark.parametrize("line", [*CONTINUED, *BEGUN_AGAIN])
+def test_ctrl_c_says_how_to_go_on_if_the_command_does(line, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def interrupted(*_: object, **__: object):
         signal.raise_signal(signal.SIGINT)
 
-    for work in ("sample.find_pipeline", "teach.train_teacher", "serve.find_student", "demo.mnist"):
+    for work in (
+        "sample.find_pipeline",
+        "teach.train_teacher",
+        "serve.find_student",
+        "demo.mnist",
+        "distillation.distil",
+        "distillation.check",
+        "compare.need",
+        "toy2d.demo",
+        "classifier.read_images",
+    ):
         monkeypatch.setattr(f"distmatch.commands.{work}", interrupted)
+    monkeypatch.setattr("distmatch.planning.plan.show", interrupted)
     monkeypatch.setattr("distmatch.recipe.build.pair_store", interrupted)
-    code, said = run(monkeypatch, capsys, *line.split(), *(["-o", "my images"] if line.startswith("sample") else []))
+    code, said = run(monkeypatch, capsys, *shlex.split(line))
     assert code == 130
-    assert mistake(said) == f"distmatch: stopped; to go on: distmatch {line}" + (
-        " -o 'my images'\n" if line.startswith("sample") else "\n"
-    )
+    assert mistake(said) == "distmatch: stopped" + (f"; to go on: distmatch {line}\n" if line in CONTINUED else "\n")
 
 
 def test_a_device_that_is_there_is_taken():

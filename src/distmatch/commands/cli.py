@@ -131,7 +131,8 @@ def main() -> None:
     except Stopped as error:
         _fail(f"{error}; to go on: {_command()}", 130)
     except KeyboardInterrupt as error:  # wherever it comes from: an import, building pairs, an evaluation
-        _fail(f"stopped; to go on: {_command()}", 143 if isinstance(error, Terminated) else 130)
+        again = f"; to go on: {_command()}" if _continues() else ""
+        _fail(f"stopped{again}", 143 if isinstance(error, Terminated) else 130)
     except Exception as error:
         from distmatch.system.disk import explained
 
@@ -168,6 +169,19 @@ def _command() -> str:
     """Return the command line as the user typed it."""
     name = Path(sys.argv[0]).name
     return shlex.join([*(["python", "-m", "distmatch"] if name == "__main__.py" else [name]), *sys.argv[1:]])
+
+
+def _continues() -> bool:
+    """Return whether the command of this process, if run again, goes on from where it was stopped."""
+    try:
+        command, bound, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
+    except CycloptsError:
+        return False
+    if command is demo:
+        return bound.arguments.get("which") != "toy2d"
+    if command is train:
+        return not (bound.arguments.get("check") or bound.arguments.get("dry_run"))
+    return command in (teach, teach_text, compare, pairs.build)
 
 
 def _unread() -> bool:
