@@ -62,6 +62,8 @@ def sample(model: Name, /, options: Options = Options()) -> None:
         A model or run folder, or a model of the package: mnist, emoji.
     """
     from distmatch.evaluation import samples
+    from distmatch.models.library import image_shape
+    from distmatch.system.disk import check_room
     from distmatch.system.ownership import owned
     from distmatch.system.progress import progress
     from distmatch.system.screen import console, counted
@@ -78,6 +80,8 @@ def sample(model: Name, /, options: Options = Options()) -> None:
         else:
             how = {"steps": options.steps, "times": options.times}
             pipe = find_student(model, options.guidance, options.device, **how)
+        taken = samples.nbytes(n, image_shape(pipe.info)) - sum(file.stat().st_size for file in replaced)
+        check_room([(out, taken)], f"{counted(n, 'image')} may take", "choose another folder with --out, or lower -n")
         with progress("sample", n, unit="image") as advance:
             pixels = pipe(
                 n,

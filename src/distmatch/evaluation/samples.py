@@ -1,6 +1,8 @@
 """The output folder of `distmatch sample`: a grid, numbered images, and `sample.json`, which describes the call."""
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,19 @@ from distmatch.system.plain import read_json
 
 MANIFEST = "sample.json"
 GRID = "grid.png"
+
+
+BLOCK = 4096
+"""Bytes of a block of a disk, of which a file takes whole ones."""
+
+
+def nbytes(n: int, shape: Sequence[int]) -> int:
+    """Return about how many bytes `write` takes for `n` images of `shape` (C, H, W) that do not get smaller as PNG.
+
+    In the grid they are larger, but repeated pixels take next to nothing.
+    """
+    one = math.prod(shape)
+    return n * (BLOCK * math.ceil(one / BLOCK) + one)
 
 
 def earlier(out: Path) -> list[Path]:

@@ -99,6 +99,13 @@ def family_of(info: Info) -> Family:
     return family_in(info.source) if info.source else BARE
 
 
+def image_shape(info: Info) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of the model's images, which is not `info.shape` if it makes latents."""
+    if not info.latent:
+        return info.shape
+    return 3, *family_in(info.source).settings(info.source).of_shape(info.shape).size
+
+
 def diffusers_source(name: str) -> str | None:
     """Return where the teacher called `name` is if it is in diffusers' format: a folder or a model id."""
     name = expand(name)

@@ -7,7 +7,6 @@ writing and reading the student's folder once.
 
 import copy
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -35,6 +34,7 @@ from distmatch.recipe import build, objectives, subjects
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.real_images import latents_bytes
 from distmatch.system import parallel
+from distmatch.system.disk import check_room
 from distmatch.system.errors import UserError
 from distmatch.system.extras import need
 from distmatch.system.files import scratch
@@ -368,20 +368,8 @@ def pairs(flight: Flight) -> str | None:
 
 def disk(flight: Flight) -> str | None:
     """Every disk has room for what the run will write to it."""
-    wanted = {}
-    for place, nbytes in _sizes(flight):
-        wanted.setdefault(_mount(place), []).append((place, nbytes))
-    said = []
-    for mount, parts in wanted.items():
-        total, free = sum(nbytes for _, nbytes in parts), shutil.disk_usage(mount).free
-        if total > free:
-            listed = ", ".join(f"{size(nbytes)} in {place}" for place, nbytes in parts)
-            raise UserError(
-                f"the disk of {parts[0][0]} has {size(free)} free, and the run writes {size(total)}: {listed}. Make "
-                "room, choose other folders (--out, --runs, pairs.path), or lower checkpoint.keep or pairs.count"
-            )
-        said.append(f"{size(total)} of {size(free)} free")
-    return "; ".join(said)
+    remedy = "choose other folders (--out, --runs, pairs.path), or lower checkpoint.keep or pairs.count"
+    return check_room(_sizes(flight), "the run writes", remedy)
 
 
 Check = Callable[[Flight], str | None]
@@ -450,14 +438,6 @@ def _state(network: Denoiser, copies: int, trained: int = 2) -> int:
     """Return the bytes of `copies` of the network's state plus `trained` numbers per trained weight."""
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return FP32 * (copies * sum(v.numel() for v in network.state_dict().values()) + trained * weights)
-
-
-def _mount(place: Path) -> Path:
-    """Return the mount point of the nearest existing folder."""
-    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    while there.parent != there and there.stat().st_dev == there.parent.stat().st_dev:
-        there = there.parent
-    return there
 
 
 def _writable(store: Folder) -> None:

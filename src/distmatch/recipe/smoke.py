@@ -18,7 +18,7 @@ from distmatch.models.diffusers.hub import without_weights
 from distmatch.models.diffusers.tiny import write_tiny_vae
 from distmatch.models.edm.checkpoints import PUBLISHED
 from distmatch.models.folder import Info, save_model
-from distmatch.models.library import diffusers_source, find_model
+from distmatch.models.library import diffusers_source, find_model, image_shape
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.entry import marked
 from distmatch.system import rng
@@ -95,7 +95,7 @@ def make_networks(recipe: Recipe, folder: Path, teacher: bool = True) -> None:
 
 def _write_images(folder: Path, info: Info) -> None:
     """Write pictures of noise like the images of the teacher `info`: one of each class, or with captions."""
-    channels, height, width = (3, *family_in(info.source).settings(info.source).size) if info.latent else info.shape
+    channels, height, width = image_shape(info)
     captions = PROMPTS if info.text else ()
     generator = np.random.default_rng(0)
     for number, name in enumerate(info.classes or ("",) * len(PROMPTS)):

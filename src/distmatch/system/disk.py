@@ -1,12 +1,16 @@
-"""Turns errors of the machine (disk, permissions, memory) into one message that says what to do next."""
+"""Checks that a disk has room; turns errors of the machine (disk, permissions, memory) into one message that says what
+to do next."""
 
 import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from distmatch.system.errors import UserError
+from distmatch.system.screen import size
 
 MEMORY = re.compile(r"can't allocate memory|not enough memory|[Oo]ut of memory|Unable to allocate")
 """What PyTorch and NumPy say when they cannot allocate memory."""
@@ -31,6 +35,40 @@ ADVICE = {
     errno.EIO: "the disk may be full, or it or the network to it fails",
     errno.ESTALE: "the network disk was mounted anew; run the same again",
 }
+
+
+def check_room(wanted: Iterable[tuple[Path, int]], writes: str, remedy: str) -> str:
+    """Return how much of what is free will be written to each disk.
+
+    Args:
+        wanted: places and the bytes that will be written there.
+        writes: what writes them, with a verb: "the run writes".
+        remedy: what to do about too little room, besides making room.
+
+    Raises `UserError` if a disk has too little room.
+    """
+    disks: dict[Path, list[tuple[Path, int]]] = {}
+    for place, nbytes in wanted:
+        disks.setdefault(_mount(place), []).append((place, nbytes))
+    said = []
+    for mount, parts in disks.items():
+        total, free = sum(nbytes for _, nbytes in parts), shutil.disk_usage(mount).free
+        if total > free:
+            listed = ", ".join(f"{size(nbytes)} in {place}" for place, nbytes in parts)
+            raise UserError(
+                f"the disk of {parts[0][0]} has {size(free)} free, and {writes} {size(total)}"
+                f"{f': {listed}' if len(parts) > 1 else ''}. Make room, {remedy}"
+            )
+        said.append(f"{size(total)} of {size(free)} free")
+    return "; ".join(said)
+
+
+def _mount(place: Path) -> Path:
+    """Return the mount point of the nearest existing folder."""
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    while there.parent != there and there.stat().st_dev == there.parent.stat().st_dev:
+        there = there.parent
+    return there
 
 
 @contextmanager
