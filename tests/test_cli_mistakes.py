@@ -81,6 +81,7 @@ WRONG = {
     "sample mnist -p cat": "this model takes no prompts; give labels (--label of distmatch sample)",
     # What is not there.
     "sample mnist -n 100000000000": "free, and 100,000,000,000 images may take 488.0 TB. Make room",
+    "pairs build mnist pairs.count=1000000000000": "free, and the pairs take 3,136.0 TB. Make room",
     "sample mnist --device mps": "device 'mps' is not available here; use auto or cpu",
     "sample mnist --device meta": "device 'meta' is not available here; use auto or cpu",
     "sample edm: --teacher": "edm: is no file here",

@@ -24,11 +24,12 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     runs
         The folder that holds runs and pair stores.
     """
-    from distmatch.recipe.build import pair_store, workers
+    from distmatch.recipe.build import pair_spec, pair_store, pairs_folder, unwritten, workers
     from distmatch.recipe.loading import load_recipe
     from distmatch.recipe.settle import settled
     from distmatch.recipe.subjects import subject
     from distmatch.system import parallel
+    from distmatch.system.disk import check_room
     from distmatch.system.screen import console
     from distmatch.system.workers import using
 
@@ -38,7 +39,12 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
         if found.said and parallel.rank() == 0:
             console.print(f"On this machine: {found.said}")
         with using(workers(found.recipe)):
-            pair_store(found.recipe, subject(found.recipe), runs)
+            teacher = subject(found.recipe)
+            spec = pair_spec(found.recipe, teacher)
+            missing = unwritten(pairs_folder(found.recipe, spec, runs), spec)
+            remedy = "choose another folder with --out, or lower pairs.count"
+            parallel.agreed(lambda: check_room(missing, "the pairs take", remedy))
+            pair_store(found.recipe, teacher, runs)
 
 
 @app.command

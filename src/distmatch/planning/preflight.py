@@ -411,8 +411,7 @@ def cleared(flight: Flight) -> tuple[subjects.Subject, list[Space]]:
 def _sizes(flight: Flight) -> Iterator[tuple[Path, int]]:
     """Yield folders on disks, and the bytes that the run has yet to write there."""
     for place, spec in flight.pairs().items():
-        if not is_url(place):
-            yield Path(place), max(0, spec.nbytes - sum(Folder(place).sizes().values()))
+        yield from build.unwritten(place, spec)
     cache, subject = flight.recipe.prompts.cache, flight.subject
     if cache is not None and subject.prompts:
         folder = subjects.states_folder(cache, subject.encoders, subject.prompts)

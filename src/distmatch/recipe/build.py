@@ -30,7 +30,7 @@ from distmatch.system import parallel, rng
 from distmatch.system.errors import UserError
 from distmatch.system.progress import console, progress
 from distmatch.system.screen import counted, size
-from distmatch.system.storage import Folder
+from distmatch.system.storage import Folder, is_url
 from distmatch.system.workers import Workers
 from distmatch.training.adapters import Adapted, Adapter
 from distmatch.training.ema import EMA, frozen_copy
@@ -65,6 +65,13 @@ def pairs_folder(recipe: Recipe, spec: PairSpec, runs: Path) -> str:
         return p.path
     teacher_name = Path(recipe.teacher).name.replace(":", "-")
     return str(runs / "pairs" / f"{teacher_name}-{p.sampler}{p.steps}-{spec.digest()[:8]}")
+
+
+def unwritten(folder: str, spec: PairSpec) -> list[tuple[Path, int]]:
+    """Return `folder`, and the bytes that its pairs have yet to take there; nothing if it is no folder on a disk."""
+    if is_url(folder):
+        return []
+    return [(Path(folder), max(0, spec.nbytes - sum(Folder(folder).sizes().values())))]
 
 
 def pair_store(recipe: Recipe, subject: Subject, runs: Path) -> PairStore:
