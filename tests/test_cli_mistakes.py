@@ -79,6 +79,8 @@ WRONG = {
     "sample emoji": "this model makes images of prompts; give one (-p of distmatch sample)",
     "sample emoji -p x\udcff": r"the prompt: character 2, '\udcff', is not Unicode text",
     "sample mnist -p cat": "this model takes no prompts; give labels (--label of distmatch sample)",
+    "compare mnist mnist": "mnist makes no images of prompts, which a comparison is about; measure it",
+    "compare emoji mnist": "measure it with distmatch eval mnist",
     # What is not there.
     "sample mnist -n 100000000000": "free, and 100,000,000,000 images may take 488.0 TB. Make room",
     "pairs build mnist pairs.count=1000000000000": "free, and the pairs take 3,136.0 TB. Make room",

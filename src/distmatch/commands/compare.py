@@ -103,6 +103,7 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     from distmatch.system.screen import console
 
     _check_all_is_read(options)
+    _check_takes_prompts(teacher, student)
     need("diffusers", "transformers", by="a comparison")
     name, source = Path(teacher).name, diffusers_source(teacher)
     if source is not None:
@@ -124,6 +125,22 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
         picture = min(options.picture, n, len(prompts))
         options = replace(options, n=n, picture=picture, out=out, guidance=guidance)
         compare_on(prompts, teacher, ours, options, pictures)
+
+
+def _check_takes_prompts(teacher: str, student: str | None) -> None:
+    """Raise `UserError` for models that are known not to make images of prompts."""
+    from distmatch.models.library import takes_prompts
+    from distmatch.system.terminal import command
+
+    said = "makes no images of prompts, which a comparison is about; measure it with"
+    try:
+        prompted = takes_prompts(teacher, "teacher")
+    except UserError:  # a model id, or nothing: loading it says more
+        prompted = True
+    if not prompted:
+        raise UserError(f"{teacher} {said} {command('eval', teacher, '--teacher')}")
+    if student is not None and not takes_prompts(student, "student"):
+        raise UserError(f"{student} {said} {command('eval', student)}")
 
 
 def _prompts(teacher: str, options: Options) -> "tuple[list[str], Pictures | None]":
