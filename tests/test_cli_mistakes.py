@@ -81,6 +81,8 @@ WRONG = {
     "sample mnist -p cat": "this model takes no prompts; give labels (--label of distmatch sample)",
     "compare mnist mnist": "mnist makes no images of prompts, which a comparison is about; measure it",
     "compare emoji mnist": "measure it with distmatch eval mnist",
+    "compare emoji": "no prompts: name a file or a folder of captioned pictures, --prompts FILE_OR_FOLDER, or",
+    "compare emoji emoji": "`distmatch demo emoji` has its own; --prompts emoji are those that it was trained on",
     # What is not there.
     "sample mnist -n 100000000000": "free, and 100,000,000,000 images may take 488.0 TB. Make room",
     "pairs build mnist pairs.count=1000000000000": "free, and the pairs take 3,136.0 TB. Make room",

@@ -108,9 +108,9 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     name, source = Path(teacher).name, diffusers_source(teacher)
     if source is not None:
         tell_which(teacher, "teacher", source)
-    teacher = source or teacher  # if not, a model id
+    called, teacher = teacher, source or teacher  # if not, a model id
     with parallel.process_group():
-        prompts, pictures = _prompts(teacher, options)
+        prompts, pictures = _prompts(teacher, called, options)
         n = options.n or len(prompts)
         if options.only_student and student is None:
             raise UserError("--only-student: give a student, after the teacher")
@@ -143,8 +143,8 @@ def _check_takes_prompts(teacher: str, student: str | None) -> None:
         raise UserError(f"{student} {said} {command('eval', student)}")
 
 
-def _prompts(teacher: str, options: Options) -> "tuple[list[str], Pictures | None]":
-    """Return the prompts, and the pictures if they are the captions of some."""
+def _prompts(teacher: str, called: str, options: Options) -> "tuple[list[str], Pictures | None]":
+    """Return the prompts, and the pictures if they are the captions of some. The user named the teacher `called`."""
     from distmatch.commands.references import captioned
     from distmatch.data.prompts import coco_prompts, read_prompts, shipped_prompts
     from distmatch.models.diffusers.families import family_in
@@ -159,8 +159,18 @@ def _prompts(teacher: str, options: Options) -> "tuple[list[str], Pictures | Non
         return coco_prompts(options.coco, options.n or 30_000, options.seed), None
     raise UserError(
         "no prompts: name a file or a folder of captioned pictures, --prompts FILE_OR_FOLDER, or MS-COCO's captions, "
-        "--coco captions_val2014.json"
+        f"--coco captions_val2014.json{_prompts_of_the_package(called)}"
     )
+
+
+def _prompts_of_the_package(teacher: str) -> str:
+    """Return where there are prompts for the package's `teacher`; empty for any other."""
+    from distmatch.data.prompts import shipped_prompts
+    from distmatch.system.terminal import command
+
+    if shipped_prompts(teacher) is None:
+        return ""
+    return f". `{command('demo', teacher)}` has its own; --prompts {teacher} are those that it was trained on"
 
 
 def _check_all_is_read(options: Options) -> None:
