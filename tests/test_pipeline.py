@@ -147,6 +147,16 @@ def test_one_image_is_called_one(tmp_path, student, capsys):
         DistilledPipeline.from_pretrained(student)(1, labels=[0, 1])
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "settings.json", "checkpoints/step-5", "model", "config.json"])
+def test_pictures_are_not_mixed_with_the_files_of_a_run(name, tmp_path, student):
+    run = tmp_path / "run"
+    (run / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"run is the folder of a run or a model: it holds .*{name}. Choose .* --out"):
+        sampling.sample(str(student), sampling.Options(n=1, out=run, device="cpu"))
+    assert [path.name for path in run.iterdir()] == [name.partition("/")[0]]
+    sampling.sample(str(student), sampling.Options(n=1, out=run / "samples", device="cpu"))
+
+
 def test_a_sample_call_replaces_the_pictures_of_an_earlier_one_and_no_others(tmp_path, student):
     def sample(n: int, out=tmp_path / "out", seed: int = 0) -> None:
         sampling.sample(str(student), sampling.Options(n=n, seed=seed, out=out, device="cpu"))

@@ -25,7 +25,19 @@ FIGURES = ("teacher-student.png", "compare.png", "compare.json", "eval.json", "r
 WRITTEN = (*SAVED, *FIGURES, "previews", "log.jsonl")
 """What a run would write over, or take for its own."""
 
+MARKS = ("recipe.yaml", "settings.json", *SAVED, "config.json", "model_index.json")
+"""What tells the folder of a run, a comparison or a model."""
+
 REMEDY = "Delete it to go on, if you know that its settings were these"
+
+
+def check_no_run(out: Path) -> None:
+    """Raise `UserError` if `out`, a folder for pictures, is that of a run, a comparison or a model."""
+    if found := next((file for mark in MARKS for file in sorted(out.glob(mark))), None):
+        raise UserError(
+            f"{out} is the folder of a run or a model: it holds {found}. Choose another folder for the pictures with "
+            "--out"
+        )
 
 
 @parallel.on_first

@@ -61,6 +61,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     model
         A model or run folder, or a model of the package: mnist, emoji.
     """
+    from distmatch.commands.binding import check_no_run
     from distmatch.evaluation import samples
     from distmatch.models.library import image_shape
     from distmatch.system.disk import check_room
@@ -71,6 +72,7 @@ def sample(model: Name, /, options: Options = Options()) -> None:
     n, label, prompts = options.n, options.label, options.prompt
     source = _checked(model, options)
     out = options.out or Path("samples") / (_called(model, source) + "-teacher" * options.teacher)
+    check_no_run(out)
     with owned(out):
         replaced = [file for file in samples.earlier(out) if file.name != samples.GRID]
         if options.times is None:
