@@ -5,7 +5,7 @@
 The pipeline draws noise per sample, runs the network once and rounds to 8 bits on the host.
 """
 
-import sys
+import argparse
 import time
 from statistics import median
 
@@ -19,13 +19,16 @@ SECONDS = 6.0
 
 
 def main() -> None:
-    model, *batches = sys.argv[1:] or ["mnist"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="mnist")
+    parser.add_argument("batch", nargs="*", type=int, default=[64, 256])
+    given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = DistilledPipeline.from_pretrained(model, device)
-    print({**hardware(device), "model": model})
+    pipe = DistilledPipeline.from_pretrained(given.model, device)
+    print({**hardware(device), "model": given.model})
     print("batch   pipeline images/s   bare images/s   ratio")
     ratio = 0.0
-    for batch in map(int, batches or ["64", "256"]):
+    for batch in given.batch:
         z = torch.randn(batch, *pipe.info.shape, device=device)
         classes = len(pipe.info.classes)
         cond = Cond(label=torch.arange(batch, device=device) % classes) if classes else None

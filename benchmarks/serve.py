@@ -2,21 +2,14 @@
 
     uv run python benchmarks/serve.py [student] [keys per second] [--compile]
 
-Needs a Chromium on the PATH. Each key asks for a picture; those that come while one is being drawn become one.
+Needs a Chromium on the PATH, playwright and the packages of distmatch[serve]. Each key asks for a picture; those that
+come while one is being drawn become one.
 """
 
+import argparse
 import shutil
-import sys
 import threading
 import time
-
-import torch
-import uvicorn
-from playwright.sync_api import sync_playwright
-
-from distmatch.commands.web_page import make_app
-from distmatch.evaluation.measure import hardware
-from distmatch.pipeline import DistilledPipeline
 
 TEXT = "red apple, flat style; a smiling face with glasses, noto style; green car, glossy style; "
 SECONDS = 10
@@ -36,8 +29,23 @@ TYPING = """async ([text, seconds, pause]) => {
 
 
 def main() -> None:
-    compiled, given = "--compile" in sys.argv, [one for one in sys.argv[1:] if one != "--compile"]
-    model, keys = [*given, *["emoji", "60"][len(given) :]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student", nargs="?", default="emoji")
+    parser.add_argument("keys", nargs="?", type=float, default=60, help="per second")
+    parser.add_argument("--compile", action="store_true", help="as `distmatch serve --compile`")
+    given = parser.parse_args()
+    measure(given.student, given.keys, given.compile)
+
+
+def measure(model: str, keys: float, compiled: bool) -> None:
+    import torch
+    import uvicorn
+    from playwright.sync_api import sync_playwright  # not needed to show the help
+
+    from distmatch.commands.web_page import make_app
+    from distmatch.evaluation.measure import hardware
+    from distmatch.pipeline import DistilledPipeline
+
     pipe = DistilledPipeline.from_pretrained(model, compile=compiled)
     print({**hardware(torch.device("cpu")), "model": model, "compiled": compiled})
     server = uvicorn.Server(uvicorn.Config(make_app(pipe), port=0, log_level="error"))
@@ -55,10 +63,12 @@ def main() -> None:
                 "document.getElementById('picture').dataset.id >= 1", timeout=300_000
             )  # if it is compiled
             began = time.process_time()
-            frames, trip = page.evaluate(TYPING, [TEXT, SECONDS, 1000 / float(keys)])
+            frames, trip = page.evaluate(TYPING, [TEXT, SECONDS, 1000 / keys])
             work = 1000 * (time.process_time() - began) / frames / SECONDS
             chromium.close()
-        print(f"{frames:.1f} frames a second at {keys} keys; round trip {trip:.0f} ms; {work:.0f} ms of CPU per frame")
+        print(
+            f"{frames:.1f} frames a second at {keys:g} keys; round trip {trip:.0f} ms; {work:.0f} ms of CPU per frame"
+        )
     finally:
         server.should_exit = True
         thread.join()

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import base_weights
+import forked
 import gpu
 import gpu_rows
 import gpu_smoke
@@ -344,3 +345,12 @@ def test_a_base_in_fewer_bits_takes_less_and_moves_the_estimates_further():
         assert 0 == column[0] < column[1] < column[2] < column[3] < 20
     held = [float(row[1]) for row in rows]
     assert held == sorted(held, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["sample", "serve"])
+def test_help_needs_no_further_packages(name, monkeypatch):
+    for package in ("playwright", "uvicorn", "fastapi"):
+        monkeypatch.setitem(sys.modules, package, None)
+    shown = forked.script(Path(__file__).parent.parent / "benchmarks" / f"{name}.py", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"usage: {name}.py [-h]" in shown.stdout
