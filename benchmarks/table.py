@@ -24,6 +24,7 @@ from cyclopts import Parameter
 from table_rows import Table, Task, load_table, markdown, plan
 
 from distmatch.system.errors import UserError
+from distmatch.system.interrupt import ends_unread
 from distmatch.system.options import Count
 
 DISTMATCH = [sys.executable, "-m", "distmatch"]
@@ -198,6 +199,8 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        sys.exit(app(result_action="return_value"))
+        with ends_unread():
+            status = app(result_action="return_value")
+        sys.exit(status)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error

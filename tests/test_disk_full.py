@@ -324,3 +324,12 @@ def test_an_output_that_no_one_reads_or_that_is_full_ends_the_command():
     assert done.returncode != 0
     assert "distmatch: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_benchmarks_list_of_commands_may_be_read_in_part(tmp_path):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    words = [folder / "table.py", folder / "tables" / "mnist-table2.yaml", "--out", tmp_path, "--dry-run"]
+    unread = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    unread.stdout.close()
+    assert unread.stderr.read() == ""
+    assert unread.wait(60) == 141

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import select
 import shlex
 import sys
 import traceback
@@ -31,7 +30,7 @@ from distmatch.commands.teach import teach
 from distmatch.commands.teach_text import teach_text
 from distmatch.commands.train import train
 from distmatch.system.errors import Agreed, Diverged, Lost, Stopped, UserError
-from distmatch.system.interrupt import Terminated, raises_terminated
+from distmatch.system.interrupt import Terminated, ends_unread, raises_terminated
 
 ARGUMENTS = {"overrides": "KEY=VALUE"}
 """How usage lines name arguments of several words, if not by their own name."""
@@ -109,19 +108,11 @@ def main() -> None:
         app()
         return
     try:
-        try:
-            with warnings.catch_warnings(), raises_terminated():
-                warnings.showwarning = _show_once()
-                app(sys.argv[1:], exit_on_error=False, print_error=False)
-        finally:
-            sys.stdout.flush()  # so that a full disk is an error now rather than after the command has ended
+        with ends_unread(), warnings.catch_warnings(), raises_terminated():
+            warnings.showwarning = _show_once()
+            app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(explain(error), 2)
-    except BrokenPipeError:
-        if not _unread():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python tries to flush again at exit, and complains
-        raise SystemExit(141) from None  # the exit status of a program killed by SIGPIPE, as in `| head`
     except UserError as error:
         if isinstance(error, Agreed) and os.environ.get("RANK", "0") != "0":
             raise SystemExit(2) from None  # the first process reports it
@@ -182,13 +173,6 @@ def _continues() -> bool:
     if command is train:
         return not (bound.arguments.get("check") or bound.arguments.get("dry_run"))
     return command in (teach, teach_text, compare, pairs.build)
-
-
-def _unread() -> bool:
-    """Return whether the reader of standard output has gone."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,7 +1,12 @@
-"""Stops at a convenient moment: SIGINT and SIGTERM set a flag. Elsewhere SIGTERM raises, as SIGINT does."""
+"""Stops at a convenient moment: SIGINT and SIGTERM set a flag. Elsewhere SIGTERM raises, as SIGINT does.
+
+A program whose output nobody reads any longer ends, too: see `ends_unread`.
+"""
 
 import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,3 +63,25 @@ def raises_terminated() -> Iterator[None]:
 
 def _terminated(number: int, _: FrameType | None) -> None:
     raise Terminated
+
+
+@contextmanager
+def ends_unread() -> Iterator[None]:
+    """Exit without a traceback, as a program killed by SIGPIPE, if the reader of standard output has gone: `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # so that a full disk is an error now rather than after the program has ended
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python tries to flush again at exit, and complains
+        raise SystemExit(141) from None
+
+
+def _unread() -> bool:
+    """Return whether the reader of standard output has gone."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
