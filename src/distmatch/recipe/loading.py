@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -194,6 +195,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise UserError(f"override {override!r} is not of the form key=value, e.g. match.weighting=eq8")
+    if not text:  # YAML's null, which nobody means who leaves out a value, or whose shell variable is not set
+        field = next((field for name, field, _ in walk(Recipe) if name == dotted), None)
+        none = field is not None and NoneType in get_args(field.annotation)
+        raise UserError(f"a value is missing after {dotted}={'; null means none' if none else ''}")
     value = yaml_of(text, f"override {override!r}: the value")
     if dotted == "terms" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
