@@ -69,8 +69,9 @@ WRONG = {
     "train": 'Command "train" parameter RECIPE requires an argument; see `distmatch train --help`',
     "train mnist -o": "parameter -o requires an argument",
     "train mnist --scale cpu": 'Invalid value "cpu" for --scale. Choose from: "full", "cpu-smoke"',
-    "frobnicate": 'Unknown command "frobnicate"',
-    "demo toy3d": 'Did you mean "toy2d"?',
+    "frobnicate": 'Unknown command "frobnicate". Available commands: demo, recipes, train,',
+    "sampel mnist": "checkpoints, ... See `distmatch --help`",
+    "demo toy3d": 'Did you mean "toy2d"? See `distmatch demo --help`',
     "sample mnist -n x": 'Invalid value for -n: unable to convert "x" into int',
     "sample cifar10-cond": "cifar10-cond is a recipe",
     "train runs/mnist": "runs/mnist is neither a recipe of the package nor a file called .yaml",
@@ -108,6 +109,7 @@ def test_a_wrong_call_is_told_what_is_wrong_with_it(line, monkeypatch, capsys, t
     assert code == 2, said
     assert WRONG[line] in " ".join(said.split())
     assert mistake(said).startswith("distmatch: ")
+    assert not re.search(r"[.?!][;,]|(?<!\.)\.\.(?!\.)", said)  # of parts that were joined
     assert "Traceback" not in said
     assert "site-packages" not in said
     assert len(said) < 600

@@ -8,18 +8,20 @@ from typing import Any
 from cyclopts import CycloptsError
 from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
+from distmatch.system.errors import advised
+
 
 def explain(error: CycloptsError) -> str:
     """Return one message about the mistake, naming the option or recipe entry that was probably meant."""
     error.verbose = False  # omit the Python signature
     parameters = _parameters(error.target) if error.target else []
-    said = str(error).strip().removesuffix(".")
+    said = str(error).strip()
     if isinstance(error, UnknownOptionError) and "overrides" in parameters:
         said = _entry(error, said)
     elif isinstance(error, UnusedCliTokensError):
         said = _surplus(error.unused_tokens or [], parameters)
     called = " ".join(["distmatch", *(error.command_chain or ())])
-    return f"{said}; see `{called} --help`"
+    return advised(said, f"see `{called} --help`")
 
 
 def _parameters(command: Callable[..., Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from distmatch.recipe.entry import flat, group_of, walk
+from distmatch.system.errors import advised
 from distmatch.system.plain import expected_by
 from distmatch.system.screen import printable
 
@@ -42,7 +43,7 @@ def explain(
         standing: says where an entry that none of these sets has its value; empty if it is the default.
     """
     said: dict[str, list[str]] = {}
-    advised: set[str] = set()
+    given: set[str] = set()
     for same in _by_entry(errors, model).values():
         key = _dotted(same[0]["loc"])
         guilty = [o for o in overrides(same[0]) if _touches(o.partition("=")[0], key)]
@@ -50,8 +51,8 @@ def explain(
         if guilty and (about := _about(same[0], model, guilty)) and (place := standing(about)):
             blamed = f"{place}, with {blamed}"
         mistake, advice = _explained(same, model)
-        said.setdefault(blamed, []).append(mistake if advice in advised else _advised(mistake, advice))
-        advised.add(advice)
+        said.setdefault(blamed, []).append(mistake if advice in given else advised(mistake, advice))
+        given.add(advice)
     return "\n".join(
         f"{blamed}: {told[0]}" if len(told) == 1 else "\n  ".join([f"{blamed}:", *told])
         for blamed, told in said.items()
@@ -204,16 +205,9 @@ def _did_you_mean(names: Sequence[str]) -> str:
 
 def nearest(name: str, known: Collection[str], more: str) -> str:
     """Return what to append to a message about the unknown `name`: one of the `known` if it is similar, and `more`."""
-    return _advised(_nearest(name, known), more)
+    return advised(_nearest(name, known), more)
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _advised(mistake: str, advice: str) -> str:
-    """Append `advice`, if there is any, to `mistake`: after a question it is a sentence of its own."""
-    if not advice:
-        return mistake
-    return f"{mistake} {advice[0].upper()}{advice[1:]}" if mistake.endswith("?") else f"{mistake}; {advice}"

@@ -1,4 +1,5 @@
-"""Exceptions that end a command early without being a bug. Imports nothing, so that every file can use it.
+"""Exceptions that end a command early without being a bug, and their messages. Imports nothing, so that every file can
+use it.
 
 The command line shows only their message. Any other exception is a bug and is shown with its traceback.
 """
@@ -25,3 +26,12 @@ class Diverged(Exception):
 
 class Lost(Exception):
     """Another process of the job died."""
+
+
+def advised(mistake: str, advice: str) -> str:
+    """Append `advice`, if there is any, to `mistake`: after a question or an open list it is its own sentence."""
+    if not advice:
+        return mistake
+    if mistake.endswith(("?", "...")):
+        return f"{mistake} {advice[0].upper()}{advice[1:]}"
+    return f"{mistake.removesuffix('.')}; {advice}"
