@@ -171,6 +171,21 @@ def test_the_same_recipe_twice_and_the_same_folder_name_twice(tmp_path):
     assert [row[0] for row in table(section(page, "Ablation"))] == ["run", str(a), str(b)]
 
 
+def test_a_run_is_named_once(tmp_path):
+    run = run_folder(tmp_path / "run")
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ValueError, match=r"run is named more than once; name each run once"):
+        report([run, tmp_path / "link"], tmp_path / "page.html")
+
+
+def test_of_a_folder_of_runs_the_runs_are_named(tmp_path):
+    runs = [run_folder(tmp_path / "runs" / name) for name in ("a run", "b")]
+    (tmp_path / "runs" / "pairs").mkdir()
+    said = f"runs is not a run, but the folder of 2 runs: distmatch report '{runs[0]}' {runs[1]}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        report([tmp_path / "runs"], tmp_path / "page.html")
+
+
 def test_foreign_text_is_text(tmp_path):
     hostile = "<script>alert(1)</script>\"'& $title {body}"
     folder = run_folder(tmp_path / "<b>&", name=hostile, description=hostile, teacher=hostile, steps=hostile)

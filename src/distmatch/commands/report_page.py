@@ -24,9 +24,12 @@ from distmatch.recipe.entry import flat
 from distmatch.system.errors import UserError
 from distmatch.system.files import check_writable, write_atomic
 from distmatch.system.plain import fitting, read_json, read_yaml
+from distmatch.system.screen import counted
+from distmatch.system.terminal import command
 from distmatch.training import log
 
 TEMPLATE = Path(__file__).with_name("report.html")
+MOST_NAMED = 8  # runs in a message
 STRIP = 8  # sample grids shown side by side; the slider reaches all of them
 STEP = re.compile(r"step-(\d+)\.png")
 # One per run, cycling; distinguishable with any colour vision (Okabe and Ito's, without yellow, plus two).
@@ -153,12 +156,15 @@ def report(runs: list[Path], out: Path) -> Path:
     `teacher-student.png` or `previews/step-*.png` are missing, the page says so or omits the section. No model is
     loaded: the picture of teacher and student from the same noise is made at the end of a run.
 
-    Raises `UserError` if there are no folders, if a folder is not a run, or if a file in it cannot be read.
+    Raises `UserError` if there are no folders, if one is named twice or is not a run, or if a file cannot be read.
     """
     if not runs:
         raise UserError("no runs to report on; name at least one folder that `distmatch train` wrote")
+    places = [folder.resolve() for folder in runs]
+    if twice := next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None):
+        raise UserError(f"{twice} is named more than once; name each run once")
     check_writable(out)
-    names = [folder.resolve().name for folder in runs]
+    names = [place.name for place in places]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in runs]
     loaded = [_load(*row) for row in zip(runs, names, cycle(COLOURS), strict=False)]
@@ -182,16 +188,24 @@ def report(runs: list[Path], out: Path) -> Path:
 
 
 def _load(folder: Path, name: str, colour: str) -> Run:
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
-        recipe = folder / "settings.json"  # written by `distmatch teach`; JSON is valid YAML
-    if not recipe.is_file():
+    recipe = _recipe_of(folder)
+    if recipe is None:
+        inside = [run for run in sorted(folder.glob("*")) if _recipe_of(run) and not (run / "compare.json").exists()]
+        if inside:
+            shown = command("report", *inside[:MOST_NAMED]) + " ..." * (len(inside) > MOST_NAMED)
+            raise UserError(f"{folder} is not a run, but the folder of {counted(len(inside), 'run')}: {shown}")
         raise UserError(
             f"{folder} is not a run: it has neither recipe.yaml nor settings.json. "
             "Name a folder that `distmatch train` or `distmatch teach` wrote"
         )
     tree = read_json(recipe, dict[str, Any]) if recipe.suffix == ".json" else renamed(read_yaml(recipe))
     return Run(name, folder, tree, log.read(folder / "log.jsonl"), _evaluated(folder / "eval.json"), colour)
+
+
+def _recipe_of(folder: Path) -> Path | None:
+    """Return the file that says how the run in `folder` was made; `None` if there is none."""
+    # settings.json is written by `distmatch teach`; JSON is valid YAML
+    return next((folder / name for name in ("recipe.yaml", "settings.json") if (folder / name).is_file()), None)
 
 
 def _evaluated(file: Path) -> dict[str, Any]:
