@@ -17,7 +17,7 @@ def demo(which: Literal["mnist", "toy2d", "emoji"] = "mnist", /, *, out: Out = N
     ----------
     which
         mnist: the teacher in the package, pairs, distillation, evaluation, report; three to six minutes on two cores.
-        toy2d: Figure 3 of the paper, three objectives on a two-mode toy; seconds.
+        toy2d: Figure 3 of the paper, three objectives on a two-mode toy; under a minute.
         emoji: pictures of a few prompts by the text-to-image student in the package, beside its teacher; a minute.
     out
         Folder for the results; default: runs/demo-WHICH.
@@ -64,7 +64,7 @@ def mnist(out: Path, runs: Path) -> None:
     console.print(
         "\nNext (in a clone, after `. .venv/bin/activate`):\n"
         "  distmatch sample mnist      images from the student that ships, distilled for longer\n"
-        "  distmatch demo toy2d        Figure 3 of the paper, in seconds\n"
+        "  distmatch demo toy2d        Figure 3 of the paper, in under a minute\n"
         f"  {ablation}      an ablation; compare with distmatch report"
     )
 
