@@ -97,9 +97,11 @@ def test_amounts_have_units_that_fit():
     assert [shown(n) for n in (0, 999, 1e3, 1.26e6, 24.06e9, 3.93e14)] == [
         *("0 bytes", "999 bytes", "1.0 kB", "1.3 MB", "24.1 GB", "393.0 TB")
     ]
-    assert [duration(s) for s in (2e-5, 0.0452, 3.42, 59.96, 90, 4572, 3600 * 1368.4)] == [
-        *("20.0 µs", "45.2 ms", "3.42 s", "60.0 s", "1.50 minutes", "1.27 hours", "1,368 hours")
+    assert [duration(s) for s in (2e-5, 0.0452, 3.42, 59.96, 90, 4572, 3600 * 36, 3600 * 1368.4, 1e8)] == [
+        *("20.0 µs", "45.2 ms", "3.42 s", "60.0 s", "1.50 minutes", "1.27 hours", "36.0 hours", "57.0 days"),
+        "3.17 years",
     ]
+    assert duration(3600 * 1368.4, of="GPU-") == "1,368 GPU-hours"
     assert duration(90, 5400) == "1.50 to 90.0 minutes"
     assert duration(3600.0, 3600.1, of="GPU-") == "1.00 GPU-hours"
 

@@ -22,6 +22,7 @@ def printable(name: object, most: int = 120) -> str:
 BYTES = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 FLOPS = {"MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
 SECONDS = {"µs": 1e-6, "ms": 1e-3, "s": 1, "minutes": 60, "hours": 3600}
+LONG = {"days": 86400, "years": 365.25 * 86400}
 
 
 def unit(amount: float, units: Mapping[str, float]) -> tuple[str, float]:
@@ -50,10 +51,13 @@ def size(nbytes: float) -> str:
 def duration(shortest: float, longest: float | None = None, of: str = "") -> str:
     """Return seconds, or a range of them, for people, with three digits: "42.0 ms", "19.0 to 19.3 hours".
 
+    Days and years begin with two of them: "36.0 hours" says more than "1.50 days".
+
     Args:
-        of: what is counted by the hour, e.g. "GPU-" for "1,368 GPU-hours".
+        of: what is counted by the hour, and paid, e.g. "GPU-" for "1,368 GPU-hours", which never become days.
     """
-    name, value = unit(shortest, SECONDS)
+    longer = {} if of else {name: value for name, value in LONG.items() if shortest >= 2 * value}
+    name, value = unit(shortest, SECONDS | longer)
     shown = [_digits(seconds / value) for seconds in (shortest, longest) if seconds is not None]
     return f"{' to '.join(dict.fromkeys(shown))} {of}{name}"
 
