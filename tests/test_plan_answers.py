@@ -17,11 +17,11 @@ from distmatch.models.folder import save_model
 from distmatch.models.library import family_of, find_model
 from distmatch.planning.cost import Cost, Traffic, numel
 from distmatch.planning.gpus import GPUS
-from distmatch.planning.plan import LAUNCHED, REPLAYED, Cluster, bill, missing_bf16, pace, settled
+from distmatch.planning.plan import LAUNCHED, REPLAYED, Cluster, _memory, bill, missing_bf16, pace, settled
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.digests import load_file
 from distmatch.system.garbage import no_collection
-from distmatch.system.screen import duration
+from distmatch.system.screen import console, duration
 from distmatch.system.screen import size as shown
 
 
@@ -104,6 +104,19 @@ def test_amounts_have_units_that_fit():
     assert duration(3600 * 1368.4, of="GPU-") == "1,368 GPU-hours"
     assert duration(90, 5400) == "1.50 to 90.0 minutes"
     assert duration(3600.0, 3600.1, of="GPU-") == "1.00 GPU-hours"
+
+
+def test_a_table_of_memory_explains_its_dashes():
+    def table(*gradients):
+        kept, recomputed = (Cost(1, {}, {"student": 4, "gradients": n}, Traffic(1), 0) for n in gradients)
+        with console.capture() as screen:
+            console.print(_memory(kept, recomputed, False, "one a100, 80 GB"))
+        return screen.get()
+
+    explained = "-: adds nothing when a step takes the most"
+    for text, dashes in ((table(8, 8), 0), (table(0, 8), 1), (table(0, 0), 0)):
+        rows = [line.split() for line in text.splitlines()]
+        assert (sum(row.count("-") for row in rows), text.count(explained)) == (dashes, dashes)
 
 
 def test_a_price_is_that_of_all_gpus():

@@ -202,10 +202,13 @@ def _memory(made: Cost, other: Cost | None, checkpointing: bool, title: str) -> 
     columns = {"activations kept": kept, "recomputed": recomputed}
     shown = {column: one for column, one in columns.items() if one is not None}
     heads = (f"{column} (recipe)" if one is made else column for column, one in shown.items())
-    table = Table(title, *heads, box=None)
+    table = Table(title, *heads, box=None, caption_justify="left")
     for part in made.memory:
-        if any(one.memory[part] for one in shown.values()):
-            table.add_row(part, *(size(one.memory[part]) if one.memory[part] else "-" for one in shown.values()))
+        taken = [one.memory[part] for one in shown.values()]
+        if any(taken):
+            table.add_row(part, *(size(nbytes) if nbytes else "-" for nbytes in taken))
+            if not all(taken):
+                table.caption = "-: adds nothing when a step takes the most"
     table.add_row("together", *(size(one.peak) for one in shown.values()))
     return table
 
