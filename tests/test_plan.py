@@ -380,6 +380,7 @@ def test_normalisations_weights_and_attention_are_as_on_gpus():
         with _gpu_autocast():
             assert torch.nn.GroupNorm(2, 4)(x.bfloat16()).dtype == torch.float32
             assert torch.nn.LayerNorm(3)(x.bfloat16()).dtype == torch.float32
+            assert torch.nn.RMSNorm(3)(x.bfloat16()).dtype == torch.float32
             with autocast(torch.device("cpu"), "bf16"):
                 assert torch.is_autocast_cache_enabled()  # weights are cast once
             assert torch.is_autocast_cache_enabled()

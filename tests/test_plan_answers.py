@@ -2,17 +2,20 @@
 
 import gc
 import inspect
+import warnings
 from pathlib import Path
 from typing import get_args
 from weakref import ref
 
 import pytest
 import tiny
+import torch
 from diffusers import DiffusionPipeline
 from test_plan import said
 
 from distmatch.commands.plan import plan
 from distmatch.models.diffusers.tiny import write_tiny_sd
+from distmatch.models.diffusers.tiny_patched import write_tiny_flux
 from distmatch.models.folder import save_model
 from distmatch.models.library import family_of, find_model
 from distmatch.planning.cost import Cost, Traffic, numel
@@ -137,6 +140,23 @@ def test_the_students_folder_and_the_hosts_memory_are_those_of_the_models(planne
     networks = (*family_of(info).encoders(source), denoiser, vae.decoder, vae.post_quant_conv)
     assert f"the student's folder: {shown(weights)} " in text
     assert f"host memory per process: {shown(4 * sum(map(numel, networks)))} while the models are read, " in text
+
+
+def test_a_network_with_rms_norms_is_planned_without_warnings(planner, tmp_path):
+    """PyTorch warns of them if they meet inputs in bf16, as they do under the autocast of a CPU."""
+    changes = [f"teacher=diffusers:{write_tiny_flux(tmp_path / 'flux')}", "terms=match", "base_weights=bf16"]
+    changes += ["student.adapter.rank=2", "fake.adapter.rank=2", "precision=bf16"]
+    assert "it fits" in planner(_said_without_warnings, "plan", str(tiny.recipe_file(tmp_path)), *changes)
+
+
+def _said_without_warnings(*arguments: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.set_warn_always(True)  # not only once in a process
+        try:
+            return said(*arguments)
+        finally:
+            torch.set_warn_always(False)
 
 
 def test_pairs_that_only_a_term_of_your_own_reads_are_planned(planner, tmp_path):

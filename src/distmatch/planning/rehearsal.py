@@ -96,13 +96,15 @@ def rehearse(
                 judge = "fake score" if recipe.gan.features == "fake" else "teacher"
                 for number in term.blocks:
                     ledger.enter(judge, blocks(networks[judge])[number])
-        with nullcontext() if recipe.device == "cpu" else _gpu_autocast():
+        arithmetic = nullcontext if recipe.device == "cpu" else _gpu_autocast
+        with arithmetic():
             flops, kernels = stage.run(ledger, once)
         drawn = (recipe.accumulate - 1) * stage.drawn  # for the parts that were not run
         peak, gradients = ledger.peak, ledger.gradients_then
         if recipe.accumulate > 1:
             peak, gradients = ledger.later_peak, ledger.later_gradients
-        pictures = stage.pictures(ledger)
+        with arithmetic():
+            pictures = stage.pictures(ledger)
     return Rehearsal(
         {**networks, "average": stage.distiller.ema.network},
         stage.losses,
@@ -161,7 +163,8 @@ def _gpu_autocast() -> Iterator[None]:
 
     cache = torch.set_autocast_cache_enabled
     with ExitStack() as stack:
-        stack.enter_context(patch.multiple(F, group_norm=in_fp32(F.group_norm), layer_norm=in_fp32(F.layer_norm)))
+        norms: dict[str, Any] = {name: in_fp32(getattr(F, name)) for name in ("group_norm", "layer_norm", "rms_norm")}
+        stack.enter_context(patch.multiple(F, **norms))
         stack.enter_context(patch.multiple(attention, SHORT=0))
         stack.enter_context(patch.multiple(torch, set_autocast_cache_enabled=lambda enabled: cache(True)))
         yield
