@@ -18,11 +18,11 @@ from distmatch.models.library import outline
 from distmatch.planning import ladder
 from distmatch.planning.cost import Cost, Traffic
 from distmatch.planning.ladder import CACHE
-from distmatch.planning.plan import next_step, verdict
+from distmatch.planning.plan import next_step, rungs, verdict
 from distmatch.recipe.loading import load_recipe
 from distmatch.recipe.subjects import offloaded
 from distmatch.system.errors import UserError
-from distmatch.system.screen import size
+from distmatch.system.screen import console, size
 
 RUNGS = [
     {"gradient_checkpointing": True},
@@ -125,6 +125,25 @@ def test_the_verdict_names_the_first_that_fits_and_what_its_cache_takes(file, tm
     shared = steps_of(file, "terms=match,gan", "real.images=images", gpus=4).rungs
     assert {"parallel": "fsdp"} in shared
     assert RUNGS[2] in shared
+
+
+def test_settings_that_make_another_student_are_told_from_those_that_only_save_memory(file, monkeypatch):
+    ranks, base = "student.adapter.rank, fake.adapter.rank", "base_weights"
+    monkeypatch.setattr("distmatch.planning.plan.SIZES", (15e-9, 25e-9, 60e-9, 240e-9, 1000e-9))
+    with console.capture() as screen:
+        console.print(rungs(steps_of(file)))
+    rows = [line.split() for line in screen.get().splitlines()]
+    students = {float(row[0]): " ".join(row[2:4]) for row in rows if row[0].startswith(("1", "2", "6"))}
+    assert students == {1.5e-8: "- nothing", 2.5e-8: "another accumulate=8"} | {
+        6e-8: "another accumulate=8",
+        2.4e-7: "the same",
+        1e-6: "the same",
+    }
+    assert f"another student than the recipe's, by {ranks}, {base}" in screen.get()
+    assert "another student" not in verdict(steps_of(file), 240)
+    assert f"; another student than the recipe's, by {ranks}; adapters learn" in verdict(steps_of(file), 60)
+    rounded = steps_of(file, "student.adapter.rank=16", "fake.adapter.rank=16", "precision=bf16", "base_weights=bf16")
+    assert f"another student than the recipe's, by {base}; states" in verdict(rounded, 30)
 
 
 def test_where_a_step_does_not_fit_the_next_step_is_named(file):

@@ -34,6 +34,12 @@ CACHE, STATES = "prompts.cache", "runs/prompts"
 CHOSEN = ("accumulate", "gradient_checkpointing", "offload", "parallel", "precision", "base_weights", "cuda_graphs")
 """The entries that `memory` chooses."""
 
+RETRAINED = ("student.adapter.rank", "fake.adapter.rank", "regress.decoder")
+"""The entries of a ladder that change what is trained, whatever their value."""
+
+MOVED = ("int8", "int4")
+"""Values of `base_weights` that move the weights which adapters share with the teacher; `bf16` computes the same."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -44,6 +50,12 @@ class Fit:
 
     def __str__(self) -> str:
         return _words(self.changes)
+
+    @property
+    def retrains(self) -> list[str]:
+        """The entries that make another student; the others change only how it is computed."""
+        moved = self.changes.get("base_weights") in MOVED
+        return [name for name in self.changes if name in RETRAINED or (name == "base_weights" and moved)]
 
 
 @dataclass

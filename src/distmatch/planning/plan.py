@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -313,9 +314,15 @@ def verdict(ladder: Ladder, memory: float) -> str:
     if not found.changes:
         return "it fits"
     adapters = "student.adapter.rank" in found.changes and not ladder.recipe.student.adapter.rank
-    new = "; adapters learn at rates of their own" if adapters else ""
+    new = f"; {_retrained(found.retrains)}" if found.retrains else ""
+    new += "; adapters learn at rates of their own" if adapters else ""
     disk = f"; {_cached(ladder)}" if CACHE in found.changes else ""
     return f"it does not fit; {found} does, with {size(found.cost.peak)}{new}{disk}"
+
+
+def _retrained(entries: Iterable[str]) -> str:
+    """Say by which `entries` a student differs from the recipe's."""
+    return f"another student than the recipe's, by {', '.join(entries)}"
 
 
 def next_step(ladder: Ladder, memory: float, listed: bool) -> str:
@@ -368,12 +375,18 @@ def latents(recipe: Recipe, info: Info) -> str:
 def rungs(ladder: Ladder) -> Table:
     """Return a table of what has to be set on cards of several sizes."""
     with progress("cards", len(SIZES), unit="card") as advance:
-        table = Table("GB of a card", "a step takes, GB", "settings", box=None, caption_justify="left")
+        table = Table("GB of a card", "a step takes, GB", "student", "settings", box=None, caption_justify="left")
+        cached, retrains = "", dict[str, None]()  # a set that keeps its order
         for gigabytes in SIZES:
             found = ladder.fitting(1e9 * gigabytes)
-            if found is not None and CACHE in found.changes:
-                table.caption = _cached(ladder)
-            row = ("-", "nothing fits") if found is None else (f"{found.cost.peak / 1e9:.1f}", str(found))
-            table.add_row(str(gigabytes), *row)
+            if found is None:
+                table.add_row(str(gigabytes), "-", "-", "nothing fits")
+            else:
+                cached = _cached(ladder) if CACHE in found.changes else cached
+                retrains |= dict.fromkeys(found.retrains)
+                student = "another" if found.retrains else "the same"
+                table.add_row(str(gigabytes), f"{found.cost.peak / 1e9:.1f}", student, str(found))
             advance(1)
+        told = [_retrained(retrains)] if retrains else []
+        table.caption = "\n".join([*told, *([cached] if cached else [])]) or None
     return table
