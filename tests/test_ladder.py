@@ -189,9 +189,24 @@ def test_what_is_trained_stays_where_a_recipe_leaves_the_choice_to_the_memory(fi
     assert (found.base_weights, found.student.adapter.rank) == ("int4", 2)
     with pytest.raises(UserError, match="a step takes 17 bytes or more, and may take 90% of 15 bytes; take a larger"):
         ladder.fitted(load_recipe(file, [*adapters, "base_weights=int4"]), None, 15)
+    with pytest.raises(UserError, match="take a machine with more memory"):
+        ladder.fitted(load_recipe(file, [*adapters, "base_weights=int4"]), None, 15, on_cpu=True)
+    with pytest.raises(UserError, match=r"or give more, memory=1\.59e-07\."):  # whatever it is of
+        ladder.fitted(load_recipe(file, ["memory=5e-8"]), None, 0)
+    assert ladder.fitted(load_recipe(file, ["memory=1.59e-7"]), None, 0)[0].accumulate == 8
     no_bf16 = [change for change in adapters if "precision" not in change]
     with pytest.raises(UserError, match="a step takes 52 bytes or more"):
         ladder.fitted(load_recipe(file, no_bf16), None, 25)
+
+
+def test_adapters_are_proposed_only_where_a_step_takes_less_with_them(file, monkeypatch):
+    recipe = load_recipe(file, ["memory=1e-8"])
+    with pytest.raises(UserError, match=r"10 bytes; train adapters, .*, or give more, memory="):
+        ladder.fitted(recipe, None, 0)
+    large = {"networks": 40, "activations": 0}  # with adapters, too
+    monkeypatch.setattr(ladder, "cost", lambda *args, **how: Cost(1, {}, large, Traffic(1), 0))
+    with pytest.raises(UserError, match="10 bytes; give more, memory="):
+        ladder.fitted(recipe, None, 0)
 
 
 def test_the_choice_is_shown_saved_and_kept(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ def in_memory(recipe: Recipe, began: Recipe | None, own: tuple[Denoiser, Info] |
     if recipe.precision == "auto":  # what a step takes depends on it
         precision = machine.faster_precision(dev).value if began is None else began.precision
         recipe = recipe.model_copy(update={"precision": precision})
-    return fitted(recipe, began, machine.memory(dev), parallel.world(), own)
+    return fitted(recipe, began, machine.memory(dev), parallel.world(), own, on_cpu=dev.type == "cpu")
 
 
 def chooses_for_memory(command: Callable[P, None]) -> Callable[P, None]:

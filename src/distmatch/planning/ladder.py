@@ -1,9 +1,10 @@
 """Which settings make a recipe fit into a GPU's memory: a ladder of them, from those that cost least."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from distmatch.data.embeddings import LARGE
@@ -24,6 +25,8 @@ SPARE = 0.1
 
 RANK = 64
 """Of adapters, in DMD2 (arXiv 2405.14867) and LightX2V."""
+
+ADAPTED = {"student.adapter.rank": RANK, "fake.adapter.rank": RANK}
 
 SMALLER, SMALLEST = 32, 16
 """Ranks for where nothing else helps."""
@@ -109,12 +112,17 @@ class Ladder:
                     part, made, fixed = smaller, found, max(line, _fixed(found))
         return None
 
-    def least(self) -> float:
-        """Return the bytes that a step takes at the top of the ladder."""
-        changes: dict[str, Any] = {"accumulate": self._divisors()[-1]}
+    def least(self, others: Mapping[str, Any] = MappingProxyType({})) -> float:
+        """Return the bytes that a step takes at the top of the ladder, with `others` changed as well."""
+        changes: dict[str, Any] = {"accumulate": self._divisors()[-1], **others}
         for rung in self.rungs:
             changes |= rung
         return self.cost(_new(changes, self.recipe)).peak
+
+    def adapters_save(self) -> bool:
+        """Whether a step of whole networks would take less if adapters were trained; not if these are as large."""
+        adapted = self.recipe.student.adapter.rank and self.recipe.fake.adapter.rank
+        return not adapted and self._adaptable() and self.least(ADAPTED) < self.least()
 
     @cached_property
     def rungs(self) -> list[dict[str, Any]]:
@@ -201,7 +209,12 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def fitted(
-    recipe: Recipe, began: Recipe | None, memory: float, gpus: int = 1, own: tuple[Denoiser, Info] | None = None
+    recipe: Recipe,
+    began: Recipe | None,
+    memory: float,
+    gpus: int = 1,
+    own: tuple[Denoiser, Info] | None = None,
+    on_cpu: bool = False,
 ) -> tuple[Recipe, str]:
     """Replace what `recipe.memory` leaves to the machine; return also what was chosen, in a line.
 
@@ -209,6 +222,7 @@ def fitted(
         began: the recipe with which the run began, whose choice is kept.
         memory: bytes of the device; a number in the recipe counts instead.
         own: your own teacher.
+        on_cpu: `memory` is that of the machine, not of a GPU.
 
     Raises `UserError` if nothing fits.
     """
@@ -223,11 +237,14 @@ def fitted(
     ladder = Ladder(recipe, denoiser, info, gpus, retrain=False)
     found = ladder.fitting(memory)
     if found is None:
-        whole = not (recipe.student.adapter.rank and recipe.fake.adapter.rank)
-        hint = f"train adapters, student.adapter.rank={RANK} fake.adapter.rank={RANK}, or " if whole else ""
+        least = ladder.least()
+        hint = f"train adapters, {_words(ADAPTED)}, or " if ladder.adapters_save() else ""
+        more = "take a machine with more memory" if on_cpu else "take a larger GPU"
+        if not isinstance(recipe.memory, str):  # rounded up
+            more = f"give more, memory={1.01 * least / (1 - SPARE) / 1e9:.3g}"
         raise UserError(
-            f"memory {recipe.memory}: a step takes {size(ladder.least())} or more, and may take {1 - SPARE:.0%} of "
-            f"{size(memory)}; {hint}take a larger GPU. `distmatch plan RECIPE --ladder` lists what fits where"
+            f"memory {recipe.memory}: a step takes {size(least)} or more, and may take {1 - SPARE:.0%} of "
+            f"{size(memory)}; {hint}{more}. `distmatch plan RECIPE --ladder` lists what fits where"
         )
     return changed(recipe, found.changes), f"{size(found.cost.peak)} of {size(memory)} planned: {found}"
 
