@@ -416,9 +416,14 @@ def test_an_option_without_effect_is_refused(tmp_path):
         "-n 12: without --features or --clip .* only the 7 images .*; .* or give --picture 12 ": {"n": 12},
         "--reference .*real is what --features are compared with": {"reference": tmp_path / "real"},
         "--prompts .*p.txt and --coco .* both name the prompts": {"coco": coco},
+        "--column said is of a file of prompts": {"column": "said", "prompts": str(tmp_path)},  # a folder of pictures
+        "--column said is of a file of prompts; name that": {"column": "said", "prompts": "coco", "coco": coco},
+        "--split train is of a folder of captioned pictures": {"split": "train"},
+        "--clip-model ViT-B-32 is a name for the weights of --clip": {"clip_model": "ViT-B-32"},
+        "--only-student leaves out --lora lcm, too": {"lora": "lcm", "only_student": True},
     }.items():
         with pytest.raises(UserError, match=said):
-            command("sd", None, tmp_path, prompts=str(file), **given)
+            command("sd", None, tmp_path, **{"prompts": str(file), **given})
 
 
 def test_the_command_reads_prompts_and_draws_cocos_captions(tmp_path, monkeypatch):

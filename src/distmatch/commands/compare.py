@@ -146,10 +146,10 @@ def _check_takes_prompts(teacher: str, student: str | None) -> None:
 def _prompts(teacher: str, called: str, options: Options) -> "tuple[list[str], Pictures | None]":
     """Return the prompts, and the pictures if they are the captions of some. The user named the teacher `called`."""
     from distmatch.commands.references import captioned
-    from distmatch.data.prompts import coco_prompts, read_prompts, shipped_prompts
+    from distmatch.data.prompts import coco_prompts, read_prompts
     from distmatch.models.diffusers.families import family_in
 
-    if Path(options.prompts).is_dir() and shipped_prompts(options.prompts) is None:
+    if _of_pictures(options.prompts):
         side = max(family_in(teacher).settings(teacher).size)
         pictures = captioned(Path(options.prompts), options.split, side, options.seed)
         return [captions[0] for captions in pictures.captions or ()], pictures
@@ -185,6 +185,22 @@ def _check_all_is_read(options: Options) -> None:
         raise UserError(f"--reference {options.reference} is what --features are compared with; add them")
     if options.coco is not None and options.prompts != "coco":
         raise UserError(f"--prompts {options.prompts} and --coco {options.coco} both name the prompts; give one")
+    pictures = _of_pictures(options.prompts)
+    if options.column is not None and (options.prompts == "coco" or pictures):
+        raise UserError(f"--column {options.column} is of a file of prompts; name that with --prompts, or leave it out")
+    if options.split != Options.split and not pictures:
+        raise UserError(f"--split {options.split} is of a folder of captioned pictures; name that with --prompts")
+    if options.clip_model != Options.clip_model and options.clip is None:
+        raise UserError(f"--clip-model {options.clip_model} is a name for the weights of --clip; add them")
+    if options.lora is not None and options.only_student:
+        raise UserError(f"--only-student leaves out --lora {options.lora}, too; give one of them")
+
+
+def _of_pictures(prompts: str) -> bool:
+    """Return whether `prompts` names a folder of captioned pictures."""
+    from distmatch.data.prompts import shipped_prompts
+
+    return Path(prompts).is_dir() and shipped_prompts(prompts) is None
 
 
 def compare_on(
