@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import distmatch
+from distmatch.commands.cli import app
 
 ROOT = Path(distmatch.__file__).parent
 
@@ -85,9 +86,28 @@ def parameters(given: ast.arguments) -> list[ast.arg]:
     return [a for a in [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg] if a]
 
 
-def test_help_does_not_import_torch():
-    code = "import sys; from distmatch.commands.cli import app; app.help_print([]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+def test_help_and_what_is_wrong_with_a_recipe_come_without_torch(tmp_path):
+    """It takes seconds to import."""
+    calls = [[*command, "--help"] for command in ([], *([name] for name in app if not name.startswith("-")))]
+    calls += [["train", "mnist", "--dry-run"], ["recipes"], ["sample", "mnist", "-n", "x"]]
+    for command in (["train"], ["plan"], ["pairs", "build"]):
+        calls += [[*command, *wrong] for wrong in (["mnst"], ["mnist", "terns=match"], ["later.yaml"])]
+    code = """
+import sys
+from distmatch.commands.cli import main
+for sys.argv in SAID:
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code in (0, 2), sys.argv
+    assert "torch" not in sys.modules, sys.argv
+"""
+    said = repr([["distmatch", *call] for call in calls])
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("SAID", said)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("distmatch: ") == 10
 
 
 def test_importing_the_package_is_light():

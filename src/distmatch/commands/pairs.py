@@ -24,8 +24,10 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     runs
         The folder that holds runs and pair stores.
     """
-    from distmatch.recipe.build import pair_spec, pair_store, pairs_folder, unwritten, workers
     from distmatch.recipe.loading import load_recipe
+
+    asked = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])  # before torch is imported
+    from distmatch.recipe.build import pair_spec, pair_store, pairs_folder, unwritten, workers
     from distmatch.recipe.settle import settled
     from distmatch.recipe.subjects import subject
     from distmatch.system import parallel
@@ -33,7 +35,6 @@ def build(recipe: Name, /, *overrides: str, out: Out = None, runs: Runs = Path("
     from distmatch.system.screen import console
     from distmatch.system.workers import using
 
-    asked = load_recipe(recipe, [*overrides, *([f"pairs.path={out}"] if out else [])])
     with parallel.process_group():
         found = settled(asked)
         if found.said and parallel.rank() == 0:

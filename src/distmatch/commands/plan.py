@@ -53,9 +53,11 @@ def plan(
         each: seconds for Stable Diffusion, minutes for the largest.
     """
     with no_collection():  # among so many modules and layers it takes a sixth of the time
-        from distmatch.planning.gpus import GPUS
-        from distmatch.planning.plan import Cluster, show
         from distmatch.recipe.loading import load_recipe
 
+        resolved = load_recipe(recipe, overrides)  # what is misspelt is said before torch is imported
+        from distmatch.planning.gpus import GPUS
+        from distmatch.planning.plan import Cluster, show
+
         cluster = Cluster(gpus, GPUS[gpu], network * 1e9, utilisation)
-        show(load_recipe(recipe, overrides), gpu, cluster, price, ladder)
+        show(resolved, gpu, cluster, price, ladder)

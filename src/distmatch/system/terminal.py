@@ -4,8 +4,6 @@ import inspect
 import shlex
 import warnings
 
-from distmatch.system import parallel
-
 
 class Notice(UserWarning):
     """Something a user should know that is not an error. The command line shows it as one line."""
@@ -17,6 +15,8 @@ PASSED_THROUGH = ("distmatch", "contextlib", "torch")
 
 def notice(text: str) -> None:
     """Warn with `text`, once, in the first of several processes. The warning names the line that called the package."""
+    from distmatch.system import parallel  # imports torch, which a recipe that is only printed does without
+
     if parallel.rank() == 0:
         warnings.warn(text, Notice, stacklevel=1 + _depth())
 
