@@ -76,6 +76,7 @@ def test_overrides_reach_nested_entries_with_yaml_types():
         ("match.weighting=eq9", r"match.weighting = 'eq9'.*'algorithm2', 'eq8', 'dreamfusion' or 'prolificdreamer'"),
         ("steps=0", r"steps = 0: expected more than 0"),
         ("pairs.path=''", r"pairs.path = '': expected a text that is not empty"),  # which would be the folder here
+        ("pairs.path='  '", r"pairs.path = '  ': expected a text that is not empty"),
         ("steps", r"override 'steps' is not of the form key=value"),
         ("seed.x=1", r"seed is a value, not a group"),
         ("student.optimizer.lr=fast", r"student.optimizer.lr = 'fast'"),

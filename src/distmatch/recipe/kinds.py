@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from distmatch.system.paths import expand
 
-Place = Annotated[str, Field(min_length=1), AfterValidator(expand)]
+Place = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(expand)]
 """A path, a URL, or a model's name. An empty one would be the folder here."""
 
 Positive = Annotated[int, Field(gt=0)]
