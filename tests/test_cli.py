@@ -39,6 +39,12 @@ def test_dry_run_prints_the_resolved_recipe_and_touches_nothing(capsys, tmp_path
     train("mnist", "match.weighting=eq8", "steps=7", dry_run=True)
     out = capsys.readouterr().out
     assert "\n# Updates of the student. " in out
+    first = out.partition("\n\n")[0]
+    assert first.startswith(
+        "# mnist: 7 steps with match, regress, of the teacher mnist\n#   changed: steps is 7, was 600\n"
+    )
+    assert "#   changed: match.weighting is eq8, was algorithm2\n#   written: the run to runs/mnist-steps=7-m" in first
+    assert "#   written: noise-image pairs to a folder in runs/pairs, unless they are there\n# All 1" in first
     printed = yaml.safe_load(out)
     assert printed["steps"] == 7
     assert printed["match"]["weighting"] == "eq8"

@@ -13,7 +13,7 @@ import yaml
 
 from distmatch.commands.cli import recipes as command
 from distmatch.commands.train import train
-from distmatch.recipe.docs import commented, page, schema
+from distmatch.recipe.docs import commented, heading, page, schema
 from distmatch.recipe.entries import Recipe, Stage
 from distmatch.recipe.entry import walk
 from distmatch.recipe.loading import load_recipe, overridden, recipes
@@ -120,6 +120,21 @@ OWN = "own_terms={mine: {source: nowhere:Mine}}"
 )
 def test_the_groups_that_nothing_in_a_recipe_reads_are_marked(overrides, groups):
     assert marked(*overrides) == groups
+
+
+def test_above_a_printed_recipe_stands_what_was_changed_and_what_is_written():
+    def above(*overrides, out="run"):
+        return heading(load_recipe("mnist", overrides), load_recipe("mnist"), Path(out), Path("runs"))
+
+    assert "changed" not in above()
+    assert "to a folder in runs/pairs, unless" in above()
+    assert "noise-image pairs" not in above("terms=match")
+    assert "pairs to my/pairs, unless" in above("pairs.path=my/pairs")
+    stages = ["stages=[{until: 4, change: {terms: [match]}}, {until: 9}]", "steps=9"]
+    assert "changed: stages is [{change: {terms: [match]}, until: 4}" in above(*stages)
+    text = above('prompts.path="a\\nsteps: 5"', out="run\nsteps: 5")  # no line of it is an entry
+    assert all(line.startswith("# ") for line in text.rstrip("\n").split("\n"))
+    assert yaml.safe_load(text + commented(load_recipe("mnist"))) == load_recipe("mnist").model_dump(mode="json")
 
 
 def test_entries_that_were_given_and_that_nothing_reads_are_named_when_a_run_begins(tmp_path):

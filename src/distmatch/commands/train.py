@@ -38,7 +38,7 @@ def train(
         Try everything the run needs, from packages to disk space, at minimal size; report the results and stop. Every
         run begins with these checks.
     """
-    from distmatch.recipe.docs import commented
+    from distmatch.recipe.docs import commented, heading
     from distmatch.recipe.loading import load_recipe, overridden, run_name
     from distmatch.recipe.unread import told
     from distmatch.system.terminal import notice
@@ -46,12 +46,14 @@ def train(
     resolved = load_recipe(recipe, overrides)
     if unread := told(resolved, overridden(overrides)):
         notice(unread)
-    name = run_name(load_recipe(recipe), resolved)
+    asked = load_recipe(recipe)
+    name = run_name(asked, resolved)
     if scale == "cpu-smoke":
         from distmatch.recipe.smoke import cpu_smoke, make_networks
 
         runs = runs / "cpu-smoke" / name
-        full, resolved = resolved, load_recipe(recipe, [*cpu_smoke(resolved, runs), *overrides])
+        small = cpu_smoke(resolved, runs)
+        full, asked, resolved = resolved, load_recipe(recipe, small), load_recipe(recipe, [*small, *overrides])
         if not dry_run:
             make_networks(full, runs)
     if dry_run:
@@ -61,7 +63,7 @@ def train(
 
             resolved, said = in_memory(resolved, begun(out or runs / name))
             notice(f"On this machine: {said}")
-        print(commented(resolved), end="")
+        print(heading(resolved, asked, out or runs / name, runs) + commented(resolved), end="")
         return
     starting(f"Loading PyTorch, then checking what {out or name} needs")
     from distmatch.commands import distillation
