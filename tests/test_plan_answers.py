@@ -17,12 +17,14 @@ from distmatch.commands.plan import plan
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.diffusers.tiny_patched import write_tiny_flux
 from distmatch.models.folder import save_model
-from distmatch.models.library import family_of, find_model
+from distmatch.models.library import family_of, find_model, outline
 from distmatch.planning.cost import Cost, Traffic, numel
 from distmatch.planning.gpus import GPUS
 from distmatch.planning.plan import LAUNCHED, REPLAYED, Cluster, _memory, bill, missing_bf16, pace, settled
+from distmatch.planning.weightless import regression
 from distmatch.recipe.loading import load_recipe
 from distmatch.system.digests import load_file
+from distmatch.system.errors import UserError
 from distmatch.system.garbage import no_collection
 from distmatch.system.screen import console, duration
 from distmatch.system.screen import size as shown
@@ -140,6 +142,17 @@ def test_the_students_folder_and_the_hosts_memory_are_those_of_the_models(planne
     networks = (*family_of(info).encoders(source), denoiser, vae.decoder, vae.post_quant_conv)
     assert f"the student's folder: {shown(weights)} " in text
     assert f"host memory per process: {shown(4 * sum(map(numel, networks)))} while the models are read, " in text
+
+
+def test_a_decoder_of_other_latents_is_refused_as_in_training(tmp_path):
+    other = ["teacher=diffusers:black-forest-labs/FLUX.1-dev", "regress.decoder=tiny"]  # of 16 channels
+    for changes, mistake in (
+        (other, "taesd decodes latents of 4 channels; those of 'diffusers:black-forest-labs/FLUX.1-dev' are"),
+        (["regress.decoder=tiny"], "regress.decoder 'tiny' is for latents; .* makes images: use none"),
+    ):
+        recipe = load_recipe(str(tiny.recipe_file(tmp_path)), changes)
+        with pytest.raises(UserError, match=mistake):
+            regression(recipe, outline(recipe.teacher)[1])
 
 
 def test_a_network_with_rms_norms_is_planned_without_warnings(planner, tmp_path):

@@ -13,6 +13,7 @@ from distmatch.models.info import Info
 from distmatch.models.library import family_of
 from distmatch.models.perceptual import CHANNELS, LAYERS, Lpips
 from distmatch.recipe.entries import Recipe
+from distmatch.recipe.objectives import check_latents
 from distmatch.system.extras import need
 
 
@@ -23,10 +24,12 @@ def regression(recipe: Recipe, info: Info) -> tuple[Callable[[Tensor, Tensor], T
     networks: list[nn.Module] = [loss.vgg] if r.loss == "lpips" else []
     if r.decoder == "none":
         return loss, networks
+    check_latents(recipe, info)
     if r.decoder == "tiny":
-        decoder = tiny_decoder(without_weights(r.tiny), recipe.gradient_checkpointing, weights=False)
+        decoder: Any = tiny_decoder(without_weights(r.tiny), recipe.gradient_checkpointing, weights=False)
     else:
         decoder = family_of(info).decoder(info.source, recipe.gradient_checkpointing, weights=False)
+    check_latents(recipe, info, decoder.channels)
     return Decoded(loss, decoder), [*networks, decoder]
 
 

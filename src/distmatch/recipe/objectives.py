@@ -24,6 +24,7 @@ from distmatch.methods.real_stream import RealStream
 from distmatch.methods.shared import Shared
 from distmatch.methods.terms import Match, NoiseStream, Objective, PairStream, Regress, Stream, Term
 from distmatch.models.diffusers.autoencoder import Decoded, tiny_decoder
+from distmatch.models.info import Info
 from distmatch.models.library import family_of
 from distmatch.recipe.entries import Recipe
 from distmatch.recipe.steps import student_steps
@@ -228,18 +229,26 @@ def regression(recipe: Recipe, subject: Subject) -> Callable[[Tensor, Tensor], T
         loss = _lpips(r.weights, r.size)
     if r.decoder == "none":
         return loss
-    if not info.latent:
-        raise UserError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
+    check_latents(recipe, info)
     if r.decoder == "tiny":
         source, make = r.tiny, tiny_decoder
     else:
         source, make = info.source, family_of(info).decoder
     decoder = _decoder(make, source, recipe.gradient_checkpointing, subject.device)
-    if decoder.channels != info.shape[0]:
-        raise UserError(
-            f"{source} decodes latents of {decoder.channels} channels; those of {recipe.teacher!r} are {info.shape}"
-        )
+    check_latents(recipe, info, decoder.channels)
     return Decoded(loss, decoder)
+
+
+def check_latents(recipe: Recipe, info: Info, channels: int | None = None) -> None:
+    """Raise `UserError` unless the teacher has latents for the decoder of the loss, of so many `channels` if given."""
+    r = recipe.regress
+    if not info.latent:
+        raise UserError(f"regress.decoder {r.decoder!r} is for latents; {recipe.teacher!r} makes images: use none")
+    if channels not in (None, info.shape[0]):
+        source = r.tiny if r.decoder == "tiny" else info.source
+        raise UserError(
+            f"{source} decodes latents of {channels} channels; those of {recipe.teacher!r} are {info.shape}"
+        )
 
 
 @cache
