@@ -75,6 +75,10 @@ def test_a_small_step_takes_as_long_as_its_kernels_do(planner, tmp_path):
     assert what
     together = duration(1000 * int(kernels.replace(",", "")) * LAUNCHED)
     assert f"training: {together}\n  Arithmetic is " in text
+    assert "accumulate" not in text
+    text = planner(said, "plan", file, "steps=1000", "accumulate=2", "--gpu", "h100")
+    assert f"a step has {2 * int(kernels.replace(',', '')):,} kernels" in text
+    assert "from Python; fewer with accumulate=1, in more memory" in text
     assert "Arithmetic is " not in planner(said, "plan", file, "--utilisation", "1e-9")
     text = planner(said, "plan", file, "steps=1000", "compile=true", "--gpu", "h100")
     assert f"  In practice longer: without compile, launching its kernels would take {together}" in text

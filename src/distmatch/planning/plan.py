@@ -241,8 +241,11 @@ def _tell_training(recipe: Recipe, costs: list[Cost], ends: list[int], cluster: 
     if any(each.kernels > each.in_turn for each in paces):
         most = max(made.kernels for made in costs)
         how = f"{1e6 * _per_kernel(recipe):.0f} µs {'in a CUDA graph' if recipe.cuda_graphs else 'from Python'}"
+        halved = recipe.accumulate // 2
+        fewer = f"; fewer with accumulate={halved}, in more memory" if halved else ""
         console.print(
-            f"  Arithmetic is {duration(computed)} of it: a step has {most:,} kernels, each of which takes about {how}"
+            f"  Arithmetic is {duration(computed)} of it: a step has {most:,} kernels, each of which takes about "
+            f"{how}{fewer}"
         )
     elif recipe.compile and any(
         LAUNCHED * made.kernels > each.in_turn for made, each in zip(costs, paces, strict=True)
