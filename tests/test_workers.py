@@ -212,6 +212,17 @@ def test_auto_is_what_is_faster_and_fits(tmp_path, four_cores, monkeypatch):
     assert (found.recipe.precision, found.recipe.workers) == ("fp32", 1)
 
 
+@pytest.mark.parametrize(
+    ("has", "chosen", "said"),
+    [(True, "bf16", "bf16 (this GPU has it)"), (False, "fp32", "fp32 (this GPU has no bf16)")],
+)
+def test_what_is_chosen_for_a_gpu_is_said_too(has, chosen, said, monkeypatch):
+    monkeypatch.setattr(machine, "bf16_gain", inspect.unwrap(machine.bf16_gain))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert machine.faster_precision(torch.device("cuda")) == machine.Choice(chosen, said)
+    assert machine.faster_precision(torch.device("mps")) == machine.Choice("fp32")
+
+
 def test_a_busy_machine_chooses_the_same_precision(monkeypatch):
     """What waits for a core is not slower: bf16 computes less here, and takes longer by the clock on the wall."""
     threads = []

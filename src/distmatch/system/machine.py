@@ -72,8 +72,12 @@ def faster_precision(device: torch.device) -> Choice:
     """Return "bf16" or "fp32"."""
     gain = bf16_gain(device)
     chosen = "bf16" if gain > WORTH else "fp32"
+    if device.type == "cuda":
+        return Choice(chosen, f"{chosen} (this GPU has {'it' if chosen == 'bf16' else 'no bf16'})")
+    if device.type != "cpu":
+        return Choice(chosen)
     said = f"{gain:.2g} times as fast as" if gain >= 1 else f"1/{1 / gain:.2g} as fast as"
-    return Choice(chosen, f"{chosen} (bf16 is {said} fp32)" if device.type == "cpu" else "")
+    return Choice(chosen, f"{chosen} (bf16 is {said} fp32)")
 
 
 def faster_workers(most: int) -> Choice:
