@@ -239,9 +239,13 @@ def test_cuda_graphs_are_left_where_a_batch_is_split(file):
 def test_an_automatic_precision_is_settled_before_the_memory_is_planned(tmp_path, monkeypatch):
     monkeypatch.setattr("distmatch.system.machine.bf16_gain", lambda device: 2.0)
     recipe = load_recipe(str(tiny.recipe_file(tmp_path, terms=["match"])), ["memory=1", "precision=auto"])
-    assert in_memory(recipe, None)[0].precision == "bf16"
+    found, said = in_memory(recipe, None)
+    assert found.precision == "bf16"
+    assert said.startswith("bf16 (bf16 is 2 times as fast as fp32), ")
     began = recipe.model_copy(update={"memory": None, "precision": "fp32"})
-    assert in_memory(recipe, began)[0].precision == "fp32"
+    found, said = in_memory(recipe, began)
+    assert found.precision == "fp32"
+    assert "bf16" not in said
 
 
 def _train_among_others(file: str, memory: str, out: Path) -> None:

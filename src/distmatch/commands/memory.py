@@ -21,11 +21,12 @@ def in_memory(recipe: Recipe, began: Recipe | None, own: tuple[Denoiser, Info] |
     """Return `recipe` with what fits this machine's memory, or as the run `began`, and the choice in a line."""
     from distmatch.planning.ladder import fitted  # most recipes do without
 
-    dev = device(recipe.device)
+    dev, chosen = device(recipe.device), machine.Choice(recipe.precision)
     if recipe.precision == "auto":  # what a step takes depends on it
-        precision = machine.faster_precision(dev).value if began is None else began.precision
-        recipe = recipe.model_copy(update={"precision": precision})
-    return fitted(recipe, began, machine.memory(dev), parallel.world(), own, on_cpu=dev.type == "cpu")
+        chosen = machine.faster_precision(dev) if began is None else machine.Choice(began.precision)
+        recipe = recipe.model_copy(update={"precision": chosen.value})
+    found, said = fitted(recipe, began, machine.memory(dev), parallel.world(), own, on_cpu=dev.type == "cpu")
+    return found, f"{chosen.said}, {said}" if chosen.said else said
 
 
 def chooses_for_memory(command: Callable[P, None]) -> Callable[P, None]:

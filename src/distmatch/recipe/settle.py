@@ -27,13 +27,13 @@ def settled(recipe: Recipe, began: Recipe | None = None) -> Settled:
     most = 1 if recipe.own_terms else _shared(recipe)  # your own terms need not be safe for threads
     dev, pairs, said = device(recipe.device), recipe.pairs, []
 
-    def choice(asked: Any, before: Any, try_out: Any) -> Any:
+    def choice(asked: Any, before: Any, try_out: Any, of: str = "") -> Any:
         if asked != "auto":
             return asked
         if before not in (None, "auto"):
             return before
         found = try_out()
-        said.append(found.said)
+        said.append(found.said and of + found.said)
         return found.value
 
     def faster_precision() -> machine.Choice:
@@ -43,7 +43,8 @@ def settled(recipe: Recipe, began: Recipe | None = None) -> Settled:
         return machine.faster_workers(most)
 
     precision = choice(recipe.precision, began and began.precision, faster_precision)
-    of_pairs = choice(pairs.precision, began and began.pairs.precision, faster_precision)
+    alone = "" if recipe.precision == "auto" else "pairs in "
+    of_pairs = choice(pairs.precision, began and began.pairs.precision, faster_precision, alone)
     possible = dev.type == "cpu" and parallel.world() == 1
     workers = recipe.workers
     if possible:
