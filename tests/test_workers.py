@@ -49,6 +49,16 @@ def test_results_come_in_order_and_few_jobs_are_begun_ahead():
     assert list(Workers(1).map(lambda n: threading.current_thread() is threading.main_thread(), [0])) == [True]
 
 
+def test_workers_share_the_cores_evenly(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    assert list(Workers(2).map(abs, [-1, 2])) == [1, 2]
+    assert {*given} == {2}
+    list(Workers(8).map(abs, [-1]))
+    assert {*given} == {1, 2}  # at least one thread each
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_error_no_job_begins_and_those_that_run_are_waited_for(error):
     """Whether a job fails or the user interrupts: nothing goes on in the background."""
@@ -220,6 +230,14 @@ def test_auto_is_what_is_faster_and_fits(tmp_path, four_cores, monkeypatch):
     assert (found.recipe.precision, found.recipe.workers) == ("fp32", 1)
 
 
+def test_each_choice_of_a_run_that_goes_on_is_its_own(tmp_path, four_cores):
+    auto = recipe(tmp_path, "precision=auto", "pairs.precision=auto", "device=cpu")
+    began = recipe(tmp_path, "precision=fp32", "pairs.precision=fp16", "workers=2", "device=cpu")
+    found = settle.settled(auto, began)
+    assert (found.recipe.precision, found.recipe.pairs.precision, found.recipe.workers) == ("fp32", "fp16", 2)
+    assert found.said == ""
+
+
 def test_a_precision_that_is_of_the_pairs_alone_is_called_so(tmp_path, four_cores):
     found = settle.settled(recipe(tmp_path, "pairs.precision=auto", "workers=1", "device=cpu"))
     assert (found.recipe.precision, found.recipe.pairs.precision) == ("fp32", "bf16")
@@ -237,6 +255,14 @@ def test_what_is_chosen_for_a_gpu_is_said_too(has, chosen, said, monkeypatch):
     assert machine.faster_precision(torch.device("mps")) == machine.Choice("fp32")
 
 
+def test_workers_divide_batch_and_cores_and_the_less_plain_way_must_be_worth_it(four_cores, monkeypatch):
+    assert [machine.faster_workers(most).value for most in (12, 6, 3, 1)] == [4, 2, 1, 1]
+    monkeypatch.setattr(machine, "bf16_gain", lambda device: 1.05)
+    assert machine.faster_precision(torch.device("cpu")).value == "fp32"
+    monkeypatch.setattr(machine, "workers_gain", lambda count: 1.05)
+    assert machine.faster_workers(12) == machine.Choice(1, "one worker on all 4 cores (4 are no faster)")
+
+
 def test_a_busy_machine_chooses_the_same_precision(monkeypatch):
     """What waits for a core is not slower: bf16 computes less here, and takes longer by the clock on the wall."""
     threads = []
@@ -251,10 +277,12 @@ def test_a_busy_machine_chooses_the_same_precision(monkeypatch):
                 pass
 
     monkeypatch.setattr(machine, "_backward", backward)
-    before = torch.get_num_threads()
+    counts = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
     assert inspect.unwrap(machine.bf16_gain)(torch.device("cpu")) > 1
     assert {*threads} == {1}
-    assert torch.get_num_threads() == before
+    assert counts == [3, 1, 3]
 
 
 def test_workers_are_refused_where_there_can_be_one(tmp_path, monkeypatch):
