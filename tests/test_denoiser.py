@@ -173,12 +173,20 @@ def test_a_denoiser_with_a_forward_of_its_own_keeps_it_at_a_fixed_time():
 
 
 @pytest.mark.parametrize("positions", [16, 300])
-def test_attention_in_bf16_is_that_of_fp32_with_its_gradients(positions):
+def test_attention_in_bf16_is_that_of_fp32_with_its_gradients(positions, monkeypatch):
     """Written out for short sequences, fused for long ones: both within the rounding of bf16."""
+    fused, kinds = nn.functional.scaled_dot_product_attention, []
+
+    def spy(q, k, v):
+        kinds.append(q.dtype)
+        return fused(q, k, v)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(2, 3, positions, 8, generator=generator).requires_grad_() for _ in range(3)]
     low = [x.detach().bfloat16().requires_grad_() for x in exact]
     y, rounded = attention(*exact), attention(*low)
+    assert kinds == [torch.float32] + [torch.bfloat16] * (positions > 256)
     weights = (exact[0] @ exact[1].transpose(-1, -2) / 8**0.5).softmax(-1)
     assert torch.allclose(y, weights @ exact[2], atol=1e-5)
     assert rounded.dtype == torch.bfloat16
