@@ -392,3 +392,24 @@ def test_a_stage_is_recorded_anew(tmp_path):
 def test_cuda_graphs_change_nothing_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(build.parallel, "world", lambda: 2)  # on GPUs they are for one process
     assert not distiller(tmp_path, "terms=match", "cuda_graphs=true").gradients.reached
+
+
+def test_under_bf16_only_networks_compute_in_it(tmp_path):
+    """Levels, `x0`, losses, weights, their average and AdamW's moments are fp32."""
+    d = distiller(tmp_path, "precision=bf16", "fake.steps=2")
+    seen = []
+
+    def look(network, given, made):
+        seen.append((type(network).__name__, given[1].dtype, made.dtype))
+
+    teacher = next(term.teacher for term in d.terms if isinstance(term, Match))
+    for denoiser in (d.student, d.fake, teacher):
+        denoiser.register_forward_hook(look)
+        denoiser.net.register_forward_hook(look)
+    losses = d.step(0)
+    kinds = {("Denoiser", torch.float32, torch.float32), ("UNet", torch.float32, torch.bfloat16)}
+    assert {*seen} == kinds
+    moments = [value for own in (d.optimizer, *d.fake_optimizers) for value in own.adamw.state.values()]
+    kept = [*d.student.parameters(), *d.fake.parameters(), *d.ema.network.parameters(), *losses.values()]
+    kept += [tensor for one in moments for tensor in one.values()]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
