@@ -17,9 +17,11 @@ from distmatch.commands.plan import plan
 from distmatch.models.diffusers.tiny import write_tiny_sd
 from distmatch.models.diffusers.tiny_patched import write_tiny_flux
 from distmatch.models.folder import save_model
+from distmatch.models.info import Info
 from distmatch.models.library import family_of, find_model, outline
+from distmatch.planning import plan as planning
 from distmatch.planning.cost import Cost, Traffic, numel
-from distmatch.planning.gpus import GPUS
+from distmatch.planning.gpus import GPUS, Gpu
 from distmatch.planning.plan import LAUNCHED, REPLAYED, Cluster, _memory, bill, missing_bf16, pace, settled
 from distmatch.planning.weightless import regression
 from distmatch.recipe.loading import load_recipe
@@ -182,3 +184,41 @@ def test_pairs_that_only_a_term_of_your_own_reads_are_planned(planner, tmp_path)
     file = str(tiny.recipe_file(tmp_path))
     assert "pairs: 6.1 kB, " in planner(said, "plan", file, *own)
     assert "pairs: " not in planner(said, "plan", file, "terms=match")
+
+
+SLOW = Cluster(2, Gpu(80e9, bf16=1e15, fp32=5e14, link=1e11), 1e9, 0.5)
+
+
+def test_pairs_take_as_long_as_their_evaluations_or_their_kernels(monkeypatch):
+    """10 batches of 9 evaluations on two GPUs, in the pairs' own precision."""
+    changes = ("pairs.count=1000", "pairs.batch=100", "pairs.sampler=heun", "pairs.steps=5", "precision=fp32")
+    info = Info((3, 32, 32))
+
+    def seconds(flops, *more):
+        monkeypatch.setattr(planning, "evaluated", lambda *_: (flops, 1000))
+        return planning._tell_pairs([load_recipe("cifar10-cond", [*changes, *more])], None, info, SLOW)
+
+    assert seconds(1e12, "pairs.precision=fp32") == pytest.approx(18)
+    assert seconds(1e12, "pairs.precision=bf16") == pytest.approx(9)
+    assert seconds(1e9, "pairs.precision=fp32") == pytest.approx(5 * 9 * 1000 * LAUNCHED)
+
+
+def test_training_takes_the_steps_of_each_stage_and_none_is_faster_than_its_kernels():
+    """A stage of 10 steps, with traffic beside arithmetic, and one of 20 that wait for Python."""
+    costs = [
+        Cost(1, {"student": flops}, {}, Traffic(2, reduced=1e11), 0, kernels)
+        for flops, kernels in ((1e15, 0), (2.5e14, 100_000))
+    ]
+    recipe = load_recipe("mnist", ["precision=fp32"])
+    fast, slow = planning._tell_training(recipe, costs, [10, 30], SLOW)
+    launched = 20 * 100_000 * LAUNCHED
+    assert (fast, slow) == pytest.approx((10 * 2 + launched, 10 * 3 + launched))
+
+
+def test_the_disk_has_room_for_the_best_checkpoint_and_the_next(capsys):
+    made = Cost(1, {}, {}, Traffic(1), 1e9)
+    for every, kept in (0, 2), (100, 3):
+        planning._tell_disk(load_recipe("mnist", ["checkpoint.keep=2", f"evaluate.every={every}"]), made)
+        told = capsys.readouterr().out
+        assert f"{kept} kept" in told
+        assert shown((kept + 1) * 1e9) in told
