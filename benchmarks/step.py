@@ -74,7 +74,6 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
     print({**hardware(device), "recipe": recipe.name, "precision": recipe.precision, "rounds": rounds})
     print(f"training step      {1000 * seconds['step']:10.1f} ms, {distiller.images_per_step} images")
     print(f"bare passes        {1000 * seconds['bare']:10.1f} ms")
-    print(f"ratio              {seconds['step'] / seconds['bare']:10.3f}")
     tera = flops.get_total_flops() / 1e12
     print(f"network FLOPs      {tera:10.3f} T per step, {tera / seconds['step']:.3f} TFLOP/s")
     trained = [n for n in (distiller.student, distiller.fake) if n is not None]
@@ -84,6 +83,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> None:
     print("must hold          " + ", ".join(f"{k} {v / 1e9:.3f} GB" for k, v in must.items()))
     held, peak = sum(must.values()), memory_peak(device) - before
     print(f"memory peak        {peak / 1e9:10.3f} GB, {peak / held:.2f} of the sum {held / 1e9:.3f} GB")
+    print(f"ratio              {seconds['step'] / seconds['bare']:10.3f}")
 
 
 def memory_peak(device: torch.device) -> int:
