@@ -251,7 +251,8 @@ class DistilledPipeline(Pipeline):
         cuda_graphs: on a GPU, record network, decoder and rounding to 8 bits as one CUDA graph when a batch of some
             size first comes, and replay it from then on: the GPU no longer waits for Python, and nothing has to be
             compiled. The memory that the largest batch needs stays taken, and only one thread at a time may make
-            images. Elsewhere nothing changes.
+            images. Weights may then change in place, as by `load_state_dict`, but not be replaced: a network that is
+            moved to another device and back needs a new pipeline. Elsewhere nothing changes.
         precision: bf16 lets network and decoder compute in bf16: with copies whose weights are all in bf16, as they
             are now, or under autocast where `models.bf16` does not know that they allow it.
 
