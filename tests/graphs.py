@@ -11,8 +11,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-NUMBERS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+ATEN = torch.ops.aten
+
+NUMBERS = {
+    ATEN._local_scalar_dense.default,
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+    ATEN._unique2.default,
+    ATEN.bincount.default,
+    ATEN.repeat_interleave.Tensor,
+    ATEN.equal.default,
+}
 """Operations that ask the device for a number, which a GPU refuses while it records."""
+
+TO_THE_HOST = ("cpu", "numpy", "tolist")
+"""Methods that copy to the host, as refused. On a CPU they are no operations."""
+
+
+def refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def asks(func: Any, args: Any) -> bool:
+    """Whether `func` needs to know a number of its `args`: a mask as index says how many there are."""
+    masks = func is ATEN.index.Tensor and any(one is not None and one.dtype == torch.bool for one in args[1])
+    return func in NUMBERS or masks
 
 
 class Graph:
@@ -58,9 +81,18 @@ class Recording(TorchDispatchMode):
         graph.sharing = [] if pool is None else pool
         graph.sharing.append(graph)
 
+    def __enter__(self):
+        self.host = patch.multiple(torch.Tensor, create=True, **dict.fromkeys(TO_THE_HOST, refused))
+        self.host.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.host.stop()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in NUMBERS:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        if asks(func, args):
+            refused()
         self.graph.outside |= memory((args, kwargs)) - self.made
         made = func(*args, **(kwargs or {}))
         self.made |= memory(made) - self.graph.outside

@@ -59,6 +59,13 @@ def test_a_replay_sees_new_inputs_and_weights_and_no_other_number():
     assert [recorded.graph.replays for recorded in replay._graphs.values()] == [3, 1]
 
 
+def test_another_precision_of_the_inputs_is_another_graph():
+    replay = Replay(lambda x: (None, {}, x / 3), [])
+    with graphs.on_a_cpu():
+        for x in (torch.ones(2), torch.ones(2, dtype=torch.float64)):
+            torch.testing.assert_close(replay(x)[1], x / 3, rtol=0, atol=0)
+
+
 def test_graphs_of_one_pool_overwrite_no_result_of_another():
     """Each replay spoils all memory of the others: see `graphs.Graph.overwrite`."""
     layer, pool = torch.nn.Linear(3, 1), Pool()
@@ -86,12 +93,24 @@ def test_graphs_of_one_pool_overwrite_no_result_of_another():
             fake(x)
 
 
-def test_what_asks_the_gpu_for_a_number_cannot_be_recorded():
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist()[0],
+        lambda x: x.cpu().sum(),
+        lambda x: x[x > 0].sum(),
+        lambda x: x if x.any() else 2 * x,
+    ],
+    ids=["item", "tolist", "cpu", "mask", "if"],
+)
+def test_what_asks_the_gpu_for_a_number_cannot_be_recorded(asks):
     weight = torch.nn.Parameter(torch.ones(3))
-    replay = Replay(lambda x: ((weight * x).sum() * x.sum().item(), {}, None), [weight])
+    replay = Replay(lambda x: ((weight * x * asks(x)).sum(), {}, None), [weight])
     said = r"cannot be recorded as .*\(RuntimeError: operation not .* capturing, at .*\.py:\d+\); use cuda_graphs=false"
     with graphs.on_a_cpu(), pytest.raises(UserError, match=said):
         replay(torch.ones(3))
+    assert torch.ones(1).tolist() == [1.0]
 
 
 def test_the_first_error_of_a_recording_is_shown_not_that_of_its_end(monkeypatch):
