@@ -186,6 +186,15 @@ def test_pairs_that_only_a_term_of_your_own_reads_are_planned(planner, tmp_path)
     assert "pairs: " not in planner(said, "plan", file, "terms=match")
 
 
+def test_a_plan_of_stages_is_that_of_the_one_that_takes_the_most(planner, tmp_path):
+    light = {"terms": ["regress"]}
+    for heaviest, changes in ((2, [light, {}]), (1, [{}, light])):
+        stages = [{"until": until, "change": change} for until, change in enumerate(changes, 1)]
+        text = planner(said, "plan", str(tiny.recipe_file(tmp_path, steps=2, stages=stages, device="cpu")))
+        assert f"those of stage {heaviest}, which takes the most" in text
+        assert " fake score " in text  # in its table
+
+
 SLOW = Cluster(2, Gpu(80e9, bf16=1e15, fp32=5e14, link=1e11), 1e9, 0.5)
 
 
