@@ -103,8 +103,8 @@ def compare(teacher: Name, student: Name | None = None, /, *, options: Options =
     from distmatch.system.screen import console
 
     _check_all_is_read(options)
-    _check_takes_prompts(teacher, student)
     need("diffusers", "transformers", by="a comparison")
+    _check_takes_prompts(teacher, student)
     name, source = Path(teacher).name, diffusers_source(teacher)
     if source is not None:
         tell_which(teacher, "teacher", source)
