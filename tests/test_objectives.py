@@ -1,9 +1,11 @@
 """Objectives past the paper's: Score identity Distillation in closed form, and how the fake score is trained."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
+from distmatch.commands import distillation
 from distmatch.diffusion.conditions import WHOLE
 from distmatch.diffusion.denoiser import Cond
 from distmatch.diffusion.guidance import guided
@@ -247,3 +249,16 @@ def test_sid_refuses_a_frozen_or_quantised_fake_score(change, message):
     teacher = tiny.teacher()
     with pytest.raises(ValueError, match=message):
         Identity(teacher, change(tiny.teacher()), 1.2, weighting=WEIGHTINGS["algorithm2"])
+
+
+@pytest.mark.parametrize(("varied", "said"), [(0.02, True), (0.5, False)])
+def test_a_student_whose_images_are_alike_is_named_at_the_end(tmp_path, monkeypatch, recwarn, varied, said):
+    """Without regression a slow fake score can drive it to one image, with losses that tell nothing."""
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    monkeypatch.setattr(distillation, "side_by_side", lambda *_: (picture, varied))
+    found = load_recipe(str(tiny.recipe_file(tmp_path)), ["terms=match", "steps=1"])
+    distillation.distil(found, tmp_path / "run", tmp_path)
+    told = [
+        str(one.message) for one in recwarn if "nearly alike: they differ from one another by 2% of" in str(one.message)
+    ]
+    assert bool(told) == said

@@ -209,14 +209,18 @@ def test_teacher_and_student_side_by_side_are_of_the_same_noise(student):
     slow = TeacherPipeline(tiny.teacher(1), Info((1, 8, 8), ("a", "b", "c")), steps=3)
     taught, learnt = (pipe(12, labels=[i % 3 for i in range(12)], seed=2, batch=5).pixels for pipe in (slow, fast))
     rows = [part[3 * row : 3 * row + 3] for row in range(4) for part in (taught, learnt)]
-    assert np.array_equal(side_by_side(slow, fast, Classes(3), columns=3), grid(torch.cat(rows), columns=3))
+    picture, _ = side_by_side(slow, fast, Classes(3), columns=3)
+    assert np.array_equal(picture, grid(torch.cat(rows), columns=3))
 
 
 def test_side_by_side_without_classes():
     slow = TeacherPipeline(tiny.teacher(1), Info((1, 8, 8)), steps=2)
     fast = DistilledPipeline(tiny.teacher(), Info((1, 8, 8), times=(80.0,)))
     rows = [p.pixels(range(4), None, seed=2)[[i]] for i in range(4) for p in (slow, fast)]
-    assert np.array_equal(side_by_side(slow, fast, Classes(0), columns=1), grid(torch.cat(rows), columns=1))
+    picture, varied = side_by_side(slow, fast, Classes(0), columns=1)
+    assert np.array_equal(picture, grid(torch.cat(rows), columns=1))
+    taught, learnt = (p.pixels(range(4), None, seed=2).double() for p in (slow, fast))
+    assert varied == pytest.approx((learnt.var(0).mean() / taught.var(0).mean()).sqrt().item(), rel=1e-5)
 
 
 class Decode(torch.nn.Module):

@@ -191,7 +191,7 @@ def test_images_of_several_steps_are_the_same_in_every_batch(tmp_path):
     whole = pipe(7, seed=3).pixels
     assert torch.equal(pipe(7, seed=3, batch=2).pixels, whole)
     assert not torch.equal(pipe(7, seed=4).pixels, whole)
-    sheets = [side_by_side(pipe, pipe, Classes(3), columns, 6 // columns) for columns in (2, 3)]
+    sheets = [side_by_side(pipe, pipe, Classes(3), columns, 6 // columns)[0] for columns in (2, 3)]
     assert {row.tobytes() for row in sheets[0].reshape(-1, 3)} == {row.tobytes() for row in sheets[1].reshape(-1, 3)}
 
 

@@ -465,12 +465,16 @@ class TeacherPipeline(Pipeline):
 
 def side_by_side(
     teacher: Pipeline, student: Pipeline, conditions: Conditions, columns: int = 10, rows: int = 4, seed: int = 2
-) -> np.ndarray:
-    """Return `rows` rows of the teacher's images, each above the student's from the same noise: u8[H,W,3]."""
+) -> tuple[np.ndarray, float]:
+    """Return `rows` rows of the teacher's images, each above the student's from the same noise, u8[H,W,3]; and how much
+    the student's differ from one another, as a share of how much the teacher's do.
+    """
     z = rng.noise(seed, range(rows * columns), teacher.info.shape)
     cond = conditions.at(range(rows * columns))
     images = [_in_parts(pipe, z, cond, columns, seed) for pipe in (teacher, student)]
-    return imaging.grid(torch.cat([row for pair in zip(*images, strict=True) for row in pair]), columns=columns)
+    picture = imaging.grid(torch.cat([row for pair in zip(*images, strict=True) for row in pair]), columns=columns)
+    taught, learnt = (torch.cat(made).float().std(0).square().mean().sqrt().item() for made in images)
+    return picture, learnt / taught if taught else 1.0
 
 
 def _in_parts(pipe: Pipeline, z: Tensor, cond: Cond | None, size: int, seed: int) -> list[Tensor]:

@@ -22,11 +22,15 @@ from distmatch.system import parallel
 from distmatch.system.files import write_atomic
 from distmatch.system.ownership import owns_out
 from distmatch.system.screen import console
-from distmatch.system.terminal import command
+from distmatch.system.terminal import command, notice
 from distmatch.system.workers import using
 from distmatch.training.checkpoint import Checkpoints
 from distmatch.training.clip_share import Clipping, distillation
 from distmatch.training.train import Plan, train
+
+ALIKE = 0.1
+"""How much a student's images must differ, as a share of the teacher's, not to be called alike. A collapsed student of
+CIFAR-10 has 0.02; the worst that had not collapsed, 0.7 (docs/results.md)."""
 
 
 @parallel.process_group()
@@ -162,9 +166,16 @@ def _teacher_student(recipe: Recipe, subject: subjects.Subject, distiller: Disti
     slow = TeacherPipeline(subject.denoiser, info, parts, sampler=p.sampler, steps=p.steps, guidance=guidance)
     fast = DistilledPipeline(distiller.ema.network, distiller.info, parts)
     columns, rows, zoom = (4, 2, 1) if info.latent else (10, 4, 2)
-    picture = side_by_side(slow, fast, subject.conditions, columns, rows)
+    picture, varied = side_by_side(slow, fast, subject.conditions, columns, rows)
+    file = out / "teacher-student.png"
     if parallel.rank() == 0:
-        write_atomic(out / "teacher-student.png", lambda path: path.write_bytes(imaging.png(picture, zoom=zoom)))
+        write_atomic(file, lambda path: path.write_bytes(imaging.png(picture, zoom=zoom)))
+    if varied < ALIKE:
+        notice(
+            f"the student's images are nearly alike: they differ from one another by {varied:.0%} of what the "
+            f"teacher's do; see {file}. Add the term regress, or let the fake score keep up: fake.steps=5, or a "
+            "student.optimizer.lr below fake.optimizer.lr"
+        )
 
 
 def _say_next(out: Path, said: str) -> None:
