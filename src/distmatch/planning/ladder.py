@@ -119,10 +119,10 @@ class Ladder:
             changes |= rung
         return self.cost(_new(changes, self.recipe)).peak
 
-    def adapters_save(self) -> bool:
-        """Whether a step of whole networks would take less if adapters were trained; not if these are as large."""
+    def adapters_save(self, least: float) -> bool:
+        """Whether a step of whole networks, `least` bytes, would take less with adapters; not if these are as large."""
         adapted = self.recipe.student.adapter.rank and self.recipe.fake.adapter.rank
-        return not adapted and self._adaptable() and self.least(ADAPTED) < self.least()
+        return not adapted and self._adaptable() and self.least(ADAPTED) < least
 
     @cached_property
     def rungs(self) -> list[dict[str, Any]]:
@@ -238,7 +238,7 @@ def fitted(
     found = ladder.fitting(memory)
     if found is None:
         least = ladder.least()
-        hint = f"train adapters, {_words(ADAPTED)}, or " if ladder.adapters_save() else ""
+        hint = f"train adapters, {_words(ADAPTED)}, or " if ladder.adapters_save(least) else ""
         more = "take a machine with more memory" if on_cpu else "take a larger GPU"
         if not isinstance(recipe.memory, str):  # rounded up
             more = f"give more, memory={1.01 * least / (1 - SPARE) / 1e9:.3g}"
