@@ -11,7 +11,6 @@ from typing import get_args
 
 import pytest
 import tiny
-from cyclopts import App
 
 from distmatch.commands import cli
 from distmatch.evaluation.features import load_real
@@ -240,7 +239,7 @@ NO_PATHS = {"overrides", "label", "prompt", "column", "clip_model", "split", "de
 
 def test_every_word_that_a_command_takes_is_a_path_or_known_to_be_none():
     """A new command's paths are expanded as well: a bare `str` or `Path` has to be named above."""
-    for name, function in _commands(cli.app):
+    for name, function in subcommands(cli.app):
         for parameter in _parameters(function):
             kinds = [parameter.annotation, *get_args(parameter.annotation)]
             bare = {str, Path, str | None, Path | None, list[str] | None} & {k for k in kinds if _hashable(k)}
@@ -254,14 +253,6 @@ def _parameters(function) -> list[inspect.Parameter]:
     own = list(inspect.signature(function).parameters.values())
     inside = [inspect.signature(p.annotation).parameters.values() for p in own if is_dataclass(p.annotation)]
     return [*own, *(parameter for parameters in inside for parameter in parameters)]
-
-
-def _commands(app: App, above: str = ""):
-    for name in app:
-        if not name.startswith("-"):
-            yield from _commands(app[name], f"{above} {name}")
-    if app.default_command is not None:
-        yield above, app.default_command
 
 
 def _marks(kind) -> list:

@@ -6,7 +6,8 @@ import typing
 from dataclasses import is_dataclass
 
 import pytest
-from cyclopts import App, CoercionError, ValidationError
+from cyclopts import CoercionError, ValidationError
+from subcommands import subcommands
 
 from distmatch.commands import classifier, compare, eval, plan, sample, serve, teach
 from distmatch.commands.cli import app
@@ -55,20 +56,12 @@ def test_a_number_beyond_its_range_is_refused(line, message):
 
 def test_every_whole_number_of_a_command_is_read_as_one():
     """By cyclopts, 1.5 images would be two."""
-    for name, function in _commands(app):
+    for name, function in subcommands(app):
         options = [kind for kind in _kinds(function).values() if is_dataclass(kind)]
         kinds = [item for command in (function, *options) for item in _kinds(command).items()]
         for parameter, kind in kinds:
             if re.search(r"\bint\b", str(kind)):
                 assert "function whole" in str(kind), f"{name} rounds {parameter}"
-
-
-def _commands(commands: App, above: str = ""):
-    for name in commands:
-        if not name.startswith("-"):
-            yield from _commands(commands[name], f"{above} {name}")
-    if commands.default_command is not None:
-        yield above, commands.default_command
 
 
 def _kinds(command) -> dict:
