@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 import tiny
+from subcommands import subcommands
 
 from distmatch.commands import cli
 from distmatch.evaluation.features import load_real
